@@ -1,0 +1,1 @@
+"""Adapters that attach ``avd_core`` to other people's trainers."""
