@@ -1,0 +1,77 @@
+"""Losses and callbacks that keep few-step video students from oversaturating and from standing still.
+
+The parts, for a training loop of your own:
+
+- :class:`AdaptiveRegressionLoss` over a :class:`LossMeanCache`: regression on real clips with adaptive weights.
+- :class:`ClippedTemporalVarianceLoss`: keeps generated clips moving. :func:`derive_floor` fits it to a latent space.
+- :class:`DistributionMatchingLoss`: the DMD term, for loops that have none.
+- :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
+- :class:`GradientBalance`: measures or holds the ratio of the regression to distribution matching.
+- :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
+- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`.
+
+After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Temporal Collapse in Few-Step Generation"
+(CVPR 2026), whose equation numbers the docstrings use.
+"""
+
+from avd_core.balance import GradientBalance
+from avd_core.cache import LossMeanCache
+from avd_core.callbacks import (
+    Callback,
+    CallbackList,
+    CollapseFinding,
+    CollapseMonitor,
+    EMACallback,
+    LatentStatistics,
+    NonFiniteError,
+    NonFiniteGuard,
+)
+from avd_core.config import AVDConfig, MotionConfig, RegressionConfig
+from avd_core.matching import DistributionMatchingLoss, distribution_matching_loss
+from avd_core.motion import (
+    ClippedTemporalVarianceLoss,
+    clipped_temporal_variance_loss,
+    derive_floor,
+    temporal_variance,
+)
+from avd_core.objective import AVDObjective
+from avd_core.output import LossOutput
+from avd_core.regression import AdaptiveRegressionLoss, adaptive_regression_loss
+from avd_core.schedule import (
+    FlowMatchingSchedule,
+    classifier_free_guidance,
+    shift_timesteps,
+    standard_guidance_scale,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AVDConfig",
+    "AVDObjective",
+    "AdaptiveRegressionLoss",
+    "Callback",
+    "CallbackList",
+    "ClippedTemporalVarianceLoss",
+    "CollapseFinding",
+    "CollapseMonitor",
+    "DistributionMatchingLoss",
+    "EMACallback",
+    "FlowMatchingSchedule",
+    "GradientBalance",
+    "LatentStatistics",
+    "LossMeanCache",
+    "LossOutput",
+    "MotionConfig",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "RegressionConfig",
+    "adaptive_regression_loss",
+    "classifier_free_guidance",
+    "clipped_temporal_variance_loss",
+    "derive_floor",
+    "distribution_matching_loss",
+    "shift_timesteps",
+    "standard_guidance_scale",
+    "temporal_variance",
+]

@@ -1,0 +1,104 @@
+"""How hard the regression pulls at the generator's output, compared with distribution matching."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from avd_core._checks import check_floating
+from avd_core._distributed import sum_over_ranks, world_size
+from avd_core.output import LossOutput
+
+
+class GradientBalance(nn.Module):
+    """Measures, and on request holds, the ratio of two losses' gradients at the generator's output.
+
+    What a regression weight does depends on this ratio, not on the weight alone: a regression at the first, pure-noise
+    timestep seeks the mean of everything that the caption allows, so where it dominates the student ends as a blurred
+    standstill, and where it vanishes distribution matching oversaturates. With ``target=None`` the regression's loss
+    passes unchanged and the ratio is only reported; otherwise the loss is multiplied by ``target / ratio``, with the
+    ratio taken over recent calls.
+
+    The ratio is ``sqrt(E|dL_reg/dv|^2 / E|dL_dm/dv'|^2)`` with ``v`` and ``v'`` the generator's outputs for the two
+    losses and E a running mean over calls and ranks, so one extreme sample moves it little. Both gradients stop at the
+    outputs: no pass through the generator is added.
+
+    Args:
+        target: The ratio to hold, positive, or None to leave the loss alone. (The paper has a constant weight.)
+        decay: Decay of the running means per call in training mode, in [0, 1).
+        sync_ranks: Whether the means run over all ranks; a collective.
+        process_group: The ranks; None is the default group.
+    """
+
+    means: Tensor
+    calls: Tensor
+
+    def __init__(
+        self,
+        target: float | None = None,
+        *,
+        decay: float = 0.9,
+        sync_ranks: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        if target is not None and not target > 0:
+            raise ValueError(f"target must be positive or None, got {target}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        self.target = target
+        self.decay = decay
+        self.sync_ranks = sync_ranks
+        self.process_group = process_group
+        # Running means of the squared gradient norms (regression, matching).
+        self.register_buffer("means", torch.zeros(2))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(
+        self, regression_loss: Tensor, regression_output: Tensor, matching_loss: Tensor, matching_output: Tensor
+    ) -> LossOutput:
+        """Compare two losses, before any of them is passed to ``backward()``.
+
+        Args:
+            regression_loss: Scalar, with gradient.
+            regression_output: The generator's output that it was computed from, ``[B, ...]``.
+            matching_loss: Scalar, with gradient.
+            matching_output: The generator's output that it was computed from, in the same parametrisation (both
+                velocities, or both x_0), ``[B, ...]``.
+
+        Returns:
+            LossOutput: ``loss`` is the regression's loss, scaled where a target is set; metrics ``gradient_ratio``
+            (before scaling) and ``scale``, scalars.
+        """
+        for name, tensor in (("regression_output", regression_output), ("matching_output", matching_output)):
+            check_floating(name, tensor)
+        current = torch.stack(
+            [_squared_norm(regression_loss, regression_output), _squared_norm(matching_loss, matching_output)]
+        ).to(self.means.dtype)
+        if self.sync_ranks and (ranks := world_size(self.process_group)) > 1:
+            current = sum_over_ranks(current, self.process_group) / ranks
+        if self.training:
+            self._record(current)
+        tiny = torch.finfo(self.means.dtype).tiny
+        ratio = (self.means[0] / self.means[1].clamp_min(tiny)).sqrt()
+        scale = torch.ones_like(ratio) if self.target is None else self._scale(ratio)
+        return LossOutput(regression_loss * scale, {"gradient_ratio": ratio, "scale": scale})
+
+    def _scale(self, ratio: Tensor) -> Tensor:
+        assert self.target is not None
+        # No gradient yet on one side (a first call that was not finite, a term at zero): leave the loss alone.
+        usable = ratio.isfinite() & (ratio > 0)
+        return torch.where(usable, self.target / ratio.clamp_min(1e-12), torch.ones_like(ratio))
+
+    @torch.no_grad()
+    def _record(self, current: Tensor) -> None:
+        finite = current.isfinite().all()
+        moved = torch.where(self.calls > 0, torch.lerp(current, self.means, self.decay), current)
+        self.means.copy_(torch.where(finite, moved, self.means))
+        self.calls.add_(finite)
+
+
+def _squared_norm(loss: Tensor, output: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
+    return gradient.float().square().sum()

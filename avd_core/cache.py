@@ -1,0 +1,230 @@
+"""The mean regression loss of each timestep: Lbar_{t,s} of Eq. 6."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from avd_core._checks import check_floating, check_same_device, check_timesteps
+from avd_core._distributed import sum_over_ranks, world_size
+
+CacheOrder = Literal["weight_first", "update_first"]
+
+
+class LossMeanCache(nn.Module):
+    """A running mean of the regression loss at each timestep of a few-step grid.
+
+    After iteration ``s``, every entry ``t`` that occurred in it becomes (Eq. 6)::
+
+        Lbar_{t,s} = decay * Lbar_{t,s-1} + (1 - decay) * L_{t,s}
+
+    where ``L_{t,s}`` is the mean over all samples of that entry in the iteration, on all ranks. An entry that has not
+    occurred yet starts with its first ``L_{t,s}``. Losses that are not finite are left out.
+
+    One iteration is one update:
+
+    - *One call per optimizer step, one process*: nothing to do, each call in training mode is an iteration.
+    - *Several ranks*: nothing to do, sums and counts are added over ranks before they are divided. All ranks must
+      call equally often. ``sync_ranks=False`` keeps a cache per process.
+    - *Gradient accumulation*: construct with ``auto_update=False`` and call :meth:`update` once per optimizer step.
+      All micro-batches of the step are then weighted by the same means.
+
+    In evaluation mode (``cache.eval()``) means are read and never changed, like the statistics of a batch norm.
+
+    The state is four buffers, so the cache moves, saves and loads with the module it is part of. Its floating-point
+    buffers stay float32 under ``.to(bfloat16)`` or ``.half()``, where a decay of 0.95 would stop moving the mean.
+
+    Args:
+        timesteps: The grid, strictly rising or falling, in the unit in which timesteps are passed later. Each sample
+            counts for the nearest entry, so 999 is found at 1000. For times drawn from a range see :meth:`uniform`.
+        decay: ``alpha`` of Eq. 6, in [0, 1). The paper's is 0.95.
+        order: ``"weight_first"`` weights with the mean from before the iteration (Eq. 7). ``"update_first"`` is what
+            the released code does: the mean already contains the loss that it is compared with, so a deviation is
+            ``decay`` times the paper's (an effective sharpness of 2.85 in place of 3).
+        auto_update: Whether each training call is an iteration of its own. See above.
+        sync_ranks: Whether an update adds up sums and counts over ranks.
+        process_group: The ranks; None is the default group, where torch.distributed is initialised.
+
+    Raises:
+        ValueError: For an empty, unsorted or non-finite grid, a decay outside [0, 1), or ``order="update_first"`` with
+            ``auto_update=False`` (the mean would be needed before the iteration's losses are known).
+    """
+
+    timesteps: Tensor
+    means: Tensor
+    seen: Tensor
+    pending: Tensor
+
+    def __init__(
+        self,
+        timesteps: Sequence[float],
+        decay: float = 0.95,
+        *,
+        order: CacheOrder = "weight_first",
+        auto_update: bool = True,
+        sync_ranks: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        grid = [float(t) for t in timesteps]
+        if not grid:
+            raise ValueError("timesteps must have at least one entry, got an empty grid.")
+        steps = [b - a for a, b in pairwise(grid)]
+        if not all(map(math.isfinite, grid)) or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+            raise ValueError(f"timesteps must be finite and strictly rising or strictly falling, got {grid}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        if order not in ("weight_first", "update_first"):
+            raise ValueError(f"order must be 'weight_first' or 'update_first', got {order!r}.")
+        if order == "update_first" and not auto_update:
+            raise ValueError(
+                "order='update_first' needs auto_update=True: with gradient accumulation the mean would be needed "
+                "before the iteration's losses are known. Use order='weight_first', which is the paper's."
+            )
+        self.decay = decay
+        self.order = order
+        self.auto_update = auto_update
+        self.sync_ranks = sync_ranks
+        self.process_group = process_group
+        # Far outside the grid means another unit (sigma in place of t, say), not a nearest entry.
+        self._tolerance = max((abs(s) for s in steps), default=math.inf)
+        self._range = (min(grid), max(grid))
+        self.register_buffer("timesteps", torch.tensor(grid, dtype=torch.float32))
+        self.register_buffer("means", torch.zeros(len(grid)))
+        self.register_buffer("seen", torch.zeros(len(grid), dtype=torch.bool))
+        # Sums and counts of the running iteration: [2, K].
+        self.register_buffer("pending", torch.zeros(2, len(grid)))
+
+    @classmethod
+    def uniform(cls, low: float, high: float, bins: int, decay: float = 0.95, **options: Any) -> Self:
+        """A cache over ``bins`` equal parts of ``[low, high]``, for distillers that draw time continuously.
+
+        Args:
+            low: Lower end of the range, for example 0.
+            high: Upper end, for example 1 for sigma, 1000 for timesteps, pi/2 for TrigFlow.
+            bins: Number of parts, at least 1. With 20 and a decay of 0.95 a mean averages over about 400 samples.
+            decay: As in the constructor.
+            options: The constructor's other options.
+        """
+        if not (bins >= 1 and math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"uniform needs low < high and bins >= 1, got low={low}, high={high}, bins={bins}.")
+        width = (high - low) / bins
+        return cls([low + (i + 0.5) * width for i in range(bins)], decay, **options)
+
+    @torch.no_grad()
+    def forward(self, timesteps: Tensor, losses: Tensor) -> Tensor:
+        """Read the mean for each sample and, in training mode, record the losses.
+
+        Args:
+            timesteps: ``[B]``, integer or floating, in the grid's unit.
+            losses: ``[B]``, floating, unweighted.
+
+        Returns:
+            ``[B]`` float32: what each loss is to be compared with. For an entry without a mean it is the loss itself,
+            so that the deviation is 0.
+
+        Raises:
+            TypeError: If ``losses`` is not floating.
+            ValueError: If shapes or devices differ, or (checked on the CPU only, where looking costs nothing) a
+                timestep lies outside the grid by more than the grid's widest gap.
+        """
+        check_floating("losses", losses)
+        if losses.ndim != 1:
+            raise ValueError(f"losses must have shape [B], one per sample, got {list(losses.shape)}.")
+        check_timesteps(timesteps, losses)
+        check_same_device("the cache", self.means, "losses", losses)
+        self._check_range(timesteps)
+        index = (timesteps.to(self.timesteps.dtype).unsqueeze(1) - self.timesteps).abs().argmin(dim=1)
+        losses = losses.to(self.means.dtype)
+        if self.training and self.order == "update_first":
+            self._record(index, losses)
+            return self._read(index, losses)
+        means = self._read(index, losses)
+        if self.training:
+            self._record(index, losses)
+        return means
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """End the iteration: fold what was recorded since the last update into the means.
+
+        Only to be called by who passed ``auto_update=False``, once per optimizer step and on every rank (it is a
+        collective where ranks are synchronised).
+        """
+        pending = self.pending
+        if self.sync_ranks and world_size(self.process_group) > 1:
+            pending = sum_over_ranks(pending, self.process_group)
+        sums, counts = pending.unbind()
+        current = sums / counts.clamp_min(1)
+        # The sum of finite losses can still overflow.
+        observed = (counts > 0) & current.isfinite()
+        moved = torch.where(self.seen, torch.lerp(current, self.means, self.decay), current)
+        self.means.copy_(torch.where(observed, moved, self.means))
+        self.seen.logical_or_(observed)
+        self.pending.zero_()
+
+    def reset(self) -> None:
+        """Forget everything, as if newly constructed."""
+        for buffer in (self.means, self.seen, self.pending):
+            buffer.zero_()
+
+    def extra_repr(self) -> str:
+        entries = len(self.timesteps)
+        return (
+            f"{entries} entries in [{self._range[0]:g}, {self._range[1]:g}], decay={self.decay}, order={self.order!r}"
+        )
+
+    def _read(self, index: Tensor, losses: Tensor) -> Tensor:
+        return torch.where(self.seen[index], self.means[index], losses)
+
+    def _record(self, index: Tensor, losses: Tensor) -> None:
+        finite = losses.isfinite()
+        values = torch.stack([torch.where(finite, losses, 0.0), finite.to(losses.dtype)])
+        # One-hot rather than scatter_add: the grid is tiny, and on CUDA atomics would make the sums irreproducible.
+        entries = torch.arange(len(self.timesteps), device=index.device)
+        one_hot = (index.unsqueeze(1) == entries).to(losses.dtype)
+        self.pending.add_((values.unsqueeze(2) * one_hot).sum(dim=1))
+        if self.auto_update:
+            self.update()
+
+    def _check_range(self, timesteps: Tensor) -> None:
+        if timesteps.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        low, high = self._range
+        outside = (timesteps < low - self._tolerance) | (timesteps > high + self._tolerance)
+        if bool(outside.any()):
+            raise ValueError(
+                f"timesteps {timesteps[outside].tolist()[:4]} lie outside the cache's grid [{low:g}, {high:g}]. "
+                "Pass them in the grid's unit (for example sigma * 1000), or build the grid in yours."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != before.dtype:
+                self._buffers[name] = before.to(moved.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        saved = state_dict.get(prefix + "timesteps")
+        own = self.timesteps
+        if (
+            isinstance(saved, Tensor)
+            and not (saved.is_meta or own.is_meta)
+            and (saved.shape != own.shape or not torch.allclose(saved.to(own), own))
+        ):
+            error_msgs = args[-1]
+            error_msgs.append(
+                f"{prefix}timesteps: the saved cache is for the grid {saved.tolist()}, this one for {own.tolist()}. "
+                "Build the cache with the saved grid, or start with an empty cache."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)

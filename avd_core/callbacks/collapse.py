@@ -1,0 +1,248 @@
+"""Saying early that a student freezes, jitters, oversaturates or washes out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from avd_core.callbacks.base import Callback, Metrics
+from avd_core.motion import temporal_variance
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """How real (or teacher) latents look, to compare a student's with.
+
+    Attributes:
+        temporal_variance: ``E[Var_t(x)]``.
+        channel_std: Standard deviation of each of the C channels.
+    """
+
+    temporal_variance: float
+    channel_std: tuple[float, ...]
+
+    @classmethod
+    def measure(cls, x_0: Tensor, frame_dim: int = 2) -> Self:
+        """Measure samples ``[B, C, F, H, W]`` (``frame_dim=1``: ``[B, F, C, H, W]``), a few dozen of them."""
+        variance = temporal_variance(x_0, frame_dim)
+        return cls(float(variance), tuple(_channel_std(x_0, frame_dim).tolist()))
+
+
+@dataclass(frozen=True)
+class CollapseFinding:
+    """One thing that went wrong.
+
+    Attributes:
+        step: When it was noticed.
+        kind: ``"frozen"``, ``"jitter"``, ``"oversaturated"``, ``"washed_out"``, ``"regression_dominates"`` or
+            ``"regression_silent"``.
+        value: What was measured.
+        limit: The limit that it crossed.
+        message: In words, with what to do.
+    """
+
+    step: int
+    kind: str
+    value: float
+    limit: float
+    message: str
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """``kind`` holds while the smoothed ``signal`` is above (or below) ``limit``."""
+
+    kind: str
+    signal: str
+    limit: float
+    above: bool
+    message: str
+
+    def holds(self, value: float) -> bool:
+        return value > self.limit if self.above else value < self.limit
+
+
+class CollapseMonitor(Callback):
+    """Watches the generated samples and the loss weights, and says in plain words when a run goes wrong.
+
+    Each signal is smoothed over steps; a finding is logged (``logging``, level WARNING) and kept in ``findings`` when
+    its limit is crossed, and again only after it has recovered in between.
+
+    Reads, where present:
+
+    ============================  =======================================  ==============================
+    metric                        signal                                   findings
+    ============================  =======================================  ==============================
+    ``x_0`` (generated latents)   temporal variance / the reference's      ``frozen``, ``jitter``
+    ``x_0``                       channel std / the reference's, averaged  ``oversaturated``, ``washed_out``
+    ``regression/weights``        mean weight / its maximum                ``regression_silent``
+    ``balance/gradient_ratio``    the ratio of :class:`GradientBalance`    ``regression_dominates``
+    ============================  =======================================  ==============================
+
+    Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
+
+    Args:
+        reference: Statistics of real latents, in the student's latent space (:meth:`LatentStatistics.measure`).
+        regression_weight: The ``weight`` of the regression loss, to read its weights as a share; None skips that
+            signal.
+        every: Steps between two looks, at least 1.
+        grace: Steps at the start that are not judged: a few-step student starts out blurred and still.
+        decay: Smoothing per step, in [0, 1).
+        frame_dim: Dimension of frames of ``x_0``: 2 or 1.
+        variance_range: Allowed temporal variance, as multiples of the reference's. The default is wide: a motion term
+            with the paper's floor lifts the variance to 2.5 times its teacher's.
+        saturation_range: Allowed standard deviation, as multiples of the reference's.
+        min_weight: Smallest allowed share of the regression's maximal weight. (At an average loss it is 0.5.)
+        max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's.
+
+    Attributes:
+        findings: All findings so far, oldest first.
+    """
+
+    def __init__(
+        self,
+        reference: LatentStatistics,
+        *,
+        regression_weight: float | None = None,
+        every: int = 10,
+        grace: int = 50,
+        decay: float = 0.8,
+        frame_dim: int = 2,
+        variance_range: tuple[float, float] = (0.5, 3.0),
+        saturation_range: tuple[float, float] = (0.75, 1.25),
+        min_weight: float = 0.05,
+        max_gradient_ratio: float = 1.0,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}.")
+        if grace < 0:
+            raise ValueError(f"grace must be at least 0, got {grace}.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        for name, (low, high) in (("variance_range", variance_range), ("saturation_range", saturation_range)):
+            if not 0 < low < high:
+                raise ValueError(f"{name} must be (low, high) with 0 < low < high, got {(low, high)}.")
+        if not (reference.temporal_variance > 0 and all(s > 0 for s in reference.channel_std)):
+            raise ValueError(f"reference must have positive statistics, got {reference}. Measure clips that move.")
+        self.reference = reference
+        self.regression_weight = regression_weight
+        self.every = every
+        self.grace = grace
+        self.decay = decay
+        self.frame_dim = frame_dim
+        self.findings: list[CollapseFinding] = []
+        self._rules = _rules(variance_range, saturation_range, min_weight, max_gradient_ratio)
+        self._active: set[str] = set()
+        self._smoothed: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def after_step(self, step: int, metrics: Metrics) -> None:
+        for name, value in self._signals(metrics).items():
+            before = self._smoothed.get(name)
+            self._smoothed[name] = value if before is None else torch.lerp(value, before.to(value), self.decay)
+        self._steps += 1
+        if self._steps > self.grace and self._steps % self.every == 0:
+            self._judge(step, self.signals())
+
+    def signals(self) -> dict[str, float]:
+        """The smoothed signals: ``variance``, ``saturation``, ``weight``, ``gradient_ratio``. Waits for the device."""
+        if not self._smoothed:
+            return {}
+        values = torch.stack(list(self._smoothed.values())).tolist()
+        return dict(zip(self._smoothed, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"signals": self.signals(), "active": sorted(self._active), "steps": self._steps}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._smoothed = {name: torch.tensor(value) for name, value in state_dict["signals"].items()}
+        self._active = set(state_dict["active"])
+        self._steps = int(state_dict["steps"])
+
+    @torch.no_grad()
+    def _signals(self, metrics: Metrics) -> dict[str, Tensor]:
+        signals = {}
+        if (x_0 := metrics.get("x_0")) is not None:
+            std = _channel_std(x_0, self.frame_dim)
+            reference = std.new_tensor(self.reference.channel_std)
+            if std.shape != reference.shape:
+                raise ValueError(
+                    f"x_0 {list(x_0.shape)} has {len(std)} channels, the reference has {len(reference)}. "
+                    "Measure the reference in the same latent space and with the same frame_dim."
+                )
+            signals["variance"] = temporal_variance(x_0, self.frame_dim) / self.reference.temporal_variance
+            signals["saturation"] = (std / reference).mean()
+        if self.regression_weight and (weights := metrics.get("regression/weights")) is not None:
+            signals["weight"] = weights.mean() / self.regression_weight
+        if (ratio := metrics.get("balance/gradient_ratio")) is not None:
+            signals["gradient_ratio"] = ratio
+        return {name: value.float() for name, value in signals.items()}
+
+    def _judge(self, step: int, signals: dict[str, float]) -> None:
+        for rule in self._rules:
+            value = signals.get(rule.signal)
+            if value is None:
+                continue
+            if not rule.holds(value):
+                self._active.discard(rule.kind)
+            elif rule.kind not in self._active:
+                self._active.add(rule.kind)
+                message = f"Step {step}: {rule.message} ({value:.2f}, limit {rule.limit:g})."
+                self.findings.append(CollapseFinding(step, rule.kind, value, rule.limit, message))
+                logger.warning(message)
+
+
+def _rules(
+    variance: tuple[float, float], saturation: tuple[float, float], min_weight: float, max_ratio: float
+) -> tuple[_Rule, ...]:
+    return (
+        _Rule(
+            "frozen", "variance", variance[0], False,
+            "the samples freeze: their temporal variance is far below real clips'. Raise the motion term's weight or "
+            "lower its floor; if the regression dominates, lower its weight",
+        ),
+        _Rule(
+            "jitter", "variance", variance[1], True,
+            "the samples jitter: their temporal variance is far above real clips'. Raise the motion term's floor, or "
+            "give the regression more weight",
+        ),
+        _Rule(
+            "oversaturated", "saturation", saturation[1], True,
+            "the samples oversaturate: their latents spread more than real clips'. Give the regression more weight, or "
+            "lower the teacher's guidance",
+        ),
+        _Rule(
+            "washed_out", "saturation", saturation[0], False,
+            "the samples wash out: their latents spread less than real clips'. The regression may dominate: lower its "
+            "weight",
+        ),
+        _Rule(
+            "regression_silent", "weight", min_weight, False,
+            "the adaptive weights are close to zero: losses lie far above their running means. Check the unit of the "
+            "timesteps and the scale of the target, or lower the sharpness",
+        ),
+        _Rule(
+            "regression_dominates", "gradient_ratio", max_ratio, True,
+            "the regression's gradient dominates distribution matching: the student tends to a blurred standstill. "
+            "Lower its weight, or hold the ratio with GradientBalance(target=...)",
+        ),
+    )  # fmt: skip
+
+
+def _channel_std(x_0: Tensor, frame_dim: int) -> Tensor:
+    """``[C]``, float32."""
+    if x_0.ndim != 5 or frame_dim not in (1, 2):
+        raise ValueError(
+            "x_0 must be [B, C, F, H, W] with frame_dim=2 or [B, F, C, H, W] with frame_dim=1, got "
+            f"{list(x_0.shape)} and frame_dim={frame_dim}."
+        )
+    pattern = "b c f h w -> c (b f h w)" if frame_dim == 2 else "b f c h w -> c (b f h w)"
+    return rearrange(x_0.float(), pattern).std(dim=1, correction=0)

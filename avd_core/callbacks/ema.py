@@ -1,0 +1,61 @@
+"""An exponential moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from avd_core.callbacks.base import Callback, Metrics
+
+
+class EMACallback(Callback):
+    """Keeps an exponential moving average of parameters, by torch-ema.
+
+    Few-step students swing from update to update; their average is what to sample from and to export.
+
+    Reads no metrics. Needs the ``torch-ema`` package: ``pip install "avd-core[ema]"``.
+
+    Args:
+        parameters: The student's parameters; the average has their dtype and device.
+        decay: In [0, 1). The average covers about ``1 / (1 - decay)`` steps.
+        warmup: Whether the decay starts low and rises with the number of updates, so that the first averages are not
+            the initial weights (torch-ema's ``use_num_updates``).
+
+    Raises:
+        ImportError: If torch-ema is not installed.
+        ValueError: If there are no parameters or decay is outside [0, 1).
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], decay: float = 0.99, *, warmup: bool = True) -> None:
+        try:
+            from torch_ema import ExponentialMovingAverage
+        except ImportError as error:
+            raise ImportError(
+                'EMACallback needs torch-ema: pip install "avd-core[ema]" or pip install torch-ema.'
+            ) from error
+        parameters = list(parameters)
+        if not parameters:
+            raise ValueError("EMACallback needs at least one parameter, got none.")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        self._average = ExponentialMovingAverage(parameters, decay=decay, use_num_updates=warmup)
+
+    def after_step(self, step: int, metrics: Metrics) -> None:
+        self._average.update()
+
+    @contextmanager
+    def average_parameters(self) -> Iterator[None]:
+        """Within this context the parameters hold their average; afterwards, also on an error, their own values."""
+        with self._average.average_parameters():
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._average.state_dict()
+        # Weights that were set aside belong to a context that does not survive a restart.
+        return {key: value for key, value in state.items() if key != "collected_params"}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self._average.load_state_dict({**state_dict, "collected_params": None})

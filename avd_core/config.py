@@ -1,0 +1,82 @@
+"""The method's hyperparameters, validated, with the paper's as defaults."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from avd_core.cache import CacheOrder
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RegressionConfig(_Section):
+    """Options of :class:`AdaptiveRegressionLoss` and its :class:`LossMeanCache`."""
+
+    weight: float = Field(default=2.0, ge=0)
+    """``w_reg`` of Eq. 9. Paper: 2, so that a sample of average loss has weight 1. Released code: 1."""
+    sharpness: float = Field(default=3.0, ge=0)
+    """``k`` of Eq. 7. Paper and released code: 3."""
+    decay: float = Field(default=0.95, ge=0, lt=1)
+    """``alpha`` of Eq. 6. Paper and released code: 0.95."""
+    order: CacheOrder = "weight_first"
+    """Paper: ``weight_first``. Released code: ``update_first``."""
+    auto_update: bool = True
+    """Whether each call is an iteration. False with gradient accumulation, see :class:`LossMeanCache`."""
+
+
+class MotionConfig(_Section):
+    """Options of :class:`ClippedTemporalVarianceLoss`."""
+
+    weight: float = Field(default=0.05, ge=0)
+    """``w_temp`` of Eq. 9. Paper and released code: 0.05."""
+    floor: float = 0.6
+    """Truncation, in nats, for Wan2.1's latents. Paper: 0.6 (tried: 1.2, 1.0, 0.6, 0.4). Released code: 0.8."""
+    eps: float = Field(default=1e-6, gt=0)
+    """``eps`` of Eq. 8."""
+    frame_dim: int = 2
+    """Dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``."""
+    sync_ranks: bool = False
+    """Whether the expectation runs over the samples of all ranks."""
+
+
+class AVDConfig(_Section):
+    """Adaptive Video Distillation: what is added to a distribution-matching loss.
+
+    The defaults are the paper's; :meth:`released_code` gives the values of the authors' published code. A part set to
+    None is left out.
+    """
+
+    timesteps: tuple[float, ...] = Field(default=(1000, 900, 757, 522), min_length=1)
+    """The student's few steps, which are also the grid of the cache. Strictly falling or rising."""
+    regression: RegressionConfig | None = RegressionConfig()
+    """The adaptive regression on real clips, Eq. 5-7."""
+    motion: MotionConfig | None = MotionConfig()
+    """The clipped temporal variance of generated clips, Eq. 8."""
+    gradient_ratio: float | None = Field(default=None, gt=0)
+    """Ratio of the regression's gradient to the matching term's to hold by :class:`GradientBalance`. Paper: None, a
+    constant weight."""
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> Self:
+        steps = [b - a for a, b in pairwise(self.timesteps)]
+        if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
+            raise ValueError(f"timesteps must be strictly falling or strictly rising, got {self.timesteps}")
+        return self
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The paper's hyperparameters (the defaults)."""
+        return cls()
+
+    @classmethod
+    def released_code(cls) -> Self:
+        """The released code's: ``w_reg`` 1, cache updated before the weight is taken, floor 0.8."""
+        return cls(
+            regression=RegressionConfig(weight=1.0, order="update_first"),
+            motion=MotionConfig(floor=0.8),
+        )

@@ -1,0 +1,227 @@
+"""The clipped temporal variance of generated samples: Eq. 8."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed import ProcessGroup
+
+from avd_core._checks import check_batched, check_floating
+from avd_core._distributed import sum_over_ranks, world_size
+from avd_core.output import LossOutput
+
+# Pieces in which a tensor is worked through, so that no temporary is larger than 1/16 of it.
+_PIECES = 16
+
+
+class ClippedTemporalVarianceLoss(nn.Module):
+    """Pushes generated samples away from standing still, up to a floor.
+
+    See :func:`clipped_temporal_variance_loss` for the equation and the arguments, which are the same.
+
+    The floor belongs to a latent space: 0.6 is for Wan2.1's normalised latents, where samples of the teacher have about
+    1.5. For another latent space take :func:`derive_floor` on samples of its teacher.
+
+    Example:
+        >>> motion = ClippedTemporalVarianceLoss(floor=0.6, eps=1e-6, weight=0.05, frame_dim=2)
+        >>> loss, metrics = motion(0.1 * torch.randn(1, 16, 21, 60, 104))  # [B, C, F, H, W]
+        >>> sorted(metrics)
+        ['unclipped', 'variance']
+    """
+
+    def __init__(
+        self,
+        floor: float = 0.6,
+        eps: float = 1e-6,
+        weight: float = 0.05,
+        frame_dim: int = 2,
+        *,
+        sync_ranks: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        _check_options(floor, eps, weight)
+        self.floor = floor
+        self.eps = eps
+        self.weight = weight
+        self.frame_dim = frame_dim
+        self.sync_ranks = sync_ranks
+        self.process_group = process_group
+
+    def forward(self, x_0: Tensor) -> LossOutput:
+        """Compute the loss of generated samples; see :func:`clipped_temporal_variance_loss`."""
+        return clipped_temporal_variance_loss(
+            x_0,
+            self.floor,
+            self.eps,
+            self.weight,
+            self.frame_dim,
+            sync_ranks=self.sync_ranks,
+            process_group=self.process_group,
+        )
+
+    def extra_repr(self) -> str:
+        return f"floor={self.floor}, eps={self.eps}, weight={self.weight}, frame_dim={self.frame_dim}"
+
+
+def clipped_temporal_variance_loss(
+    x_0: Tensor,
+    floor: float = 0.6,
+    eps: float = 1e-6,
+    weight: float = 0.05,
+    frame_dim: int = 2,
+    *,
+    sync_ranks: bool = False,
+    process_group: ProcessGroup | None = None,
+) -> LossOutput:
+    r"""Negative log of the mean temporal variance, clipped from below (You et al. 2026, Eq. 8 with truncation).
+
+    .. math::
+        \mathcal{L} = w_\mathrm{temp} \max(-\log(\mathbb{E}_x[\mathrm{Var}_t(x)] + \epsilon), \mathrm{floor})
+
+    The variance runs along frames and divides by their number. The loss is continuous; at or below the floor its
+    gradient is exactly 0. The paper drops the term there instead, which has the same gradient.
+
+    Args:
+        x_0: ``[B, C, F, H, W]`` generated clean samples, floating, with gradient. Any other shape with at least two
+            dimensions works too, as long as ``frame_dim`` names the frames.
+        floor: Where the loss stops falling, in nats. A larger floor asks for less motion. The paper's is 0.6.
+        eps: Added to the variance, positive. The paper's is 1e-6.
+        weight: ``w_temp`` of Eq. 9, at least 0. The paper's is 0.05.
+        frame_dim: The dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``.
+        sync_ranks: Take the expectation over the samples of all ranks; a collective. Gradients are scaled so that their
+            average over ranks, as DDP and FSDP2 compute it, is the gradient of one process with the whole batch.
+        process_group: The ranks of ``sync_ranks``; None is the default group.
+
+    Returns:
+        LossOutput: ``loss`` scalar; metrics ``variance`` (the expectation) and ``unclipped`` (the loss without weight
+        and floor), scalars.
+
+    Raises:
+        TypeError: If ``x_0`` is not floating.
+        ValueError: If there are fewer than two frames, ``x_0`` is empty, ``frame_dim`` is the batch dimension or out of
+            range, or an option is out of its range.
+    """
+    _check_options(floor, eps, weight)
+    variance = temporal_variance(x_0, frame_dim)
+    if sync_ranks and (ranks := world_size(process_group)) > 1:
+        variance = _mean_over_ranks(variance, x_0.numel(), ranks, process_group)
+    unclipped = -torch.log(variance + eps)
+    # Not clamp(): its gradient is 1 at the floor. An infinite variance must reach whoever guards against it.
+    clipped = (unclipped <= floor) & unclipped.isfinite()
+    loss = weight * torch.where(clipped, torch.full_like(unclipped, floor), unclipped)
+    return LossOutput(loss, {"variance": variance.detach(), "unclipped": unclipped.detach()})
+
+
+def temporal_variance(x_0: Tensor, frame_dim: int = 2) -> Tensor:
+    """``E[Var_t(x)]``: the population variance along frames, averaged over everything else.
+
+    Differentiable once. Beyond the gradient it needs 1/F of the input for the means and 1/16 for temporaries.
+
+    Args:
+        x_0: Floating, at least two dimensions, batch first.
+        frame_dim: The dimension of frames, not the first.
+
+    Returns:
+        Scalar, float32 at least.
+
+    Raises:
+        TypeError, ValueError: As :func:`clipped_temporal_variance_loss`.
+    """
+    check_floating("x_0", x_0)
+    check_batched("x_0", x_0)
+    if not -x_0.ndim < frame_dim < x_0.ndim or frame_dim == 0:
+        raise ValueError(
+            f"frame_dim must name a dimension of x_0 {list(x_0.shape)} other than the batch's, got {frame_dim}."
+        )
+    frames = x_0.shape[frame_dim]
+    if frames < 2:
+        raise ValueError(
+            f"The temporal variance needs at least 2 frames, got {frames} in dimension {frame_dim} of "
+            f"{list(x_0.shape)}. Images have no motion to measure; for [B, F, C, H, W] pass frame_dim=1."
+        )
+    frame_dim %= x_0.ndim
+    # [outer, F, inner]: a view whenever the layout allows it.
+    x_OFI = x_0.reshape(math.prod(x_0.shape[:frame_dim]), frames, -1)
+    variance: Tensor = _TemporalVariance.apply(x_OFI)  # type: ignore[no-untyped-call]
+    return variance
+
+
+def derive_floor(x_0: Tensor, frame_dim: int = 2, *, margin: float = 0.0) -> float:
+    """A floor for another latent space, from samples that move as they should.
+
+    Args:
+        x_0: Samples of the teacher (or real latents), ``[B, C, F, H, W]``; a few dozen suffice.
+        frame_dim: The dimension of frames.
+        margin: How far below the samples' temporal loss the floor lies, in nats. With 0 the term stops acting once the
+            student moves as much as the samples do. The paper's 0.6 lies 0.9 below the 1.5 of its teacher: it asks for
+            up to ``exp(0.9)`` = 2.5 times the teacher's variance.
+
+    Returns:
+        ``-log(E[Var_t(x_0)]) - margin``. Waits for the device.
+
+    Raises:
+        ValueError: If the samples do not move or are not finite; otherwise as :func:`temporal_variance`.
+    """
+    variance = float(temporal_variance(x_0.detach(), frame_dim))
+    if not (variance > 0 and math.isfinite(variance)):
+        raise ValueError(f"derive_floor needs samples that move, got a temporal variance of {variance}.")
+    return -math.log(variance) - margin
+
+
+class _TemporalVariance(torch.autograd.Function):
+    """Mean over ``[O, F, I]`` of the squared deviation from the mean over F, in pieces.
+
+    torch.var along a middle dimension is not vectorised on CPUs, and autograd would keep or write full-size
+    temporaries. The derivative is simple: ``2 (x - mean) / numel``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_OFI: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_OFI.dtype, torch.float32)
+        means, squares = [], []
+        dim, pieces = _pieces(x_OFI)
+        for piece in x_OFI.chunk(pieces, dim):
+            piece = piece.to(dtype)
+            mean = piece.mean(dim=1, keepdim=True)
+            squares.append((piece - mean).square_().sum())
+            means.append(mean)
+        ctx.save_for_backward(x_OFI, torch.cat(means, dim))
+        return torch.stack(squares).sum() / x_OFI.numel()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
+        x_OFI, mean = ctx.saved_tensors
+        scale = grad_output * (2.0 / x_OFI.numel())
+        same_dtype = x_OFI.dtype == mean.dtype
+        gradient = torch.addcmul(mean * -scale, x_OFI, scale) if same_dtype else (x_OFI - mean) * scale
+        return gradient.to(x_OFI.dtype)
+
+
+def _pieces(x_OFI: Tensor) -> tuple[int, int]:
+    """The dimension to split and into how many pieces; a compiler fuses the temporaries away by itself."""
+    if torch.compiler.is_compiling():
+        return 0, 1
+    return (0 if x_OFI.shape[0] >= _PIECES else 2), _PIECES
+
+
+def _mean_over_ranks(variance: Tensor, count: int, ranks: int, group: ProcessGroup | None) -> Tensor:
+    """The value of all ranks' samples with the gradient of this rank's, times ``ranks`` for the later average."""
+    own = variance.detach()
+    total, total_count = sum_over_ranks(torch.stack([own * count, own.new_tensor(count)]), group).unbind()
+    share = count * ranks / total_count
+    return total / total_count + (variance - own) * share
+
+
+def _check_options(floor: float, eps: float, weight: float) -> None:
+    if not math.isfinite(floor):
+        raise ValueError(f"floor must be finite, got {floor}.")
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}.")
+    if not weight >= 0:
+        raise ValueError(f"weight must be at least 0, got {weight}.")

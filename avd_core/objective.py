@@ -1,0 +1,132 @@
+"""The whole addition to a distribution-matching loss in one module: Eq. 9 without its first term."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from avd_core.balance import GradientBalance
+from avd_core.cache import LossMeanCache
+from avd_core.config import AVDConfig
+from avd_core.motion import ClippedTemporalVarianceLoss
+from avd_core.output import LossOutput
+from avd_core.regression import AdaptiveRegressionLoss
+
+
+class AVDObjective(nn.Module):
+    """Adaptive regression and clipped temporal variance, to be added to the loss that a distiller has already.
+
+    ``L_G = L_matching + w_reg w_{t,s} L_reg + w_temp L_temp`` (You et al. 2026, Eq. 9); this module gives the second
+    and third term. It has no parameters; its state is the cache, so save it with the rest of the run.
+
+    Args:
+        config: Hyperparameters; None is the paper's. A part that is None there is left out here.
+
+    Attributes:
+        regression: The regression loss with its ``cache``, or None.
+        motion: The temporal variance loss, or None.
+        balance: Measures, or holds, the regression's gradient relative to distribution matching; None without
+            regression.
+
+    Example:
+        >>> objective = AVDObjective()
+        >>> x_0 = torch.randn(1, 16, 3, 8, 8)                                    # generated
+        >>> prediction, target = torch.randn(2, 1, 16, 3, 8, 8).unbind()         # velocities of real clips
+        >>> loss, metrics = objective(x_0, prediction, target, torch.tensor([757]))
+        >>> sorted(metrics)  # doctest: +NORMALIZE_WHITESPACE
+        ['motion/loss', 'motion/unclipped', 'motion/variance',
+         'regression/loss', 'regression/means', 'regression/sample_losses', 'regression/weights']
+    """
+
+    def __init__(self, config: AVDConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = AVDConfig.paper() if config is None else config
+        self.regression: AdaptiveRegressionLoss | None = None
+        self.motion: ClippedTemporalVarianceLoss | None = None
+        self.balance: GradientBalance | None = None
+        if (r := config.regression) is not None:
+            cache = LossMeanCache(config.timesteps, r.decay, order=r.order, auto_update=r.auto_update)
+            self.regression = AdaptiveRegressionLoss(cache, r.sharpness, r.weight)
+            self.balance = GradientBalance(config.gradient_ratio)
+        if (m := config.motion) is not None:
+            self.motion = ClippedTemporalVarianceLoss(m.floor, m.eps, m.weight, m.frame_dim, sync_ranks=m.sync_ranks)
+
+    def forward(
+        self,
+        x_0: Tensor | None = None,
+        prediction: Tensor | None = None,
+        target: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        *,
+        matching_loss: Tensor | None = None,
+        matching_output: Tensor | None = None,
+    ) -> LossOutput:
+        """Compute both terms.
+
+        Args:
+            x_0: ``[B, C, F, H, W]`` generated samples, for the motion term; unused where that is left out.
+            prediction: ``[B', ...]`` the student's velocity on noised real clips, for the regression; this and what
+                follows is unused where that is left out.
+            target: ``[B', ...]`` the velocity ``noise - x_0`` of those clips.
+            timesteps: ``[B']`` the few-step timesteps at which they were noised.
+            matching_loss: Scalar, your distribution-matching loss, before its ``backward()``. With it and the next
+                argument the ratio of gradients is reported, and held where ``config.gradient_ratio`` is set. It is not
+                added to the result.
+            matching_output: ``[B, ...]`` the velocity that the student predicted for the generated samples and from
+                which ``matching_loss`` was computed.
+
+        Returns:
+            LossOutput: ``loss`` scalar; the metrics of each part behind ``regression/``, ``motion/`` and ``balance/``,
+            with each term's own weighted ``loss`` among them.
+
+        Raises:
+            ValueError: If an argument of a part that is switched on is missing; otherwise as the parts do.
+        """
+        # All checks come first: a call that fails must not leave its losses in the cache.
+        self._check_presence(x_0, prediction, target, timesteps, matching_loss, matching_output)
+        outputs: dict[str, LossOutput] = {}
+        metrics: dict[str, Tensor] = {}
+        if self.motion is not None:
+            outputs["motion"] = self.motion(x_0)
+        if self.regression is not None:
+            loss, regression_metrics = self.regression(prediction, target, timesteps)
+            if self.balance is not None and matching_loss is not None:
+                loss, balance_metrics = self.balance(loss, prediction, matching_loss, matching_output)
+                metrics |= {f"balance/{name}": value for name, value in balance_metrics.items()}
+            outputs["regression"] = LossOutput(loss, regression_metrics)
+        loss = torch.stack([output.loss for output in outputs.values()]).sum()
+        for part, output in outputs.items():
+            metrics |= {f"{part}/{name}": value for name, value in output.metrics.items()}
+            metrics[f"{part}/loss"] = output.loss.detach()
+        return LossOutput(loss, metrics)
+
+    def _check_presence(
+        self,
+        x_0: Tensor | None,
+        prediction: Tensor | None,
+        target: Tensor | None,
+        timesteps: Tensor | None,
+        matching_loss: Tensor | None,
+        matching_output: Tensor | None,
+    ) -> None:
+        if self.regression is None and self.motion is None:
+            raise ValueError(
+                "AVDConfig leaves out both the regression and the motion term: there is nothing to compute."
+            )
+        if self.regression is not None and (prediction is None or target is None or timesteps is None):
+            raise ValueError(
+                "The regression needs prediction, target and timesteps of real clips. Pass them, or leave the part out "
+                "with AVDConfig(regression=None)."
+            )
+        if self.motion is not None and x_0 is None:
+            raise ValueError(
+                "The motion term needs x_0, the generated samples. Pass them, or leave the part out with "
+                "AVDConfig(motion=None)."
+            )
+        if (matching_loss is None) != (matching_output is None):
+            raise ValueError("matching_loss and matching_output belong together: pass both or neither.")
+        if self.regression is not None and self.config.gradient_ratio is not None and matching_loss is None:
+            raise ValueError(
+                "AVDConfig(gradient_ratio=...) needs matching_loss and matching_output to compare with. Pass both, or "
+                "set gradient_ratio=None for the paper's constant weight."
+            )

@@ -1,0 +1,129 @@
+"""The adaptive regression on real clips: Eq. 5-7."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from avd_core._checks import check_batched, check_floating, check_same_device, check_same_shape, check_timesteps
+from avd_core.cache import LossMeanCache
+from avd_core.output import LossOutput
+
+
+class AdaptiveRegressionLoss(nn.Module):
+    """Regression on real data whose weight falls for samples that fit worse than usual at their timestep.
+
+    See :func:`adaptive_regression_loss` for the equation. This module keeps the options and asks ``cache`` for the
+    means; the cache is its submodule, so ``state_dict()`` contains it.
+
+    Pass velocities (``noise - x_0`` and the model's prediction of it). In the space of x_0 or of the noise the same
+    error is multiplied by ``sigma`` or ``1 - sigma``: in noise space it is identically zero at the first step of a
+    few-step student (t = 1000), so that step would learn nothing. :class:`FlowMatchingSchedule` converts.
+
+    Args:
+        cache: The means, shared with nobody else.
+        sharpness: ``k`` of Eq. 7, at least 0; 0 switches the adaptation off. The paper's is 3.0.
+        weight: ``w_reg`` of Eq. 9, at least 0: the weight of a sample of average loss. The paper's is 2.0.
+
+    Example:
+        >>> cache = LossMeanCache(timesteps=(1000, 900, 757, 522), decay=0.95)
+        >>> regression = AdaptiveRegressionLoss(cache, sharpness=3.0, weight=2.0)
+        >>> prediction = torch.randn(2, 16, 3, 8, 8, requires_grad=True)
+        >>> loss, metrics = regression(prediction, torch.randn(2, 16, 3, 8, 8), torch.tensor([1000, 522]))
+        >>> metrics["weights"]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, cache: LossMeanCache, sharpness: float = 3.0, weight: float = 2.0) -> None:
+        super().__init__()
+        if not isinstance(cache, LossMeanCache):
+            raise TypeError(f"cache must be a LossMeanCache, got {type(cache).__name__}.")
+        _check_options(sharpness, weight)
+        self.cache = cache
+        self.sharpness = sharpness
+        self.weight = weight
+
+    def forward(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> LossOutput:
+        """Compute the loss and, in training mode, record it in the cache.
+
+        Args:
+            prediction: ``[B, ...]``, floating, with gradient.
+            target: ``[B, ...]``, same shape and device.
+            timesteps: ``[B]``, in the unit of the cache's grid.
+
+        Returns:
+            LossOutput: see :func:`adaptive_regression_loss`.
+
+        Raises:
+            TypeError: For tensors that are not floating.
+            ValueError: For shapes or devices that differ, an empty batch, timesteps that are not ``[B]``.
+        """
+        check_same_shape("prediction", prediction, "target", target)
+        check_batched("prediction", prediction)
+        check_timesteps(timesteps, prediction)
+        sample_losses = _sample_losses(prediction, target)
+        means = self.cache(timesteps, sample_losses.detach())
+        return _weigh(sample_losses, means, self.sharpness, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"sharpness={self.sharpness}, weight={self.weight}"
+
+
+def adaptive_regression_loss(
+    prediction: Tensor, target: Tensor, means: Tensor, sharpness: float = 3.0, weight: float = 2.0
+) -> LossOutput:
+    r"""Weighted mean squared error (You et al. 2026, Eq. 5 and 7).
+
+    .. math::
+        L_b = \mathrm{mean}\,(p_b - y_b)^2, \quad
+        w_b = w_\mathrm{reg}\,(1 - \sigma(k\,(L_b - \bar L_b))), \quad
+        \mathcal{L} = \frac{1}{B} \sum_b w_b L_b
+
+    No gradient passes through :math:`w_b`.
+
+    Args:
+        prediction: ``[B, ...]``, floating.
+        target: ``[B, ...]``, same shape and device.
+        means: ``[B]``, the mean loss :math:`\bar L_b` that each sample is compared with (:class:`LossMeanCache`).
+        sharpness: :math:`k`, at least 0.
+        weight: :math:`w_\mathrm{reg}`, at least 0.
+
+    Returns:
+        LossOutput: ``loss`` scalar; metrics ``weights`` [B] in (0, weight), ``sample_losses`` [B] unweighted, ``means``
+        [B].
+
+    Raises:
+        TypeError: For tensors that are not floating.
+        ValueError: For shapes or devices that differ, an empty batch, or options below 0.
+    """
+    _check_options(sharpness, weight)
+    check_same_shape("prediction", prediction, "target", target)
+    check_batched("prediction", prediction)
+    check_floating("means", means)
+    if means.shape != prediction.shape[:1]:
+        raise ValueError(f"means must have shape [{prediction.shape[0]}], one per sample, got {list(means.shape)}.")
+    check_same_device("means", means, "prediction", prediction)
+    return _weigh(_sample_losses(prediction, target), means, sharpness, weight)
+
+
+def _sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
+    """``[B]`` mean squared error per sample, float32 at least."""
+    dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
+    errors = F.mse_loss(prediction.to(dtype), target.to(dtype), reduction="none").flatten(1)
+    # Not mean(): its backward would write a full tensor of 1/n before the product, sum()'s broadcasts a scalar.
+    return errors.sum(dim=1) / errors.shape[1]
+
+
+def _weigh(sample_losses: Tensor, means: Tensor, sharpness: float, weight: float) -> LossOutput:
+    losses, means = sample_losses.detach(), means.detach()
+    weights = weight * torch.sigmoid(sharpness * (means - losses))  # Eq. 7: 1 - sigmoid(x) = sigmoid(-x)
+    loss = (weights * sample_losses).mean()
+    return LossOutput(loss, {"weights": weights, "sample_losses": losses, "means": means})
+
+
+def _check_options(sharpness: float, weight: float) -> None:
+    if not sharpness >= 0:
+        raise ValueError(f"sharpness must be at least 0, got {sharpness}.")
+    if not weight >= 0:
+        raise ValueError(f"weight must be at least 0, got {weight}.")
