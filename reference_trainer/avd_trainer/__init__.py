@@ -1,0 +1,1 @@
+"""A reference trainer for Adaptive Video Distillation; its command is ``avd``."""

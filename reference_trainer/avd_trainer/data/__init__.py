@@ -1,0 +1,1 @@
+"""Clips for training: generated ones, the user's own, and how they become latents."""

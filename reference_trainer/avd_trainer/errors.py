@@ -1,0 +1,5 @@
+"""Errors that a person can mend; the command line prints their message without a traceback."""
+
+
+class UserError(ValueError):
+    """What was expected, what came, and what to do."""

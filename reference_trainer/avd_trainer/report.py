@@ -1,0 +1,183 @@
+"""Pictures of a demo: contact sheets, curves, animations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from einops import rearrange
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from avd_trainer.evaluation import ClipMetrics
+from avd_trainer.history import History
+
+TITLES = {"real": "Real", "teacher": "Teacher", "dmd": "DMD alone", "avd": "AVD"}
+COLORS = {"real": "#333333", "teacher": "#8a8a8a", "dmd": "#c2452d", "avd": "#2b6cb0"}
+STEP_COLORS = ("#1b2a49", "#2b6cb0", "#3f9b8f", "#b08d2b", "#8a4fa3", "#777777")
+
+CLIPS_PER_SHEET = 3
+FRAMES_PER_CLIP = 5
+CLIPS_PER_GIF = 8
+
+
+def save_report(
+    path: Path,
+    videos: Mapping[str, Tensor],
+    metrics: Mapping[str, ClipMetrics],
+    histories: Mapping[str, History],
+    captions: Sequence[str],
+    timesteps: Sequence[float],
+    floor: float | None,
+    latent_std: float,
+) -> None:
+    """Draw ``report.png``.
+
+    Args:
+        path: File to write.
+        videos: Per row ``[N, 3, F, H, W]`` decoded clips; generated rows show the same captions in the same order.
+        metrics: Per row.
+        histories: Training metrics of ``dmd`` and ``avd``.
+        captions: Of the generated clips.
+        timesteps: The few steps.
+        floor: Floor of the motion term, if there is one.
+        latent_std: Standard deviation of the real latents.
+    """
+    figure = plt.figure(figsize=(15, 13.5), layout="constrained")
+    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(7.4, 2.6, 3.2))
+    _draw_sheets(sheets, videos, metrics, captions)
+    _draw_bars(bars, metrics)
+    _draw_curves(curves, histories, metrics, timesteps, floor, latent_std)
+    part = path.with_name(path.name + ".part")
+    figure.savefig(part, dpi=100, format="png")
+    plt.close(figure)
+    part.replace(path)
+
+
+def save_gif(path: Path, video: Tensor, *, scale: int = 2, frames_per_second: int = 12) -> None:
+    """Write clips ``[N, 3, F, H, W]`` side by side as one animation; the first ``CLIPS_PER_GIF``, two rows."""
+    clips = video[:CLIPS_PER_GIF].clamp(0, 1)
+    rows = 2 if len(clips) % 2 == 0 else 1
+    tiles = rearrange(clips, "(r n) c f h w -> f (r h) (n w) c", r=rows)
+    tiles = tiles.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    frames = [Image.fromarray(frame) for frame in (tiles * 255).round().to(torch.uint8).numpy()]
+    part = path.with_name(path.name + ".part")
+    frames[0].save(
+        part, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_second), loop=0
+    )
+    part.replace(path)
+
+
+def _draw_sheets(
+    figure: Figure, videos: Mapping[str, Tensor], metrics: Mapping[str, ClipMetrics], captions: Sequence[str]
+) -> None:
+    axes = figure.subplots(len(videos), CLIPS_PER_SHEET, squeeze=False)
+    for row, (name, video) in zip(axes, videos.items(), strict=True):
+        for column, axis in enumerate(row):
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if column >= len(video):
+                axis.axis("off")
+                continue
+            axis.imshow(_strip(video[column]), interpolation="nearest")
+            for side in axis.spines.values():
+                side.set_edgecolor(COLORS[name])
+                side.set_linewidth(1.5)
+            if name == "teacher" and column < len(captions):
+                axis.set_title(captions[column], fontsize=8, color="#555555")
+        row[0].set_ylabel(TITLES[name], fontsize=13, color=COLORS[name], fontweight="bold")
+    figure.suptitle(
+        "Frames of decoded clips (teacher, DMD and AVD: same captions, same noise). Raw pixels, clamped.", fontsize=11
+    )
+
+
+def _strip(clip: Tensor) -> np.ndarray:
+    """``[3, F, H, W]`` to a strip of frames ``[H, n W, 3]``."""
+    index = torch.linspace(0, clip.shape[1] - 1, FRAMES_PER_CLIP).round().long()
+    strip: np.ndarray = rearrange(clip[:, index].clamp(0, 1), "c f h w -> h (f w) c").numpy()
+    return strip
+
+
+def _draw_bars(figure: Figure, metrics: Mapping[str, ClipMetrics]) -> None:
+    fields = {
+        "saturation": "mean HSV saturation",
+        "temporal_loss": "temporal loss, nats (lower: more motion)",
+        "motion": "pixel change per frame",
+        "distance": "energy distance to held-out clips",
+    }
+    for axis, (field, title) in zip(figure.subplots(1, len(fields)), fields.items(), strict=True):
+        values = [getattr(metrics[name], field) for name in metrics]
+        bars = axis.bar([TITLES[n] for n in metrics], values, color=[COLORS[n] for n in metrics], width=0.65)
+        axis.bar_label(bars, fmt="%.3f", fontsize=8)
+        axis.axhline(values[0], color=COLORS["real"], linewidth=0.8, linestyle=":")
+        axis.set_title(title, fontsize=10)
+        axis.margins(y=0.18)
+        _plain(axis)
+
+
+def _draw_curves(
+    figure: Figure,
+    histories: Mapping[str, History],
+    metrics: Mapping[str, ClipMetrics],
+    timesteps: Sequence[float],
+    floor: float | None,
+    latent_std: float,
+) -> None:
+    spread, motion, losses, weights = figure.subplots(1, 4)
+    for name, history in histories.items():
+        spread.plot(_smooth(history.series("sample/std")), color=COLORS[name], label=TITLES[name])
+        motion.plot(_smooth(history.series("sample/temporal_loss")), color=COLORS[name], label=TITLES[name])
+    spread.axhline(latent_std, color=COLORS["real"], linestyle=":", label="Real")
+    spread.set_title("spread of generated latents (std)", fontsize=10)
+    motion.axhline(metrics["real"].temporal_loss, color=COLORS["real"], linestyle=":", label="Real")
+    if floor is not None:
+        motion.axhline(floor, color=COLORS["avd"], linestyle="--", linewidth=0.8, label="floor")
+    motion.set_title("temporal loss of generated clips", fontsize=10)
+    _draw_by_timestep(losses, histories["avd"], "regression/sample_losses", timesteps, "regression loss (AVD)")
+    _draw_by_timestep(weights, histories["avd"], "regression/weights", timesteps, "adaptive weight (AVD)")
+    for axis in (spread, motion, losses, weights):
+        axis.set_xlabel("generator updates", fontsize=9)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False)
+        _plain(axis)
+
+
+def _draw_by_timestep(axis: Axes, history: History, name: str, timesteps: Sequence[float], title: str) -> None:
+    axis.set_title(title, fontsize=10)
+    points = [
+        (step, t, value)
+        for step, (drawn, values) in enumerate(
+            zip(history.series("regression/timesteps"), history.series(name), strict=True)
+        )
+        for t, value in zip(drawn, values, strict=True)
+    ]
+    for color, timestep in zip(STEP_COLORS, timesteps, strict=False):
+        own = [(step, value) for step, t, value in points if t == timestep]
+        if own:
+            steps, values = zip(*own, strict=True)
+            axis.scatter(steps, values, s=3, alpha=0.15, color=color, linewidths=0)
+            axis.plot(steps, _smooth(values), color=color, label=f"t = {timestep:g}")
+
+
+def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """An exponential moving average, corrected for its start."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def _plain(axis: Axes) -> None:
+    axis.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
