@@ -182,15 +182,12 @@ class _TemporalVariance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_OFI: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_OFI.dtype, torch.float32)
-        means, squares = [], []
+        mean = x_OFI.mean(dim=1, keepdim=True, dtype=torch.promote_types(x_OFI.dtype, torch.float32))
         dim, pieces = _pieces(x_OFI)
-        for piece in x_OFI.chunk(pieces, dim):
-            piece = piece.to(dtype)
-            mean = piece.mean(dim=1, keepdim=True)
-            squares.append((piece - mean).square_().sum())
-            means.append(mean)
-        ctx.save_for_backward(x_OFI, torch.cat(means, dim))
+        squares = [
+            (x - m).square_().sum() for x, m in zip(x_OFI.chunk(pieces, dim), mean.chunk(pieces, dim), strict=True)
+        ]
+        ctx.save_for_backward(x_OFI, mean)
         return torch.stack(squares).sum() / x_OFI.numel()
 
     @staticmethod

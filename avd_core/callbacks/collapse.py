@@ -117,7 +117,7 @@ class CollapseMonitor(Callback):
         decay: float = 0.8,
         frame_dim: int = 2,
         variance_range: tuple[float, float] = (0.5, 3.0),
-        saturation_range: tuple[float, float] = (0.75, 1.25),
+        saturation_range: tuple[float, float] = (0.8, 1.15),
         min_weight: float = 0.05,
         max_gradient_ratio: float = 1.0,
     ) -> None:

@@ -40,8 +40,8 @@ def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
     embed = build_text_embedding(teacher)
     clips, held_out = load_clips(config.data, codec)
     shape = clips.latents.shape[1:]
-    # Held-out captions, repeated where a small folder of videos has fewer.
-    captions = [held_out.captions[i % len(held_out)] for i in range(SAMPLES)]
+    # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
+    captions = [clips.captions[i % len(clips)] for i in range(SAMPLES)]
     text = embed(captions)
 
     latents = {"real": clips.latents[:SAMPLES]}

@@ -44,16 +44,16 @@ def save_report(
 
     Args:
         path: File to write.
-        videos: Per row ``[N, 3, F, H, W]`` decoded clips; generated rows show the same captions in the same order.
+        videos: Per row ``[N, 3, F, H, W]`` decoded clips; all rows in the order of ``captions``.
         metrics: Per row.
         histories: Training metrics of ``dmd`` and ``avd``.
-        captions: Of the generated clips.
+        captions: Of the clips, the same in all rows.
         timesteps: The few steps.
         floor: Floor of the motion term, if there is one.
         latent_std: Standard deviation of the real latents.
     """
-    figure = plt.figure(figsize=(15, 13.5), layout="constrained")
-    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(7.4, 2.6, 3.2))
+    figure = plt.figure(figsize=(15, 11), layout="constrained")
+    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(4.8, 2.7, 3.2))
     _draw_sheets(sheets, videos, metrics, captions)
     _draw_bars(bars, metrics)
     _draw_curves(curves, histories, metrics, timesteps, floor, latent_std)
@@ -92,12 +92,10 @@ def _draw_sheets(
             for side in axis.spines.values():
                 side.set_edgecolor(COLORS[name])
                 side.set_linewidth(1.5)
-            if name == "teacher" and column < len(captions):
+            if row is axes[0]:
                 axis.set_title(captions[column], fontsize=8, color="#555555")
         row[0].set_ylabel(TITLES[name], fontsize=13, color=COLORS[name], fontweight="bold")
-    figure.suptitle(
-        "Frames of decoded clips (teacher, DMD and AVD: same captions, same noise). Raw pixels, clamped.", fontsize=11
-    )
+    figure.suptitle("Frames of decoded clips: one caption per column, one noise for all models", fontsize=11)
 
 
 def _strip(clip: Tensor) -> np.ndarray:
@@ -153,19 +151,14 @@ def _draw_curves(
 
 def _draw_by_timestep(axis: Axes, history: History, name: str, timesteps: Sequence[float], title: str) -> None:
     axis.set_title(title, fontsize=10)
-    points = [
-        (step, t, value)
-        for step, (drawn, values) in enumerate(
-            zip(history.series("regression/timesteps"), history.series(name), strict=True)
-        )
-        for t, value in zip(drawn, values, strict=True)
-    ]
+    steps = list(zip(history.series("regression/timesteps"), history.series(name), strict=True))
     for color, timestep in zip(STEP_COLORS, timesteps, strict=False):
-        own = [(step, value) for step, t, value in points if t == timestep]
-        if own:
-            steps, values = zip(*own, strict=True)
-            axis.scatter(steps, values, s=3, alpha=0.15, color=color, linewidths=0)
-            axis.plot(steps, _smooth(values), color=color, label=f"t = {timestep:g}")
+        drawn = {
+            number: [value for t, value in zip(*step, strict=True) if t == timestep]
+            for number, step in enumerate(steps, start=1)
+        }
+        means = {number: sum(values) / len(values) for number, values in drawn.items() if values}
+        axis.plot(means.keys(), _smooth(list(means.values())), color=color, label=f"t = {timestep:g}")
 
 
 def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
