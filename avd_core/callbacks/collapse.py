@@ -119,7 +119,7 @@ class CollapseMonitor(Callback):
         variance_range: tuple[float, float] = (0.5, 3.0),
         saturation_range: tuple[float, float] = (0.8, 1.15),
         min_weight: float = 0.05,
-        max_gradient_ratio: float = 1.0,
+        max_gradient_ratio: float = 2.0,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")

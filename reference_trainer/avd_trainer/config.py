@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import YAMLError
@@ -29,7 +29,7 @@ class ShapesData(_Section):
     kind: Literal["shapes"] = "shapes"
     clips: int = Field(default=1024, ge=2)
     """Number of clips to train on."""
-    held_out: int = Field(default=128, ge=2)
+    held_out: int = Field(default=768, ge=2)
     """Number of further clips that only evaluation sees."""
     seed: int = Field(default=0, ge=0)
     """Which clips. Data and training have separate seeds, so runs can differ in one alone."""
@@ -71,6 +71,15 @@ class ScoreTimestepsConfig(_Section):
         return self
 
 
+class EvaluationConfig(_Section):
+    """How a demo measures what came out."""
+
+    samples: int = Field(default=144, ge=2)
+    """Clips per model, and real clips to compare with."""
+    teacher_steps: int = Field(default=25, ge=1)
+    """Euler steps of the teacher."""
+
+
 class TrainConfig(_Section):
     """A distillation run: Algorithm 1 of the paper."""
 
@@ -104,6 +113,8 @@ class TrainConfig(_Section):
     """Decay of the average of the student's weights, which is what is saved and sampled from."""
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What ``avd demo`` measures."""
 
     @model_validator(mode="after")
     def _check_few_steps(self) -> Self:
@@ -170,8 +181,13 @@ def load_config(kind: type[Config], source: str, overrides: list[str] | None = N
         ConfigError: With one line per wrong field.
     """
     try:
-        config = OmegaConf.merge(OmegaConf.create(_read(kind, source)), OmegaConf.from_dotlist(list(overrides or [])))
+        config = OmegaConf.create(_read(kind, source))
+        if not isinstance(config, DictConfig):
+            raise ConfigError(f"{source}: expected keys and values, got a list.")
+        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(config, resolve=True)
+    except ConfigError:
+        raise
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: {error}") from error
     return validate(kind, values, source)

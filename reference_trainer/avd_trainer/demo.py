@@ -19,9 +19,6 @@ from avd_trainer.rollout import DrawNoise, few_step_rollout, sample_teacher
 from avd_trainer.runs import claim_folder, train, write_json
 from avd_trainer.trainer import Trainer
 
-SAMPLES = 96
-TEACHER_STEPS = 25
-
 
 def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
     """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
@@ -40,18 +37,19 @@ def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
     embed = build_text_embedding(teacher)
     clips, held_out = load_clips(config.data, codec)
     shape = clips.latents.shape[1:]
+    samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
     # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
-    captions = [clips.captions[i % len(clips)] for i in range(SAMPLES)]
+    captions = [clips.captions[i % len(clips)] for i in range(samples)]
     text = embed(captions)
 
-    latents = {"real": clips.latents[:SAMPLES]}
-    with progress("teacher samples", TEACHER_STEPS) as bar:
+    latents = {"real": clips.latents[:samples]}
+    with progress("teacher samples", teacher_steps) as bar:
         latents["teacher"] = sample_teacher(
             teacher,
             text,
             shape,
             _same_noise(),
-            steps=TEACHER_STEPS,
+            steps=teacher_steps,
             guidance_scale=config.guidance_scale,
             on_step=bar.advance,
         )
