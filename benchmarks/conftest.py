@@ -1,0 +1,24 @@
+"""Writes the medians of a benchmark run, as ratios, with what they were measured on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from environment import environment
+
+RESULTS = Path(__file__).parent / "results" / "losses-cpu.json"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    medians = {b.params["name"]: b.stats.median for b in session.benchmarks} if session else {}
+    if "mse_loss" not in medians:
+        return
+    rows = {
+        name: {"median_ms": round(1000 * median, 3), "ratio_to_mse_loss": round(median / medians["mse_loss"], 2)}
+        for name, median in medians.items()
+    }
+    for name, row in rows.items():
+        terminalreporter.write_line(f"{name:30} {row['median_ms']:8.2f} ms  {row['ratio_to_mse_loss']:6.2f} x mse_loss")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"command": "make bench", **environment(), "results": rows}, indent=2) + "\n")
