@@ -71,11 +71,11 @@ class GradientBalance(nn.Module):
             LossOutput: ``loss`` is the regression's loss, scaled where a target is set; metrics ``gradient_ratio``
             (before scaling) and ``scale``, scalars.
         """
-        for name, tensor in (("regression_output", regression_output), ("matching_output", matching_output)):
-            check_floating(name, tensor)
-        current = torch.stack(
-            [_squared_norm(regression_loss, regression_output), _squared_norm(matching_loss, matching_output)]
-        ).to(self.means.dtype)
+        squared_norms = [
+            _squared_norm("regression", regression_loss, regression_output),
+            _squared_norm("matching", matching_loss, matching_output),
+        ]
+        current = torch.stack(squared_norms).to(self.means.dtype)
         if self.sync_ranks and (ranks := world_size(self.process_group)) > 1:
             current = sum_over_ranks(current, self.process_group) / ranks
         if self.training:
@@ -99,6 +99,14 @@ class GradientBalance(nn.Module):
         self.calls.add_(finite)
 
 
-def _squared_norm(loss: Tensor, output: Tensor) -> Tensor:
-    (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
+def _squared_norm(name: str, loss: Tensor, output: Tensor) -> Tensor:
+    check_floating(f"{name}_output", output)
+    gradient = None
+    if loss.requires_grad and output.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
+    if gradient is None:
+        raise ValueError(
+            f"{name}_loss has no gradient with respect to {name}_output. Pass the very tensor that the generator "
+            "returned and the loss was computed from, with gradients enabled and before backward()."
+        )
     return gradient.float().square().sum()

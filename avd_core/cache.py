@@ -197,7 +197,7 @@ class LossMeanCache(nn.Module):
         if timesteps.device.type != "cpu" or torch.compiler.is_compiling():
             return
         low, high = self._range
-        outside = (timesteps < low - self._tolerance) | (timesteps > high + self._tolerance)
+        outside = ~((timesteps >= low - self._tolerance) & (timesteps <= high + self._tolerance))  # NaN is outside too
         if bool(outside.any()):
             raise ValueError(
                 f"timesteps {timesteps[outside].tolist()[:4]} lie outside the cache's grid [{low:g}, {high:g}]. "

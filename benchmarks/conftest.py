@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "losses-cpu.json"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from environment import environment
 
 from avd_trainer.config import TrainConfig, load_config
 from avd_trainer.demo import run_demo
 from avd_trainer.evaluation import ClipMetrics
+from environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "demo-seeds.json"
 

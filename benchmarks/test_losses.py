@@ -1,7 +1,7 @@
 """Forward and backward of the losses on one Wan2.1 latent of 832x480x81, beside torch's own mean squared error.
 
-Run with ``make bench``. Every row is measured in the same run; the column in parentheses is the ratio to ``mse_loss`` where
-that is the fastest, and benchmarks/results/losses-cpu.json has all medians.
+Run with ``make bench``. All rows are measured in one run; benchmarks/results/losses-cpu.json gets the medians and their
+ratios to ``mse_loss``.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ TIMESTEPS = torch.tensor([900])
 regression = AdaptiveRegressionLoss(LossMeanCache((1000, 900, 757, 522)))
 # A floor that these samples are above, so that the gradient is a real one.
 motion = ClippedTemporalVarianceLoss(floor=-5.0)
-motion_BFCHW = ClippedTemporalVarianceLoss(floor=-5.0, frame_dim=1)
+motion_frames_first = ClippedTemporalVarianceLoss(floor=-5.0, frame_dim=1)
 matching = DistributionMatchingLoss()
 
 
@@ -48,7 +48,7 @@ LOSSES: dict[str, Callable[[], Tensor]] = {
     "mse_loss": lambda: F.mse_loss(X, Y),
     "regression": lambda: regression(X, Y, TIMESTEPS).loss,
     "motion": lambda: motion(X).loss,
-    "motion, frame_dim=1": lambda: motion_BFCHW(X_BFCHW).loss,
+    "motion, frame_dim=1": lambda: motion_frames_first(X_BFCHW).loss,
     "matching": lambda: matching(X, Y, Z).loss,
     "motion, plain eager": eager_motion,
     "motion, plain eager float64": eager_motion_float64,

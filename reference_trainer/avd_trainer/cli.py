@@ -15,9 +15,9 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from avd_core import NonFiniteError
-from avd_trainer.config import TeacherConfig, TrainConfig, load_config
+from avd_trainer.config import TeacherConfig, TrainConfig, VideosData, load_config
 from avd_trainer.errors import UserError
-from avd_trainer.progress import console, progress
+from avd_trainer.progress import ProgressBar, console
 
 app = typer.Typer(
     help="Distil video models into few-step students that keep their colours and their motion.",
@@ -69,12 +69,8 @@ def demo(
 ) -> None:
     """Distil two tiny students, by DMD alone and with AVD, and compare them in pictures and numbers."""
     with _readable_errors():
-        overrides = _overrides(set_, max_steps)
-        preset = "tiny"
-        config = load_config(TrainConfig, preset, overrides)
+        config = load_config(TrainConfig, "tiny", _overrides(set_, max_steps))
         if videos is not None:
-            from avd_trainer.config import VideosData
-
             config = config.model_copy(update={"data": VideosData(path=videos)})
         from avd_trainer.demo import run_demo
 
@@ -103,7 +99,7 @@ def train_teacher(
 
         claim_folder(output, must_be_new=True)
         trainer = TeacherTrainer(config)
-        with progress("teacher", config.max_steps) as bar:
+        with ProgressBar("teacher", config.max_steps) as bar:
             for loss in trainer.run():
                 bar.advance({"loss": loss})
         with trainer.ema.average_parameters(), torch.no_grad():

@@ -13,7 +13,7 @@ from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.sources import load_clips
 from avd_trainer.evaluation import ClipMetrics, evaluate
 from avd_trainer.models import build_text_embedding, load_transformer
-from avd_trainer.progress import progress
+from avd_trainer.progress import ProgressBar
 from avd_trainer.report import save_gif, save_report
 from avd_trainer.rollout import DrawNoise, few_step_rollout, sample_teacher
 from avd_trainer.runs import claim_folder, train, write_json
@@ -43,7 +43,7 @@ def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
     text = embed(captions)
 
     latents = {"real": clips.latents[:samples]}
-    with progress("teacher samples", teacher_steps) as bar:
+    with ProgressBar("teacher samples", teacher_steps) as bar:
         latents["teacher"] = sample_teacher(
             teacher,
             text,

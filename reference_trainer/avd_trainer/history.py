@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class History:
         step: dict[str, Value] = {"step": len(self.steps) + 1}
         step |= {name: value.tolist() for name, value in metrics.items()}
         self.steps.append(step)
-        self._file.write(json.dumps(step) + "\n")
+        self._file.write(json.dumps({name: _finite(value) for name, value in step.items()}) + "\n")
         self._file.flush()
         return step
 
@@ -38,3 +39,10 @@ class History:
     def series(self, name: str) -> list[Value]:
         """The values of one metric over steps; empty if it was never recorded."""
         return [step[name] for step in self.steps if name in step]
+
+
+def _finite(value: Value) -> Value | list[float | None] | None:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, list):
+        return [number if math.isfinite(number) else None for number in value]
+    return value if math.isfinite(value) else None

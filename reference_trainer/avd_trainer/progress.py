@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -25,7 +24,12 @@ console = Console(stderr=True)
 
 
 class ProgressBar:
-    """Counts one piece of work; made by :func:`progress`."""
+    """Shows the progress of one piece of work on standard error; a context manager.
+
+    Args:
+        description: What is done.
+        total: How often :meth:`advance` will be called.
+    """
 
     def __init__(self, description: str, total: int) -> None:
         self._description, self._total, self._done = description, total, 0
@@ -69,10 +73,3 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-@contextmanager
-def progress(description: str, total: int) -> Iterator[ProgressBar]:
-    """Show the progress of ``total`` pieces of work on standard error."""
-    with ProgressBar(description, total) as bar:
-        yield bar

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from avd_trainer.config import TrainConfig, save_config
+from avd_trainer.config import save_config
 from avd_trainer.errors import UserError
 from avd_trainer.history import History
-from avd_trainer.progress import progress
+from avd_trainer.progress import ProgressBar
 from avd_trainer.trainer import Trainer
 
 SHOWN = {
@@ -45,7 +45,7 @@ def train(trainer: Trainer, folder: Path, description: str = "train") -> History
     save_config(trainer.config, folder / "config.yaml")
     history = History(folder / "metrics.jsonl")
     try:
-        with progress(description, trainer.config.max_steps) as bar:
+        with ProgressBar(description, trainer.config.max_steps) as bar:
             for metrics in trainer.run():
                 values = history.append(metrics)
                 bar.advance({short: v for name, short in SHOWN.items() if isinstance(v := values.get(name), float)})
@@ -61,8 +61,3 @@ def write_json(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=2) + "\n")
     os.replace(part, path)
-
-
-def describe(config: TrainConfig) -> str:
-    """One line for the log."""
-    return f"{config.max_steps} generator updates, batch {config.batch_size}, seed {config.seed}"

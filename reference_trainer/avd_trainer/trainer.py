@@ -79,7 +79,7 @@ class Trainer:
         self.ema = EMACallback(self.student.parameters(), config.ema_decay)
         regression = config.objective.regression
         self.monitor = CollapseMonitor(
-            LatentStatistics.measure(clips.latents), regression_weight=regression and regression.weight
+            LatentStatistics.measure(clips.latents), regression_weight=None if regression is None else regression.weight
         )
         # The guard comes first: what it skips, the others never see.
         self.callbacks = CallbackList(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from avd_trainer.config import ArchitectureConfig, TrainConfig
 from avd_trainer.data.latents import CaptionedLatents
 from avd_trainer.data.text import HashTextEmbedding

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
+
 from avd_trainer.cli import app
 from avd_trainer.config import TrainConfig, load_config
 from avd_trainer.models import load_transformer
 from avd_trainer.rollout import predict_velocity
-from PIL import Image
-from typer.testing import CliRunner
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
 FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]

@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
-from avd_trainer.data.codec import COEFFICIENTS, BlockDCTCodec
-from avd_trainer.data.shapes import MovingShapes
 from hypothesis import given
 from hypothesis import strategies as st
+
+from avd_trainer.data.codec import COEFFICIENTS, BlockDCTCodec
+from avd_trainer.data.shapes import MovingShapes
 
 CODEC = BlockDCTCodec()
 IN_TIME = [channel for channel, (_, kt, _, _) in enumerate(COEFFICIENTS) if kt]

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from avd_trainer.config import ConfigError, ShapesData, TeacherConfig, TrainConfig, load_config, presets, save_config
 
 from avd_core import AVDConfig
+from avd_trainer.config import ConfigError, ShapesData, TeacherConfig, TrainConfig, load_config, presets, save_config
 
 
 @pytest.mark.parametrize("name", presets(TrainConfig))

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+
 from avd_trainer.evaluation import energy_distance, evaluate, hsv_saturation
 
 

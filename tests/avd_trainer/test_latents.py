@@ -2,12 +2,13 @@ from itertools import islice
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
 from avd_trainer.config import ShapesData
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents, shuffled_indices
 from avd_trainer.data.sources import load_clips
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 @given(length=st.integers(1, 30), batch_size=st.integers(1, 12), seed=st.integers(0, 9))

@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from avd_trainer.rollout import few_step_rollout, guided_velocity, sample_teacher
 from torch import Tensor
+
+from avd_trainer.rollout import few_step_rollout, guided_velocity, sample_teacher
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 SHAPE = (2, 3, 2, 2)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from avd_trainer.data.shapes import BACKGROUND_COLORS, DIRECTIONS, SHAPE_COLORS, MovingShapes
 
 

@@ -1,6 +1,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+from avd_core import derive_floor
 from avd_trainer.config import ShapesData, TeacherConfig, TrainConfig, load_config
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents, encode_shapes
@@ -9,9 +12,6 @@ from avd_trainer.evaluation import energy_distance
 from avd_trainer.models import build_text_embedding, load_transformer
 from avd_trainer.rollout import predict_velocity, sample_teacher, schedule
 from avd_trainer.teacher import TeacherTrainer
-from torch import Tensor
-
-from avd_core import derive_floor
 
 CLIPS = 72
 PRESET = load_config(TrainConfig, "tiny")

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from avd_trainer.data.text import HashTextEmbedding
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from avd_core import NonFiniteError
 from avd_trainer.config import TrainConfig, load_config
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents
 from avd_trainer.data.sources import load_clips
 from avd_trainer.models import build_text_embedding, load_transformer
 from avd_trainer.trainer import Trainer
-from torch import Tensor
-
-from avd_core import NonFiniteError
 
 MakeTrainer = Callable[..., Trainer]
 

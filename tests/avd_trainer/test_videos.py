@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+
 from avd_trainer.config import VideosData
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.sources import load_clips

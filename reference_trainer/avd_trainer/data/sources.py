@@ -11,7 +11,7 @@ from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents, encode_shapes
 from avd_trainer.data.shapes import MovingShapes
 from avd_trainer.data.videos import load_videos, video_files
-from avd_trainer.progress import progress
+from avd_trainer.progress import ProgressBar
 
 
 class Clips(NamedTuple):
@@ -32,9 +32,9 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec) -> Clips:
     if isinstance(config, ShapesData):
         train = MovingShapes(config.clips, seed=2 * config.seed)
         held_out = MovingShapes(config.held_out, seed=2 * config.seed + 1)
-        with progress("clips", len(train) + len(held_out)) as bar:
+        with ProgressBar("clips", len(train) + len(held_out)) as bar:
             return Clips(encode_shapes(train, codec, bar.advance), encode_shapes(held_out, codec, bar.advance))
-    with progress("videos", len(video_files(config.path))) as bar:
+    with ProgressBar("videos", len(video_files(config.path))) as bar:
         clips = load_videos(config.path, codec, on_file=bar.advance)
     is_held_out = torch.arange(len(clips)) % 4 == 3
     if not is_held_out.any():
