@@ -3,7 +3,19 @@ GPU."""
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
+
+
+def check_number(
+    name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
+) -> None:
+    """A finite option within its range."""
+    if not (math.isfinite(value) and value > above and at_least <= value < below):
+        bounds = {"above": above, "at least": at_least, "below": below}
+        wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))
+        raise ValueError(f"{name} must be a finite number{wanted and ' ' + wanted}, got {value}.")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from avd_core._checks import check_floating
+from avd_core._checks import check_floating, check_number
 from avd_core._distributed import sum_over_ranks, world_size
 from avd_core.output import LossOutput
 
@@ -43,10 +43,9 @@ class GradientBalance(nn.Module):
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        if target is not None and not target > 0:
-            raise ValueError(f"target must be positive or None, got {target}.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        if target is not None:
+            check_number("target", target, above=0)
+        check_number("decay", decay, at_least=0, below=1)
         self.target = target
         self.decay = decay
         self.sync_ranks = sync_ranks
@@ -69,30 +68,43 @@ class GradientBalance(nn.Module):
 
         Returns:
             LossOutput: ``loss`` is the regression's loss, scaled where a target is set; metrics ``gradient_ratio``
-            (before scaling) and ``scale``, scalars.
+            (before scaling; NaN before the first call, infinite without a matching gradient) and ``scale``, scalars.
+
+        Raises:
+            TypeError: If an output is not floating.
+            ValueError: In training mode, if a loss has no gradient with respect to its output.
         """
-        squared_norms = [
-            _squared_norm("regression", regression_loss, regression_output),
-            _squared_norm("matching", matching_loss, matching_output),
-        ]
-        current = torch.stack(squared_norms).to(self.means.dtype)
-        if self.sync_ranks and (ranks := world_size(self.process_group)) > 1:
-            current = sum_over_ranks(current, self.process_group) / ranks
+        self.check_inputs(regression_loss, regression_output, matching_loss, matching_output)
         if self.training:
-            self._record(current)
-        tiny = torch.finfo(self.means.dtype).tiny
-        ratio = (self.means[0] / self.means[1].clamp_min(tiny)).sqrt()
-        scale = torch.ones_like(ratio) if self.target is None else self._scale(ratio)
+            regression = _squared_norm("regression", regression_loss, regression_output)
+            matching = _squared_norm("matching", matching_loss, matching_output)
+            self._record(torch.stack([regression, matching]).to(self.means.dtype))
+        ratio = (self.means[0] / self.means[1]).sqrt()
+        # A side without gradient (a term at zero, no finite call yet) gives nothing to hold a ratio to.
+        usable = ratio.isfinite() & (ratio > 0) & (self.target is not None)
+        scale = torch.where(usable, (self.target or 0.0) / ratio, torch.ones_like(ratio))
         return LossOutput(regression_loss * scale, {"gradient_ratio": ratio, "scale": scale})
 
-    def _scale(self, ratio: Tensor) -> Tensor:
-        assert self.target is not None
-        # No gradient yet on one side (a first call that was not finite, a term at zero): leave the loss alone.
-        usable = ratio.isfinite() & (ratio > 0)
-        return torch.where(usable, self.target / ratio.clamp_min(1e-12), torch.ones_like(ratio))
+    def check_inputs(
+        self,
+        regression_loss: Tensor | None,
+        regression_output: Tensor,
+        matching_loss: Tensor,
+        matching_output: Tensor,
+    ) -> None:
+        """Raise what :meth:`forward` would, without computing anything; a loss that is yet to come may be None."""
+        for name, loss, output in (
+            ("regression", regression_loss, regression_output),
+            ("matching", matching_loss, matching_output),
+        ):
+            check_floating(f"{name}_output", output)
+            if self.training and not (output.requires_grad and (loss is None or loss.requires_grad)):
+                raise ValueError(_not_connected(name))
 
     @torch.no_grad()
     def _record(self, current: Tensor) -> None:
+        if self.sync_ranks and (ranks := world_size(self.process_group)) > 1:
+            current = sum_over_ranks(current, self.process_group) / ranks
         finite = current.isfinite().all()
         moved = torch.where(self.calls > 0, torch.lerp(current, self.means, self.decay), current)
         self.means.copy_(torch.where(finite, moved, self.means))
@@ -100,13 +112,14 @@ class GradientBalance(nn.Module):
 
 
 def _squared_norm(name: str, loss: Tensor, output: Tensor) -> Tensor:
-    check_floating(f"{name}_output", output)
-    gradient = None
-    if loss.requires_grad and output.requires_grad:
-        (gradient,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
+    (gradient,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
     if gradient is None:
-        raise ValueError(
-            f"{name}_loss has no gradient with respect to {name}_output. Pass the very tensor that the generator "
-            "returned and the loss was computed from, with gradients enabled and before backward()."
-        )
+        raise ValueError(_not_connected(name))
     return gradient.float().square().sum()
+
+
+def _not_connected(name: str) -> str:
+    return (
+        f"{name}_loss has no gradient with respect to {name}_output. Pass the very tensor that the generator returned "
+        "and the loss was computed from, with gradients enabled and before backward()."
+    )

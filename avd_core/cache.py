@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from avd_core._checks import check_floating, check_same_device, check_timesteps
+from avd_core._checks import check_floating, check_number, check_same_device, check_timesteps
 from avd_core._distributed import sum_over_ranks, world_size
 
 CacheOrder = Literal["weight_first", "update_first"]
@@ -33,7 +33,8 @@ class LossMeanCache(nn.Module):
     - *Several ranks*: nothing to do, sums and counts are added over ranks before they are divided. All ranks must
       call equally often. ``sync_ranks=False`` keeps a cache per process.
     - *Gradient accumulation*: construct with ``auto_update=False`` and call :meth:`update` once per optimizer step.
-      All micro-batches of the step are then weighted by the same means.
+      All micro-batches of the step are then weighted by the same means. Keep the cache out of modules that DDP wraps,
+      which would overwrite the running iteration of all ranks but the first, or pass it ``broadcast_buffers=False``.
 
     In evaluation mode (``cache.eval()``) means are read and never changed, like the statistics of a batch norm.
 
@@ -78,8 +79,7 @@ class LossMeanCache(nn.Module):
         steps = [b - a for a, b in pairwise(grid)]
         if not all(map(math.isfinite, grid)) or not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
             raise ValueError(f"timesteps must be finite and strictly rising or strictly falling, got {grid}.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        check_number("decay", decay, at_least=0, below=1)
         if order not in ("weight_first", "update_first"):
             raise ValueError(f"order must be 'weight_first' or 'update_first', got {order!r}.")
         if order == "update_first" and not auto_update:
@@ -126,8 +126,8 @@ class LossMeanCache(nn.Module):
             losses: ``[B]``, floating, unweighted.
 
         Returns:
-            ``[B]`` float32: what each loss is to be compared with. For an entry without a mean it is the loss itself,
-            so that the deviation is 0.
+            ``[B]``, float32 at least: what each loss is to be compared with. For an entry without a mean it is the loss
+            itself, so that the deviation is 0.
 
         Raises:
             TypeError: If ``losses`` is not floating.
@@ -141,7 +141,7 @@ class LossMeanCache(nn.Module):
         check_same_device("the cache", self.means, "losses", losses)
         self._check_range(timesteps)
         index = (timesteps.to(self.timesteps.dtype).unsqueeze(1) - self.timesteps).abs().argmin(dim=1)
-        losses = losses.to(self.means.dtype)
+        losses = losses.to(torch.promote_types(losses.dtype, self.means.dtype))
         if self.training and self.order == "update_first":
             self._record(index, losses)
             return self._read(index, losses)
@@ -181,9 +181,10 @@ class LossMeanCache(nn.Module):
         )
 
     def _read(self, index: Tensor, losses: Tensor) -> Tensor:
-        return torch.where(self.seen[index], self.means[index], losses)
+        return torch.where(self.seen[index], self.means[index].to(losses.dtype), losses)
 
     def _record(self, index: Tensor, losses: Tensor) -> None:
+        losses = losses.to(self.pending.dtype)
         finite = losses.isfinite()
         values = torch.stack([torch.where(finite, losses, 0.0), finite.to(losses.dtype)])
         # One-hot rather than scatter_add: the grid is tiny, and on CUDA atomics would make the sums irreproducible.

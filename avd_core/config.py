@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -28,6 +28,12 @@ class RegressionConfig(_Section):
     auto_update: bool = True
     """Whether each call is an iteration. False with gradient accumulation, see :class:`LossMeanCache`."""
 
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.order == "update_first" and not self.auto_update:
+            raise ValueError("order='update_first' needs auto_update=True")
+        return self
+
 
 class MotionConfig(_Section):
     """Options of :class:`ClippedTemporalVarianceLoss`."""
@@ -38,7 +44,7 @@ class MotionConfig(_Section):
     """Truncation, in nats, for Wan2.1's latents. Paper: 0.6 (tried: 1.2, 1.0, 0.6, 0.4). Released code: 0.8."""
     eps: float = Field(default=1e-6, gt=0)
     """``eps`` of Eq. 8."""
-    frame_dim: int = 2
+    frame_dim: Literal[1, 2] = 2
     """Dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``."""
     sync_ranks: bool = False
     """Whether the expectation runs over the samples of all ranks."""
@@ -66,6 +72,8 @@ class AVDConfig(_Section):
         steps = [b - a for a, b in pairwise(self.timesteps)]
         if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
             raise ValueError(f"timesteps must be strictly falling or strictly rising, got {self.timesteps}")
+        if self.gradient_ratio is not None and self.regression is None:
+            raise ValueError("gradient_ratio needs a regression whose gradient it could hold")
         return self
 
     @classmethod

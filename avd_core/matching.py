@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avd_core._checks import check_batched, check_same_shape
+from avd_core._checks import check_batched, check_number, check_same_shape
 from avd_core.output import LossOutput
 
 
@@ -81,7 +81,5 @@ def distribution_matching_loss(
 
 
 def _check_options(weight: float, eps: float) -> None:
-    if not weight >= 0:
-        raise ValueError(f"weight must be at least 0, got {weight}.")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}.")
+    check_number("weight", weight, at_least=0)
+    check_number("eps", eps, above=0)

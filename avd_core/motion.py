@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from avd_core._checks import check_batched, check_floating
+from avd_core._checks import check_batched, check_floating, check_number
 from avd_core._distributed import sum_over_ranks, world_size
 from avd_core.output import LossOutput
 
@@ -84,7 +85,7 @@ def clipped_temporal_variance_loss(
         \mathcal{L} = w_\mathrm{temp} \max(-\log(\mathbb{E}_x[\mathrm{Var}_t(x)] + \epsilon), \mathrm{floor})
 
     The variance runs along frames and divides by their number. The loss is continuous; at or below the floor its
-    gradient is exactly 0. The paper drops the term there instead, which has the same gradient.
+    gradient is exactly 0. The released code drops the term there instead: the same gradient, but the logged loss jumps.
 
     Args:
         x_0: ``[B, C, F, H, W]`` generated clean samples, floating, with gradient. Any other shape with at least two
@@ -132,6 +133,13 @@ def temporal_variance(x_0: Tensor, frame_dim: int = 2) -> Tensor:
     Raises:
         TypeError, ValueError: As :func:`clipped_temporal_variance_loss`.
     """
+    check_frames(x_0, frame_dim)
+    variance: Tensor = _TemporalVariance.apply(x_0, frame_dim % x_0.ndim)  # type: ignore[no-untyped-call]
+    return variance
+
+
+def check_frames(x_0: Tensor, frame_dim: int) -> None:
+    """Raise what :func:`temporal_variance` would, without computing anything."""
     check_floating("x_0", x_0)
     check_batched("x_0", x_0)
     if not -x_0.ndim < frame_dim < x_0.ndim or frame_dim == 0:
@@ -144,11 +152,6 @@ def temporal_variance(x_0: Tensor, frame_dim: int = 2) -> Tensor:
             f"The temporal variance needs at least 2 frames, got {frames} in dimension {frame_dim} of "
             f"{list(x_0.shape)}. Images have no motion to measure; for [B, F, C, H, W] pass frame_dim=1."
         )
-    frame_dim %= x_0.ndim
-    # [outer, F, inner]: a view whenever the layout allows it.
-    x_OFI = x_0.reshape(math.prod(x_0.shape[:frame_dim]), frames, -1)
-    variance: Tensor = _TemporalVariance.apply(x_OFI)  # type: ignore[no-untyped-call]
-    return variance
 
 
 def derive_floor(x_0: Tensor, frame_dim: int = 2, *, margin: float = 0.0) -> float:
@@ -174,51 +177,56 @@ def derive_floor(x_0: Tensor, frame_dim: int = 2, *, margin: float = 0.0) -> flo
 
 
 class _TemporalVariance(torch.autograd.Function):
-    """Mean over ``[O, F, I]`` of the squared deviation from the mean over F, in pieces.
+    """Mean squared deviation from the mean over frames, worked through in pieces.
 
     torch.var along a middle dimension is not vectorised on CPUs, and autograd would keep or write full-size
     temporaries. The derivative is simple: ``2 (x - mean) / numel``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_OFI: Tensor) -> Tensor:
-        mean = x_OFI.mean(dim=1, keepdim=True, dtype=torch.promote_types(x_OFI.dtype, torch.float32))
-        dim, pieces = _pieces(x_OFI)
-        squares = [
-            (x - m).square_().sum() for x, m in zip(x_OFI.chunk(pieces, dim), mean.chunk(pieces, dim), strict=True)
-        ]
-        ctx.save_for_backward(x_OFI, mean)
-        return torch.stack(squares).sum() / x_OFI.numel()
+    def forward(ctx: Any, x_0: Tensor, frame_dim: int) -> Tensor:
+        mean = x_0.mean(dim=frame_dim, keepdim=True, dtype=torch.promote_types(x_0.dtype, torch.float32))
+        squares = [(x - m).square_().sum() for x, m in _pieces(frame_dim, x_0, mean)]
+        ctx.save_for_backward(x_0, mean)
+        ctx.frame_dim = frame_dim
+        return torch.stack(squares).sum() / x_0.numel()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> Tensor:
-        x_OFI, mean = ctx.saved_tensors
-        scale = grad_output * (2.0 / x_OFI.numel())
-        same_dtype = x_OFI.dtype == mean.dtype
-        gradient = torch.addcmul(mean * -scale, x_OFI, scale) if same_dtype else (x_OFI - mean) * scale
-        return gradient.to(x_OFI.dtype)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        x_0, mean = ctx.saved_tensors
+        scale = grad_output * (2.0 / x_0.numel())
+        if x_0.dtype == mean.dtype:
+            return torch.addcmul(mean * -scale, x_0, scale), None
+        gradient = torch.empty_like(x_0)
+        for x, m, out in _pieces(ctx.frame_dim, x_0, mean, gradient):
+            out.copy_((x - m) * scale)
+        return gradient, None
 
 
-def _pieces(x_OFI: Tensor) -> tuple[int, int]:
-    """The dimension to split and into how many pieces; a compiler fuses the temporaries away by itself."""
+def _pieces(frame_dim: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same part of each tensor, split along a dimension other than frames.
+
+    The first dimension with enough entries keeps the pieces contiguous where that is possible. A compiler fuses
+    temporaries away by itself and gets the whole.
+    """
     if torch.compiler.is_compiling():
-        return 0, 1
-    return (0 if x_OFI.shape[0] >= _PIECES else 2), _PIECES
+        return iter([tensors])
+    shape = tensors[0].shape
+    others = [dim for dim in range(len(shape)) if dim != frame_dim]
+    dim = next((d for d in others if shape[d] >= _PIECES), max(others, key=lambda d: shape[d]))
+    return zip(*(tensor.chunk(_PIECES, dim) for tensor in tensors), strict=True)
 
 
 def _mean_over_ranks(variance: Tensor, count: int, ranks: int, group: ProcessGroup | None) -> Tensor:
     """The value of all ranks' samples with the gradient of this rank's, times ``ranks`` for the later average."""
     own = variance.detach()
-    total, total_count = sum_over_ranks(torch.stack([own * count, own.new_tensor(count)]), group).unbind()
+    total, total_count = sum_over_ranks(torch.stack([own * count, torch.full_like(own, count)]), group).unbind()
     share = count * ranks / total_count
     return total / total_count + (variance - own) * share
 
 
 def _check_options(floor: float, eps: float, weight: float) -> None:
-    if not math.isfinite(floor):
-        raise ValueError(f"floor must be finite, got {floor}.")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}.")
-    if not weight >= 0:
-        raise ValueError(f"weight must be at least 0, got {weight}.")
+    check_number("floor", floor)
+    check_number("eps", eps, above=0)
+    check_number("weight", weight, at_least=0)

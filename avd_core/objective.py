@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from avd_core.balance import GradientBalance
 from avd_core.cache import LossMeanCache
 from avd_core.config import AVDConfig
-from avd_core.motion import ClippedTemporalVarianceLoss
+from avd_core.motion import ClippedTemporalVarianceLoss, check_frames
 from avd_core.output import LossOutput
 from avd_core.regression import AdaptiveRegressionLoss
 
@@ -43,11 +43,10 @@ class AVDObjective(nn.Module):
         self.config = config = AVDConfig.paper() if config is None else config
         self.regression: AdaptiveRegressionLoss | None = None
         self.motion: ClippedTemporalVarianceLoss | None = None
-        self.balance: GradientBalance | None = None
+        self.balance = GradientBalance(config.gradient_ratio)
         if (r := config.regression) is not None:
             cache = LossMeanCache(config.timesteps, r.decay, order=r.order, auto_update=r.auto_update)
             self.regression = AdaptiveRegressionLoss(cache, r.sharpness, r.weight)
-            self.balance = GradientBalance(config.gradient_ratio)
         if (m := config.motion) is not None:
             self.motion = ClippedTemporalVarianceLoss(m.floor, m.eps, m.weight, m.frame_dim, sync_ranks=m.sync_ranks)
 
@@ -83,24 +82,24 @@ class AVDObjective(nn.Module):
             ValueError: If an argument of a part that is switched on is missing; otherwise as the parts do.
         """
         # All checks come first: a call that fails must not leave its losses in the cache.
-        self._check_presence(x_0, prediction, target, timesteps, matching_loss, matching_output)
+        self._check_inputs(x_0, prediction, target, timesteps, matching_loss, matching_output)
         outputs: dict[str, LossOutput] = {}
         metrics: dict[str, Tensor] = {}
-        if self.motion is not None:
-            outputs["motion"] = self.motion(x_0)
         if self.regression is not None:
             loss, regression_metrics = self.regression(prediction, target, timesteps)
-            if self.balance is not None and matching_loss is not None:
+            if matching_loss is not None:
                 loss, balance_metrics = self.balance(loss, prediction, matching_loss, matching_output)
                 metrics |= {f"balance/{name}": value for name, value in balance_metrics.items()}
             outputs["regression"] = LossOutput(loss, regression_metrics)
+        if self.motion is not None:
+            outputs["motion"] = self.motion(x_0)
         loss = torch.stack([output.loss for output in outputs.values()]).sum()
         for part, output in outputs.items():
             metrics |= {f"{part}/{name}": value for name, value in output.metrics.items()}
             metrics[f"{part}/loss"] = output.loss.detach()
         return LossOutput(loss, metrics)
 
-    def _check_presence(
+    def _check_inputs(
         self,
         x_0: Tensor | None,
         prediction: Tensor | None,
@@ -113,20 +112,26 @@ class AVDObjective(nn.Module):
             raise ValueError(
                 "AVDConfig leaves out both the regression and the motion term: there is nothing to compute."
             )
-        if self.regression is not None and (prediction is None or target is None or timesteps is None):
-            raise ValueError(
-                "The regression needs prediction, target and timesteps of real clips. Pass them, or leave the part out "
-                "with AVDConfig(regression=None)."
-            )
-        if self.motion is not None and x_0 is None:
-            raise ValueError(
-                "The motion term needs x_0, the generated samples. Pass them, or leave the part out with "
-                "AVDConfig(motion=None)."
-            )
         if (matching_loss is None) != (matching_output is None):
             raise ValueError("matching_loss and matching_output belong together: pass both or neither.")
-        if self.regression is not None and self.config.gradient_ratio is not None and matching_loss is None:
+        if self.config.gradient_ratio is not None and matching_loss is None:
             raise ValueError(
                 "AVDConfig(gradient_ratio=...) needs matching_loss and matching_output to compare with. Pass both, or "
                 "set gradient_ratio=None for the paper's constant weight."
             )
+        if self.regression is not None:
+            if prediction is None or target is None or timesteps is None:
+                raise ValueError(
+                    "The regression needs prediction, target and timesteps of real clips. Pass them, or leave the part "
+                    "out with AVDConfig(regression=None)."
+                )
+            self.regression.check_inputs(prediction, target, timesteps)
+            if matching_loss is not None and matching_output is not None:
+                self.balance.check_inputs(None, prediction, matching_loss, matching_output)
+        if self.motion is not None:
+            if x_0 is None:
+                raise ValueError(
+                    "The motion term needs x_0, the generated samples. Pass them, or leave the part out with "
+                    "AVDConfig(motion=None)."
+                )
+            check_frames(x_0, self.motion.frame_dim)

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from avd_core._checks import check_batched, check_floating, check_same_device, check_same_shape, check_timesteps
+from avd_core._checks import (
+    check_batched,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_same_shape,
+    check_timesteps,
+)
 from avd_core.cache import LossMeanCache
 from avd_core.output import LossOutput
 
@@ -24,7 +31,7 @@ class AdaptiveRegressionLoss(nn.Module):
     Args:
         cache: The means, shared with nobody else.
         sharpness: ``k`` of Eq. 7, at least 0; 0 switches the adaptation off. The paper's is 3.0.
-        weight: ``w_reg`` of Eq. 9, at least 0: the weight of a sample of average loss. The paper's is 2.0.
+        weight: ``w_reg`` of Eq. 9, at least 0. A sample of average loss has half of it. The paper's is 2.0.
 
     Example:
         >>> cache = LossMeanCache(timesteps=(1000, 900, 757, 522), decay=0.95)
@@ -59,12 +66,17 @@ class AdaptiveRegressionLoss(nn.Module):
             TypeError: For tensors that are not floating.
             ValueError: For shapes or devices that differ, an empty batch, timesteps that are not ``[B]``.
         """
-        check_same_shape("prediction", prediction, "target", target)
-        check_batched("prediction", prediction)
-        check_timesteps(timesteps, prediction)
+        self.check_inputs(prediction, target, timesteps)
         sample_losses = _sample_losses(prediction, target)
         means = self.cache(timesteps, sample_losses.detach())
         return _weigh(sample_losses, means, self.sharpness, self.weight)
+
+    def check_inputs(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> None:
+        """Raise what :meth:`forward` would, without computing or recording anything."""
+        check_same_shape("prediction", prediction, "target", target)
+        check_batched("prediction", prediction)
+        check_timesteps(timesteps, prediction)
+        check_same_device("the cache", self.cache.means, "prediction", prediction)
 
     def extra_repr(self) -> str:
         return f"sharpness={self.sharpness}, weight={self.weight}"
@@ -123,7 +135,5 @@ def _weigh(sample_losses: Tensor, means: Tensor, sharpness: float, weight: float
 
 
 def _check_options(sharpness: float, weight: float) -> None:
-    if not sharpness >= 0:
-        raise ValueError(f"sharpness must be at least 0, got {sharpness}.")
-    if not weight >= 0:
-        raise ValueError(f"weight must be at least 0, got {weight}.")
+    check_number("sharpness", sharpness, at_least=0)
+    check_number("weight", weight, at_least=0)

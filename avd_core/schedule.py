@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from avd_core._checks import check_floating, check_same_shape, check_timesteps
+from avd_core._checks import check_floating, check_number, check_same_shape, check_timesteps
 
 
 class FlowMatchingSchedule:
@@ -25,8 +25,7 @@ class FlowMatchingSchedule:
     """
 
     def __init__(self, num_train_timesteps: float = 1000) -> None:
-        if not num_train_timesteps > 0:
-            raise ValueError(f"num_train_timesteps must be positive, got {num_train_timesteps}.")
+        check_number("num_train_timesteps", num_train_timesteps, above=0)
         self.num_train_timesteps = num_train_timesteps
 
     def sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
@@ -69,8 +68,7 @@ def shift_timesteps(timesteps: Tensor, shift: float, num_train_timesteps: float 
         A tensor of the same shape and dtype; 0 and ``num_train_timesteps`` stay where they are.
     """
     check_floating("timesteps", timesteps)
-    if not shift > 0:
-        raise ValueError(f"shift must be positive, got {shift}.")
+    check_number("shift", shift, above=0)
     sigma = timesteps / num_train_timesteps
     return num_train_timesteps * shift * sigma / (1 + (shift - 1) * sigma)
 

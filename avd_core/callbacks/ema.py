@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from avd_core._checks import check_number
 from avd_core.callbacks.base import Callback, Metrics
 
 
@@ -39,8 +40,7 @@ class EMACallback(Callback):
         parameters = list(parameters)
         if not parameters:
             raise ValueError("EMACallback needs at least one parameter, got none.")
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}.")
+        check_number("decay", decay, at_least=0, below=1)
         self._average = ExponentialMovingAverage(parameters, decay=decay, use_num_updates=warmup)
 
     def after_step(self, step: int, metrics: Metrics) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from avd_core._distributed import sum_over_ranks, world_size
 from avd_core.callbacks.base import Callback, Metrics
@@ -60,7 +62,7 @@ class NonFiniteGuard(Callback):
         watched = {key: metrics[key] for key in self._keys if key in metrics}
         if not watched:
             raise ValueError(f"NonFiniteGuard needs one of the metrics {list(self._keys)}, got {sorted(metrics)}.")
-        bad = torch.stack([(~value.isfinite()).any().float() for value in watched.values()])
+        bad = torch.stack([(~_whole(value).isfinite()).any().float() for value in watched.values()])
         if self.sync_ranks and world_size(self.process_group) > 1:
             bad = sum_over_ranks(bad, self.process_group)
         ranks_by_key = {key: int(count) for key, count in zip(watched, bad.tolist(), strict=True) if count}
@@ -73,7 +75,7 @@ class NonFiniteGuard(Callback):
         if self.consecutive >= self.max_consecutive:
             raise NonFiniteError(
                 f"Step {step}: not finite: {what}; {self.consecutive} steps in a row. Lower the learning rate, "
-                "check the data of these steps, and go on from the last checkpoint."
+                "check the data of these steps, and resume from a checkpoint before them."
             )
         logger.warning("Step %d skipped, not finite: %s (%d in a row).", step, what, self.consecutive)
         return False
@@ -83,3 +85,8 @@ class NonFiniteGuard(Callback):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.skipped, self.consecutive = int(state_dict["skipped"]), int(state_dict["consecutive"])
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Gradient norms of FSDP2 models are sharded; every rank takes part in putting them together."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
