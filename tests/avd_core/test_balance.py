@@ -1,0 +1,203 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from avd_core import GradientBalance
+from helpers import assert_same_state, flatten, randn, state_of
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def call(balance, regression_gradient, matching_gradient):
+    """Two losses with the given gradients at their outputs."""
+    outputs = [torch.zeros_like(gradient).requires_grad_() for gradient in (regression_gradient, matching_gradient)]
+    losses = [
+        5.0 + (output * g).sum() for output, g in zip(outputs, (regression_gradient, matching_gradient), strict=True)
+    ]
+    return balance(losses[0], outputs[0], losses[1], outputs[1])
+
+
+def squared_norm(gradient):
+    return math.fsum(value**2 for value in flatten(gradient.tolist()))
+
+
+# --- The ratio
+
+
+@given(seeds, st.sampled_from([0.0, 0.5, 0.9]), st.integers(1, 5))
+def test_the_ratio_is_that_of_running_means_of_squared_norms(seed, decay, calls):
+    balance = GradientBalance(decay=decay)
+    means = None
+    for i in range(calls):
+        gradients = randn(seed + 2 * i, 2, 3), randn(seed + 2 * i + 1, 1, 4)
+        squares = [squared_norm(gradient) for gradient in gradients]
+        means = squares if means is None else [decay * m + (1 - decay) * s for m, s in zip(means, squares, strict=True)]
+        ratio = call(balance, *gradients).metrics["gradient_ratio"].item()
+        assert ratio == pytest.approx(math.sqrt(means[0] / means[1]), rel=1e-5)
+
+
+def test_without_a_target_the_loss_passes_unchanged():
+    loss, metrics = call(GradientBalance(), torch.tensor([3.0, 4.0]), torch.tensor([0.5]))
+    assert loss.item() == 5.0
+    assert metrics["gradient_ratio"].item() == pytest.approx(10.0)
+    assert metrics["scale"].item() == 1.0
+
+
+@given(seeds, st.floats(0.01, 10))
+def test_with_a_target_the_gradients_have_this_ratio(seed, target):
+    output = randn(seed, 3, dtype=torch.float32).requires_grad_()
+    other = randn(seed + 1, 3, dtype=torch.float32).requires_grad_()
+    matching_loss = (other**2).sum()
+    loss, metrics = GradientBalance(target)((output**4).sum(), output, matching_loss, other)
+    held, matching = torch.autograd.grad(loss, output)[0], torch.autograd.grad(matching_loss, other)[0]
+    assert (held.norm() / matching.norm()).item() == pytest.approx(target, rel=1e-4)
+    assert (metrics["scale"] * metrics["gradient_ratio"]).item() == pytest.approx(target, rel=1e-5)
+
+
+def test_the_scale_is_a_constant_of_the_loss():
+    # A scale with a gradient would let the student lower its loss by making its gradient large.
+    weight = torch.tensor(3.0, requires_grad=True)
+    output, other = weight * torch.ones(2), torch.ones(2, requires_grad=True)
+    loss, metrics = GradientBalance(0.5)((output**3).sum(), output, other.sum(), other)
+    assert not any(value.requires_grad for value in metrics.values())
+    expected = metrics["scale"] * 2 * 3 * weight.detach() ** 2
+    torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
+
+
+def test_one_extreme_sample_moves_the_ratio_little():
+    balance = GradientBalance(decay=0.9)
+    for _ in range(20):
+        call(balance, torch.ones(1), torch.ones(1))
+    assert call(balance, 10 * torch.ones(1), torch.ones(1)).metrics["gradient_ratio"].item() < 3.4  # not 10
+
+
+# --- Beside a training loop
+
+
+def test_both_losses_can_be_passed_to_backward_afterwards():
+    generator = nn.Linear(3, 2)
+    regression_output, matching_output = generator(randn(0, 4, 3).float()), generator(randn(1, 4, 3).float())
+    losses = regression_output.square().mean(), matching_output.abs().mean()
+    loss, _ = GradientBalance(1.0)(losses[0], regression_output, losses[1], matching_output)
+    (loss + losses[1]).backward()
+    assert generator.weight.grad.isfinite().all()
+
+
+def test_no_pass_through_the_generator_is_added():
+    passes = []
+    weight = torch.ones(2, requires_grad=True)
+    weight.register_hook(passes.append)
+    outputs = [2 * weight, 3 * weight]
+    loss, _ = GradientBalance(1.0)(outputs[0].sum(), outputs[0], outputs[1].sum(), outputs[1])
+    assert not passes
+    loss.backward()
+    assert len(passes) == 1
+
+
+def test_evaluation_mode_reads_only():
+    balance = GradientBalance(2.0)
+    assert call(balance.eval(), torch.ones(2), torch.ones(2)).metrics["scale"].item() == 1.0  # nothing measured yet
+    call(balance.train(), 2 * torch.ones(2), torch.ones(2))
+    before = state_of(balance)
+    metrics = call(balance.eval(), 7 * torch.ones(2), torch.ones(2)).metrics
+    assert metrics["gradient_ratio"].item() == pytest.approx(2.0)
+    assert_same_state(state_of(balance), before)
+
+
+def test_a_restart_changes_nothing():
+    balance, restarted = GradientBalance(1.0), GradientBalance(1.0)
+    for i in range(3):
+        call(balance, randn(i, 3), randn(i + 10, 3))
+    restarted.load_state_dict(state_of(balance))
+    assert set(state_of(balance)) == {"means", "calls"}
+    outcomes = [call(each, randn(7, 3), randn(8, 3)) for each in (balance, restarted)]
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=0, atol=0)
+    assert_same_state(state_of(restarted), state_of(balance))
+
+
+# --- Gradients that are zero or not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("measured", [False, True])
+def test_gradients_that_are_not_finite_never_enter_a_mean(bad, side, measured):
+    balance = GradientBalance(1.0)
+    if measured:
+        call(balance, 2 * torch.ones(2), torch.ones(2))
+    before = state_of(balance)
+    gradients = [torch.ones(2), torch.ones(2)]
+    gradients[side][1] = bad
+    metrics = call(balance, *gradients).metrics
+    assert_same_state(state_of(balance), before)
+    assert metrics["scale"].item() == pytest.approx(0.5 if measured else 1.0)
+    # The next finite call goes on as if this one had not been.
+    assert call(balance, 2 * torch.ones(2), torch.ones(2)).metrics["gradient_ratio"].item() == pytest.approx(2.0)
+
+
+def test_a_loss_that_is_not_finite_stays_visible():
+    output, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    assert GradientBalance(1.0)(output.sum() * math.nan, output, other.sum(), other).loss.isnan()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("side", ["regression", "matching"])
+def test_a_term_without_gradient_leaves_the_loss_alone(size, side):
+    # A matching term at weight zero, say: there is nothing to be in a ratio to.
+    some, none = size * torch.ones(3), torch.zeros(3)
+    loss, metrics = call(GradientBalance(1.0), *((none, some) if side == "regression" else (some, none)))
+    assert metrics["scale"].item() == 1.0
+    assert loss.item() == 5.0
+
+
+# --- Wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": 0.0}, "target must be a finite number above 0"),
+        ({"target": math.nan}, "target must be a finite number above 0"),
+        ({"decay": 1.0}, r"decay must be a finite number at least 0 and below 1"),
+        ({"decay": -0.1}, r"decay must be a finite number at least 0 and below 1"),
+    ],
+)
+def test_wrong_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        GradientBalance(**options)
+
+
+def arguments():
+    outputs = [torch.ones(2, requires_grad=True) for _ in range(2)]
+    return {
+        "regression_loss": outputs[0].sum(),
+        "regression_output": outputs[0],
+        "matching_loss": outputs[1].sum(),
+        "matching_output": outputs[1],
+    }
+
+
+@pytest.mark.parametrize("name", ["regression", "matching"])
+def test_integer_outputs_are_refused(name):
+    balance = GradientBalance()
+    with pytest.raises(TypeError, match=f"{name}_output must be a floating"):
+        balance(**arguments() | {f"{name}_output": torch.ones(2, dtype=torch.int)})
+    assert balance.calls == 0
+
+
+@pytest.mark.parametrize("name", ["regression", "matching"])
+@pytest.mark.parametrize("wrong", ["output detached", "loss detached", "another output"])
+def test_a_loss_that_was_not_computed_from_its_output_is_refused(name, wrong):
+    balance, given = GradientBalance(), arguments()
+    if wrong == "another output":
+        given[f"{name}_output"] = torch.ones(2, requires_grad=True)
+    else:
+        tensor = f"{name}_{wrong.split()[0]}"
+        given[tensor] = given[tensor].detach()
+    with pytest.raises(ValueError, match=f"{name}_loss has no gradient with respect to {name}_output"):
+        balance(**given)
+    assert balance.calls == 0

@@ -1,0 +1,399 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from avd_core import AdaptiveRegressionLoss, LossMeanCache
+from helpers import GRID, NoArithmetic, ReferenceCache, assert_same_state, cut, state_of
+
+losses = st.floats(0, 1000, width=32)
+samples = st.tuples(st.sampled_from(GRID), losses)
+iterations = st.lists(st.lists(samples, min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+def record(cache, batch):
+    """One call with a list of (timestep, loss)."""
+    timesteps, values = zip(*batch, strict=True)
+    return cache(torch.tensor(timesteps), torch.tensor(values))
+
+
+def means_of(cache):
+    """Timestep -> mean, for the entries that have one."""
+    entries = zip(cache.timesteps.tolist(), cache.means.tolist(), cache.seen.tolist(), strict=True)
+    return {timestep: mean for timestep, mean, seen in entries if seen}
+
+
+def assert_means(cache, expected, rtol=1e-5, atol=1e-4):
+    actual = means_of(cache)
+    assert actual.keys() == expected.keys()
+    for timestep, mean in expected.items():
+        assert actual[timestep] == pytest.approx(mean, rel=rtol, abs=atol)
+
+
+# --- Eq. 6
+
+
+@given(iterations, st.sampled_from([0.0, 0.5, 0.95]))
+def test_means_and_returned_values_are_the_reference(batches, decay):
+    cache, reference = LossMeanCache(GRID, decay), ReferenceCache(decay)
+    for batch in batches:
+        expected = [reference.read(timestep, loss) for timestep, loss in batch]
+        torch.testing.assert_close(record(cache, batch), torch.tensor(expected), rtol=1e-5, atol=1e-4)
+        reference.iterate(batch)
+    assert_means(cache, reference.means)
+
+
+def test_an_entry_starts_with_its_first_loss_not_at_zero():
+    cache = LossMeanCache(GRID, decay=0.95)
+    record(cache, [(900, 4.0)])
+    assert means_of(cache) == {900: 4.0}
+    record(cache, [(900, 8.0)])
+    assert means_of(cache)[900] == pytest.approx(0.95 * 4.0 + 0.05 * 8.0)
+
+
+def test_an_entry_without_a_mean_is_compared_with_the_loss_itself():
+    cache = LossMeanCache(GRID)
+    assert record(cache, [(1000, 3.0), (1000, 5.0), (522, 7.0)]).tolist() == [3.0, 5.0, 7.0]
+
+
+def test_an_iteration_without_an_entry_leaves_its_mean_alone():
+    cache = LossMeanCache(GRID)
+    record(cache, [(1000, 1.1), (522, 2.2)])
+    before = means_of(cache)
+    record(cache, [(522, 9.0)])
+    assert means_of(cache)[1000] == before[1000]
+    assert means_of(cache)[522] != before[522]
+
+
+@given(iterations)
+def test_a_mean_stays_within_the_range_of_the_losses_seen(batches):
+    cache = LossMeanCache(GRID, decay=0.7)
+    for batch in batches:
+        record(cache, batch)
+    for timestep, mean in means_of(cache).items():
+        seen = [loss for batch in batches for t, loss in batch if t == timestep]
+        assert min(seen) * (1 - 1e-5) <= mean <= max(seen) * (1 + 1e-5)
+
+
+@given(iterations, st.randoms(use_true_random=False))
+def test_the_order_of_samples_within_an_iteration_does_not_matter(batches, random):
+    cache, shuffled = LossMeanCache(GRID), LossMeanCache(GRID)
+    for batch in batches:
+        record(cache, batch)
+        record(shuffled, random.sample(batch, len(batch)))
+    assert_means(shuffled, means_of(cache))
+
+
+# --- Iterations of several calls
+
+
+@given(iterations, st.data())
+def test_any_split_into_micro_batches_is_one_iteration(batches, data):
+    whole, split = LossMeanCache(GRID), LossMeanCache(GRID, auto_update=False)
+    for batch in batches:
+        expected = record(whole, batch)
+        cuts = data.draw(st.lists(st.booleans(), min_size=len(batch) - 1, max_size=len(batch) - 1))
+        actual = torch.cat([record(split, part) for part in cut(batch, cuts)])
+        split.update()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+    assert_means(split, means_of(whole))
+
+
+def test_micro_batches_of_a_step_read_the_means_from_before_it():
+    cache = LossMeanCache(GRID, auto_update=False)
+    record(cache, [(900, 1.0)])
+    cache.update()
+    for _ in range(3):
+        assert record(cache, [(900, 50.0)]).item() == 1.0
+    cache.update()
+    assert means_of(cache)[900] == pytest.approx(0.95 * 1.0 + 0.05 * 50.0)
+
+
+def test_an_update_without_losses_changes_nothing():
+    cache = LossMeanCache(GRID, auto_update=False)
+    record(cache, [(900, 3.0)])
+    cache.update()
+    before = state_of(cache)
+    cache.update()
+    assert_same_state(state_of(cache), before)
+
+
+def test_evaluation_mode_reads_only():
+    cache = LossMeanCache(GRID)
+    record(cache, [(900, 2.0)])
+    before = state_of(cache)
+    cache.eval()
+    assert record(cache, [(900, 7.0), (522, 5.0)]).tolist() == [2.0, 5.0]
+    assert_same_state(state_of(cache), before)
+    cache.train()
+    record(cache, [(522, 5.0)])
+    assert 522 in means_of(cache)
+
+
+def test_update_first_shrinks_the_deviation_by_the_decay():
+    # The released code's order: with k = 3 and a decay of 0.95 its sharpness is effectively 2.85.
+    paper, released = LossMeanCache(GRID, 0.95), LossMeanCache(GRID, 0.95, order="update_first")
+    for loss in (4.0, 5.5, 2.0, 9.0):
+        deviation = loss - record(paper, [(757, loss)]).item()
+        assert loss - record(released, [(757, loss)]).item() == pytest.approx(0.95 * deviation, abs=1e-5)
+    assert means_of(released) == pytest.approx(means_of(paper))
+
+
+def test_update_first_leaves_evaluation_alone():
+    cache = LossMeanCache(GRID, order="update_first")
+    record(cache, [(757, 4.0)])
+    cache.eval()
+    assert record(cache, [(757, 40.0)]).item() == 4.0
+    assert means_of(cache) == {757: 4.0}
+
+
+def test_reset_forgets_everything():
+    cache = LossMeanCache(GRID, auto_update=False)
+    record(cache, [(900, 3.0)])
+    cache.update()
+    record(cache, [(757, 3.0)])
+    cache.reset()
+    assert_same_state(state_of(cache), state_of(LossMeanCache(GRID)))
+
+
+def test_no_gradient_passes_through_the_means():
+    cache = LossMeanCache(GRID)
+    values = torch.tensor([2.0, 3.0], requires_grad=True)
+    assert not cache(torch.tensor([900, 522]), values).requires_grad
+    assert not cache.means.requires_grad
+
+
+# --- Losses that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@given(batch=st.lists(samples, min_size=1, max_size=6), data=st.data())
+def test_losses_that_are_not_finite_never_enter_a_mean(bad, batch, data):
+    where = data.draw(st.integers(0, len(batch)))
+    timestep = data.draw(st.sampled_from(GRID))
+    cache, clean = LossMeanCache(GRID), LossMeanCache(GRID)
+    record(cache, [*batch[:where], (timestep, bad), *batch[where:]])
+    record(clean, batch)
+    assert_means(cache, means_of(clean))
+
+
+def test_an_entry_that_saw_only_nan_has_no_mean_yet():
+    cache = LossMeanCache(GRID)
+    assert math.isnan(record(cache, [(900, math.nan)]).item())
+    assert means_of(cache) == {}
+    assert record(cache, [(900, 6.0)]).item() == 6.0
+
+
+def test_a_sum_that_overflows_never_enters_a_mean():
+    cache = LossMeanCache(GRID)
+    record(cache, [(900, 2.0)])
+    record(cache, [(900, 3e38), (900, 3e38)])
+    assert means_of(cache) == {900: 2.0}
+    record(cache, [(900, 2.0)])
+    assert means_of(cache) == {900: 2.0}
+
+
+# --- The grid
+
+
+@given(st.floats(400, 1100))
+def test_a_sample_counts_for_the_nearest_entry(timestep):
+    cache = LossMeanCache(GRID)
+    timestep = torch.tensor(timestep, dtype=torch.float32).item()
+    record(cache, [(timestep, 1.0)])
+    nearest = min(GRID, key=lambda entry: abs(entry - timestep))
+    assert list(means_of(cache)) == [nearest]
+
+
+@pytest.mark.parametrize(("timestep", "entry"), [(999, 1000), (1000, 1000), (901, 900), (640, 757), (639, 522)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])
+def test_timesteps_may_be_integer_or_floating(timestep, entry, dtype):
+    cache = LossMeanCache(GRID)
+    cache(torch.tensor([timestep], dtype=dtype), torch.tensor([1.0]))
+    assert list(means_of(cache)) == [entry]
+
+
+def test_a_rising_grid_and_one_of_a_single_entry_work_too():
+    rising = LossMeanCache((0.25, 0.5, 1.0))
+    record(rising, [(0.3, 2.0)])
+    assert means_of(rising) == {0.25: 2.0}
+    single = LossMeanCache((1000,))
+    record(single, [(999, 2.0)])
+    assert means_of(single) == {1000: 2.0}
+
+
+@given(st.floats(-5, 5), st.floats(0.1, 1000), st.integers(1, 30), st.data())
+def test_uniform_puts_a_time_into_its_part_of_the_range(low, width, bins, data):
+    cache = LossMeanCache.uniform(low, low + width, bins)
+    part = data.draw(st.integers(0, bins - 1))
+    # Away from the borders, where rounding may decide either way.
+    time = low + width * (part + data.draw(st.floats(0.05, 0.95))) / bins
+    record(cache, [(time, 1.0)])
+    assert cache.seen.nonzero().flatten().tolist() == [part]
+
+
+def test_uniform_passes_options_on_and_covers_both_ends():
+    cache = LossMeanCache.uniform(0, 1, 4, 0.5, auto_update=False)
+    assert cache.timesteps.tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert (cache.decay, cache.auto_update) == (0.5, False)
+    record(cache, [(0.0, 1.0), (1.0, 2.0)])
+    cache.update()
+    assert means_of(cache) == {0.125: 1.0, 0.875: 2.0}
+
+
+# --- Device, dtype, state
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda module: module.to(torch.bfloat16),
+        lambda module: module.half(),
+        lambda module: module.bfloat16(),
+        lambda module: module.double(),
+        lambda module: module.type(torch.float16),
+    ],
+    ids=["to", "half", "bfloat16", "double", "type"],
+)
+def test_buffers_keep_their_dtype_and_values_when_the_model_is_converted(convert):
+    cache = LossMeanCache((1000, 757.3), 0.95)
+    record(cache, [(1000, 1.001)])  # Neither number is a bfloat16.
+    before = state_of(cache)
+    model = nn.Sequential(nn.Linear(2, 2), AdaptiveRegressionLoss(cache))
+    convert(model)
+    assert model[0].weight.dtype != torch.float32
+    assert_same_state(state_of(cache), before)
+
+
+def test_the_cache_moves_with_its_module():
+    model = nn.Sequential(nn.Linear(2, 2), AdaptiveRegressionLoss(LossMeanCache(GRID)))
+    model.to("meta", torch.bfloat16)
+    cache = model[1].cache
+    assert {buffer.device.type for buffer in cache.buffers()} == {"meta"}
+    assert {buffer.dtype for buffer in cache.buffers()} == {torch.float32, torch.bool}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype):
+    cache = LossMeanCache(GRID)
+    means = cache(torch.tensor([900]), torch.tensor([1.5], dtype=dtype))
+    assert means.dtype == torch.promote_types(dtype, torch.float32)
+    assert means.item() == 1.5
+
+
+@given(iterations, st.lists(samples, max_size=4))
+def test_a_restart_in_the_middle_of_an_iteration_changes_nothing(batches, rest):
+    cache = LossMeanCache(GRID, auto_update=False)
+    for batch in batches[:-1]:
+        record(cache, batch)
+        cache.update()
+    record(cache, batches[-1])
+    restarted = LossMeanCache(GRID, auto_update=False)
+    restarted.load_state_dict(state_of(cache))
+    for each in (cache, restarted):
+        if rest:
+            record(each, rest)
+        each.update()
+    assert_same_state(state_of(restarted), state_of(cache))
+
+
+def test_the_state_is_these_four_buffers():
+    # Checkpoints depend on the names.
+    assert set(LossMeanCache(GRID).state_dict()) == {"timesteps", "means", "seen", "pending"}
+
+
+@pytest.mark.parametrize("grid", [(1000, 900, 757, 520), (1, 0.9, 0.757, 0.522), (1000, 900)])
+def test_the_state_of_another_grid_is_refused(grid):
+    saved = LossMeanCache(GRID)
+    record(saved, [(1000, 2.0)])
+    cache = LossMeanCache(grid)
+    before = state_of(cache)
+    with pytest.raises(RuntimeError, match="timesteps"):
+        cache.load_state_dict(saved.state_dict())
+    assert_same_state(state_of(cache), before)
+
+
+def test_the_refusal_names_both_grids_and_the_place():
+    saved, model = nn.Sequential(LossMeanCache((4, 3))), nn.Sequential(LossMeanCache((4, 2)))
+    with pytest.raises(RuntimeError, match=r"0\.timesteps: .*\[4\.0, 3\.0\].*\[4\.0, 2\.0\].*Build the cache"):
+        model.load_state_dict(saved.state_dict())
+
+
+# --- Wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"timesteps": ()}, "at least one entry"),
+        ({"timesteps": (1000, 522, 757)}, "strictly rising or strictly falling"),
+        ({"timesteps": (1000, 1000)}, "strictly rising or strictly falling"),
+        ({"timesteps": (1000, math.nan)}, "finite"),
+        ({"timesteps": (math.inf, 1000)}, "finite"),
+        ({"timesteps": GRID, "decay": 1.0}, r"below 1, got 1"),
+        ({"timesteps": GRID, "decay": -0.1}, "at least 0 and below 1"),
+        ({"timesteps": GRID, "decay": math.nan}, "at least 0 and below 1"),
+        ({"timesteps": GRID, "order": "last"}, "'weight_first' or 'update_first'"),
+        ({"timesteps": GRID, "order": "update_first", "auto_update": False}, "needs auto_update=True"),
+    ],
+)
+def test_wrong_options_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LossMeanCache(**arguments)
+
+
+@pytest.mark.parametrize("arguments", [(0, 1, 0), (1, 0, 4), (1, 1, 4), (0, math.inf, 4), (math.nan, 1, 4)])
+def test_uniform_refuses_an_empty_range(arguments):
+    with pytest.raises(ValueError, match="low < high and bins >= 1"):
+        LossMeanCache.uniform(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "values", "error", "message"),
+    [
+        (torch.tensor([900]), torch.tensor([1]), TypeError, r"floating.*losses\.float\(\)"),
+        (torch.tensor([900]), [1.0], TypeError, "torch.Tensor"),
+        ([900], torch.ones(1), TypeError, "timesteps must be a torch.Tensor"),
+        (torch.tensor([900]), torch.tensor(1.0), ValueError, r"shape \[B\]"),
+        (torch.tensor([[900]]), torch.ones(1, 1), ValueError, r"shape \[B\]"),
+        (torch.tensor(900), torch.ones(1), ValueError, r"shape \[1\].*expand"),
+        (torch.tensor([900]), torch.ones(2), ValueError, r"shape \[2\].*got \[1\]"),
+        (torch.tensor([[900], [900]]), torch.ones(2), ValueError, r"shape \[2\]"),
+        (torch.tensor([900], device="meta"), torch.ones(1), ValueError, r"meta.*cpu.*\.to\(device\)"),
+        (torch.ones(1, device="meta"), torch.ones(1, device="meta"), ValueError, r"cpu.*meta.*\.to\(device\)"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_changes(timesteps, values, error, message):
+    cache = LossMeanCache(GRID)
+    before = state_of(cache)
+    with pytest.raises(error, match=message), NoArithmetic():
+        cache(timesteps, values)
+    assert_same_state(state_of(cache), before)
+
+
+@pytest.mark.parametrize(
+    ("cache", "timestep"),
+    [
+        (LossMeanCache(GRID), 0.757),  # sigma where t is meant
+        (LossMeanCache((1.0, 0.9, 0.757, 0.522)), 757),  # t where sigma is meant
+        (LossMeanCache.uniform(0, 1, 20), 500),
+        (LossMeanCache(GRID), -1000),
+        (LossMeanCache(GRID), math.inf),
+        (LossMeanCache(GRID), math.nan),
+    ],
+)
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_timesteps_in_another_unit_are_refused_on_the_cpu(cache, timestep, order):
+    good = cache.timesteps[0].item()
+    timesteps = torch.tensor([timestep, good] if order == "first" else [good, timestep])
+    before = state_of(cache)
+    with pytest.raises(ValueError, match=r"outside the cache's grid.*unit"):
+        cache(timesteps, torch.ones(2))
+    assert_same_state(state_of(cache), before)
+
+
+def test_repr_names_the_options():
+    assert "4 entries in [522, 1000], decay=0.95, order='weight_first'" in repr(LossMeanCache(GRID))

@@ -1,0 +1,541 @@
+import inspect
+import io
+import logging
+import math
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from avd_core import (
+    Callback,
+    CallbackList,
+    CollapseMonitor,
+    EMACallback,
+    LatentStatistics,
+    NonFiniteError,
+    NonFiniteGuard,
+)
+from helpers import assert_same_state, randn
+
+# --- The contract of every callback
+
+
+def clips(seed, motion=1.0, spread=1.0, shape=(2, 3, 4, 2, 2)):
+    """Latents [B, C, F, H, W]; ``motion`` scales what changes along frames, ``spread`` everything."""
+    still = randn(seed, *shape)[:, :, :1].float()
+    moving = randn(seed + 1, *shape).float()
+    return spread * (still + motion * (moving - moving.mean(2, keepdim=True)))
+
+
+REFERENCE = LatentStatistics.measure(clips(1000, shape=(64, 3, 4, 2, 2)))
+
+
+def metrics_at(step):
+    """What a loop reports at a step: now and then a loss that is not finite, samples that move less and less."""
+    return {
+        "loss": torch.tensor(math.nan if step in (3, 4, 9) else 1.0),
+        "gradient_norm": torch.tensor(2.0),
+        "x_0": clips(step, motion=1 / (1 + step)),
+        "regression/weights": torch.full((2,), 2.0 / (1 + step)),
+        "balance/gradient_ratio": torch.tensor(0.2 * step),
+    }
+
+
+# Given in every test, which is about what a limit does and not about where it is best.
+LIMITS = {
+    "variance_range": (0.5, 3.0),
+    "saturation_range": (0.8, 1.2),
+    "min_weight": 0.05,
+    "max_gradient_ratio": 1.0,
+}
+
+
+def make_monitor(model):
+    return CollapseMonitor(REFERENCE, regression_weight=2.0, every=2, grace=1, decay=0.5, **LIMITS)
+
+
+FACTORIES = {
+    "Callback": lambda model: Callback(),
+    "EMACallback": lambda model: EMACallback(model.parameters(), decay=0.9),
+    "EMACallback without warmup": lambda model: EMACallback(model.parameters(), decay=0.9, warmup=False),
+    "CollapseMonitor": make_monitor,
+    "NonFiniteGuard": lambda model: NonFiniteGuard(max_consecutive=5),
+    "CallbackList": lambda model: CallbackList(
+        {
+            "guard": NonFiniteGuard(max_consecutive=5),
+            "ema": EMACallback(model.parameters()),
+            "monitor": make_monitor(model),
+            "inner": CallbackList({"guard": NonFiniteGuard(max_consecutive=7)}),
+        }
+    ),
+}
+
+
+@dataclass
+class Run:
+    """A training loop of a model with one weight vector, as :class:`Callback` describes it."""
+
+    name: str
+    answers: list = field(default_factory=list)
+
+    def __post_init__(self):
+        self.model = nn.Linear(3, 1, bias=False)
+        with torch.no_grad():
+            self.model.weight.fill_(1.0)
+        self.callback = FACTORIES[self.name](self.model)
+
+    def steps(self, steps, **extra):
+        for step in steps:
+            metrics = {**metrics_at(step), **extra}
+            self.answers.append(self.callback.before_step(step, metrics))
+            if self.answers[-1]:
+                with torch.no_grad():
+                    self.model.weight += randn(step, 1, 3).float()
+                self.callback.after_step(step, metrics)
+
+
+@pytest.fixture(params=FACTORIES)
+def name(request):
+    return request.param
+
+
+@pytest.mark.parametrize("hook", ["before_step", "after_step", "state_dict", "load_state_dict"])
+def test_hooks_have_the_protocols_signature(name, hook):
+    def parameters(callback):
+        return [(p.name, p.kind) for p in inspect.signature(getattr(type(callback), hook)).parameters.values()]
+
+    callback = Run(name).callback
+    assert isinstance(callback, Callback)
+    assert parameters(callback) == parameters(Callback())
+
+
+def test_before_step_returns_a_bool_and_after_step_nothing(name):
+    run = Run(name)
+    assert run.callback.before_step(0, metrics_at(0)) is True
+    assert run.callback.after_step(0, metrics_at(0)) is None
+
+
+def test_unknown_metrics_are_ignored(name):
+    run, other = Run(name), Run(name)
+    run.steps(range(6))
+    other.steps(range(6), **{"something/else": torch.full((3,), math.nan), "x_1": torch.zeros(0)})
+    assert other.answers == run.answers
+    assert_same_state(other.callback.state_dict(), run.callback.state_dict())
+
+
+def test_metrics_and_parameters_are_left_alone(name):
+    run = Run(name)
+    metrics = metrics_at(3)
+    copies = {key: value.clone() for key, value in metrics.items()}
+    weights = run.model.weight.clone()
+    run.callback.before_step(3, metrics)
+    run.callback.after_step(3, metrics)
+    assert_same_state(metrics, copies)
+    assert torch.equal(run.model.weight, weights)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 8])
+def test_going_on_after_a_restart_gives_the_same_as_not_stopping(name, stop):
+    whole = Run(name)
+    whole.steps(range(12))
+    first = Run(name)
+    first.steps(range(stop))
+    file = io.BytesIO()
+    torch.save({"model": first.model.state_dict(), "callback": first.callback.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)  # so the state holds tensors, numbers, strings and containers only
+    second = Run(name)
+    second.model.load_state_dict(saved["model"])
+    second.callback.load_state_dict(saved["callback"])
+    assert_same_state(second.callback.state_dict(), first.callback.state_dict())
+    second.steps(range(stop, 12))
+    assert first.answers + second.answers == whole.answers
+    assert_same_state(second.callback.state_dict(), whole.callback.state_dict())
+    if isinstance(whole.callback, CollapseMonitor):
+        assert first.callback.findings + second.callback.findings == whole.callback.findings
+        assert whole.callback.findings
+
+
+# --- CallbackList
+
+
+class Recorder(Callback):
+    def __init__(self, log, name, answer=True):
+        self.log, self.name, self.answer = log, name, answer
+
+    def before_step(self, step, metrics):
+        self.log.append(("before", self.name, step))
+        return self.answer
+
+    def after_step(self, step, metrics):
+        self.log.append(("after", self.name, step))
+
+
+def test_a_list_asks_every_callback_in_order_even_after_a_refusal():
+    # An answer can be a collective: a callback that is asked on one rank and not on another would wait forever.
+    log = []
+    callbacks = CallbackList({"a": Recorder(log, "a"), "b": Recorder(log, "b", False), "c": Recorder(log, "c")})
+    assert callbacks.before_step(7, {}) is False
+    callbacks.after_step(7, {})
+    assert log == [(hook, name, 7) for hook in ("before", "after") for name in "abc"]
+
+
+def test_an_empty_list_lets_every_step_pass():
+    assert CallbackList({}).before_step(0, {}) is True
+
+
+def test_a_list_refuses_what_is_no_callback():
+    with pytest.raises(TypeError, match="callback 'print' must be a Callback, got builtin_function_or_method"):
+        CallbackList({"print": print})
+
+
+def test_a_list_refuses_the_state_of_other_callbacks():
+    saved = CallbackList({"guard": NonFiniteGuard()}).state_dict()
+    with pytest.raises(ValueError, match=r"\['guard'\].*\['monitor'\].*Construct the same callbacks"):
+        CallbackList({"monitor": make_monitor(None)}).load_state_dict(saved)
+
+
+# --- EMACallback
+
+
+def play_ema(decay, warmup, values):
+    """The average after the parameter took each of the values, the first before any step."""
+    parameter = nn.Parameter(torch.tensor([values[0]], dtype=torch.float64))
+    ema = EMACallback([parameter], decay, warmup=warmup)
+    for step, value in enumerate(values[1:]):
+        parameter.data.fill_(value)
+        ema.after_step(step, {})
+    with ema.average_parameters():
+        return parameter.item()
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0, 0.999))
+def test_the_average_is_exponential(values, decay):
+    average = values[0]
+    for value in values[1:]:
+        average = decay * average + (1 - decay) * value
+    assert play_ema(decay, False, values) == pytest.approx(average, rel=1e-9, abs=1e-9)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0, 0.999))
+def test_with_warmup_the_decay_rises_with_the_number_of_updates(values, decay):
+    average = values[0]
+    for n, value in enumerate(values[1:], start=1):
+        warm = min(decay, (1 + n) / (10 + n))
+        average = warm * average + (1 - warm) * value
+    assert play_ema(decay, True, values) == pytest.approx(average, rel=1e-9, abs=1e-9)
+
+
+def test_warmup_forgets_the_initial_weights_sooner():
+    assert play_ema(0.99, True, [100.0, 0.0, 0.0, 0.0]) < 2
+    assert play_ema(0.99, False, [100.0, 0.0, 0.0, 0.0]) > 97
+
+
+def test_the_context_restores_the_weights_also_on_an_error():
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    ema = EMACallback([parameter], 0.5, warmup=False)
+    parameter.data.fill_(3.0)
+    ema.after_step(0, {})
+
+    def fail_within():
+        with ema.average_parameters():
+            assert parameter.item() == 2.0
+            raise KeyError("sampling failed")
+
+    with pytest.raises(KeyError, match="sampling failed"):
+        fail_within()
+    assert parameter.item() == 3.0
+    assert parameter.requires_grad
+
+
+def test_a_checkpoint_within_the_context_holds_no_weights_that_were_set_aside():
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    ema = EMACallback([parameter])
+    with ema.average_parameters():
+        saved = ema.state_dict()
+    assert set(saved) == {"decay", "num_updates", "shadow_params"}
+    ema.load_state_dict(saved)
+    with ema.average_parameters():
+        assert parameter.item() == 1.0
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
+def test_ema_refuses_a_decay_outside_its_range(decay):
+    with pytest.raises(ValueError, match=r"decay must be a finite number at least 0 and below 1"):
+        EMACallback([nn.Parameter(torch.ones(1))], decay)
+
+
+def test_ema_refuses_no_parameters():
+    with pytest.raises(ValueError, match="at least one parameter"):
+        EMACallback(iter([]))
+
+
+def test_ema_without_torch_ema_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_ema", None)
+    with pytest.raises(ImportError, match=r"pip install \"avd-core\[ema\]\""):
+        EMACallback([nn.Parameter(torch.ones(1))])
+
+
+# --- NonFiniteGuard
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("key", ["loss", "gradient_norm"])
+def test_the_guard_skips_a_step_that_is_not_finite(bad, key, caplog):
+    guard = NonFiniteGuard()
+    metrics = {"loss": torch.tensor(1.0), "gradient_norm": torch.tensor(1.0)}
+    assert guard.before_step(0, metrics) is True
+    assert guard.before_step(1, {**metrics, key: torch.tensor(bad)}) is False
+    assert f"Step 1 skipped, not finite: {key} on 1 rank(s) (1 in a row)" in caplog.text
+
+
+@given(st.lists(st.booleans(), max_size=12))
+def test_the_guard_counts_skipped_steps_and_those_in_a_row(finite):
+    guard = NonFiniteGuard(max_consecutive=100)
+    for step, ok in enumerate(finite):
+        assert guard.before_step(step, {"loss": torch.tensor(0.0 if ok else math.nan)}) is ok
+    assert guard.skipped == finite.count(False)
+    assert guard.consecutive == (len(finite) if True not in finite else finite[::-1].index(True))
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+def test_the_guard_stops_after_too_many_in_a_row(limit):
+    guard = NonFiniteGuard(limit)
+    bad = {"gradient_norm": torch.tensor(math.inf)}
+    for step in range(limit - 1):
+        assert guard.before_step(step, bad) is False
+    with pytest.raises(NonFiniteError, match=rf"gradient_norm on 1 rank\(s\); {limit} steps in a row.*learning rate"):
+        guard.before_step(limit, bad)
+
+
+def test_a_finite_step_starts_the_row_anew():
+    guard = NonFiniteGuard(2)
+    for value in (math.nan, 1.0, math.nan, 1.0):
+        guard.before_step(0, {"loss": torch.tensor(value)})
+    assert (guard.skipped, guard.consecutive) == (2, 0)
+
+
+def test_the_guard_watches_what_is_there():
+    assert NonFiniteGuard().before_step(0, {"loss": torch.tensor(1.0), "x_0": torch.tensor(math.nan)}) is True
+    assert NonFiniteGuard().before_step(0, {"gradient_norm": torch.tensor(1.0)}) is True
+    with pytest.raises(ValueError, match=r"needs one of the metrics \['loss', 'gradient_norm'\], got \['x_0'\]"):
+        NonFiniteGuard().before_step(0, {"x_0": torch.tensor(1.0)})
+
+
+def test_the_guard_refuses_a_limit_below_one():
+    with pytest.raises(ValueError, match="max_consecutive must be at least 1, got 0"):
+        NonFiniteGuard(0)
+
+
+# --- CollapseMonitor
+
+
+def watch(monitor, stream):
+    """Feed metrics; returns the kinds found, in order."""
+    for step, metrics in enumerate(stream):
+        monitor.after_step(step, metrics)
+    return [finding.kind for finding in monitor.findings]
+
+
+def samples(count, **options):
+    return [{"x_0": clips(10 * step, **options)} for step in range(count)]
+
+
+def ratios(*values):
+    return [{"balance/gradient_ratio": torch.tensor(value)} for value in values]
+
+
+def prompt_monitor(**options):
+    """Judges every step by itself."""
+    return CollapseMonitor(REFERENCE, **{"every": 1, "grace": 0, "decay": 0.0} | LIMITS | options)
+
+
+def test_statistics_are_the_variance_along_frames_and_the_spread_of_each_channel():
+    x_BCFHW = torch.zeros(1, 2, 2, 1, 2)
+    x_BCFHW[0, 0, :, 0, :] = torch.tensor([[1.0, 3.0], [-1.0, -3.0]])  # variances 1 and 9 along two frames
+    x_BCFHW[0, 1] = torch.tensor([[4.0, -4.0]])  # stands still
+    expected = LatentStatistics(temporal_variance=2.5, channel_std=(math.sqrt(5), 4.0))
+    for measured in (LatentStatistics.measure(x_BCFHW), LatentStatistics.measure(x_BCFHW.transpose(1, 2), frame_dim=1)):
+        assert measured.temporal_variance == pytest.approx(expected.temporal_variance)
+        assert measured.channel_std == pytest.approx(expected.channel_std)
+
+
+def test_statistics_can_be_measured_on_samples_with_gradient():
+    assert LatentStatistics.measure(clips(1000, shape=(64, 3, 4, 2, 2)).requires_grad_()) == REFERENCE
+
+
+def test_a_healthy_stream_has_no_findings():
+    monitor = prompt_monitor(regression_weight=2.0, decay=0.8)
+    healthy = {"regression/weights": torch.tensor([1.0, 0.8]), "balance/gradient_ratio": torch.tensor(0.4)}
+    # 8 clips a batch, so that chance alone crosses no limit.
+    assert watch(monitor, [x | healthy for x in samples(40, shape=(8, 3, 4, 2, 2))]) == []
+    signals = monitor.signals()
+    assert signals["variance"] == pytest.approx(1, abs=0.2)
+    assert signals["saturation"] == pytest.approx(1, abs=0.1)
+    assert signals["weight"] == pytest.approx(0.45)
+    assert signals["gradient_ratio"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options"),
+    [
+        (["frozen"], {"motion": 0.3, "spread": 1.1}),
+        (["jitter", "oversaturated"], {"motion": 2.5}),
+        (["oversaturated"], {"spread": 1.4}),
+        (["washed_out"], {"spread": 0.75}),
+        (["frozen", "washed_out"], {"spread": 0.3}),
+    ],
+)
+def test_a_failing_stream_is_named(kinds, options, caplog):
+    monitor = CollapseMonitor(REFERENCE, grace=0, **LIMITS)
+    assert watch(monitor, samples(20, **options, shape=(16, 3, 4, 2, 2))) == kinds
+    for finding, record in zip(monitor.findings, caplog.records, strict=True):
+        assert finding.step == 9  # the first look: every tenth step, counted from zero
+        assert (finding.value > finding.limit) == (finding.kind in ("jitter", "oversaturated"))
+        assert (record.message, record.levelno) == (finding.message, logging.WARNING)
+        assert finding.message.startswith("Step 9: the samples")
+        assert f"limit {finding.limit:g}" in finding.message
+
+
+def test_each_channel_is_compared_with_its_own():
+    # The same spread overall, in the wrong channels: a mean of ratios, not a ratio of means.
+    reference = LatentStatistics(1.0, (0.1, 1.0))
+    x_0 = clips(0, shape=(64, 2, 4, 4, 4))
+    x_0 = x_0 / x_0.transpose(0, 1).flatten(1).std(1).view(1, 2, 1, 1, 1)
+    monitor = CollapseMonitor(reference, every=1, grace=0)
+    watch(monitor, [{"x_0": x_0 * torch.tensor([1.0, 0.1]).view(1, 2, 1, 1, 1)}])
+    assert monitor.signals()["saturation"] == pytest.approx((10 + 0.1) / 2, rel=1e-2)
+
+
+def test_the_regressions_signals_are_judged():
+    weights = {"regression/weights": torch.tensor([0.05, 0.05])}  # of at most 2
+    assert watch(prompt_monitor(regression_weight=2.0), [weights]) == ["regression_silent"]
+    assert watch(prompt_monitor(regression_weight=0.5), [weights]) == []
+    assert watch(prompt_monitor(regression_weight=None), [weights]) == []
+    assert watch(prompt_monitor(), ratios(1.5)) == ["regression_dominates"]
+    assert watch(prompt_monitor(), ratios(0.9)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "stream", "kinds"),
+    [
+        ({"variance_range": (0.01, 3.0)}, samples(1, motion=0.3, spread=1.1), []),
+        ({"variance_range": (0.5, 20.0)}, samples(1, motion=2.5), ["oversaturated"]),
+        ({"variance_range": (5.0, 9.0), "saturation_range": (0.1, 9.0)}, samples(1), ["frozen"]),
+        ({"saturation_range": (0.1, 9.0)}, samples(1, spread=1.4), []),
+        (
+            {"min_weight": 0.6, "regression_weight": 1.0},
+            [{"regression/weights": torch.ones(1) / 2}],
+            ["regression_silent"],
+        ),
+        ({"max_gradient_ratio": 3.0}, ratios(2.0), []),
+    ],
+)
+def test_the_limits_can_be_set(options, stream, kinds):
+    assert watch(prompt_monitor(**options), stream) == kinds
+
+
+def test_a_finding_is_said_once_and_again_only_after_a_recovery():
+    monitor = prompt_monitor()
+    watch(monitor, ratios(0.5, 2.0, 2.0, 3.0, 0.5, 0.5, 2.0, 2.0))
+    assert [finding.step for finding in monitor.findings] == [1, 6]
+
+
+@given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=8), st.sampled_from([0.0, 0.5, 0.8]))
+def test_signals_are_smoothed(values, decay):
+    monitor = prompt_monitor(decay=decay)
+    smoothed = None
+    for step, value in enumerate(values):
+        monitor.after_step(step, ratios(value)[0])
+        smoothed = value if smoothed is None else decay * smoothed + (1 - decay) * value
+        assert monitor.signals()["gradient_ratio"] == pytest.approx(smoothed, rel=1e-5, abs=1e-6)
+
+
+def test_one_outlier_is_no_finding():
+    assert watch(prompt_monitor(decay=0.8), ratios(*[0.5] * 5, 2.9, *[0.5] * 5)) == []
+    assert watch(prompt_monitor(decay=0.8), ratios(*[0.5] * 5, *[2.9] * 5)) == ["regression_dominates"]
+
+
+def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends():
+    monitor = prompt_monitor(every=3, grace=6)
+    watch(monitor, ratios(*[2.0] * 6))
+    assert not monitor.findings
+    watch(monitor, ratios(*[2.0] * 2))
+    assert not monitor.findings
+    monitor.after_step(8, ratios(2.0)[0])
+    assert [finding.step for finding in monitor.findings] == [8]
+
+
+def test_by_default_the_first_fifty_steps_are_not_judged():
+    # A few-step student starts out blurred and still: that is no news.
+    monitor = CollapseMonitor(REFERENCE)
+    watch(monitor, samples(50, motion=0.3))
+    assert not monitor.findings
+    watch(monitor, samples(10, motion=0.3))
+    assert monitor.findings
+
+
+def test_the_other_layout_of_frames():
+    stream = [{"x_0": x["x_0"].transpose(1, 2)} for x in samples(1, spread=2.5)]
+    assert watch(prompt_monitor(frame_dim=1), stream) == ["jitter", "oversaturated"]
+
+
+def test_samples_in_bfloat16_are_measured_in_float32():
+    full, half = prompt_monitor(), prompt_monitor()
+    for monitor, dtype in ((full, torch.float32), (half, torch.bfloat16)):
+        x_0 = (100 + clips(0, shape=(8, 3, 4, 2, 2))).bfloat16()
+        watch(monitor, [{"x_0": x_0.to(dtype)}])
+    assert half.signals() == full.signals()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_bad_sample_does_not_blind_the_monitor(bad):
+    monitor = prompt_monitor(decay=0.8)
+    x_0 = clips(0)
+    x_0[0, 0, 0, 0, 0] = bad
+    assert "jitter" in watch(monitor, [{"x_0": x_0}, *samples(20, spread=2.5)])
+
+
+def test_the_monitor_lets_every_step_pass():
+    monitor = prompt_monitor()
+    watch(monitor, ratios(9.0))
+    assert monitor.before_step(1, ratios(9.0)[0]) is True
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every": 0}, "every must be at least 1"),
+        ({"grace": -1}, "grace must be at least 0"),
+        ({"decay": 1.0}, r"decay must be a finite number at least 0 and below 1"),
+        ({"variance_range": (2.0, 1.0)}, "variance_range must be"),
+        ({"saturation_range": (0.0, 1.0)}, "saturation_range must be"),
+    ],
+)
+def test_the_monitor_refuses_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        CollapseMonitor(REFERENCE, **options)
+
+
+@pytest.mark.parametrize("reference", [LatentStatistics(0.0, (1.0,)), LatentStatistics(1.0, (1.0, 0.0))])
+def test_the_monitor_refuses_a_reference_that_does_not_move(reference):
+    with pytest.raises(ValueError, match="Measure clips that move"):
+        CollapseMonitor(reference)
+
+
+@pytest.mark.parametrize(
+    ("x_0", "message"),
+    [
+        (torch.ones(1, 4, 3, 2, 2), "has 4 channels, the reference has 3"),
+        (torch.ones(3, 4, 2, 2), r"must be \[B, C, F, H, W\]"),
+        (torch.ones(1, 3, 1, 2, 2), "at least 2 frames"),
+    ],
+)
+def test_the_monitor_refuses_samples_of_another_kind(x_0, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_monitor().after_step(0, {"x_0": x_0})

@@ -1,0 +1,294 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from avd_core import AdaptiveRegressionLoss, LossMeanCache, adaptive_regression_loss
+from helpers import (
+    GRID,
+    NoArithmetic,
+    ReferenceCache,
+    assert_same_state,
+    central_differences,
+    cut,
+    flatten,
+    randn,
+    reference_regression,
+    reference_sample_losses,
+    reference_weights,
+    state_of,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+shapes = st.tuples(*[st.integers(1, 3)] * 5)
+
+
+def weight_at(deviation, *, loss=9.0, sharpness=3.0, weight=2.0):
+    """The weight of one sample whose loss lies ``deviation`` above its mean."""
+    prediction = torch.tensor([[math.sqrt(loss)]], dtype=torch.float64)
+    means = torch.tensor([loss - deviation], dtype=torch.float64)
+    output = adaptive_regression_loss(prediction, torch.zeros_like(prediction), means, sharpness, weight)
+    return output.metrics["weights"].item()
+
+
+# --- Eq. 7
+
+
+@given(seeds, shapes, st.floats(0, 4), st.floats(0, 5))
+def test_the_function_is_the_reference(seed, shape, sharpness, weight):
+    prediction, target, means = randn(seed, *shape), randn(seed + 1, *shape), randn(seed + 2, shape[0]).abs()
+    loss, metrics = adaptive_regression_loss(prediction, target, means, sharpness, weight)
+    p, y, m = prediction.tolist(), target.tolist(), means.tolist()
+    losses = reference_sample_losses(p, y)
+    assert loss.item() == pytest.approx(reference_regression(p, y, m, sharpness, weight), rel=1e-10)
+    assert metrics["sample_losses"].tolist() == pytest.approx(losses, rel=1e-10)
+    assert metrics["weights"].tolist() == pytest.approx(reference_weights(losses, m, sharpness, weight), rel=1e-10)
+    assert metrics["means"].tolist() == m
+
+
+@given(seeds, st.lists(st.lists(st.sampled_from(GRID), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_the_module_over_several_steps_is_the_reference(seed, batches):
+    regression, reference = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.8), 3.0, 2.0), ReferenceCache(0.8)
+    for step, timesteps in enumerate(batches):
+        prediction, target = (randn(seed + 2 * step + i, len(timesteps), 2, 3) for i in range(2))
+        loss, metrics = regression(prediction, target, torch.tensor(timesteps))
+        p, y = prediction.tolist(), target.tolist()
+        losses = reference_sample_losses(p, y)
+        means = [reference.read(*sample) for sample in zip(timesteps, losses, strict=True)]
+        assert metrics["means"].tolist() == pytest.approx(means, rel=1e-5)
+        assert loss.item() == pytest.approx(reference_regression(p, y, means), rel=1e-5)
+        # What is recorded is the loss without its weight.
+        reference.iterate(zip(timesteps, losses, strict=True))
+
+
+@given(st.floats(-8, 8), st.floats(0.01, 4), st.floats(0.01, 10))
+def test_a_weight_lies_between_zero_and_the_maximum(deviation, sharpness, weight):
+    assert 0 < weight_at(deviation, sharpness=sharpness, weight=weight) < weight
+
+
+@given(st.floats(-8, 8), st.floats(1e-3, 8), st.floats(0.1, 4))
+def test_a_weight_falls_strictly_in_the_deviation(deviation, more, sharpness):
+    assert weight_at(deviation, sharpness=sharpness) > weight_at(deviation + more, sharpness=sharpness)
+
+
+@given(st.floats(0, 4), st.floats(0, 10))
+def test_a_sample_of_average_loss_has_half_the_weight(sharpness, weight):
+    # So the paper's w_reg = 2 means: weight 1 on average.
+    assert weight_at(0.0, sharpness=sharpness, weight=weight) == weight / 2
+
+
+def test_sharpness_zero_is_plain_regression_at_half_the_weight():
+    prediction, target = randn(0, 3, 4), randn(1, 3, 4)
+    loss = adaptive_regression_loss(prediction, target, torch.tensor([0.0, 5.0, 100.0]), sharpness=0.0, weight=2.0).loss
+    torch.testing.assert_close(loss, (prediction - target).square().mean())
+
+
+def test_the_released_codes_order_acts_like_a_smaller_sharpness():
+    prediction, target, timesteps = randn(0, 1, 4), randn(1, 1, 4), torch.tensor([900])
+    weights = {}
+    for order, sharpness in (("update_first", 3.0), ("weight_first", 2.85)):
+        regression = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.95, order=order), sharpness)
+        regression(prediction, target, timesteps)
+        weights[order] = regression(2 * prediction, target, timesteps).metrics["weights"]
+    torch.testing.assert_close(weights["update_first"], weights["weight_first"], rtol=1e-5, atol=0)
+
+
+# --- Gradient
+
+
+@given(seeds, shapes)
+def test_no_gradient_passes_through_the_weight(seed, shape):
+    prediction, target, means = randn(seed, *shape).requires_grad_(), randn(seed + 1, *shape), randn(seed + 2, shape[0])
+    loss, metrics = adaptive_regression_loss(prediction, target, means)
+    loss.backward()
+    frozen, y = metrics["weights"].tolist(), target.tolist()
+
+    def with_frozen_weights(values):
+        size = len(values) // shape[0]
+        losses = reference_sample_losses([values[i : i + size] for i in range(0, len(values), size)], y)
+        return sum(w * loss for w, loss in zip(frozen, losses, strict=True)) / len(losses)
+
+    expected = central_differences(with_frozen_weights, flatten(prediction.tolist()))
+    assert flatten(prediction.grad.tolist()) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+
+
+def test_gradcheck():
+    # With sharpness 0 the weights are constant, so finite differences see what the gradient is meant to be.
+    target, means = randn(1, 2, 3, 2), randn(2, 2)
+    prediction = randn(0, 2, 3, 2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: adaptive_regression_loss(p, target, means, 0.0).loss, (prediction,))
+
+
+def test_metrics_are_detached():
+    prediction = randn(0, 2, 3).requires_grad_()
+    output = AdaptiveRegressionLoss(LossMeanCache(GRID))(prediction, randn(1, 2, 3), torch.tensor([1000, 522]))
+    assert output.loss.requires_grad
+    assert not any(value.requires_grad for value in output.metrics.values())
+
+
+# --- Batches
+
+
+@given(seeds, st.permutations(range(5)))
+def test_the_order_of_samples_does_not_matter(seed, order):
+    prediction, target = randn(seed, 5, 3).requires_grad_(), randn(seed + 1, 5, 3)
+    timesteps = torch.tensor([1000, 900, 900, 522, 757])
+    outcomes = []
+    for indices in (list(range(5)), order):
+        regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
+        regression(prediction.detach() / 2, target, timesteps)
+        loss = regression(prediction[indices], target[indices], timesteps[indices]).loss
+        outcomes.append((loss, torch.autograd.grad(loss, prediction)[0], regression.cache.means))
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
+
+
+@given(seeds, st.lists(st.booleans(), min_size=5, max_size=5))
+def test_any_split_into_micro_batches_has_the_loss_gradient_and_cache_of_one_batch(seed, cuts):
+    timesteps = torch.tensor([1000, 900, 522, 900, 1000, 757])
+    whole = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.5))
+    split = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.5, auto_update=False))
+    for step in range(3):
+        prediction, target = randn(seed + step, 6, 2, 3).requires_grad_(), randn(seed + step + 100, 6, 2, 3)
+        loss = whole(prediction, target, timesteps).loss
+        gradient = torch.autograd.grad(loss, prediction)[0]
+        parts = [
+            split(prediction[part], target[part], timesteps[part]).loss * len(part) / 6
+            for part in cut(list(range(6)), cuts)
+        ]
+        split.cache.update()
+        torch.testing.assert_close(sum(parts), loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(sum(parts), prediction)[0], gradient, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(split.cache.means, whole.cache.means, rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_mode_weighs_with_the_means_and_keeps_them():
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
+    prediction, target, timesteps = randn(0, 2, 3), randn(1, 2, 3), torch.tensor([1000, 522])
+    regression(prediction, target, timesteps)
+    before = state_of(regression)
+    regression.eval()
+    metrics = regression(3 * prediction, target, timesteps).metrics
+    assert torch.equal(metrics["means"], before["cache.means"][[0, 3]])
+    assert_same_state(state_of(regression), before)
+
+
+def test_the_state_is_the_caches():
+    assert set(AdaptiveRegressionLoss(LossMeanCache(GRID)).state_dict()) == {
+        f"cache.{name}" for name in ("timesteps", "means", "seen", "pending")
+    }
+
+
+# --- Numbers that are not finite
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("seen_before", [False, True])
+@given(where=st.integers(0, 11), in_target=st.booleans())
+def test_a_bad_number_shows_in_the_loss_and_never_enters_a_mean(bad, seen_before, where, in_target):
+    regression, clean = (AdaptiveRegressionLoss(LossMeanCache(GRID)) for _ in range(2))
+    timesteps = torch.tensor([1000, 1000, 522])
+    if seen_before:
+        for each in (regression, clean):
+            each(randn(5, 3, 4), randn(6, 3, 4), timesteps)
+    prediction, target = randn(7, 3, 4), randn(8, 3, 4)
+    (target if in_target else prediction).view(-1)[where] = bad
+    assert not regression(prediction, target, timesteps).loss.isfinite()
+    good = [sample for sample in range(3) if sample != where // 4]
+    clean(prediction[good], target[good], timesteps[good])
+    torch.testing.assert_close(state_of(regression), state_of(clean))
+
+
+# --- Wrong input
+
+x = torch.zeros(2, 3, 4)
+t = torch.tensor([1000, 522])
+means = torch.zeros(2)
+
+WRONG_TENSORS = {
+    "shapes differ": (x, x[:, :2], ValueError, r"same shape, got \[2, 3, 4\] and \[2, 2, 4\]"),
+    "would broadcast": (x, x[:1], ValueError, "same shape"),
+    "integer prediction": (x.int(), x, TypeError, r"prediction.*prediction\.float\(\)"),
+    "integer target": (x, x.long(), TypeError, r"target.*target\.float\(\)"),
+    "a list": (x.tolist(), x, TypeError, "prediction must be a torch.Tensor, got list"),
+    "no sample dimension": (x[0, 0], x[0, 0], ValueError, "batch dimension and at least one more"),
+    "an empty batch": (x[:0], x[:0], ValueError, "must not be empty"),
+    "another device": (x, x.to("meta"), ValueError, r"prediction is on cpu and target on meta.*\.to\(device\)"),
+}
+WRONG_TIMESTEPS = {
+    "a number": (900, TypeError, "torch.Tensor of shape"),
+    "zero-dimensional": (torch.tensor(900), ValueError, r"shape \[2\].*expand"),
+    "too few": (t[:1], ValueError, r"shape \[2\], one per sample, got \[1\]"),
+    "a column": (t[:, None], ValueError, r"shape \[2\]"),
+    "another device": (t.to("meta"), ValueError, "timesteps is on meta"),
+}
+
+
+@pytest.mark.parametrize(("prediction", "target", "error", "message"), WRONG_TENSORS.values(), ids=WRONG_TENSORS)
+def test_wrong_tensors_are_refused_before_anything_happens(prediction, target, error, message):
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
+    before = state_of(regression)
+    timesteps = torch.full((len(prediction),), 900)
+    for call in (
+        lambda: regression(prediction, target, timesteps),
+        lambda: adaptive_regression_loss(prediction, target, means),
+    ):
+        with pytest.raises(error, match=message), NoArithmetic():
+            call()
+    assert_same_state(state_of(regression), before)
+
+
+@pytest.mark.parametrize(("timesteps", "error", "message"), WRONG_TIMESTEPS.values(), ids=WRONG_TIMESTEPS)
+def test_wrong_timesteps_are_refused_before_anything_happens(timesteps, error, message):
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
+    before = state_of(regression)
+    with pytest.raises(error, match=message), NoArithmetic():
+        regression(x, x, timesteps)
+    assert_same_state(state_of(regression), before)
+
+
+def test_a_cache_on_another_device_is_refused_before_anything_happens():
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID)).to("meta")
+    with pytest.raises(ValueError, match="cache is on meta"), NoArithmetic():
+        regression(x, x, t)
+
+
+def test_a_mistaken_unit_is_refused_and_leaves_the_cache():
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
+    with pytest.raises(ValueError, match="outside the cache's grid"):
+        regression(x, x, t / 1000)
+    assert not regression.cache.seen.any()
+
+
+@pytest.mark.parametrize(
+    ("wrong_means", "error", "message"),
+    [
+        (means.int(), TypeError, "means must be a floating"),
+        (means[:1], ValueError, r"means must have shape \[2\]"),
+        (means[:, None], ValueError, r"means must have shape \[2\]"),
+        (means.to("meta"), ValueError, "means is on meta"),
+    ],
+)
+def test_wrong_means_are_refused(wrong_means, error, message):
+    with pytest.raises(error, match=message), NoArithmetic():
+        adaptive_regression_loss(x, x, wrong_means)
+
+
+@pytest.mark.parametrize(
+    "options", [{"sharpness": -1.0}, {"weight": -1.0}, {"sharpness": math.nan}, {"weight": math.nan}]
+)
+def test_wrong_options_are_refused(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a finite number at least 0"):
+        AdaptiveRegressionLoss(LossMeanCache(GRID), **options)
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a finite number at least 0"):
+        adaptive_regression_loss(x, x, means, **options)
+
+
+def test_the_cache_must_be_a_cache():
+    with pytest.raises(TypeError, match="cache must be a LossMeanCache, got tuple"):
+        AdaptiveRegressionLoss(GRID)
+
+
+def test_repr_names_the_options():
+    assert "sharpness=3.0, weight=2.0" in repr(AdaptiveRegressionLoss(LossMeanCache(GRID)))
