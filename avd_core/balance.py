@@ -103,8 +103,8 @@ class GradientBalance(nn.Module):
 
     @torch.no_grad()
     def _record(self, current: Tensor) -> None:
-        if self.sync_ranks and (ranks := world_size(self.process_group)) > 1:
-            current = sum_over_ranks(current, self.process_group) / ranks
+        if self.sync_ranks and world_size(self.process_group) > 1:
+            current = sum_over_ranks(current, self.process_group)  # of a ratio, a sum is as good as a mean
         finite = current.isfinite().all()
         moved = torch.where(self.calls > 0, torch.lerp(current, self.means, self.decay), current)
         self.means.copy_(torch.where(finite, moved, self.means))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from environment import environment
+from test_losses import LOSSES
 
 RESULTS = Path(__file__).parent / "results" / "losses-cpu.json"
 
@@ -13,7 +14,7 @@ RESULTS = Path(__file__).parent / "results" / "losses-cpu.json"
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     session = getattr(config, "_benchmarksession", None)
     medians = {b.params["name"]: b.stats.median for b in session.benchmarks} if session else {}
-    if "mse_loss" not in medians:
+    if len(medians) < len(LOSSES):  # a part of a run is no result
         return
     rows = {
         name: {"median_ms": round(1000 * median, 3), "ratio_to_mse_loss": round(median / medians["mse_loss"], 2)}

@@ -9,7 +9,7 @@ import json
 import resource
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,28 +26,27 @@ def main(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
     results: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
-    runs = {}
+    runs: dict[str, Any] = {}
     for seed in map(int, seeds.split(",")):
         started = time.monotonic()
         metrics = run_demo(load_config(TrainConfig, "tiny", [f"seed={seed}"]), output / str(seed))
+        closer = {}
+        for name in ("saturation", "temporal_loss", "distance"):
+            dmd, avd = (distance_to_real(metrics, run, name) for run in ("dmd", "avd"))
+            closer[name] = avd < dmd
         runs[str(seed)] = {
             "seconds": round(time.monotonic() - started, 1),
             "metrics": {name: row.model_dump() for name, row in metrics.items()},
-            "avd_closer": {
-                name: distances[1] < distances[0]
-                for name in ("saturation", "temporal_loss", "distance")
-                if (distances := [distance_to_real(metrics, run, name) for run in ("dmd", "avd")])
-            },
+            "avd_closer": closer,
         }
-        print(seed, json.dumps(runs[str(seed)], indent=2))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    report = {
-        "command": f"python benchmarks/demo_seeds.py --seeds {seeds}",
-        **environment(),
-        "peak_memory_gb": round(peak, 2),
-    }
-    results.parent.mkdir(exist_ok=True)
-    results.write_text(json.dumps({**report, "seeds": runs}, indent=2) + "\n")
+        report = {
+            "command": f"python benchmarks/demo_seeds.py --seeds {seeds}",
+            **environment(),
+            "peak_memory_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2, 2),
+            "seeds": runs,
+        }
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def distance_to_real(metrics: dict[str, ClipMetrics], run: str, name: str) -> float:

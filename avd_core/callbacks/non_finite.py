@@ -37,6 +37,7 @@ class NonFiniteGuard(Callback):
 
     Args:
         max_consecutive: Skipped steps in a row after which :class:`NonFiniteError` is raised, at least 1.
+        name: What is trained, for the messages.
         sync_ranks: Whether ranks agree; a collective.
         process_group: The ranks; None is the default group.
 
@@ -48,11 +49,17 @@ class NonFiniteGuard(Callback):
     _keys = ("loss", "gradient_norm")
 
     def __init__(
-        self, max_consecutive: int = 10, *, sync_ranks: bool = True, process_group: ProcessGroup | None = None
+        self,
+        max_consecutive: int = 10,
+        *,
+        name: str = "model",
+        sync_ranks: bool = True,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         if max_consecutive < 1:
             raise ValueError(f"max_consecutive must be at least 1, got {max_consecutive}.")
         self.max_consecutive = max_consecutive
+        self.name = name
         self.sync_ranks = sync_ranks
         self.process_group = process_group
         self.skipped = 0
@@ -74,10 +81,12 @@ class NonFiniteGuard(Callback):
         what = ", ".join(f"{key} on {ranks} rank(s)" for key, ranks in ranks_by_key.items())
         if self.consecutive >= self.max_consecutive:
             raise NonFiniteError(
-                f"Step {step}: not finite: {what}; {self.consecutive} steps in a row. Lower the learning rate, "
-                "check the data of these steps, and resume from a checkpoint before them."
+                f"Step {step} of the {self.name} is not finite: {what}; {self.consecutive} in a row. Lower the "
+                "learning rate, check the data of these steps, and resume from a checkpoint before them."
             )
-        logger.warning("Step %d skipped, not finite: %s (%d in a row).", step, what, self.consecutive)
+        logger.warning(
+            "Step %d of the %s skipped, not finite: %s (%d in a row).", step, self.name, what, self.consecutive
+        )
         return False
 
     def state_dict(self) -> dict[str, Any]:

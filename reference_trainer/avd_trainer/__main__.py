@@ -1,5 +1,16 @@
-"""``python -m avd_trainer`` is the ``avd`` command."""
+"""The ``avd`` command, also as ``python -m avd_trainer``."""
 
-from avd_trainer.cli import app
+import sys
 
-app()
+
+def main() -> None:
+    """Run the command line, or say what to install."""
+    try:
+        from avd_trainer.cli import app
+    except ModuleNotFoundError as error:
+        sys.exit(f'avd needs {error.name}: pip install "avd-core[trainer]"')
+    app()
+
+
+if __name__ == "__main__":
+    main()

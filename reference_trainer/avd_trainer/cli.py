@@ -12,12 +12,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from avd_core import NonFiniteError
 from avd_trainer.config import TeacherConfig, TrainConfig, VideosData, load_config
 from avd_trainer.errors import UserError
-from avd_trainer.progress import ProgressBar, console
+from avd_trainer.progress import console
 
 app = typer.Typer(
     help="Distil video models into few-step students that keep their colours and their motion.",
@@ -26,7 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+Preset = Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the run writes.")]
+Videos = Annotated[Path | None, typer.Option(help="Folder of your own videos, used as the real clips.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Number of updates, in place of the preset's.")]
 Overrides = Annotated[
     list[str] | None,
@@ -38,40 +41,30 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")],
-    output: Output,
-    max_steps: MaxSteps = None,
-    set_: Overrides = None,
+    preset: Preset, output: Output, videos: Videos = None, max_steps: MaxSteps = None, set_: Overrides = None
 ) -> None:
-    """Distil a student; writes config.yaml, metrics.jsonl and the student's averaged weights."""
+    """Distil a student; writes config.yaml, metrics.jsonl, findings.json and the student's averaged weights."""
     with _readable_errors():
-        config = load_config(TrainConfig, preset, _overrides(set_, max_steps))
+        config = _train_config(preset, videos, max_steps, set_)
         from avd_trainer.data.codec import BlockDCTCodec
         from avd_trainer.data.sources import load_clips
         from avd_trainer.models import build_text_embedding, load_transformer
-        from avd_trainer.runs import claim_folder
+        from avd_trainer.runs import claim_new_folder
         from avd_trainer.runs import train as run
         from avd_trainer.trainer import Trainer
 
-        claim_folder(output, must_be_new=True)
+        claim_new_folder(output)
         teacher = load_transformer(config.teacher)
         clips = load_clips(config.data, BlockDCTCodec()).train
         run(Trainer(config, teacher, clips, build_text_embedding(teacher)), output)
-        console.print(f"The student is in {output / 'student'}.")
+        _say(f"The student is in {output / 'student'}.")
 
 
 @app.command()
-def demo(
-    output: Output,
-    videos: Annotated[Path | None, typer.Option(help="Folder of your own videos, used as the real clips.")] = None,
-    max_steps: MaxSteps = None,
-    set_: Overrides = None,
-) -> None:
+def demo(output: Output, videos: Videos = None, max_steps: MaxSteps = None, set_: Overrides = None) -> None:
     """Distil two tiny students, by DMD alone and with AVD, and compare them in pictures and numbers."""
     with _readable_errors():
-        config = load_config(TrainConfig, "tiny", _overrides(set_, max_steps))
-        if videos is not None:
-            config = config.model_copy(update={"data": VideosData(path=videos)})
+        config = _train_config("tiny", videos, max_steps, set_)
         from avd_trainer.demo import run_demo
 
         metrics = run_demo(config, output)
@@ -79,34 +72,29 @@ def demo(
         for name, row in metrics.items():
             table.add_row(name, *(f"{value:.4f}" for value in row.model_dump().values()))
         Console().print(table)
-        Console().print(f"Pictures: {output / 'report.png'}, {output}/*.gif. Numbers: {output / 'metrics.json'}.")
+        _say(f"Pictures: {output / 'report.png'}, {output}/*.gif. Numbers: {output / 'metrics.json'}.")
 
 
 @app.command()
-def train_teacher(
-    preset: Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")],
-    output: Output,
-    max_steps: MaxSteps = None,
-    set_: Overrides = None,
-) -> None:
+def train_teacher(preset: Preset, output: Output, max_steps: MaxSteps = None, set_: Overrides = None) -> None:
     """Train the small teacher that the tiny preset distils, from random weights."""
     with _readable_errors():
         config = load_config(TeacherConfig, preset, _overrides(set_, max_steps))
-        import torch
-
-        from avd_trainer.runs import claim_folder
+        from avd_trainer.runs import claim_new_folder, train_teacher
         from avd_trainer.teacher import TeacherTrainer
 
-        claim_folder(output, must_be_new=True)
-        trainer = TeacherTrainer(config)
-        with ProgressBar("teacher", config.max_steps) as bar:
-            for loss in trainer.run():
-                bar.advance({"loss": loss})
-        with trainer.ema.average_parameters(), torch.no_grad():
-            for parameter in trainer.model.parameters():
-                parameter.data = parameter.data.bfloat16()  # half the download
-            trainer.model.save_pretrained(output, safe_serialization=True)
-        console.print(f"The teacher is in {output}.")
+        claim_new_folder(output)
+        train_teacher(TeacherTrainer(config), output)
+        _say(f"The teacher is in {output}.")
+
+
+def _train_config(preset: str, videos: Path | None, max_steps: int | None, set_: list[str] | None) -> TrainConfig:
+    config = load_config(TrainConfig, preset, _overrides(set_, max_steps))
+    return config if videos is None else config.model_copy(update={"data": VideosData(path=videos)})
+
+
+def _say(message: str) -> None:
+    Console().print(escape(message), soft_wrap=True, highlight=False)
 
 
 def _overrides(set_: list[str] | None, max_steps: int | None) -> list[str]:
@@ -121,9 +109,5 @@ def _readable_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, NonFiniteError) as error:
-        console.print(f"[bold red]error:[/] {error}", soft_wrap=True, highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    app()

@@ -32,7 +32,8 @@ class ShapesData(_Section):
     held_out: int = Field(default=768, ge=2)
     """Number of further clips that only evaluation sees."""
     seed: int = Field(default=0, ge=0)
-    """Which clips. Data and training have separate seeds, so runs can differ in one alone."""
+    """Which clips to train on; held-out clips are of seed ``HELD_OUT + seed``. Data and training have separate seeds,
+    so that runs can differ in one alone."""
 
 
 class VideosData(_Section):
@@ -119,6 +120,8 @@ class TrainConfig(_Section):
     @model_validator(mode="after")
     def _check_few_steps(self) -> Self:
         steps = self.objective.timesteps
+        if self.objective.motion is not None and self.objective.motion.frame_dim != 2:
+            raise ValueError("objective.motion.frame_dim must be 2: this trainer's latents are [B, C, F, H, W]")
         if steps[0] < steps[-1] or not 0 < steps[-1] <= steps[0] <= 1000:
             raise ValueError(f"objective.timesteps must fall from at most 1000 to above 0, got {steps}")
         return self
@@ -128,11 +131,17 @@ class ArchitectureConfig(_Section):
     """Size of a ``WanTransformer3DModel``; its latents are those of :class:`BlockDCTCodec`."""
 
     num_attention_heads: int = Field(default=3, ge=1)
+    """Heads; the width of the model is this times the next."""
     attention_head_dim: int = Field(default=32, ge=8)
+    """Width of a head."""
     ffn_dim: int = Field(default=288, ge=1)
+    """Width of the feed-forward layers."""
     num_layers: int = Field(default=4, ge=1)
+    """Transformer blocks."""
     freq_dim: int = Field(default=64, ge=2)
+    """Width of the sinusoidal timestep embedding."""
     text_dim: int = Field(default=32, ge=2)
+    """Width of a caption's tokens."""
 
 
 class TeacherConfig(_Section):
@@ -149,7 +158,7 @@ class TeacherConfig(_Section):
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn while training."""
     optimizer: OptimizerConfig
-    """``lr`` is the peak of a one-cycle schedule."""
+    """``lr`` is the peak of a one-cycle schedule, which also moves the first beta from 0.95 to 0.85 and back."""
     timestep_shift: float = Field(default=2.0, gt=0)
     """Shift of the uniformly drawn timesteps."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)

@@ -11,10 +11,11 @@ from avd_core import AVDConfig
 from avd_trainer.config import TrainConfig
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.sources import load_clips
+from avd_trainer.errors import UserError
 from avd_trainer.evaluation import ClipMetrics, evaluate
 from avd_trainer.models import build_text_embedding, load_transformer
 from avd_trainer.progress import ProgressBar
-from avd_trainer.report import save_gif, save_report
+from avd_trainer.report import TITLES, save_gif, save_report
 from avd_trainer.rollout import DrawNoise, few_step_rollout, sample_teacher
 from avd_trainer.runs import claim_folder, train, write_json
 from avd_trainer.trainer import Trainer
@@ -25,13 +26,13 @@ def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
 
     Args:
         config: The AVD run; the other differs in its objective alone.
-        output: Gets ``report.png``, ``real.gif``, ``teacher.gif``, ``dmd.gif``, ``avd.gif``, ``metrics.json``, and a
-            folder for each of the two runs.
+        output: Empty, or left by an earlier demo. Gets ``report.png``, ``real.gif``, ``teacher.gif``, ``dmd.gif``,
+            ``avd.gif``, ``metrics.json``, and a folder for each of the two runs.
 
     Returns:
         The metrics of ``real``, ``teacher``, ``dmd`` and ``avd``.
     """
-    claim_folder(output, must_be_new=False)
+    _claim(output)
     codec = BlockDCTCodec()
     teacher = load_transformer(config.teacher)
     embed = build_text_embedding(teacher)
@@ -59,8 +60,8 @@ def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
     )
     for name, run in {"dmd": without, "avd": config}.items():
         trainer = Trainer(run, teacher, clips, embed)
-        folder = claim_folder(output / name, must_be_new=False)
-        histories[name] = train(trainer, folder, description=name)
+        claim_folder(output / name)
+        histories[name] = train(trainer, output / name, description=name)
         with torch.no_grad(), trainer.ema.average_parameters():
             latents[name] = few_step_rollout(trainer.student, text, shape, trainer.few_steps, _same_noise()).x_0
 
@@ -81,6 +82,15 @@ def run_demo(config: TrainConfig, output: Path) -> dict[str, ClipMetrics]:
         save_gif(output / f"{name}.gif", video)
     write_json(output / "metrics.json", {name: value.model_dump() for name, value in metrics.items()})
     return metrics
+
+
+def _claim(output: Path) -> None:
+    """Take an empty folder, or that of an earlier demo, whose pictures and numbers are removed."""
+    claim_folder(output)
+    if any(output.iterdir()) and not (output / "dmd" / "config.yaml").exists():
+        raise UserError(f"{output} holds something that is no earlier demo. Choose a new --output.")
+    for path in (output / "report.png", output / "metrics.json", *(output / f"{name}.gif" for name in TITLES)):
+        path.unlink(missing_ok=True)
 
 
 def _same_noise() -> DrawNoise:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
 
 from avd_trainer.config import ArchitectureConfig
 from avd_trainer.data.codec import BlockDCTCodec
@@ -34,9 +35,12 @@ def load_transformer(source: str) -> WanTransformer3DModel:
             f"teacher {source!r}: {folder} holds no config.json. Pass 'bundled:tiny' or a folder saved by diffusers' "
             "save_pretrained."
         )
-    model: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
-        folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-    )
+    try:
+        model: WanTransformer3DModel = WanTransformer3DModel.from_pretrained(
+            folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"teacher {source!r} cannot be loaded from {folder}: {error}") from error
     if model.config.in_channels != BlockDCTCodec.channels:
         raise UserError(
             f"teacher {source!r} has {model.config.in_channels} latent channels, the data has {BlockDCTCodec.channels}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -52,8 +53,8 @@ def save_report(
         floor: Floor of the motion term, if there is one.
         latent_std: Standard deviation of the real latents.
     """
-    figure = plt.figure(figsize=(15, 11), layout="constrained")
-    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(4.8, 2.7, 3.2))
+    figure = plt.figure(figsize=(15, 13), layout="constrained")
+    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(4.8, 2.7, 5.0))
     _draw_sheets(sheets, videos, metrics, captions)
     _draw_bars(bars, metrics)
     _draw_curves(curves, histories, metrics, timesteps, floor, latent_std)
@@ -130,20 +131,28 @@ def _draw_curves(
     floor: float | None,
     latent_std: float,
 ) -> None:
-    spread, motion, losses, weights = figure.subplots(1, 4)
+    (spread, motion, matching), (online, losses, weights) = figure.subplots(2, 3)
     for name, history in histories.items():
-        spread.plot(_smooth(history.series("sample/std")), color=COLORS[name], label=TITLES[name])
-        motion.plot(_smooth(history.series("sample/temporal_loss")), color=COLORS[name], label=TITLES[name])
+        for axis, metric in (
+            (spread, "sample/std"),
+            (motion, "sample/temporal_loss"),
+            (matching, "matching/loss"),
+            (online, "online/loss"),
+        ):
+            axis.plot(_smooth(history.series(metric)), color=COLORS[name], label=TITLES[name])
     spread.axhline(latent_std, color=COLORS["real"], linestyle=":", label="Real")
-    spread.set_title("spread of generated latents (std)", fontsize=10)
     motion.axhline(metrics["real"].temporal_loss, color=COLORS["real"], linestyle=":", label="Real")
     if floor is not None:
         motion.axhline(floor, color=COLORS["avd"], linestyle="--", linewidth=0.8, label="floor")
+    spread.set_title("spread of generated latents (std)", fontsize=10)
     motion.set_title("temporal loss of generated clips", fontsize=10)
+    matching.set_title("distribution-matching loss", fontsize=10)
+    online.set_title("loss of the online model", fontsize=10)
     _draw_by_timestep(losses, histories["avd"], "regression/sample_losses", timesteps, "regression loss (AVD)")
     _draw_by_timestep(weights, histories["avd"], "regression/weights", timesteps, "adaptive weight (AVD)")
-    for axis in (spread, motion, losses, weights):
-        axis.set_xlabel("generator updates", fontsize=9)
+    for axis in (spread, motion, matching, online, losses, weights):
+        if axis in (online, losses, weights):
+            axis.set_xlabel("generator updates", fontsize=9)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)
         _plain(axis)
@@ -151,14 +160,16 @@ def _draw_curves(
 
 def _draw_by_timestep(axis: Axes, history: History, name: str, timesteps: Sequence[float], title: str) -> None:
     axis.set_title(title, fontsize=10)
-    steps = list(zip(history.series("regression/timesteps"), history.series(name), strict=True))
-    for color, timestep in zip(STEP_COLORS, timesteps, strict=False):
-        drawn = {
-            number: [value for t, value in zip(*step, strict=True) if t == timestep]
-            for number, step in enumerate(steps, start=1)
-        }
-        means = {number: sum(values) / len(values) for number, values in drawn.items() if values}
-        axis.plot(means.keys(), _smooth(list(means.values())), color=color, label=f"t = {timestep:g}")
+    means: dict[float, dict[int, float]] = {timestep: {} for timestep in timesteps}
+    steps = zip(history.series("regression/timesteps"), history.series(name), strict=True)
+    for number, (drawn, values) in enumerate(steps, start=1):
+        # Times were float32 on their way here.
+        nearest = [min(timesteps, key=lambda t, own=own: abs(t - own)) for own in drawn]
+        for timestep in set(nearest):
+            own_values = [value for t, value in zip(nearest, values, strict=True) if t == timestep]
+            means[timestep][number] = sum(own_values) / len(own_values)
+    for color, (timestep, curve) in zip(cycle(STEP_COLORS), means.items(), strict=False):
+        axis.plot(curve.keys(), _smooth(list(curve.values())), color=color, label=f"t = {timestep:g}")
 
 
 def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from avd_trainer.config import save_config
 from avd_trainer.errors import UserError
 from avd_trainer.history import History
 from avd_trainer.progress import ProgressBar
+from avd_trainer.teacher import TeacherTrainer
 from avd_trainer.trainer import Trainer
 
 SHOWN = {
@@ -22,26 +26,38 @@ SHOWN = {
 }
 
 
-def claim_folder(folder: Path, *, must_be_new: bool) -> Path:
-    """Make the output folder, before any work starts.
+def claim_new_folder(folder: Path) -> None:
+    """Make the output folder of a run, before any work starts.
 
     Raises:
-        UserError: If it cannot be written to, or must be new and holds something.
+        UserError: If it holds something already, or cannot be written to.
+    """
+    claim_folder(folder)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty. Choose a new --output, so that nothing saved is overwritten.")
+
+
+def claim_folder(folder: Path) -> None:
+    """Make a folder and see that it can be written to.
+
+    Raises:
+        UserError: If it cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if must_be_new and any(folder.iterdir()):
-            raise UserError(f"{folder} is not empty. Choose a new --output, so that nothing saved is overwritten.")
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
-    return folder
 
 
 def train(trainer: Trainer, folder: Path, description: str = "train") -> History:
-    """Train to the end; leaves ``config.yaml``, ``metrics.jsonl`` and the student's averaged weights in ``folder``."""
+    """Train to the end.
+
+    Leaves in ``folder``: ``config.yaml``, ``metrics.jsonl`` (one step a line), ``findings.json`` (what
+    :class:`CollapseMonitor` noticed) and ``student`` (averaged weights, a diffusers folder).
+    """
     save_config(trainer.config, folder / "config.yaml")
     history = History(folder / "metrics.jsonl")
     try:
@@ -51,9 +67,22 @@ def train(trainer: Trainer, folder: Path, description: str = "train") -> History
                 bar.advance({short: v for name, short in SHOWN.items() if isinstance(v := values.get(name), float)})
     finally:
         history.close()
+        write_json(folder / "findings.json", [asdict(finding) for finding in trainer.monitor.findings])
     with trainer.ema.average_parameters():
         trainer.student.save_pretrained(folder / "student", safe_serialization=True)
     return history
+
+
+def train_teacher(trainer: TeacherTrainer, folder: Path) -> None:
+    """Train a teacher to the end; leaves ``training.yaml`` and the averaged weights in bfloat16 in ``folder``."""
+    save_config(trainer.config, folder / "training.yaml")
+    with ProgressBar("teacher", trainer.config.max_steps) as bar:
+        for loss in trainer.run():
+            bar.advance({"loss": loss})
+    with trainer.ema.average_parameters(), torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.data = parameter.data.bfloat16()  # half the download
+        trainer.model.save_pretrained(folder, safe_serialization=True)
 
 
 def write_json(path: Path, value: Any) -> None:

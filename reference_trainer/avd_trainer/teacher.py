@@ -24,7 +24,8 @@ class TeacherTrainer:
         config: The run.
 
     Attributes:
-        model: The teacher; after :meth:`run` it holds its averaged weights.
+        model: The teacher.
+        ema: Gives the averaged weights by ``ema.average_parameters()``.
     """
 
     def __init__(self, config: TeacherConfig) -> None:

@@ -83,9 +83,14 @@ class Trainer:
         )
         # The guard comes first: what it skips, the others never see.
         self.callbacks = CallbackList(
-            {"guard": NonFiniteGuard(config.max_skipped_steps), "ema": self.ema, "monitor": self.monitor}
+            {
+                "guard": NonFiniteGuard(config.max_skipped_steps, name="student"),
+                "ema": self.ema,
+                "monitor": self.monitor,
+            }
         )
-        self.online_guard = NonFiniteGuard(config.max_skipped_steps)
+        # A step updates the online model several times; its guard stops the run after the same number of steps.
+        self.online_guard = NonFiniteGuard(config.max_skipped_steps * config.online_updates, name="online model")
 
         # Separate streams, so that two runs with one seed see the same prompts and noise whatever terms they have.
         self._generator_draws = torch.Generator().manual_seed(3 * config.seed)
@@ -104,9 +109,10 @@ class Trainer:
         """One generator update and the online model's updates that go with it.
 
         Returns:
-            Detached tensors: ``loss``, ``matching/loss``, ``matching/gradient_norm``, ``gradient_norm``,
+            Detached tensors: ``loss``, ``gradient_norm``, ``matching/loss``, ``matching/gradient_norm``,
             ``online/loss``, and the metrics of :class:`AVDObjective`.
         """
+        self.step += 1
         text = self.text[next(self._prompt_order)]
         rollout, metrics = self._update_generator(text)
         online_loss = self._update_online(rollout.x_0.detach(), text)
@@ -115,7 +121,6 @@ class Trainer:
             with torch.no_grad():
                 x_0 = self._rollout(text, self._online_draws).x_0
             online_loss = self._update_online(x_0, text)
-        self.step += 1
         return metrics | {"online/loss": online_loss}
 
     def _update_generator(self, text: Tensor) -> tuple[Rollout, Metrics]:
@@ -144,6 +149,12 @@ class Trainer:
         metrics |= {"loss": loss.detach(), "gradient_norm": norm}
         metrics |= _describe_sample(rollout)
         seen_by_callbacks = metrics | {"x_0": rollout.x_0.detach()}
+        if (
+            self.objective is not None
+            and (regression := self.objective.regression)
+            and not regression.cache.auto_update
+        ):
+            regression.cache.update()
         if self.callbacks.before_step(self.step, seen_by_callbacks):
             self.student_optimizer.step()
             self.callbacks.after_step(self.step, seen_by_callbacks)

@@ -162,8 +162,9 @@ def test_a_term_without_gradient_leaves_the_loss_alone(size, side):
     [
         ({"target": 0.0}, "target must be a finite number above 0"),
         ({"target": math.nan}, "target must be a finite number above 0"),
-        ({"decay": 1.0}, r"decay must be a finite number at least 0 and below 1"),
-        ({"decay": -0.1}, r"decay must be a finite number at least 0 and below 1"),
+        ({"target": math.inf}, "target must be a finite number above 0"),
+        ({"decay": 1.0}, "decay must be a finite number at least 0 and below 1"),
+        ({"decay": -0.1}, "decay must be a finite number at least 0 and below 1"),
     ],
 )
 def test_wrong_options_are_refused(options, message):
@@ -201,3 +202,18 @@ def test_a_loss_that_was_not_computed_from_its_output_is_refused(name, wrong):
     with pytest.raises(ValueError, match=f"{name}_loss has no gradient with respect to {name}_output"):
         balance(**given)
     assert balance.calls == 0
+
+
+def test_before_the_first_call_the_ratio_is_unknown():
+    metrics = GradientBalance(0.5).eval()(**arguments()).metrics
+    assert metrics["gradient_ratio"].isnan()
+    assert metrics["scale"] == 1
+
+
+def test_evaluation_mode_needs_no_gradients():
+    balance = GradientBalance(0.5)
+    call(balance, torch.ones(2), torch.ones(2))
+    with torch.no_grad():
+        loss, metrics = balance.eval()(**arguments())
+    assert metrics["scale"] == 0.5
+    assert loss == 1.0

@@ -276,12 +276,20 @@ def test_the_cache_moves_with_its_module():
     assert {buffer.dtype for buffer in cache.buffers()} == {torch.float32, torch.bool}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype):
     cache = LossMeanCache(GRID)
-    means = cache(torch.tensor([900]), torch.tensor([1.5], dtype=dtype))
-    assert means.dtype == torch.promote_types(dtype, torch.float32)
-    assert means.item() == 1.5
+    loss = torch.tensor([1.1], dtype=dtype)
+    for _ in range(2):
+        means = cache(torch.tensor([900]), loss)
+        assert means.dtype == torch.promote_types(dtype, torch.float32)
+        assert means.item() == pytest.approx(loss.item(), rel=1e-7)
+    assert cache.means.dtype == torch.float32
+
+
+def test_the_first_deviation_is_exactly_zero_in_float64_too():
+    first = torch.tensor([0.1, 1 / 3], dtype=torch.float64)
+    assert torch.equal(LossMeanCache(GRID)(torch.tensor([900, 522]), first), first)
 
 
 @given(iterations, st.lists(samples, max_size=4))

@@ -91,7 +91,15 @@ def test_what_the_configuration_accepts_the_objective_can_be_built_from(timestep
     assert AVDObjective(AVDConfig(timesteps=timesteps)).regression.cache.timesteps.tolist() == list(timesteps)
 
 
-def test_the_released_order_with_accumulation_is_refused():
-    # The mean would be needed before the iteration's losses are known.
-    with pytest.raises(ValueError, match="auto_update"):
-        AVDObjective(AVDConfig(regression=RegressionConfig(order="update_first", auto_update=False)))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        # The mean would be needed before the iteration's losses are known.
+        (lambda: RegressionConfig(order="update_first", auto_update=False), "update_first.* needs auto_update=True"),
+        (lambda: AVDConfig(regression=None, gradient_ratio=0.5), "gradient_ratio needs a regression"),
+        (lambda: MotionConfig(frame_dim=0), "frame_dim"),
+    ],
+)
+def test_values_that_do_not_fit_together_are_refused(make, message):
+    with pytest.raises(ValidationError, match=message):
+        make()

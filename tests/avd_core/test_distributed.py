@@ -447,7 +447,7 @@ def test_all_ranks_skip_and_stop_together_when_one_is_not_finite(ask):
     answers, state = first
     assert answers[:5] == [True, False, True, False, False]
     assert len(answers) == 6
-    assert answers[5].startswith("Step 5: not finite: loss on 2 rank(s); 3 steps in a row")
+    assert answers[5].startswith("Step 5 of the model is not finite: loss on 2 rank(s); 3 in a row")
     assert state == {"skipped": 4, "consecutive": 3}
 
 

@@ -156,12 +156,14 @@ def test_a_gpu_gives_the_cpus_loss_gradient_and_cache(name, dtype):
 
 @pytest.mark.gpu
 def test_the_monitor_waits_for_a_gpu_only_when_it_looks():
-    monitor = CollapseMonitor(LatentStatistics(1.0, (1.0, 1.0)), every=3, grace=0)
+    monitor = CollapseMonitor(LatentStatistics(1.0, (1.0, 1.0)), every=4, grace=0)
     x_0 = torch.randn(1, 2, 3, 4, 4, device="cuda")
+    monitor.after_step(0, {"x_0": x_0})  # moves the reference to the device
     with refuse_waits():
-        monitor.after_step(0, {"x_0": x_0})
         monitor.after_step(1, {"x_0": x_0})
-    monitor.after_step(2, {"x_0": x_0})
+        monitor.after_step(2, {"x_0": x_0})
+    monitor.after_step(3, {"x_0": x_0})
+    assert set(monitor.signals()) == {"variance", "saturation"}
 
 
 @pytest.mark.gpu

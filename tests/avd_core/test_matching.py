@@ -149,8 +149,10 @@ def test_wrong_input_is_refused_before_anything_happens(x_0, real, fake, error, 
     ("options", "message"),
     [
         ({"weight": -1.0}, "weight must be a finite number at least 0"),
+        ({"weight": math.inf}, "weight must be a finite number at least 0"),
         ({"weight": math.nan}, "weight must be a finite number at least 0"),
         ({"eps": 0.0}, "eps must be a finite number above 0"),
+        ({"eps": math.inf}, "eps must be a finite number above 0"),
         ({"eps": math.nan}, "eps must be a finite number above 0"),
     ],
 )

@@ -270,8 +270,10 @@ def test_wrong_input_is_refused_before_anything_happens(x_0, frame_dim, error, m
         ({"floor": math.nan}, "floor must be a finite number"),
         ({"floor": math.inf}, "floor must be a finite number"),
         ({"eps": 0.0}, "eps must be a finite number above 0"),
+        ({"eps": math.inf}, "eps must be a finite number above 0"),
         ({"eps": math.nan}, "eps must be a finite number above 0"),
         ({"weight": -0.1}, "weight must be a finite number at least 0"),
+        ({"weight": math.inf}, "weight must be a finite number at least 0"),
         ({"weight": math.nan}, "weight must be a finite number at least 0"),
     ],
 )

@@ -73,7 +73,7 @@ def test_every_public_name_is_documented_where_it_is_defined(name):
         ("LossMeanCache", "timesteps decay order auto_update sync_ranks process_group"),
         ("GradientBalance", "target decay sync_ranks process_group"),
         ("EMACallback", "parameters decay warmup"),
-        ("NonFiniteGuard", "max_consecutive sync_ranks process_group"),
+        ("NonFiniteGuard", "max_consecutive name sync_ranks process_group"),
     ],
 )
 def test_names_and_order_of_arguments_are_pinned(function, parameters):

@@ -275,14 +275,13 @@ def test_wrong_means_are_refused(wrong_means, error, message):
         adaptive_regression_loss(x, x, wrong_means)
 
 
-@pytest.mark.parametrize(
-    "options", [{"sharpness": -1.0}, {"weight": -1.0}, {"sharpness": math.nan}, {"weight": math.nan}]
-)
-def test_wrong_options_are_refused(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a finite number at least 0"):
-        AdaptiveRegressionLoss(LossMeanCache(GRID), **options)
-    with pytest.raises(ValueError, match=f"{next(iter(options))} must be a finite number at least 0"):
-        adaptive_regression_loss(x, x, means, **options)
+@pytest.mark.parametrize("name", ["sharpness", "weight"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_wrong_options_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be a finite number at least 0, got {value}"):
+        AdaptiveRegressionLoss(LossMeanCache(GRID), **{name: value})
+    with pytest.raises(ValueError, match=f"{name} must be a finite number at least 0, got {value}"):
+        adaptive_regression_loss(x, x, means, **{name: value})
 
 
 def test_the_cache_must_be_a_cache():

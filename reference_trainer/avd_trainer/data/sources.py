@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-
 from avd_trainer.config import ShapesData, VideosData
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents, encode_shapes
@@ -13,9 +11,12 @@ from avd_trainer.data.shapes import MovingShapes
 from avd_trainer.data.videos import load_videos, video_files
 from avd_trainer.progress import ProgressBar
 
+# Seeds from here on are for clips that nothing trains on.
+HELD_OUT = 1_000_000
+
 
 class Clips(NamedTuple):
-    """Attributes: train: clips to train on. held_out: clips that only evaluation sees."""
+    """What a run trains on, and what only evaluation sees."""
 
     train: CaptionedLatents
     held_out: CaptionedLatents
@@ -24,23 +25,15 @@ class Clips(NamedTuple):
 def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec) -> Clips:
     """Make or read the clips of a run, and encode them.
 
-    Videos are split clip by clip, every fourth one is held out; with fewer than four clips both sets are all of them.
+    Of each video the last quarter is held out.
 
     Raises:
         UserError: If there is no readable video.
     """
     if isinstance(config, ShapesData):
-        train = MovingShapes(config.clips, seed=2 * config.seed)
-        held_out = MovingShapes(config.held_out, seed=2 * config.seed + 1)
+        train = MovingShapes(config.clips, config.seed)
+        held_out = MovingShapes(config.held_out, HELD_OUT + config.seed)
         with ProgressBar("clips", len(train) + len(held_out)) as bar:
             return Clips(encode_shapes(train, codec, bar.advance), encode_shapes(held_out, codec, bar.advance))
     with ProgressBar("videos", len(video_files(config.path))) as bar:
-        clips = load_videos(config.path, codec, on_file=bar.advance)
-    is_held_out = torch.arange(len(clips)) % 4 == 3
-    if not is_held_out.any():
-        return Clips(clips, clips)
-    return Clips(_select(clips, ~is_held_out), _select(clips, is_held_out))
-
-
-def _select(clips: CaptionedLatents, mask: torch.Tensor) -> CaptionedLatents:
-    return CaptionedLatents(clips.latents[mask], [clips.captions[i] for i in mask.nonzero().flatten().tolist()])
+        return Clips(*load_videos(config.path, codec, on_file=bar.advance))

@@ -24,8 +24,10 @@ VIDEO_SUFFIXES = frozenset(
 )
 
 MAX_CLIPS_PER_FILE = 64
-# With fewer clips than this, neighbouring clips overlap so that there is something to hold out.
-FEW_CLIPS = 8
+# Clips of a short video overlap, so that there are a few of it.
+FEW_CLIPS = 4
+# Below this share of the pixel range nothing moves but the compression's noise.
+STILL = 1e-3
 
 
 def load_videos(
@@ -35,12 +37,14 @@ def load_videos(
     frames: int = 33,
     size: int = 64,
     on_file: Callable[[], None] = lambda: None,
-) -> CaptionedLatents:
+) -> tuple[CaptionedLatents, CaptionedLatents]:
     """Decode a folder of videos, cut them into clips, and encode those.
 
-    The shorter side is resized to ``size`` and the centre is cut out. A file gives a clip every ``frames`` frames, at
-    most ``MAX_CLIPS_PER_FILE``; a shorter one is played forwards and backwards until it is long enough. The caption is
-    the content of the ``.txt`` file beside the video, or else the file's name.
+    The shorter side is resized to ``size`` and the centre is cut out. Of each video the first three quarters are for
+    training, the rest is held out; either part gives a clip every ``frames`` frames, with overlap where that would be
+    fewer than ``FEW_CLIPS``. A part shorter than a clip is played forwards and backwards until it is long enough. At
+    most ``MAX_CLIPS_PER_FILE`` clips are taken from a file, from its start. The caption is the content of the ``.txt``
+    file beside the video, or else the file's name.
 
     Args:
         folder: Searched recursively for files with one of ``VIDEO_SUFFIXES``.
@@ -50,32 +54,33 @@ def load_videos(
         on_file: Called after each file.
 
     Returns:
-        All clips, in order of file name and time.
+        Clips for training and held-out clips, in order of file name and time.
 
     Raises:
-        UserError: If the folder is missing or holds no readable video. A file that cannot be read is only logged.
+        UserError: If the folder is missing or holds no readable video. A file that cannot be read, has fewer than 4
+            frames or does not move is only logged.
     """
     paths = video_files(folder)
-    videos: list[tuple[Tensor, str]] = []
+    parts: tuple[list[tuple[Tensor, str]], list[tuple[Tensor, str]]] = ([], [])
     for path in paths:
         try:
-            videos.append((_decode(path, frames * MAX_CLIPS_PER_FILE, size), caption_of(path)))
+            video = _decode(path, frames * MAX_CLIPS_PER_FILE, size)
         except (FFmpegError, OSError, ValueError) as error:
             logger.warning("Skipped %s: %s", path, error)
+        else:
+            cut = min(len(video) - 2, round(0.75 * len(video)))
+            for part, shots in zip(parts, (video[:cut], video[cut:]), strict=True):
+                # Encoded file by file: latents are small, the pixels of a folder are not.
+                part.extend((codec.encode(clip), caption_of(path)) for clip in _clips(shots, frames))
         on_file()
-    if not videos:
+    if not parts[0]:
         raise UserError(
             f"None of the {len(paths)} video files in {folder} could be read; the log above says why for each."
         )
-    stride = frames
-    if sum(len(_starts(len(video), frames, stride)) for video, _ in videos) < FEW_CLIPS:
-        stride = max(1, frames // 4)
-    latents, captions = [], []
-    for video, caption in videos:
-        for start in _starts(len(video), frames, stride):
-            latents.append(codec.encode(_cut(video, start, frames)))
-            captions.append(caption)
-    return CaptionedLatents(torch.cat(latents), captions)
+    train, held_out = (
+        CaptionedLatents(torch.cat([clip for clip, _ in part]), [caption for _, caption in part]) for part in parts
+    )
+    return train, held_out
 
 
 def video_files(folder: Path) -> list[Path]:
@@ -95,7 +100,7 @@ def video_files(folder: Path) -> list[Path]:
 def caption_of(path: Path) -> str:
     """The ``.txt`` file beside the video, or its name with separators as blanks."""
     beside = path.with_suffix(".txt")
-    caption = beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+    caption = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
     return caption or path.stem.replace("_", " ").replace("-", " ")
 
 
@@ -105,9 +110,12 @@ def _decode(path: Path, max_frames: int, size: int) -> Tensor:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         frames = [_fit(frame, size) for frame in islice(container.decode(video=0), max_frames)]
-    if len(frames) < 2:
-        raise ValueError(f"it has {len(frames)} frame(s), at least 2 are needed")
-    return torch.stack(frames)
+    if len(frames) < 4:
+        raise ValueError(f"it has {len(frames)} frame(s), at least 4 are needed")
+    video = torch.stack(frames)
+    if video[:: max(1, len(video) // 8)].float().std(dim=0, correction=0).mean() < 255 * STILL:
+        raise ValueError("it does not move")
+    return video
 
 
 def _fit(frame: av.VideoFrame, size: int) -> Tensor:
@@ -120,14 +128,12 @@ def _fit(frame: av.VideoFrame, size: int) -> Tensor:
     return torch.rot90(cut, round(frame.rotation / 90)).permute(2, 0, 1).contiguous()
 
 
-def _starts(length: int, frames: int, stride: int) -> range:
-    return range(0, max(1, length - frames + 1), stride)
-
-
-def _cut(video: Tensor, start: int, frames: int) -> Tensor:
-    """``[1, 3, frames, H, W]`` float32 in [0, 1], from ``[F, 3, H, W]`` uint8."""
-    index = torch.tensor(list(islice(_back_and_forth(len(video), start), frames)))
-    return video[index].permute(1, 0, 2, 3).unsqueeze(0).float() / 255
+def _clips(video: Tensor, frames: int) -> Iterator[Tensor]:
+    """``[1, 3, frames, H, W]`` float32 in [0, 1] each, from ``[F, 3, H, W]`` uint8."""
+    stride = frames if len(video) >= FEW_CLIPS * frames else max(1, frames // 4)
+    for start in range(0, max(1, len(video) - frames + 1), stride):
+        index = torch.tensor(list(islice(_back_and_forth(len(video), start), frames)))
+        yield video[index].permute(1, 0, 2, 3).unsqueeze(0).float() / 255
 
 
 def _back_and_forth(length: int, start: int) -> Iterator[int]:
