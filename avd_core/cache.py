@@ -93,7 +93,7 @@ class LossMeanCache(nn.Module):
         self.sync_ranks = sync_ranks
         self.process_group = process_group
         # Far outside the grid means another unit (sigma in place of t, say), not a nearest entry.
-        self._tolerance = max((abs(s) for s in steps), default=math.inf)
+        self._tolerance = max((abs(s) for s in steps), default=abs(grid[0]) / 2 or math.inf)
         self._range = (min(grid), max(grid))
         self.register_buffer("timesteps", torch.tensor(grid, dtype=torch.float32))
         self.register_buffer("means", torch.zeros(len(grid)))
@@ -108,14 +108,16 @@ class LossMeanCache(nn.Module):
         Args:
             low: Lower end of the range, for example 0.
             high: Upper end, for example 1 for sigma, 1000 for timesteps, pi/2 for TrigFlow.
-            bins: Number of parts, at least 1. With 20 and a decay of 0.95 a mean averages over about 400 samples.
+            bins: Number of parts, at least 1. With 20 and a decay of 0.95 a mean covers about 400 samples at batch 1.
             decay: As in the constructor.
             options: The constructor's other options.
         """
         if not (bins >= 1 and math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"uniform needs low < high and bins >= 1, got low={low}, high={high}, bins={bins}.")
         width = (high - low) / bins
-        return cls([low + (i + 0.5) * width for i in range(bins)], decay, **options)
+        cache = cls([low + (i + 0.5) * width for i in range(bins)], decay, **options)
+        cache._tolerance = width
+        return cache
 
     @torch.no_grad()
     def forward(self, timesteps: Tensor, losses: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class CollapseMonitor(Callback):
         *,
         regression_weight: float | None = None,
         every: int = 10,
-        grace: int = 50,
+        grace: int = 100,
         decay: float = 0.95,
         frame_dim: int = 2,
         variance_range: tuple[float, float] = (0.5, 3.0),

@@ -20,7 +20,8 @@ class EMACallback(Callback):
     Reads no metrics. Needs the ``torch-ema`` package: ``pip install "avd-core[ema]"``.
 
     Args:
-        parameters: The student's parameters; the average has their dtype and device.
+        parameters: The student's parameters. The average is kept in float32 on their device: in bfloat16 it would
+            stand still, since a hundredth of a step is below the last digit.
         decay: In [0, 1). The average covers about ``1 / (1 - decay)`` steps.
         warmup: Whether the decay starts low and rises with the number of updates, so that the first averages are not
             the initial weights (torch-ema's ``use_num_updates``).
@@ -41,16 +42,20 @@ class EMACallback(Callback):
         if not parameters:
             raise ValueError("EMACallback needs at least one parameter, got none.")
         check_number("decay", decay, at_least=0, below=1)
-        self._average = ExponentialMovingAverage(parameters, decay=decay, use_num_updates=warmup)
+        self._parameters = parameters
+        self._average = ExponentialMovingAverage(self._in_float32(), decay=decay, use_num_updates=warmup)
 
     def after_step(self, step: int, metrics: Metrics) -> None:
-        self._average.update()
+        self._average.update(self._in_float32())
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
         """Within this context the parameters hold their average; afterwards, also on an error, their own values."""
-        with self._average.average_parameters():
+        with self._average.average_parameters(self._parameters):
             yield
+
+    def _in_float32(self) -> list[torch.Tensor]:
+        return [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self._parameters]
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = self._average.state_dict()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor
 
 from avd_core._distributed import sum_over_ranks, world_size
 from avd_core.callbacks.base import Callback, Metrics
@@ -98,4 +97,5 @@ class NonFiniteGuard(Callback):
 
 def _whole(value: Tensor) -> Tensor:
     """Gradient norms of FSDP2 models are sharded; every rank takes part in putting them together."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return whole

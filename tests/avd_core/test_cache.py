@@ -405,3 +405,10 @@ def test_timesteps_in_another_unit_are_refused_on_the_cpu(cache, timestep, order
 
 def test_repr_names_the_options():
     assert "4 entries in [522, 1000], decay=0.95, order='weight_first'" in repr(LossMeanCache(GRID))
+
+
+def test_a_mistaken_unit_is_refused_on_a_grid_of_one_step():
+    cache = LossMeanCache((1000,))
+    cache(torch.tensor([999]), torch.ones(1))
+    with pytest.raises(ValueError, match="outside the cache's grid"):
+        cache(torch.tensor([0.999]), torch.ones(1))
