@@ -110,7 +110,8 @@ class Trainer:
 
         Returns:
             Detached tensors: ``loss``, ``gradient_norm``, ``matching/loss``, ``matching/gradient_norm``,
-            ``online/loss``, and the metrics of :class:`AVDObjective`.
+            ``online/loss``, ``sample/timestep``, ``sample/std``, ``sample/temporal_loss``, with a regression
+            ``regression/timesteps``, and the metrics of :class:`AVDObjective`.
         """
         self.step += 1
         text = self.text[next(self._prompt_order)]
