@@ -83,21 +83,60 @@ class AVDObjective(nn.Module):
         """
         # All checks come first: a call that fails must not leave its losses in the cache.
         self._check_inputs(x_0, prediction, target, timesteps, matching_loss, matching_output)
-        outputs: dict[str, LossOutput] = {}
-        metrics: dict[str, Tensor] = {}
+        parts = []
         if self.regression is not None:
-            loss, regression_metrics = self.regression(prediction, target, timesteps)
-            if matching_loss is not None:
-                loss, balance_metrics = self.balance(loss, prediction, matching_loss, matching_output)
-                metrics |= {f"balance/{name}": value for name, value in balance_metrics.items()}
-            outputs["regression"] = LossOutput(loss, regression_metrics)
+            parts.append(
+                self.on_clips(
+                    prediction, target, timesteps, matching_loss=matching_loss, matching_output=matching_output
+                )
+            )
         if self.motion is not None:
-            outputs["motion"] = self.motion(x_0)
-        loss = torch.stack([output.loss for output in outputs.values()]).sum()
-        for part, output in outputs.items():
-            metrics |= {f"{part}/{name}": value for name, value in output.metrics.items()}
-            metrics[f"{part}/loss"] = output.loss.detach()
-        return LossOutput(loss, metrics)
+            parts.append(self.on_samples(x_0))
+        metrics = {name: value for part in parts for name, value in part.metrics.items()}
+        return LossOutput(torch.stack([part.loss for part in parts]).sum(), metrics)
+
+    def on_samples(self, x_0: Tensor | None) -> LossOutput:
+        """The term on generated samples alone, for loops that call ``backward()`` before they turn to real clips.
+
+        Two passes hold the activations of one forward at a time; their gradients add up to those of :meth:`forward`.
+        Arguments and metrics are the same as there.
+
+        Raises:
+            ValueError: If the part is left out; otherwise as :meth:`forward`.
+        """
+        if self.motion is None:
+            raise ValueError("AVDConfig leaves out the motion term: there is nothing to compute on samples.")
+        if x_0 is None:
+            raise ValueError(_MISSING_SAMPLES)
+        return _prefixed("motion", self.motion(x_0))
+
+    def on_clips(
+        self,
+        prediction: Tensor | None,
+        target: Tensor | None,
+        timesteps: Tensor | None,
+        *,
+        matching_loss: Tensor | None = None,
+        matching_output: Tensor | None = None,
+    ) -> LossOutput:
+        """The term on real clips alone; see :meth:`on_samples`.
+
+        ``matching_output`` may be a detached copy of the generator's velocity, with ``matching_loss`` computed from it:
+        the graph of the generator is not needed.
+
+        Raises:
+            ValueError: If the part is left out; otherwise as :meth:`forward`.
+        """
+        if self.regression is None:
+            raise ValueError("AVDConfig leaves out the regression: there is nothing to compute on clips.")
+        self._check_clips(prediction, target, timesteps, matching_loss, matching_output)
+        loss, metrics = self.regression(prediction, target, timesteps)
+        balance: dict[str, Tensor] = {}
+        if matching_loss is not None:
+            loss, balance_metrics = self.balance(loss, prediction, matching_loss, matching_output)
+            balance = {f"balance/{name}": value for name, value in balance_metrics.items()}
+        output = _prefixed("regression", LossOutput(loss, metrics))
+        return LossOutput(output.loss, balance | output.metrics)
 
     def _check_inputs(
         self,
@@ -112,26 +151,50 @@ class AVDObjective(nn.Module):
             raise ValueError(
                 "AVDConfig leaves out both the regression and the motion term: there is nothing to compute."
             )
-        if (matching_loss is None) != (matching_output is None):
-            raise ValueError("matching_loss and matching_output belong together: pass both or neither.")
+        if self.regression is not None:
+            self._check_clips(prediction, target, timesteps, matching_loss, matching_output)
+        else:
+            _check_matching(matching_loss, matching_output)
+        if self.motion is not None:
+            if x_0 is None:
+                raise ValueError(_MISSING_SAMPLES)
+            check_frames(x_0, self.motion.frame_dim)
+
+    def _check_clips(
+        self,
+        prediction: Tensor | None,
+        target: Tensor | None,
+        timesteps: Tensor | None,
+        matching_loss: Tensor | None,
+        matching_output: Tensor | None,
+    ) -> None:
+        _check_matching(matching_loss, matching_output)
         if self.config.gradient_ratio is not None and matching_loss is None:
             raise ValueError(
                 "AVDConfig(gradient_ratio=...) needs matching_loss and matching_output to compare with. Pass both, or "
                 "set gradient_ratio=None for the paper's constant weight."
             )
+        if prediction is None or target is None or timesteps is None:
+            raise ValueError(
+                "The regression needs prediction, target and timesteps of real clips. Pass them, or leave the part "
+                "out with AVDConfig(regression=None)."
+            )
         if self.regression is not None:
-            if prediction is None or target is None or timesteps is None:
-                raise ValueError(
-                    "The regression needs prediction, target and timesteps of real clips. Pass them, or leave the part "
-                    "out with AVDConfig(regression=None)."
-                )
             self.regression.check_inputs(prediction, target, timesteps)
-            if matching_loss is not None and matching_output is not None:
-                self.balance.check_inputs(None, prediction, matching_loss, matching_output)
-        if self.motion is not None:
-            if x_0 is None:
-                raise ValueError(
-                    "The motion term needs x_0, the generated samples. Pass them, or leave the part out with "
-                    "AVDConfig(motion=None)."
-                )
-            check_frames(x_0, self.motion.frame_dim)
+        if matching_loss is not None and matching_output is not None:
+            self.balance.check_inputs(None, prediction, matching_loss, matching_output)
+
+
+_MISSING_SAMPLES = (
+    "The motion term needs x_0, the generated samples. Pass them, or leave the part out with AVDConfig(motion=None)."
+)
+
+
+def _check_matching(matching_loss: Tensor | None, matching_output: Tensor | None) -> None:
+    if (matching_loss is None) != (matching_output is None):
+        raise ValueError("matching_loss and matching_output belong together: pass both or neither.")
+
+
+def _prefixed(part: str, output: LossOutput) -> LossOutput:
+    metrics = {f"{part}/{name}": value for name, value in output.metrics.items()}
+    return LossOutput(output.loss, metrics | {f"{part}/loss": output.loss.detach()})

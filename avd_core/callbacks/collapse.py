@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -90,6 +91,9 @@ class CollapseMonitor(Callback):
     ``balance/scale``             as it is after scaling
     ============================  =======================================  ==============================
 
+    Pass ``x_0`` in steps whose samples are finished: one that stops early in the few-step grid is blurred by nature. In
+    steps without it the samples are not judged.
+
     Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
 
     Args:
@@ -104,9 +108,9 @@ class CollapseMonitor(Callback):
             with the paper's floor lifts the variance to 2.5 times its teacher's.
         saturation_range: Allowed standard deviation, as multiples of the reference's.
         min_weight: Smallest allowed share of the regression's maximal weight. (At an average loss it is 0.5.)
-        max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's. Above 1 the
-            regression has the larger part, which is a hint and no proof: of our small students one with 1.3 to 1.6
-            froze, others with 1.0 to 1.4 and a heavier motion term kept moving.
+        max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None, the default,
+            does not judge it. It is no proof: of our small students one with 1.3 to 1.6 froze, others with 1.0 to 1.4
+            and a heavier motion term kept moving.
 
     Attributes:
         findings: All findings so far, oldest first.
@@ -124,7 +128,7 @@ class CollapseMonitor(Callback):
         variance_range: tuple[float, float] = (0.5, 3.0),
         saturation_range: tuple[float, float] = (0.8, 1.15),
         min_weight: float = 0.05,
-        max_gradient_ratio: float = 1.0,
+        max_gradient_ratio: float | None = None,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
@@ -169,12 +173,18 @@ class CollapseMonitor(Callback):
         return dict(zip(self._smoothed, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"signals": self.signals(), "active": sorted(self._active), "steps": self._steps}
+        return {
+            "signals": self.signals(),
+            "active": sorted(self._active),
+            "steps": self._steps,
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._smoothed = {name: torch.tensor(value) for name, value in state_dict["signals"].items()}
         self._active = set(state_dict["active"])
         self._steps = int(state_dict["steps"])
+        self.findings = [CollapseFinding(**finding) for finding in state_dict["findings"]]
 
     @torch.no_grad()
     def _signals(self, metrics: Metrics) -> dict[str, Tensor]:
@@ -210,7 +220,7 @@ class CollapseMonitor(Callback):
 
 
 def _rules(
-    variance: tuple[float, float], saturation: tuple[float, float], min_weight: float, max_ratio: float
+    variance: tuple[float, float], saturation: tuple[float, float], min_weight: float, max_ratio: float | None
 ) -> tuple[_Rule, ...]:
     return (
         _Rule(
@@ -239,7 +249,7 @@ def _rules(
             "timesteps and the scale of the target, or lower the sharpness",
         ),
         _Rule(
-            "regression_dominates", "gradient_ratio", max_ratio, True,
+            "regression_dominates", "gradient_ratio", math.inf if max_ratio is None else max_ratio, True,
             "the regression's gradient dominates distribution matching: the student tends to a blurred standstill. "
             "Lower its weight, or hold the ratio with GradientBalance(target=...)",
         ),

@@ -274,3 +274,48 @@ def test_validation_without_gradients_works(config, compared):
         output = objective.eval()(*draw(), **compared)
     assert output.loss.isfinite()
     assert_same_state(state_of(objective), before)
+
+
+# --- In two passes
+
+
+@given(seeds)
+def test_two_backward_passes_give_the_gradients_of_one(seed):
+    config = AVDConfig(gradient_ratio=0.3, motion=MotionConfig(floor=-5.0))
+    whole, parts = AVDObjective(config), AVDObjective(config)
+    one, two = draw(seed), draw(seed)
+    loss, metrics = whole(*one, **matching(seed))
+    loss.backward()
+    samples = parts.on_samples(two.x_0)
+    samples.loss.backward()
+    clips = parts.on_clips(two.prediction, two.target, two.timesteps, **matching(seed))
+    clips.loss.backward()
+    torch.testing.assert_close(samples.loss + clips.loss, loss)
+    assert_same_state({**samples.metrics, **clips.metrics}, metrics)
+    torch.testing.assert_close(two.x_0.grad, one.x_0.grad)
+    torch.testing.assert_close(two.prediction.grad, one.prediction.grad)
+    assert_same_state(state_of(parts), state_of(whole))
+
+
+def test_a_pass_that_is_left_out_has_nothing_to_compute():
+    inputs = draw()
+    with pytest.raises(ValueError, match="leaves out the motion term"):
+        AVDObjective(AVDConfig(motion=None)).on_samples(inputs.x_0)
+    with pytest.raises(ValueError, match="leaves out the regression"):
+        AVDObjective(AVDConfig(regression=None)).on_clips(inputs.prediction, inputs.target, inputs.timesteps)
+    with pytest.raises(ValueError, match="needs x_0, the generated samples"):
+        AVDObjective().on_samples(None)
+    with pytest.raises(ValueError, match="belong together"):
+        AVDObjective().on_clips(inputs.prediction, inputs.target, inputs.timesteps, matching_loss=torch.ones(()))
+
+
+def test_a_failed_pass_over_clips_leaves_the_cache_alone():
+    objective, inputs = AVDObjective(), draw()
+    before = state_of(objective)
+    with pytest.raises(ValueError, match="timesteps"):
+        objective.on_clips(inputs.prediction, inputs.target, None)
+    with pytest.raises(ValueError, match="has no gradient"):
+        objective.on_clips(
+            inputs.prediction.detach(), inputs.target, inputs.timesteps, **matching()
+        )  # after the matching loss, which is fine
+    assert_same_state(state_of(objective), before)
