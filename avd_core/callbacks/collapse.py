@@ -108,9 +108,9 @@ class CollapseMonitor(Callback):
             with the paper's floor lifts the variance to 2.5 times its teacher's.
         saturation_range: Allowed standard deviation, as multiples of the reference's.
         min_weight: Smallest allowed share of the regression's maximal weight. (At an average loss it is 0.5.)
-        max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None, the default,
-            does not judge it. It is no proof: of our small students one with 1.3 to 1.6 froze, others with 1.0 to 1.4
-            and a heavier motion term kept moving.
+        max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None does not
+            judge it. It is no proof: of our small students one with 1.3 to 1.6 froze, others with 1.0 to 1.4 and a
+            heavier motion term kept moving.
 
     Attributes:
         findings: All findings so far, oldest first.

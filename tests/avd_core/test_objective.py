@@ -291,7 +291,7 @@ def test_two_backward_passes_give_the_gradients_of_one(seed):
     clips = parts.on_clips(two.prediction, two.target, two.timesteps, **matching(seed))
     clips.loss.backward()
     torch.testing.assert_close(samples.loss + clips.loss, loss)
-    assert_same_state({**samples.metrics, **clips.metrics}, metrics)
+    assert_same_state({**clips.metrics, **samples.metrics}, metrics)
     torch.testing.assert_close(two.x_0.grad, one.x_0.grad)
     torch.testing.assert_close(two.prediction.grad, one.prediction.grad)
     assert_same_state(state_of(parts), state_of(whole))
