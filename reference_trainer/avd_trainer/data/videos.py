@@ -28,6 +28,8 @@ MAX_CLIPS_PER_FILE = 64
 FEW_CLIPS = 4
 # Below this share of the pixel range nothing moves but the compression's noise.
 STILL = 1e-3
+# Seconds by which a frame's time may be off: containers round to milliseconds.
+ROUNDING = 2e-3
 
 
 def load_videos(
@@ -104,28 +106,73 @@ def caption_of(path: Path) -> str:
     return caption or path.stem.replace("_", " ").replace("-", " ")
 
 
-def _decode(path: Path, max_frames: int, size: int) -> Tensor:
-    """``[F, 3, size, size]`` uint8. Resized while decoding, so a long video never fills the memory."""
+def decode_frames(path: Path, height: int, width: int, fps: float | None = None) -> Iterator[Tensor]:
+    """Decode a video frame by frame.
+
+    Args:
+        path: The file.
+        height: A frame is resized to cover ``height`` x ``width``, and its centre is cut out.
+        width: In pixels.
+        fps: Frames per second, by repeating or leaving out frames; None gives those of the file.
+
+    Yields:
+        ``[3, height, width]`` uint8. Resized while decoding, so a long video never fills the memory.
+
+    Raises:
+        ValueError: If the file has no video stream, or its frames no times.
+        FFmpegError, OSError: If it cannot be decoded.
+    """
     with av.open(path) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
-        frames = [_fit(frame, size) for frame in islice(container.decode(video=0), max_frames)]
+        frames = container.decode(video=0)
+        for frame in frames if fps is None else _at_rate(frames, fps):
+            yield _fit(frame, height, width)
+
+
+def stands_still(video: Tensor) -> bool:
+    """Whether nothing moves in ``[F, 3, H, W]`` uint8 but the compression's noise."""
+    return bool(video[:: max(1, len(video) // 8)].float().std(dim=0, correction=0).mean() < 255 * STILL)
+
+
+def _decode(path: Path, max_frames: int, size: int) -> Tensor:
+    """``[F, 3, size, size]`` uint8."""
+    frames = list(islice(decode_frames(path, size, size), max_frames))
     if len(frames) < 4:
         raise ValueError(f"it has {len(frames)} frame(s), at least 4 are needed")
     video = torch.stack(frames)
-    if video[:: max(1, len(video) // 8)].float().std(dim=0, correction=0).mean() < 255 * STILL:
+    if stands_still(video):
         raise ValueError("it does not move")
     return video
 
 
-def _fit(frame: av.VideoFrame, size: int) -> Tensor:
-    scale = size / min(frame.width, frame.height)
-    width, height = max(size, round(frame.width * scale)), max(size, round(frame.height * scale))
-    pixels = torch.from_numpy(frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
-    top, left = (height - size) // 2, (width - size) // 2
-    cut = pixels[top : top + size, left : left + size]
+def _at_rate(frames: Iterator[av.VideoFrame], fps: float) -> Iterator[av.VideoFrame]:
+    """The frame that is on screen at each of 0, 1 / fps, 2 / fps, ... seconds."""
+    shown: av.VideoFrame | None = None
+    start, given = 0.0, 0
+    for frame in frames:
+        if frame.time is None:
+            raise ValueError("its frames have no times; convert it to MP4")
+        start = frame.time if shown is None else start
+        while shown is not None and given / fps < frame.time - start - ROUNDING:
+            yield shown
+            given += 1
+        shown = frame
+    if shown is not None and given / fps < shown.time - start + ROUNDING:
+        yield shown
+
+
+def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
     # Phones store upright videos sideways, with a note of how to turn them.
-    return torch.rot90(cut, round(frame.rotation / 90)).permute(2, 0, 1).contiguous()
+    turns = round(frame.rotation / 90)
+    if turns % 2:
+        height, width = width, height
+    scale = max(height / frame.height, width / frame.width)
+    rows, columns = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
+    pixels = torch.from_numpy(frame.reformat(width=columns, height=rows, format="rgb24").to_ndarray())
+    top, left = (rows - height) // 2, (columns - width) // 2
+    cut = pixels[top : top + height, left : left + width]
+    return torch.rot90(cut, turns).permute(2, 0, 1).contiguous()
 
 
 def _clips(video: Tensor, frames: int) -> Iterator[Tensor]:

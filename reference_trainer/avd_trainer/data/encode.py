@@ -1,0 +1,204 @@
+"""From a person's own videos and prompts to shards."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from av.error import FFmpegError
+from torch import Tensor
+
+from avd_trainer.data.shards import ShardWriter
+from avd_trainer.data.text import HashTextEmbedding
+from avd_trainer.data.videos import caption_of, decode_frames, stands_still, video_files
+from avd_trainer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Frames per second of Wan2.1's training data and samples (`sample_fps`): 81 frames are 5 seconds.
+WAN_FPS = 16.0
+
+# What Wan2.1 takes where no negative prompt is given: `sample_neg_prompt` in wan/configs/shared_config.py of
+# https://github.com/Wan-Video/Wan2.1; CausVid, Self-Forcing and the released AVD code distil with the same one.
+# In English: vivid tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, still,
+# overall gray, worst quality, low quality, JPEG residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly
+# drawn faces, deformed, disfigured, misshapen limbs, fused fingers, motionless picture, messy background, three legs,
+# many people in the background, walking backwards.
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"  # noqa: RUF001
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，"  # noqa: RUF001
+    "手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+# Prompts that are embedded at once.
+BATCH = 8
+
+
+class VideoEncoder(Protocol):
+    """What makes latents of videos, such as a VAE."""
+
+    def encode(self, video: Tensor, /) -> Tensor:
+        """``[B, 3, F, H, W]`` in [0, 1] to normalised latents ``[B, C, f, h, w]``."""
+
+
+class TextEncoder(Protocol):
+    """What makes embeddings of captions.
+
+    Attributes:
+        length: The most tokens of an embedding.
+        dim: The width of a token.
+    """
+
+    length: int
+    dim: int
+
+    def __call__(self, captions: list[str], /) -> list[Tensor]:
+        """An embedding ``[l, dim]`` for each caption, only the tokens in use."""
+
+
+class HashTextEncoder:
+    """The weight-free :class:`HashTextEmbedding` as a :class:`TextEncoder`: one token per word."""
+
+    def __init__(self, length: int, dim: int) -> None:
+        self.length, self.dim = length, dim
+        self._embedding = HashTextEmbedding(length, dim)
+
+    def __call__(self, captions: list[str], /) -> list[Tensor]:
+        # A word's vector is drawn from a normal distribution: rows of zeros are padding.
+        return [row[row.any(dim=1)] for row in self._embedding(captions)]
+
+
+def encode_videos(
+    folder: Path,
+    output: Path,
+    codec: VideoEncoder,
+    text: TextEncoder,
+    *,
+    frames: int,
+    height: int,
+    width: int,
+    negative_prompt: str,
+    fps: float = WAN_FPS,
+    on_file: Callable[[], None] = lambda: None,
+) -> int:
+    """Cut a folder of videos into clips and encode them with their captions.
+
+    Each video is brought to ``fps`` and cut into clips that follow each other without overlap; what is left at its end
+    is dropped. A frame is resized to cover ``height`` x ``width`` and its centre is cut out. The caption is the content
+    of the ``.txt`` file beside the video, or else the file's name. Latents are stored in float16. A file that cannot be
+    read or is shorter than a clip, and a clip that does not move, are logged and left out.
+
+    Args:
+        folder: Searched recursively.
+        output: Folder of the new data set.
+        codec: Encodes the clips.
+        text: Embeds the captions.
+        frames: Frames per clip, ``1 + 4 n``; Wan2.1's 81.
+        height: In pixels, a multiple of 16; Wan2.1's 480.
+        width: In pixels, a multiple of 16; Wan2.1's 832.
+        negative_prompt: Embedded for the unconditional prediction of classifier-free guidance.
+        fps: Frames per second of the clips.
+        on_file: Called after each file.
+
+    Returns:
+        Clips that were written.
+
+    Raises:
+        UserError: If a number is not of that form, there is no video, none gave a clip, or the output cannot be
+            written.
+    """
+    # The VAE's strides are 4 in time and 8 in space, the transformer's patch is 2 x 2 latents.
+    if frames < 5 or (frames - 1) % 4 or height < 16 or height % 16 or width < 16 or width % 16 or fps <= 0:
+        raise UserError(
+            "Clips need 1 + 4 n frames with n >= 1, a height and a width that are multiples of 16, and fps above 0; "
+            f"got {frames} frames of height {height} and width {width} at {fps} fps. Wan2.1's are 81, 480, 832 and 16."
+        )
+    paths = video_files(folder)
+    with ShardWriter(output, text_length=text.length, text_dim=text.dim) as writer, torch.no_grad():
+        writer.set_unconditional(text([negative_prompt])[0], negative_prompt)
+        for path in paths:
+            caption = caption_of(path)
+            embedding = text([caption])[0]
+            for number, clip in enumerate(_clips(path, frames, height, width, fps)):
+                source = f"{path.relative_to(folder)}, clip {number}"
+                if stands_still(clip):
+                    logger.warning("Left out %s: it does not move.", source)
+                    continue
+                video = clip.transpose(0, 1).unsqueeze(0).float() / 255
+                latent = codec.encode(video)[0].to("cpu", torch.float16)
+                if latent.isfinite().all():
+                    writer.add(latent, embedding, caption, source)
+                else:
+                    logger.warning("Left out %s: its latent is not finite.", source)
+            on_file()
+        if writer.rows == 0:
+            raise UserError(f"None of the {len(paths)} video files in {folder} gave a clip; the log above says why.")
+        return writer.rows
+
+
+def encode_prompts(
+    file: Path,
+    output: Path,
+    text: TextEncoder,
+    negative_prompt: str,
+    on_prompt: Callable[[], None] = lambda: None,
+) -> int:
+    """Embed prompts, one a line; a data set without latents.
+
+    Args:
+        file: UTF-8; empty lines are left out.
+        output: Folder of the new data set.
+        text: Embeds the prompts.
+        negative_prompt: Embedded for the unconditional prediction of classifier-free guidance.
+        on_prompt: Called after each prompt.
+
+    Returns:
+        Prompts that were written.
+
+    Raises:
+        UserError: If the file cannot be read or holds no prompt, or the output cannot be written.
+    """
+    prompts = read_prompts(file)
+    with ShardWriter(output, text_length=text.length, text_dim=text.dim) as writer, torch.no_grad():
+        writer.set_unconditional(text([negative_prompt])[0], negative_prompt)
+        for start in range(0, len(prompts), BATCH):
+            lines, batch = zip(*prompts[start : start + BATCH], strict=True)
+            for line, prompt, embedding in zip(lines, batch, text(list(batch)), strict=True):
+                writer.add(None, embedding, prompt, f"{file.name}, line {line}")
+                on_prompt()
+        return writer.rows
+
+
+def read_prompts(file: Path) -> Sequence[tuple[int, str]]:
+    """Line numbers from 1 and prompts of a text file.
+
+    Raises:
+        UserError: If it cannot be read or holds no prompt.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}. Pass a text file in UTF-8 with one prompt a line.") from error
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise UserError(f"{file} holds no prompts. Write one a line.")
+    return prompts
+
+
+def _clips(path: Path, frames: int, height: int, width: int, fps: float) -> Iterator[Tensor]:
+    """``[frames, 3, height, width]`` uint8 each; what cannot be decoded is logged."""
+    found = 0
+    try:
+        decoded = decode_frames(path, height, width, fps)
+        while len(clip := list(islice(decoded, frames))) == frames:
+            yield torch.stack(clip)
+            found += 1
+    except (FFmpegError, OSError, ValueError) as error:
+        logger.warning("Skipped %s after %d clip(s): %s", path, found, error)
+    else:
+        if not found:
+            logger.warning("Skipped %s: it has %d frames at %g fps, a clip takes %d.", path, len(clip), fps, frames)

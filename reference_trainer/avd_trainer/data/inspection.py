@@ -1,0 +1,217 @@
+"""What is in a data set, and what looks wrong with it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from avd_core import temporal_variance
+from avd_trainer.data.shards import ShardDataset
+
+# Of the latents' variance the share along frames below which a clip stands still.
+STILL = 0.01
+# Normalised latents have about unit scale; Wan2.1's raw ones have a standard deviation of about 2.3.
+UNIT_SCALE = (0.5, 1.6)
+
+
+class DataReport(BaseModel):
+    """What :func:`inspect` found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    files: int
+    """Shards."""
+    rows: int
+    """Samples, of all shards."""
+    bytes: int
+    """Size of all shards."""
+    latent_shape: tuple[int, ...] | None
+    """``(C, F, H, W)``; None for prompts alone."""
+    latent_dtypes: tuple[str, ...]
+    """How latents are stored."""
+    text_length: int
+    """L, tokens after padding."""
+    text_dim: int
+    """D, width of a token."""
+    text_dtypes: tuple[str, ...]
+    """How text embeddings are stored."""
+    tokens_min: int
+    """Fewest tokens of a caption, before padding."""
+    tokens_mean: float
+    """Mean tokens of a caption."""
+    tokens_max: int
+    """Most tokens of a caption."""
+    sources: int
+    """Different sources."""
+    empty_captions: int
+    """Rows without a caption."""
+    captions: tuple[str, ...]
+    """A few captions, evenly spread."""
+    unconditional_prompt: str | None
+    """Prompt of the unconditional text embedding; None if the data set has no such embedding."""
+    sampled: int
+    """Rows whose latents were read for what follows."""
+    not_finite: int
+    """Of these, rows with NaN or infinity, which the figures below leave out."""
+    standing_still: int
+    """Of these, rows with less than 1% of their variance along frames."""
+    latent_mean: float | None
+    """Mean of the latents; None without a finite latent, as all below."""
+    latent_std: float | None
+    """Standard deviation of the latents."""
+    channel_means: tuple[float, ...] | None
+    """Mean per channel."""
+    channel_stds: tuple[float, ...] | None
+    """Standard deviation per channel."""
+    temporal_loss: float | None
+    """``-log E[Var_t]`` in nats. Lower is more motion. None for latents of one frame."""
+    warnings: tuple[str, ...]
+    """What looks wrong, in words."""
+
+
+def inspect(path: Path, samples: int = 256) -> DataReport:
+    """Describe a data set.
+
+    Small columns are read in full; latents of at most ``samples`` evenly spread rows, one at a time.
+
+    Args:
+        path: Folder of the data set.
+        samples: Rows whose latents are read, at least 1.
+
+    Raises:
+        UserError: As :class:`ShardDataset`, or if a row that is read is damaged.
+    """
+    if samples < 1:
+        raise ValueError(f"inspect needs samples >= 1, got {samples}.")
+    dataset = ShardDataset(path)
+    fingerprint = dataset.fingerprint()
+    tokens = np.fromiter(dataset.column("text_tokens"), dtype=np.int64)
+    statistics = _LatentStatistics()
+    for row in _spread(len(dataset), samples) if dataset.has_latents else ():
+        latent = dataset[row].latent
+        assert latent is not None
+        statistics.add(latent)
+    report = DataReport(
+        files=len(fingerprint),
+        rows=len(dataset),
+        bytes=sum(entry["bytes"] for entry in fingerprint),
+        latent_shape=dataset.latent_shape,
+        latent_dtypes=tuple(sorted({name for name in dataset.column("dtype") if name is not None})),
+        text_length=dataset.text_length,
+        text_dim=dataset.text_dim,
+        text_dtypes=tuple(sorted(set(dataset.column("text_dtype")))),
+        tokens_min=int(tokens.min()),
+        tokens_mean=float(tokens.mean()),
+        tokens_max=int(tokens.max()),
+        sources=len(set(dataset.column("source"))),
+        empty_captions=sum(not caption.strip() for caption in dataset.column("caption")),
+        captions=tuple(dataset[row].caption for row in _spread(len(dataset), 3)),
+        unconditional_prompt=dataset.unconditional_prompt() if dataset.has_unconditional else None,
+        sampled=statistics.sampled,
+        not_finite=statistics.not_finite,
+        standing_still=statistics.standing_still,
+        latent_mean=statistics.mean,
+        latent_std=statistics.std,
+        channel_means=statistics.channel_means,
+        channel_stds=statistics.channel_stds,
+        temporal_loss=statistics.temporal_loss,
+        warnings=(),
+    )
+    return report.model_copy(update={"warnings": tuple(_warnings(report))})
+
+
+class _LatentStatistics:
+    """Sums over latents that come one at a time."""
+
+    def __init__(self) -> None:
+        self.sampled = self.not_finite = self.standing_still = 0
+        self._count = 0
+        # Per clip: mean and mean square of each channel, and the temporal variance.
+        self._sums: tuple[Tensor, Tensor] | None = None
+        self._temporal = 0.0
+
+    def add(self, latent: Tensor) -> None:
+        """Count ``[C, F, H, W]`` in."""
+        self.sampled += 1
+        if not latent.isfinite().all():
+            self.not_finite += 1
+            return
+        self._count += 1
+        values = latent.double().flatten(1)
+        means, squares = values.mean(1), values.square().mean(1)
+        before = self._sums or (torch.zeros_like(means), torch.zeros_like(squares))
+        self._sums = before[0] + means, before[1] + squares
+        if latent.shape[1] > 1:
+            temporal = float(temporal_variance(latent.unsqueeze(0)))
+            self._temporal += temporal
+            self.standing_still += temporal < STILL * float(latent.var(correction=0))
+
+    @property
+    def mean(self) -> float | None:
+        return None if self._sums is None else float(self._moments()[0].mean())
+
+    @property
+    def std(self) -> float | None:
+        if self._sums is None:
+            return None
+        means, squares = self._moments()
+        return math.sqrt(max(0.0, float(squares.mean() - means.mean() ** 2)))
+
+    @property
+    def channel_means(self) -> tuple[float, ...] | None:
+        return None if self._sums is None else tuple(self._moments()[0].tolist())
+
+    @property
+    def channel_stds(self) -> tuple[float, ...] | None:
+        if self._sums is None:
+            return None
+        means, squares = self._moments()
+        return tuple((squares - means**2).clamp_min(0).sqrt().tolist())
+
+    @property
+    def temporal_loss(self) -> float | None:
+        return -math.log(self._temporal / self._count) if self._temporal > 0 else None
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        assert self._sums is not None
+        return self._sums[0] / self._count, self._sums[1] / self._count
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most ``count`` of ``range(length)``, evenly spread."""
+    count = min(length, count)
+    return [(2 * number + 1) * length // (2 * count) for number in range(count)]
+
+
+def _warnings(report: DataReport) -> Iterator[str]:
+    if report.not_finite:
+        yield (
+            f"{report.not_finite} of {report.sampled} latents hold NaN or infinity. Encode those clips again; bfloat16 "
+            "or float32 in the VAE avoids overflow."
+        )
+    if report.latent_std is not None and not UNIT_SCALE[0] <= report.latent_std <= UNIT_SCALE[1]:
+        yield (
+            f"The latents have a standard deviation of {report.latent_std:.2f}, expected about 1: they may not be "
+            "normalised, (z - mean) / std with the VAE's latents_mean and latents_std. (The tiny preset's codec gives "
+            "natural footage several times that, and nothing is wrong.)"
+        )
+    if report.standing_still:
+        yield (
+            f"{report.standing_still} of {report.sampled} clips stand still. A student learns that too: leave out "
+            "clips with little optical flow."
+        )
+    if report.empty_captions:
+        yield f"{report.empty_captions} of {report.rows} rows have an empty caption."
+    if report.tokens_max == report.text_length:
+        yield f"Some captions fill all {report.text_length} tokens; longer ones were cut."
+    if report.unconditional_prompt is None:
+        yield (
+            "There is no unconditional text embedding. Data for the matching term needs one; "
+            "`avd data encode-prompts` writes it."
+        )

@@ -1,0 +1,66 @@
+"""A complete Wan pipeline with random weights, small enough for a test, in diffusers' layout on disk."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+WORDS = ("a", "and", "blue", "circle", "down", "green", "left", "moves", "red", "right", "square", "the", "up")
+
+
+def build(
+    folder: Path, *, seed: int = 0, text_dim: int = 16, layers: int = 2, heads: int = 2, head_dim: int = 12
+) -> Path:
+    """Save a pipeline; the same arguments give the same bytes of weights.
+
+    The VAE has Wan's strides (4 in time, 8 in space) and 16 channels; the tokenizer knows :data:`WORDS` and spells
+    others in letters.
+
+    Args:
+        folder: Where to; made where it is missing.
+        seed: Seed of all weights.
+        text_dim: Width of the text encoder's tokens; even.
+        layers: Blocks of the transformer.
+        heads: Its attention heads.
+        head_dim: Their width.
+
+    Returns:
+        The folder.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = _tokenizer()
+        encoder = UMT5EncoderModel(
+            UMT5Config(vocab_size=len(tokenizer), d_model=text_dim, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+        )
+        vae = AutoencoderKLWan(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+        transformer = WanTransformer3DModel(
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            ffn_dim=32,
+            num_layers=layers,
+            freq_dim=16,
+            text_dim=text_dim,
+            rope_max_seq_len=64,
+        )
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> T5TokenizerFast:
+    """A Unigram model, as UMT5's; ``▁`` begins a word."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -10.0)]
+    words = [(f"▁{word}", -2.0) for word in WORDS]
+    letters = [(letter, -5.0) for letter in ("▁", *string.ascii_lowercase)]
+    return T5TokenizerFast(vocab=special + words + letters, extra_ids=0)
