@@ -1,0 +1,226 @@
+"""The parts of a Wan pipeline that training needs beside the transformer: its video codec and its text encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from avd_trainer.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+PATCH_SIZE = 2
+"""Latent pixels per token and side in Wan's transformers; a video's sides divide by the codec's stride times this."""
+
+
+class WanCodec(nn.Module):
+    """Encodes video to Wan's normalised latents and back.
+
+    Latents are those that diffusers' ``WanPipeline`` denoises: ``(z - latents_mean) / latents_std`` of the VAE's
+    configuration, z being the mode of the posterior, so that encoding draws nothing.
+
+    Videos of a batch are taken one by one, and each four frames at a time by the VAE itself; both are exact. Nothing is
+    trained: weights are frozen and no gradient passes.
+
+    Args:
+        vae: The autoencoder.
+        tiling: Also cut frames into overlapping tiles of 256 x 256 pixels. Saves memory at some loss: latents of tiles
+            are blended and differ from those of the whole.
+
+    Attributes:
+        temporal_stride: Frames per latent frame after the first, 4.
+        spatial_stride: Pixels per latent pixel and side, 8.
+        channels: Latent channels, 16.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vae: AutoencoderKLWan, *, tiling: bool = False) -> None:
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.vae.enable_slicing()
+        if tiling:
+            self.vae.enable_tiling()
+        self.temporal_stride: int = vae.config.scale_factor_temporal
+        self.spatial_stride: int = vae.config.scale_factor_spatial
+        self.channels: int = vae.config.z_dim
+        device = vae.device
+        self.register_buffer("mean", _per_channel(vae.config.latents_mean, device), persistent=False)
+        self.register_buffer("std", _per_channel(vae.config.latents_std, device), persistent=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        *,
+        tiling: bool = False,
+    ) -> Self:
+        """Load the VAE of a pipeline.
+
+        Args:
+            source: A folder that diffusers saved, with ``vae/`` in it, or the name of one on the Hugging Face hub.
+            device: Where to encode and decode.
+            dtype: The type of the VAE's weights and computation.
+            tiling: See the class.
+
+        Raises:
+            UserError: If there is no such VAE.
+        """
+        try:
+            vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", use_safetensors=True)
+        except Exception as error:
+            raise _not_loaded(source, "vae", error) from error
+        return cls(vae.to(device, dtype), tiling=tiling)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Video to latents.
+
+        Args:
+            video: ``[B, 3, 1 + 4 n, 16 h, 16 w]`` floating point in [0, 1], RGB, on any device.
+
+        Returns:
+            ``[B, 16, 1 + n, 2 h, 2 w]`` float32 on the codec's device, about zero mean and unit variance per channel.
+
+        Raises:
+            ValueError: If the shape is not of that form.
+        """
+        if video.ndim != 5 or video.shape[1] != 3:
+            raise ValueError(f"encode needs video of shape [B, 3, F, H, W], got {list(video.shape)}.")
+        _, _, frames, height, width = video.shape
+        side = PATCH_SIZE * self.spatial_stride
+        if (frames - 1) % self.temporal_stride or height % side or width % side:
+            raise ValueError(
+                f"encode needs 1 + {self.temporal_stride} n frames and a height and width divisible by {side}, got "
+                f"{frames} frames of {height} x {width}. Cut or resize the video first."
+            )
+        centered = 2.0 * video.to(self.vae.device, torch.float32) - 1.0
+        posterior = self.vae.encode(centered.to(self.vae.dtype)).latent_dist
+        return (posterior.mode().float() - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to video.
+
+        Args:
+            latents: ``[B, 16, 1 + n, h, w]`` floating point, on any device.
+
+        Returns:
+            ``[B, 3, 1 + 4 n, 8 h, 8 w]`` float32 in [0, 1] on the codec's device.
+
+        Raises:
+            ValueError: If the shape is not of that form.
+        """
+        if latents.ndim != 5 or latents.shape[1] != self.channels:
+            raise ValueError(f"decode needs latents of shape [B, {self.channels}, F, h, w], got {list(latents.shape)}.")
+        scaled = latents.to(self.vae.device, torch.float32) * self.std + self.mean
+        video: Tensor = self.vae.decode(scaled.to(self.vae.dtype)).sample
+        return (video.float() + 1.0) / 2.0  # The VAE clamps to [-1, 1].
+
+
+class WanTextEncoder:
+    """Captions to the token embeddings that Wan's transformers read, as diffusers' ``WanPipeline`` makes them.
+
+    Captions are cleaned as there (with ftfy where it is installed, HTML entities, white space), cut at ``length``
+    tokens and never padded: the transformer's input has zeros up to ``length``.
+
+    Args:
+        encoder: UMT5's encoder.
+        tokenizer: Its tokenizer.
+        length: Tokens at most. Wan's transformers were trained with 512.
+
+    Attributes:
+        length: As given.
+        dim: Width of a token, 4096 for UMT5-XXL.
+    """
+
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase, length: int = 512) -> None:
+        self._encoder, self._tokenizer = encoder.eval().requires_grad_(False), tokenizer
+        self.length: int = length
+        self.dim: int = encoder.config.d_model
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16
+    ) -> Self:
+        """Load the text encoder of a pipeline.
+
+        Args:
+            source: A folder that diffusers saved, with ``text_encoder/`` and ``tokenizer/`` in it, or the name of one
+                on the Hugging Face hub.
+            device: Where to encode.
+            dtype: The type of the encoder's weights and computation. UMT5-XXL's encoder takes 11 GB in bfloat16.
+
+        Raises:
+            UserError: If transformers is not installed, or there is no such text encoder.
+        """
+        transformers = _transformers()
+        try:
+            encoder = transformers.UMT5EncoderModel.from_pretrained(
+                source, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+            )
+        except Exception as error:
+            raise _not_loaded(source, "text_encoder", error) from error
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
+        except Exception as error:
+            raise _not_loaded(source, "tokenizer", error) from error
+        return cls(encoder.to(device), tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        """Embed captions, in one batch.
+
+        Returns:
+            For each caption ``[l, dim]`` float32 on the CPU, l being its tokens in use: at least 1, for the end of the
+            text, and at most ``length``.
+        """
+        # Semi-private, but it is what makes a caption mean to the teacher what it means in diffusers.
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        if not captions:
+            return []
+        # Padded to the longest of the batch instead of to `length`: padding is masked, and costs as much as text.
+        tokens = self._tokenizer(
+            [prompt_clean(caption) for caption in captions],
+            padding="longest",
+            max_length=self.length,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self._encoder.device)
+        hidden = self._encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float().cpu()
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        return [row[:used].clone() for row, used in zip(hidden, lengths, strict=True)]
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+
+
+def _transformers() -> Any:
+    """The library, imported only here: it takes seconds, and training does without it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError('Wan\'s text encoder needs transformers. Run pip install "avd-core[wan]".') from error
+    return transformers
+
+
+def _not_loaded(source: str, part: str, error: Exception) -> UserError:
+    # The libraries raise OSError, ValueError, SafetensorError, errors of the hub's HTTP library and more for files that
+    # are missing, damaged or of another model.
+    reason = str(error).strip().partition("\n")[0]
+    return UserError(
+        f"the {part} of {source} cannot be loaded ({type(error).__name__}: {reason}). Pass a Wan pipeline in "
+        f"diffusers' layout that holds {part}/ with safetensors weights, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers; "
+        "where there is no network, run 'hf download' for it elsewhere and pass the folder."
+    )
