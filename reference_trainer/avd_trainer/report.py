@@ -16,11 +16,10 @@ import torch
 from einops import rearrange
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor
 
 from avd_trainer.evaluation import ClipMetrics
-from avd_trainer.history import History
+from avd_trainer.history import read_series
 
 TITLES = {"real": "Real", "teacher": "Teacher", "dmd": "DMD alone", "avd": "AVD"}
 COLORS = {"real": "#333333", "teacher": "#8a8a8a", "dmd": "#c2452d", "avd": "#2b6cb0"}
@@ -28,14 +27,13 @@ STEP_COLORS = ("#1b2a49", "#2b6cb0", "#3f9b8f", "#b08d2b", "#8a4fa3", "#777777")
 
 CLIPS_PER_SHEET = 3
 FRAMES_PER_CLIP = 5
-CLIPS_PER_GIF = 8
 
 
 def save_report(
     path: Path,
     videos: Mapping[str, Tensor],
     metrics: Mapping[str, ClipMetrics],
-    histories: Mapping[str, History],
+    histories: Mapping[str, Path],
     captions: Sequence[str],
     timesteps: Sequence[float],
     floor: float | None,
@@ -47,7 +45,7 @@ def save_report(
         path: File to write.
         videos: Per row ``[N, 3, F, H, W]`` decoded clips; all rows in the order of ``captions``.
         metrics: Per row.
-        histories: Training metrics of ``dmd`` and ``avd``.
+        histories: Files of training metrics of ``dmd`` and ``avd``.
         captions: Of the clips, the same in all rows.
         timesteps: The few steps.
         floor: Floor of the motion term, if there is one.
@@ -61,20 +59,6 @@ def save_report(
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=100, format="png")
     plt.close(figure)
-    part.replace(path)
-
-
-def save_gif(path: Path, video: Tensor, *, scale: int = 2, frames_per_second: int = 12) -> None:
-    """Write clips ``[N, 3, F, H, W]`` side by side as one animation; the first ``CLIPS_PER_GIF``, two rows."""
-    clips = video[:CLIPS_PER_GIF].clamp(0, 1)
-    rows = 2 if len(clips) % 2 == 0 else 1
-    tiles = rearrange(clips, "(r n) c f h w -> f (r h) (n w) c", r=rows)
-    tiles = tiles.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    frames = [Image.fromarray(frame) for frame in (tiles * 255).round().to(torch.uint8).numpy()]
-    part = path.with_name(path.name + ".part")
-    frames[0].save(
-        part, format="GIF", save_all=True, append_images=frames[1:], duration=round(1000 / frames_per_second), loop=0
-    )
     part.replace(path)
 
 
@@ -125,7 +109,7 @@ def _draw_bars(figure: Figure, metrics: Mapping[str, ClipMetrics]) -> None:
 
 def _draw_curves(
     figure: Figure,
-    histories: Mapping[str, History],
+    histories: Mapping[str, Path],
     metrics: Mapping[str, ClipMetrics],
     timesteps: Sequence[float],
     floor: float | None,
@@ -139,7 +123,7 @@ def _draw_curves(
             (matching, "matching/loss"),
             (online, "online/loss"),
         ):
-            axis.plot(_smooth(history.series(metric)), color=COLORS[name], label=TITLES[name])
+            axis.plot(_smooth(read_series(history, metric)), color=COLORS[name], label=TITLES[name])
     spread.axhline(latent_std, color=COLORS["real"], linestyle=":", label="Real")
     motion.axhline(metrics["real"].temporal_loss, color=COLORS["real"], linestyle=":", label="Real")
     if floor is not None:
@@ -158,10 +142,10 @@ def _draw_curves(
         _plain(axis)
 
 
-def _draw_by_timestep(axis: Axes, history: History, name: str, timesteps: Sequence[float], title: str) -> None:
+def _draw_by_timestep(axis: Axes, history: Path, name: str, timesteps: Sequence[float], title: str) -> None:
     axis.set_title(title, fontsize=10)
     means: dict[float, dict[int, float]] = {timestep: {} for timestep in timesteps}
-    steps = zip(history.series("regression/timesteps"), history.series(name), strict=True)
+    steps = zip(read_series(history, "regression/timesteps"), read_series(history, name), strict=True)
     for number, (drawn, values) in enumerate(steps, start=1):
         # Times were float32 on their way here.
         nearest = [min(timesteps, key=lambda t, own=own: abs(t - own)) for own in drawn]
