@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.markup import escape
 from rich.table import Table
 
-from avd_core import NonFiniteError
-from avd_trainer.config import TeacherConfig, TrainConfig, VideosData, load_config
+from avd_trainer.cli_data import data_app
+from avd_trainer.config import TeacherConfig, TrainConfig, load_config
 from avd_trainer.errors import UserError
-from avd_trainer.progress import console
+from avd_trainer.terminal import readable_errors, say
 
 app = typer.Typer(
     help="Distil video models into few-step students that keep their colours and their motion.",
@@ -26,11 +20,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
 
 Preset = Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the run writes.")]
 Videos = Annotated[Path | None, typer.Option(help="Folder of your own videos, used as the real clips.")]
 MaxSteps = Annotated[int | None, typer.Option(help="Number of updates, in place of the preset's.")]
+Data = Annotated[Path | None, typer.Option(help="Folder of encoded clips (see avd data), used as the real clips.")]
+Prompts = Annotated[
+    Path | None, typer.Option(help="Folder of encoded prompts, in place of the captions of the real clips.")
+]
+Run = Annotated[Path, typer.Argument(help="The --output folder of an avd train run.")]
+WeightsOption = Annotated[
+    Literal["ema", "student"], typer.Option(help="The averaged weights, or those of the last step.")
+]
+Step = Annotated[int | None, typer.Option(help="Of which step; the newest checkpoint without it.")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the exported weights.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -41,73 +46,118 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    preset: Preset, output: Output, videos: Videos = None, max_steps: MaxSteps = None, set_: Overrides = None
+    preset: Preset,
+    output: Output,
+    videos: Videos = None,
+    data: Data = None,
+    prompts: Prompts = None,
+    max_steps: MaxSteps = None,
+    set_: Overrides = None,
 ) -> None:
-    """Distil a student; writes config.yaml, metrics.jsonl, findings.json and the student's averaged weights."""
-    with _readable_errors():
-        config = _train_config(preset, videos, max_steps, set_)
-        from avd_trainer.data.codec import BlockDCTCodec
-        from avd_trainer.data.sources import load_clips
-        from avd_trainer.models import build_text_embedding, load_transformer
-        from avd_trainer.runs import claim_new_folder
-        from avd_trainer.runs import train as run
-        from avd_trainer.trainer import Trainer
+    """Distil a student, or take up again what the same command began in --output.
 
-        claim_new_folder(output)
-        teacher = load_transformer(config.teacher)
-        clips = load_clips(config.data, BlockDCTCodec()).train
-        run(Trainer(config, teacher, clips, build_text_embedding(teacher)), output)
-        _say(f"The student is in {output / 'student'}.")
+    Leaves config.yaml, metrics.jsonl, findings.json, checkpoints and the student's averaged weights. On several GPUs:
+    torchrun --nproc-per-node N -m avd_trainer train ...
+    """
+    with readable_errors():
+        config = _train_config(preset, videos, data, prompts, max_steps, set_)
+        from avd_trainer.distributed import join_ranks
+        from avd_trainer.runs import train as run
+
+        options = config.parallel
+        with join_ranks(options.replicate, options.timeout_minutes) as ranks:
+            done = run(config, output, ranks)
+        if done:
+            say(f"The student is in {output / 'student'}.")
+        else:
+            say(f"Stopped on request, saved in {output / 'checkpoints'}. Run the same command again to go on.")
+
+
+@app.command()
+def export(
+    run: Run, output: Output, weights: WeightsOption = "ema", step: Step = None, dtype: Dtype = "float32"
+) -> None:
+    """Write a run's student: a diffusers folder, or the adapters of a LoRA run."""
+    with readable_errors():
+        import torch
+
+        from avd_trainer.export import export_student
+
+        export_student(run, output, weights=weights, step=step, dtype=getattr(torch, dtype))
+        say(f"The student is in {output}.")
+
+
+@app.command()
+def calibrate(
+    preset: Preset,
+    videos: Videos = None,
+    data: Data = None,
+    prompts: Prompts = None,
+    samples: Annotated[int, typer.Option(min=2, help="Teacher samples, and real clips to compare with.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Sampling steps of the teacher.")] = 25,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the numbers here.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Measure the temporal loss of teacher samples and real clips, and the motion term's floor that follows."""
+    with readable_errors():
+        config = _train_config(preset, videos, data, prompts, None, set_)
+        from avd_trainer.calibration import calibrate_run, render
+
+        calibration = calibrate_run(config, samples=samples, steps=steps)
+        Console().print(render(calibration))
+        if json_file is not None:
+            json_file.write_text(calibration.model_dump_json(indent=2) + "\n")
 
 
 @app.command()
 def demo(output: Output, videos: Videos = None, max_steps: MaxSteps = None, set_: Overrides = None) -> None:
     """Distil two tiny students, by DMD alone and with AVD, and compare them in pictures and numbers."""
-    with _readable_errors():
-        config = _train_config("tiny", videos, max_steps, set_)
+    with readable_errors():
+        config = _train_config("tiny", videos, None, None, max_steps, set_)
         from avd_trainer.demo import run_demo
+        from avd_trainer.distributed import join_ranks
 
-        metrics = run_demo(config, output)
+        with join_ranks() as ranks:
+            metrics = run_demo(config, output, ranks)
         table = Table("", "saturation", "temporal loss", "motion", "distance")
         for name, row in metrics.items():
             table.add_row(name, *(f"{value:.4f}" for value in row.model_dump().values()))
         Console().print(table)
-        _say(f"Pictures: {output / 'report.png'}, {output}/*.gif. Numbers: {output / 'metrics.json'}.")
+        say(f"Pictures: {output / 'report.png'}, {output}/*.gif. Numbers: {output / 'metrics.json'}.")
 
 
 @app.command()
 def train_teacher(preset: Preset, output: Output, max_steps: MaxSteps = None, set_: Overrides = None) -> None:
     """Train the small teacher that the tiny preset distils, from random weights."""
-    with _readable_errors():
+    with readable_errors():
         config = load_config(TeacherConfig, preset, _overrides(set_, max_steps))
         from avd_trainer.runs import claim_new_folder, train_teacher
         from avd_trainer.teacher import TeacherTrainer
 
         claim_new_folder(output)
         train_teacher(TeacherTrainer(config), output)
-        _say(f"The teacher is in {output}.")
+        say(f"The teacher is in {output}.")
 
 
-def _train_config(preset: str, videos: Path | None, max_steps: int | None, set_: list[str] | None) -> TrainConfig:
-    config = load_config(TrainConfig, preset, _overrides(set_, max_steps))
-    return config if videos is None else config.model_copy(update={"data": VideosData(path=videos)})
-
-
-def _say(message: str) -> None:
-    Console().print(escape(message), soft_wrap=True, highlight=False)
+def _train_config(
+    preset: str,
+    videos: Path | None,
+    data: Path | None,
+    prompts: Path | None,
+    max_steps: int | None,
+    set_: list[str] | None,
+) -> TrainConfig:
+    if videos is not None and data is not None:
+        raise UserError("--videos and --data exclude each other: the real clips are either encoded already or not.")
+    overrides: dict[str, Any] = {}
+    if videos is not None:
+        overrides["data"] = {"kind": "videos", "path": str(videos)}
+    if data is not None:
+        overrides["data"] = {"kind": "shards", "path": str(data)}
+    if prompts is not None:
+        overrides["prompts"] = {"path": str(prompts)}
+    return load_config(TrainConfig, preset, _overrides(set_, max_steps), overrides)
 
 
 def _overrides(set_: list[str] | None, max_steps: int | None) -> list[str]:
     return [*(set_ or []), *([] if max_steps is None else [f"max_steps={max_steps}"])]
-
-
-@contextmanager
-def _readable_errors() -> Iterator[None]:
-    """Log to the terminal, and print a person's mistake as a message, not as a traceback."""
-    handler = RichHandler(console=console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
-    try:
-        yield
-    except (UserError, NonFiniteError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)

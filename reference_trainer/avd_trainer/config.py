@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -13,6 +14,7 @@ from yaml import YAMLError
 
 from avd_core import AVDConfig
 from avd_trainer.errors import UserError
+from avd_trainer.history import WandbConfig
 
 
 class ConfigError(UserError):
@@ -44,6 +46,16 @@ class VideosData(_Section):
     """A folder; it is searched recursively for files that PyAV can decode."""
 
 
+class ShardsData(_Section):
+    """Encoded clips in Parquet shards, as ``avd data`` makes them."""
+
+    kind: Literal["shards"] = "shards"
+    path: Path
+    """The folder of a data set."""
+    workers: int = Field(default=2, ge=0)
+    """Processes per rank that read ahead; 0 reads in the training process."""
+
+
 class OptimizerConfig(_Section):
     """AdamW."""
 
@@ -72,6 +84,61 @@ class ScoreTimestepsConfig(_Section):
         return self
 
 
+class LoRAConfig(_Section):
+    """Low-rank adapters in place of full fine-tuning, by peft."""
+
+    rank: int = Field(default=64, ge=1)
+    """Rank of the update of each weight matrix."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The update is scaled by ``alpha / rank``."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    """Linear layers that get an adapter, by the end of their names."""
+
+
+class ParallelConfig(_Section):
+    """How a run spreads over its ranks, and what it trades for memory."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Groups of ranks that each hold all shards (hybrid sharding: usually one per node). 1 shards over all ranks."""
+    activation_checkpointing: bool = True
+    """Keep only the inputs of transformer blocks for the backward pass, and compute the rest again."""
+    compile: bool = False
+    """``torch.compile`` of each transformer block; needs a C++ compiler."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """How long a rank waits for the others before it says that one is gone."""
+
+
+class CheckpointConfig(_Section):
+    """When to save, and what to keep."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_latest: int = Field(default=2, ge=1)
+    """How many to keep. One that holds a file named ``keep`` is never removed, and does not count."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that this divides are kept for good."""
+
+
+class SamplesConfig(_Section):
+    """Clips of the averaged student while it trains."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two looks; None for none."""
+    count: int = Field(default=4, ge=1)
+    """Number of prompts: the first of the data."""
+    fps: float = Field(default=16.0, gt=0)
+    """Frames per second of the files. Wan2.1: 16."""
+
+
+class LoggingConfig(_Section):
+    """Where metrics go, besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    """Event files in the run's ``tensorboard`` folder."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases, if wanted."""
+
+
 class EvaluationConfig(_Section):
     """How a demo measures what came out."""
 
@@ -85,13 +152,29 @@ class TrainConfig(_Section):
     """A distillation run: Algorithm 1 of the paper."""
 
     teacher: str
-    """``bundled:tiny``, or a folder that holds a diffusers ``WanTransformer3DModel`` (config.json and safetensors)."""
-    data: Annotated[ShapesData | VideosData, Field(discriminator="kind")]
-    """Real clips with captions: the regression's data and, by their captions, the prompts of the matching term."""
+    """``bundled:tiny``, a diffusers folder or hub id, or an original Wan2.1 folder; docs/models.md lists them."""
+    student_weights: str | None = None
+    """Weights that the student starts from, for example another distiller's ``model.pt``; None: the teacher's."""
+    codec: str | None = None
+    """A diffusers Wan pipeline (folder or hub id) whose VAE decodes the sample clips; None: the teacher's, where it is
+    one."""
+    data: Annotated[ShapesData | VideosData | ShardsData, Field(discriminator="kind")]
+    """Real clips with captions: the regression's data."""
+    prompts: ShardsData | None = None
+    """Prompts of the matching term; None: the captions of ``data``."""
     max_steps: int = Field(ge=1)
     """Generator updates."""
     batch_size: int = Field(ge=1)
-    """Samples per update."""
+    """Samples per update, over all ranks."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples that a rank runs at once; it accumulates gradients over the rest of its share. None: its whole share."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the models compute in. Trained weights, gradients' sums and losses are float32 in any case."""
+    student_lora: LoRAConfig | None = None
+    """Train adapters of the student; None trains all of its weights."""
+    online_lora: LoRAConfig | None = None
+    """Train adapters of the online model; None trains all of its weights. Adapters share one frozen base with the
+    teacher."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn while training."""
     guidance_scale: float = Field(default=5.0, ge=1)
@@ -114,8 +197,32 @@ class TrainConfig(_Section):
     """Decay of the average of the student's weights, which is what is saved and sampled from."""
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run spreads over its ranks."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save, and what to keep."""
+    samples: SamplesConfig = SamplesConfig()
+    """Clips while training."""
+    logging: LoggingConfig = LoggingConfig()
+    """Where metrics go."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What ``avd demo`` measures."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        if self.student_weights is not None and self.student_lora is not None:
+            raise ValueError(
+                "student_weights and student_lora exclude each other: the adapters' base is the teacher. Leave one out"
+            )
+        regression = self.objective.regression
+        if self.micro_batch_size is not None and regression is not None and regression.order == "update_first":
+            raise ValueError(
+                "micro_batch_size and objective.regression.order=update_first exclude each other: the cache would be "
+                "needed before the step's losses are known"
+            )
+        if self.prompts is not None and not isinstance(self.data, ShardsData):
+            raise ValueError("prompts need data of kind shards, whose text embeddings are of the same encoder")
+        return self
 
     @model_validator(mode="after")
     def _check_few_steps(self) -> Self:
@@ -177,7 +284,9 @@ def presets(kind: type[TrainConfig] | type[TeacherConfig]) -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in _preset_folder(kind).iterdir() if f.name.endswith(".yaml"))
 
 
-def load_config(kind: type[Config], source: str, overrides: list[str] | None = None) -> Config:
+def load_config(
+    kind: type[Config], source: str, overrides: list[str] | None = None, replace: Mapping[str, Any] | None = None
+) -> Config:
     """Read a preset or a YAML file, apply overrides, validate.
 
     Args:
@@ -185,6 +294,7 @@ def load_config(kind: type[Config], source: str, overrides: list[str] | None = N
         source: A preset's name, or the path of a YAML file.
         overrides: ``key=value`` with dots in the key, for example ``"objective.regression.weight=0.5"``; the value is
             YAML.
+        replace: Top-level values to replace before that.
 
     Raises:
         ConfigError: With one line per wrong field.
@@ -193,6 +303,8 @@ def load_config(kind: type[Config], source: str, overrides: list[str] | None = N
         config = OmegaConf.create(_read(kind, source))
         if not isinstance(config, DictConfig):
             raise ConfigError(f"{source}: expected keys and values, got a list.")
+        for key, value in (replace or {}).items():
+            config[key] = value
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(config, resolve=True)
     except ConfigError:
@@ -237,10 +349,11 @@ def _preset_folder(kind: type[TrainConfig] | type[TeacherConfig]) -> Any:
 
 def _describe(item: Any) -> str:
     # A discriminated union adds its tag to the path, which is no key that a person could set.
-    path = ".".join(str(part) for part in item["loc"] if part not in ("shapes", "videos")) or "(the whole)"
+    path = ".".join(str(part) for part in item["loc"] if part not in ("shapes", "videos", "shards")) or "(the whole)"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "missing":
-        return f"  {path}: {message}"
+        hint = ". Pass --data DIR, a folder that `avd data encode` made" if path == "data" else ""
+        return f"  {path}: {message}{hint}"
     if item["type"] == "extra_forbidden":
         return f"  {path}: there is no such field"
     return f"  {path}: {message}, got {item['input']!r}"

@@ -7,51 +7,56 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_timesteps
 
 schedule = FlowMatchingSchedule()
 
-DrawNoise = Callable[[torch.Size], Tensor]
+Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(x_t [B, C, F, H, W], timesteps [B], text [B, L, D])`` to a velocity ``[B, C, F, H, W]``."""
+
+DrawNoise = Callable[[Sequence[int]], Tensor]
+"""A sample's shape ``[C, F, H, W]`` to standard normal noise ``[B, C, F, H, W]``."""
 
 
 class Rollout(NamedTuple):
-    """What the student made.
+    """The last step that the student ran on its own trajectory.
 
     Attributes:
-        x_0: ``[B, C, F, H, W]`` its clean prediction at the last step that was run.
-        velocity: ``[B, C, F, H, W]`` the velocity that ``x_0`` was computed from.
+        x_t: ``[B, C, F, H, W]`` where the step started.
+        velocity: ``[B, C, F, H, W]`` what the student predicted there.
         timestep: The timestep of that step.
     """
 
-    x_0: Tensor
+    x_t: Tensor
     velocity: Tensor
     timestep: float
 
-
-def predict_velocity(model: WanTransformer3DModel, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-    """One forward: ``[B, C, F, H, W]``, ``[B]``, ``[B, L, D]`` to a velocity ``[B, C, F, H, W]``."""
-    velocity: Tensor = model(x_t, timesteps, text, return_dict=False)[0]
-    return velocity
+    @property
+    def x_0(self) -> Tensor:
+        """``[B, C, F, H, W]`` the clean prediction: the student's sample."""
+        return schedule.velocity_to_x_0(self.velocity, self.x_t, self.x_t.new_full((len(self.x_t),), self.timestep))
 
 
 def guided_velocity(
-    model: WanTransformer3DModel, x_t: Tensor, timesteps: Tensor, text: Tensor, guidance_scale: float
+    model: Denoiser, x_t: Tensor, timesteps: Tensor, text: Tensor, unconditional: Tensor, guidance_scale: float
 ) -> Tensor:
-    """Classifier-free guidance in one forward of twice the batch; with scale 1 a plain forward."""
+    """Classifier-free guidance in one forward of twice the batch; with scale 1 a plain forward.
+
+    ``unconditional`` is ``[L, D]``, the text embedding of the negative prompt.
+    """
     if guidance_scale == 1:
-        return predict_velocity(model, x_t, timesteps, text)
-    both = predict_velocity(
-        model, torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), torch.cat([text, torch.zeros_like(text)])
+        return model(x_t, timesteps, text)
+    both = model(
+        torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), torch.cat([text, unconditional.expand_as(text)])
     )
-    conditional, unconditional = both.chunk(2)
-    return classifier_free_guidance(conditional, unconditional, guidance_scale)
+    conditional, without = both.chunk(2)
+    return classifier_free_guidance(conditional, without, guidance_scale)
 
 
 def few_step_rollout(
-    model: WanTransformer3DModel,
+    model: Denoiser,
     text: Tensor,
     shape: Sequence[int],
     timesteps: Sequence[float],
@@ -68,23 +73,23 @@ def few_step_rollout(
         text: ``[B, L, D]``.
         shape: ``[C, F, H, W]`` of a sample.
         timesteps: The few steps, falling.
-        draw_noise: Gives standard normal noise of a shape.
+        draw_noise: Draws for the B samples.
         last: Index of the step to stop at; None runs all of them.
     """
     last = len(timesteps) - 1 if last is None else last
-    batch = len(text)
-    x_t = draw_noise(torch.Size([batch, *shape]))
+    x_t = draw_noise(shape)
     with torch.no_grad():
         for current, following in pairwise(timesteps[: last + 1]):
             x_0 = _predict(model, x_t, current, text).x_0
-            x_t = schedule.add_noise(x_0, draw_noise(x_0.shape), x_0.new_full((batch,), following))
+            x_t = schedule.add_noise(x_0, draw_noise(shape), x_0.new_full((len(text),), following))
     return _predict(model, x_t, timesteps[last], text)
 
 
 @torch.no_grad()
 def sample_teacher(
-    model: WanTransformer3DModel,
+    model: Denoiser,
     text: Tensor,
+    unconditional: Tensor,
     shape: Sequence[int],
     draw_noise: DrawNoise,
     *,
@@ -98,23 +103,23 @@ def sample_teacher(
     Args:
         model: The teacher.
         text: ``[B, L, D]``.
+        unconditional: ``[L, D]``, the text embedding of the negative prompt.
         shape: ``[C, F, H, W]``.
-        draw_noise: Gives standard normal noise of a shape.
+        draw_noise: Draws for the B samples.
         steps: Euler steps.
         guidance_scale: Classifier-free guidance, standard form.
         shift: Shift of the uniform timesteps. Wan2.1 samples 480p with 3.
         on_step: Called after each step.
     """
-    x_t = draw_noise(torch.Size([len(text), *shape]))
+    x_t = draw_noise(shape)
     grid = shift_timesteps(torch.linspace(schedule.num_train_timesteps, 0, steps + 1), shift)
     for current, following in pairwise(grid.tolist()):
-        velocity = guided_velocity(model, x_t, x_t.new_full((len(text),), current), text, guidance_scale)
+        timesteps = x_t.new_full((len(text),), current)
+        velocity = guided_velocity(model, x_t, timesteps, text, unconditional, guidance_scale)
         x_t = x_t + (following - current) / schedule.num_train_timesteps * velocity
         on_step()
     return x_t
 
 
-def _predict(model: WanTransformer3DModel, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
-    timesteps = x_t.new_full((len(x_t),), timestep)
-    velocity = predict_velocity(model, x_t, timesteps, text)
-    return Rollout(schedule.velocity_to_x_0(velocity, x_t, timesteps), velocity, timestep)
+def _predict(model: Denoiser, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
+    return Rollout(x_t, model(x_t, x_t.new_full((len(x_t),), timestep), text), timestep)

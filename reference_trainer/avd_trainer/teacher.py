@@ -11,10 +11,12 @@ from diffusers import WanTransformer3DModel
 from avd_core import EMACallback, shift_timesteps
 from avd_trainer.config import TeacherConfig
 from avd_trainer.data.codec import BlockDCTCodec
-from avd_trainer.data.latents import encode_shapes, shuffled_indices
+from avd_trainer.data.latents import encode_shapes
+from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.shapes import MovingShapes
-from avd_trainer.models import build_text_embedding, build_transformer
-from avd_trainer.rollout import predict_velocity, schedule
+from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.models import VelocityModel, build_transformer
+from avd_trainer.rollout import schedule
 
 
 class TeacherTrainer:
@@ -33,7 +35,7 @@ class TeacherTrainer:
         torch.manual_seed(config.seed)  # the model's initial weights
         self.model: WanTransformer3DModel = build_transformer(config.architecture)
         self.clips = encode_shapes(MovingShapes(config.data.clips, config.data.seed), BlockDCTCodec())
-        self.text = build_text_embedding(self.model)(self.clips.captions)
+        self.text = HashTextEmbedding(TEXT_LENGTH, config.architecture.text_dim)(self.clips.captions)
         options = config.optimizer
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
@@ -45,16 +47,17 @@ class TeacherTrainer:
         """Train; yields the loss of each step."""
         config = self.config
         draws = torch.Generator().manual_seed(config.seed)
-        order = shuffled_indices(len(self.clips), config.batch_size, config.seed)
+        order = ShuffledOrder(len(self.clips), config.seed)
+        predict_velocity = VelocityModel(self.model)
         for step in range(config.max_steps):
-            index = next(order)
+            index = order.batch(step * config.batch_size, config.batch_size)
             clips, text = self.clips.latents[index], self.text[index]
             without_caption = torch.rand(len(index), generator=draws) < config.caption_dropout
             text = text.masked_fill(without_caption.view(-1, 1, 1), 0.0)
             uniform = schedule.num_train_timesteps * torch.rand(len(index), generator=draws)
             timesteps = shift_timesteps(uniform, config.timestep_shift)
             noise = torch.randn(clips.shape, generator=draws)
-            velocity = predict_velocity(self.model, schedule.add_noise(clips, noise, timesteps), timesteps, text)
+            velocity = predict_velocity(schedule.add_noise(clips, noise, timesteps), timesteps, text)
             loss = F.mse_loss(velocity, schedule.velocity(clips, noise))
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()

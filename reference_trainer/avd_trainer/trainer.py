@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from avd_core import (
     AVDObjective,
+    Callback,
     CallbackList,
     CollapseMonitor,
     DistributionMatchingLoss,
@@ -23,204 +22,358 @@ from avd_core import (
     temporal_variance,
 )
 from avd_trainer.config import OptimizerConfig, TrainConfig
-from avd_trainer.data.latents import CaptionedLatents, shuffled_indices
-from avd_trainer.data.text import HashTextEmbedding
-from avd_trainer.rollout import (
-    Rollout,
-    few_step_rollout,
-    guided_velocity,
-    predict_velocity,
-    schedule,
-)
-
-logger = logging.getLogger(__name__)
+from avd_trainer.data.order import ShuffledOrder
+from avd_trainer.data.sources import Batch, Data, TrainingData, read_batches
+from avd_trainer.distributed import Ranks
+from avd_trainer.draws import SampleDraws, shared_integer
+from avd_trainer.errors import UserError
+from avd_trainer.models import Models, VelocityModel
+from avd_trainer.rollout import Rollout, few_step_rollout, guided_velocity, schedule
 
 Metrics = dict[str, Tensor]
+
+# Real latents that the monitor's reference is measured on.
+REFERENCE_CLIPS = 256
 
 
 class Trainer:
     """Trains a student against a teacher.
 
-    Three models take part, all starting from the teacher's weights: the student, the frozen teacher, and the online
-    model that follows the student's samples. A step is one generator update and ``online_updates`` updates of the
-    online model, the first of which reuses the generator's sample.
+    Three models take part: the student, the frozen teacher, and the online model that follows the student's samples. A
+    step is one generator update and ``online_updates`` updates of the online model, the first of which reuses the
+    generator's samples. Everything that is drawn, data included, is a function of seed, step and a sample's place in
+    the global batch, so a run does not depend on the number of ranks, and resumes from the step alone.
 
     Args:
         config: The run.
-        teacher: The teacher; it is frozen.
-        clips: Real clips; their captions are the prompts.
-        embed: Text embedding.
+        models: Who takes part, sharded over ``ranks``.
+        data: Clips and prompts.
+        ranks: The processes of the run.
 
     Attributes:
-        student: The student with its current weights.
-        ema: Gives the averaged weights by ``ema.average_parameters()``.
-        monitor: What was noticed about the run is in ``monitor.findings``.
+        step: Steps done.
+        ema: Gives the averaged weights of the student by ``ema.average_parameters()``.
+        monitor: What was noticed about the run is in ``monitor.findings``; on the first rank.
+
+    Raises:
+        UserError: If the batch cannot be shared out among the ranks.
     """
 
-    def __init__(
-        self, config: TrainConfig, teacher: WanTransformer3DModel, clips: CaptionedLatents, embed: HashTextEmbedding
-    ) -> None:
+    def __init__(self, config: TrainConfig, models: Models, data: TrainingData, ranks: Ranks) -> None:
         self.config = config
-        self.clips = clips
-        self.text = embed(clips.captions)
-        self.sample_shape = clips.latents.shape[1:]
+        self.ranks = ranks
+        self.data = data
+        self.student, self.teacher, self.online = models
+        self.step = 0
+        self.latent_shape = data.latent_shape
         self.few_steps = config.objective.timesteps
+        self.unconditional = data.prompts.unconditional().to(ranks.device)
+        # Places in the global batch of this rank's samples, forward by forward.
+        self._rows = _share(config, ranks)
 
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.student = copy.deepcopy(teacher).requires_grad_(True).train()
-        self.online = copy.deepcopy(teacher).requires_grad_(True).train()
         self.student_optimizer = _adamw(self.student, config.student_optimizer)
         self.online_optimizer = _adamw(self.online, config.online_optimizer)
-
         self.matching = DistributionMatchingLoss(config.matching_weight)
-        has_terms = config.objective.regression is not None or config.objective.motion is not None
-        self.objective = AVDObjective(config.objective) if has_terms else None
+        self.objective = _build_objective(config, accumulating=len(self._rows) > 1).to(ranks.device)
 
         self.ema = EMACallback(self.student.parameters(), config.ema_decay)
-        regression = config.objective.regression
-        self.monitor = CollapseMonitor(
-            LatentStatistics.measure(clips.latents), regression_weight=None if regression is None else regression.weight
-        )
         # The guard comes first: what it skips, the others never see.
-        self.callbacks = CallbackList(
-            {
-                "guard": NonFiniteGuard(config.max_skipped_steps, name="student"),
-                "ema": self.ema,
-                "monitor": self.monitor,
-            }
-        )
+        callbacks: dict[str, Callback] = {
+            "guard": NonFiniteGuard(config.max_skipped_steps, name="student"),
+            "ema": self.ema,
+        }
+        self.monitor: CollapseMonitor | None = None
+        if ranks.first:
+            regression = config.objective.regression
+            weight = None if regression is None else regression.weight
+            self.monitor = CollapseMonitor(_measure(data.clips), regression_weight=weight)
+            callbacks["monitor"] = self.monitor
+        self.callbacks = CallbackList(callbacks)
         # A step updates the online model several times; its guard stops the run after the same number of steps.
         self.online_guard = NonFiniteGuard(config.max_skipped_steps * config.online_updates, name="online model")
 
-        # Separate streams, so that two runs with one seed see the same prompts and noise whatever terms they have.
-        self._generator_draws = torch.Generator().manual_seed(3 * config.seed)
-        self._online_draws = torch.Generator().manual_seed(3 * config.seed + 1)
-        self._regression_draws = torch.Generator().manual_seed(3 * config.seed + 2)
-        self._prompt_order = shuffled_indices(len(clips), config.batch_size, seed=2 * config.seed)
-        self._clip_order = shuffled_indices(len(clips), config.batch_size, seed=2 * config.seed + 1)
-        self.step = 0
-
     def run(self) -> Iterator[Metrics]:
-        """Train until ``max_steps``; yields the metrics of each step."""
-        while self.step < self.config.max_steps:
-            yield self.train_step()
+        """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
 
-    def train_step(self) -> Metrics:
-        """One generator update and the online model's updates that go with it.
-
-        Returns:
-            Detached tensors: ``loss``, ``gradient_norm``, ``matching/loss``, ``matching/gradient_norm``,
-            ``online/loss``, ``sample/timestep``, ``sample/std``, ``sample/temporal_loss``, with a regression
-            ``regression/timesteps``, and the metrics of :class:`AVDObjective`.
+        Detached tensors: scalars ``loss``, ``gradient_norm``, ``matching/loss``, ``matching/gradient_norm``,
+        ``online/loss``, ``sample/timestep``, ``sample/std`` (of a sample, averaged), ``sample/variance`` (temporal) and
+        ``sample/temporal_loss`` (minus its logarithm), ``skipped`` (0 or 1), with a regression
+        ``regression/timesteps`` ``[batch_size]``, and the metrics of :class:`AVDObjective`.
         """
+        config = self.config
+        prompts = self._read(self.data.prompts, config.online_updates, seed=2 * config.seed)
+        clips = self._read(self.data.clips, 1, seed=2 * config.seed + 1)
+        while self.step < config.max_steps:
+            yield self._train_step(prompts, clips if config.objective.regression is not None else None)
+
+    @torch.no_grad()
+    def sample(self, text: Tensor, key: str) -> Tensor:
+        """Finished samples ``[B, C, F, H, W]`` of the student's current weights, from noise that ``key`` names.
+
+        A collective: every rank gets the same samples. ``text`` is ``[B, L, D]``.
+        """
+        draws = SampleDraws((self.config.seed, key), range(len(text)), self.ranks.device)
+        text = text.to(self.ranks.device)
+        return few_step_rollout(self.student, text, self.latent_shape, self.few_steps, draws.normal).x_0
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the run by owner and name: the very ones that training changes, to be saved or filled."""
+        return {
+            "student": _detached(self.student),
+            "online": _detached(self.online),
+            "ema": dict(zip(self.student.named_parameters(), self.ema.state_dict()["shadow_params"], strict=True)),
+            "student_optimizer": _optimizer_tensors(self.student, self.student_optimizer),
+            "online_optimizer": _optimizer_tensors(self.online, self.online_optimizer),
+            "objective": dict(self.objective.state_dict()),
+        }
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the run's state: numbers, strings and containers of them."""
+        callbacks = self.callbacks.state_dict()
+        callbacks["ema"] = {k: v for k, v in callbacks["ema"].items() if k != "shadow_params"}
+        return {"step": self.step, "callbacks": callbacks, "online_guard": self.online_guard.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state` gave; the tensors are filled in place by who read them."""
+        callbacks = {name: value for name, value in state["callbacks"].items() if name in self.callbacks.callbacks}
+        callbacks["ema"] = {**callbacks["ema"], "shadow_params": self.ema.state_dict()["shadow_params"]}
+        self.callbacks.load_state_dict(callbacks)
+        self.online_guard.load_state_dict(state["online_guard"])
+        self.step = int(state["step"])
+
+    def _read(self, data: Data, updates: int, seed: int) -> Iterator[Batch]:
+        """This rank's part of each update's batch, forward by forward, from the current step on."""
+        order = ShuffledOrder(len(data), seed)
+        first = self.step * updates
+
+        def batches() -> Iterator[list[int]]:
+            for update in range(first, self.config.max_steps * updates):
+                for rows in self._rows:
+                    yield order.batch(update * self.config.batch_size + rows[0], len(rows))
+
+        return read_batches(data, batches(), self.data.workers)
+
+    def _train_step(self, prompts: Iterator[Batch], clips: Iterator[Batch] | None) -> Metrics:
         self.step += 1
-        text = self.text[next(self._prompt_order)]
-        rollout, metrics = self._update_generator(text)
-        online_loss = self._update_online(rollout.x_0.detach(), text)
-        for _ in range(self.config.online_updates - 1):
-            text = self.text[next(self._prompt_order)]
-            with torch.no_grad():
-                x_0 = self._rollout(text, self._online_draws).x_0
-            online_loss = self._update_online(x_0, text)
-        return metrics | {"online/loss": online_loss}
+        texts = self._next_texts(prompts)
+        samples, metrics, skipped = self._update_generator(texts, clips)
+        for update in range(self.config.online_updates):
+            draws = [self._draws("online", rows, update) for rows in self._rows]
+            if update > 0:
+                texts = self._next_texts(prompts)
+                last = self._last_step("online", update)
+                with torch.no_grad():
+                    samples = [self._rollout(text, d, last).x_0 for text, d in zip(texts, draws, strict=True)]
+            online_loss = self._update_online(samples, texts, draws)
+        metrics |= {"online/loss": online_loss, "skipped": torch.tensor(float(skipped), device=self.ranks.device)}
+        metrics = self._over_ranks(metrics)
+        # Only now: the logarithm of a mean is not the mean of logarithms.
+        return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
 
-    def _update_generator(self, text: Tensor) -> tuple[Rollout, Metrics]:
-        rollout = self._rollout(text, self._generator_draws)
-        matching_loss, matching_metrics = self._matching(rollout.x_0, text)
-        metrics = {"matching/loss": matching_loss.detach()}
-        metrics |= {f"matching/{name}": value for name, value in matching_metrics.items()}
-        loss = matching_loss
-        if self.objective is not None:
-            prediction, target, timesteps = self._predict_real() if self.objective.regression else (None, None, None)
-            added, added_metrics = self.objective(
-                rollout.x_0,
-                prediction,
-                target,
-                timesteps,
-                matching_loss=matching_loss,
-                matching_output=rollout.velocity,
-            )
-            loss = matching_loss + added
-            metrics |= added_metrics
-            if timesteps is not None:
-                metrics["regression/timesteps"] = timesteps
-        self.student_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.max_gradient_norm)
-        metrics |= {"loss": loss.detach(), "gradient_norm": norm}
-        metrics |= _describe_sample(rollout)
-        seen_by_callbacks = metrics | {"x_0": rollout.x_0.detach()}
-        if (
-            self.objective is not None
-            and (regression := self.objective.regression)
-            and not regression.cache.auto_update
-        ):
-            regression.cache.update()
-        if self.callbacks.before_step(self.step, seen_by_callbacks):
-            self.student_optimizer.step()
-            self.callbacks.after_step(self.step, seen_by_callbacks)
-        return rollout, metrics
+    def _update_generator(
+        self, texts: Sequence[Tensor], clips: Iterator[Batch] | None
+    ) -> tuple[list[Tensor], Metrics, bool]:
+        """Eq. 9. The two terms on samples and the one on clips have a backward pass each: half the activations."""
+        last = self._last_step("generator")
+        parts: list[Metrics] = []
+        samples: list[Tensor] = []
+        for rows, text in zip(self._rows, texts, strict=True):
+            draws = self._draws("generator", rows)
+            rollout = self._rollout(text, draws, last)
+            # The losses are differentiated with respect to the velocity first, and from there through the student: the
+            # regression is compared with this gradient after the student's graph is gone.
+            velocity = rollout.velocity.detach().requires_grad_()
+            x_0 = rollout._replace(velocity=velocity).x_0
+            matching_loss, metrics = self._match(x_0, text, draws)
+            loss = matching_loss
+            if self.objective.motion is not None:
+                motion_loss, motion_metrics = self.objective.on_samples(x_0)
+                loss = loss + motion_loss
+                metrics |= motion_metrics
+            (gradient,) = torch.autograd.grad(loss, velocity, retain_graph=True)
+            rollout.velocity.backward(gradient / len(self._rows))
+            total = loss.detach()
+            if clips is not None:
+                clip_loss, clip_metrics = self._regress(next(clips), rows, matching_loss, velocity)
+                (clip_loss / len(self._rows)).backward()
+                total = total + clip_loss.detach()
+                metrics |= clip_metrics
+            samples.append(x_0.detach())
+            parts.append(metrics | {"loss": total} | _describe_sample(rollout))
+        metrics = _over_forwards(parts)
+        metrics["gradient_norm"] = self._clip_gradients(self.student)
+        stepped = self._step_student(metrics, samples if last == len(self.few_steps) - 1 else None)
+        return samples, metrics, not stepped
 
-    def _matching(self, x_0: Tensor, text: Tensor) -> tuple[Tensor, Metrics]:
+    def _match(self, x_0: Tensor, text: Tensor, draws: SampleDraws) -> tuple[Tensor, Metrics]:
         """Eq. 4: both models' clean predictions of the noised sample."""
         with torch.no_grad():
-            timesteps = self._score_timesteps(len(x_0), self._generator_draws)
-            x_t = schedule.add_noise(x_0.detach(), _noise(x_0.shape, self._generator_draws), timesteps)
-            real = guided_velocity(self.teacher, x_t, timesteps, text, self.config.guidance_scale)
-            fake = predict_velocity(self.online, x_t, timesteps, text)
+            timesteps = self._score_timesteps(draws)
+            x_t = schedule.add_noise(x_0.detach(), draws.normal(self.latent_shape), timesteps)
+            scale = self.config.guidance_scale
+            real = guided_velocity(self.teacher, x_t, timesteps, text, self.unconditional, scale)
+            fake = self.online(x_t, timesteps, text)
             real_x_0 = schedule.velocity_to_x_0(real, x_t, timesteps)
             fake_x_0 = schedule.velocity_to_x_0(fake, x_t, timesteps)
         loss, metrics = self.matching(x_0, real_x_0, fake_x_0)
-        return loss, metrics
+        return loss, {f"matching/{name}": value for name, value in metrics.items()} | {"matching/loss": loss.detach()}
 
-    def _predict_real(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Eq. 5: the student's velocity on real clips, its target, and the few steps at which they were noised."""
-        index = next(self._clip_order)
-        clips, text = self.clips.latents[index], self.text[index]
-        choice = torch.randint(len(self.few_steps), (len(index),), generator=self._regression_draws)
-        timesteps = torch.tensor(self.few_steps)[choice]
-        noise = _noise(clips.shape, self._regression_draws)
-        prediction = predict_velocity(self.student, schedule.add_noise(clips, noise, timesteps), timesteps, text)
-        return prediction, schedule.velocity(clips, noise), timesteps
-
-    def _update_online(self, x_0: Tensor, text: Tensor) -> Tensor:
-        """Eq. 2: the online model learns to denoise the student's samples."""
-        timesteps = self._score_timesteps(len(x_0), self._online_draws)
-        noise = _noise(x_0.shape, self._online_draws)
-        velocity = predict_velocity(self.online, schedule.add_noise(x_0, noise, timesteps), timesteps, text)
-        loss = F.mse_loss(velocity, schedule.velocity(x_0, noise))
-        self.online_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.online.parameters(), self.config.max_gradient_norm)
-        if self.online_guard.before_step(self.step, {"loss": loss.detach(), "gradient_norm": norm}):
-            self.online_optimizer.step()
-        return loss.detach()
-
-    def _rollout(self, text: Tensor, draws: torch.Generator) -> Rollout:
-        """Backward simulation: the student's own trajectory, up to a random one of its steps."""
-        last = int(torch.randint(len(self.few_steps), (), generator=draws))
-        return few_step_rollout(
-            self.student, text, self.sample_shape, self.few_steps, lambda shape: _noise(shape, draws), last=last
+    def _regress(
+        self, batch: Batch, rows: range, matching_loss: Tensor, matching_output: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Eq. 5: the student's velocity on real clips, noised to one of its few steps."""
+        clips, text = batch.latents.to(self.ranks.device), batch.text.to(self.ranks.device)
+        draws = self._draws("regression", rows)
+        choice = (draws.uniform() * len(self.few_steps)).long()
+        timesteps = torch.tensor(self.few_steps, device=self.ranks.device)[choice]
+        noise = draws.normal(self.latent_shape)
+        prediction = self.student(schedule.add_noise(clips, noise, timesteps), timesteps, text)
+        loss, metrics = self.objective.on_clips(
+            prediction,
+            schedule.velocity(clips, noise),
+            timesteps,
+            matching_loss=matching_loss,
+            matching_output=matching_output,
         )
+        return loss, metrics | {"regression/timesteps": timesteps}
 
-    def _score_timesteps(self, batch: int, draws: torch.Generator) -> Tensor:
+    def _step_student(self, metrics: Metrics, finished: Sequence[Tensor] | None) -> bool:
+        """The optimizer's step, if the callbacks agree; ``finished`` are samples of the last of the few steps."""
+        regression = self.objective.regression
+        if regression is not None and not regression.cache.auto_update:
+            regression.cache.update()
+        # Samples of earlier steps are blurred by nature and would look like a collapse.
+        seen = metrics if finished is None else metrics | {"x_0": torch.cat(list(finished))}
+        stepped = self.callbacks.before_step(self.step, seen)
+        if stepped:
+            self.student_optimizer.step()
+            self.callbacks.after_step(self.step, seen)
+        self.student_optimizer.zero_grad(set_to_none=True)
+        return stepped
+
+    def _update_online(
+        self, samples: Sequence[Tensor], texts: Sequence[Tensor], all_draws: Sequence[SampleDraws]
+    ) -> Tensor:
+        """Eq. 2: the online model learns to denoise the student's samples."""
+        losses = []
+        for x_0, text, draws in zip(samples, texts, all_draws, strict=True):
+            timesteps = self._score_timesteps(draws)
+            noise = draws.normal(self.latent_shape)
+            velocity = self.online(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
+            loss = F.mse_loss(velocity, schedule.velocity(x_0, noise))
+            (loss / len(samples)).backward()
+            losses.append(loss.detach())
+        loss = torch.stack(losses).mean()
+        norm = self._clip_gradients(self.online)
+        if self.online_guard.before_step(self.step, {"loss": loss, "gradient_norm": norm}):
+            self.online_optimizer.step()
+        self.online_optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _rollout(self, text: Tensor, draws: SampleDraws, last: int) -> Rollout:
+        """Backward simulation: the student's own trajectory, up to one of its steps."""
+        return few_step_rollout(self.student, text, self.latent_shape, self.few_steps, draws.normal, last=last)
+
+    def _last_step(self, purpose: str, update: int = 0) -> int:
+        # One for the whole batch: every rank must run the same number of forwards.
+        return shared_integer((self.config.seed, purpose, self.step, update, "last"), len(self.few_steps))
+
+    def _draws(self, purpose: str, rows: range, update: int = 0) -> SampleDraws:
+        # Purposes have streams of their own: runs with one seed see the same noise whatever terms they have.
+        return SampleDraws((self.config.seed, purpose, self.step, update), rows, self.ranks.device)
+
+    def _score_timesteps(self, draws: SampleDraws) -> Tensor:
         options = self.config.score_timesteps
-        uniform = schedule.num_train_timesteps * torch.rand(batch, generator=draws)
+        uniform = schedule.num_train_timesteps * draws.uniform()
         return shift_timesteps(uniform, options.shift).clamp(options.low, options.high)
+
+    def _next_texts(self, prompts: Iterator[Batch]) -> list[Tensor]:
+        return [next(prompts).text.to(self.ranks.device) for _ in self._rows]
+
+    def _clip_gradients(self, model: VelocityModel) -> Tensor:
+        norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.max_gradient_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    def _over_ranks(self, metrics: Metrics) -> Metrics:
+        """Means of scalars, and lists put together, over all ranks."""
+        flat = torch.cat([value.detach().float().flatten() for value in metrics.values()])
+        by_rank = self.ranks.gather(flat).split([value.numel() for value in metrics.values()], dim=1)
+        return {
+            name: part.mean() if value.ndim == 0 else part.flatten()
+            for (name, value), part in zip(metrics.items(), by_rank, strict=True)
+        }
+
+
+def _share(config: TrainConfig, ranks: Ranks) -> list[range]:
+    if config.batch_size % ranks.size:
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be shared out equally among {ranks.size} ranks. Choose a "
+            "multiple, or another number of ranks."
+        )
+    share = config.batch_size // ranks.size
+    size = config.micro_batch_size or share
+    if share % size:
+        raise UserError(
+            f"micro_batch_size {size} does not divide a rank's share of {share} samples (batch_size "
+            f"{config.batch_size} over {ranks.size} ranks). Choose a divisor."
+        )
+    first = ranks.rank * share
+    return [range(start, start + size) for start in range(first, first + share, size)]
+
+
+def _build_objective(config: TrainConfig, *, accumulating: bool) -> AVDObjective:
+    objective = config.objective
+    if accumulating and objective.regression is not None:
+        regression = objective.regression.model_copy(update={"auto_update": False})
+        objective = objective.model_copy(update={"regression": regression})
+    return AVDObjective(objective)
+
+
+def _measure(clips: Data) -> LatentStatistics:
+    count = min(len(clips), REFERENCE_CLIPS)
+    latents = [clips[index * len(clips) // count].latent for index in range(count)]
+    return LatentStatistics.measure(torch.stack([latent for latent in latents if latent is not None]))
 
 
 def _describe_sample(rollout: Rollout) -> Metrics:
     x_0 = rollout.x_0.detach()
     return {
-        "sample/timestep": torch.tensor(rollout.timestep),
-        "sample/std": x_0.std(),
-        "sample/temporal_loss": -temporal_variance(x_0).log(),
+        "sample/timestep": x_0.new_tensor(rollout.timestep),
+        "sample/std": x_0.flatten(1).std(dim=1).mean(),
+        "sample/variance": temporal_variance(x_0),
     }
 
 
-def _noise(shape: torch.Size, draws: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=draws)
+def _over_forwards(parts: Sequence[Metrics]) -> Metrics:
+    """Means of scalars, and lists put together, over the forwards of an accumulated step."""
+    return {
+        name: torch.cat([part[name] for part in parts]) if value.ndim else torch.stack([p[name] for p in parts]).mean()
+        for name, value in parts[0].items()
+    }
 
 
-def _adamw(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+def _adamw(model: VelocityModel, config: OptimizerConfig) -> torch.optim.AdamW:
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    # Present from the start, so that a checkpoint has somewhere to be read into, and memory that does not suffice is
+    # missed before the first step rather than after it.
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _detached(model: VelocityModel) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters().items()}
+
+
+def _optimizer_tensors(model: VelocityModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": value.detach()
+        for name, parameter in model.named_parameters().items()
+        for key, value in optimizer.state[parameter].items()
+    }

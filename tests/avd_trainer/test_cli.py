@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from avd_core import derive_floor
 from avd_trainer.cli import app
 from avd_trainer.config import TrainConfig, load_config
-from avd_trainer.data.codec import BlockDCTCodec
-from avd_trainer.data.sources import load_clips
-from avd_trainer.models import build_text_embedding, load_transformer
+from avd_trainer.data.sources import load_data
+from avd_trainer.distributed import join_ranks
+from avd_trainer.models import load_models, load_transformer
 from avd_trainer.trainer import Trainer
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
@@ -29,21 +30,30 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, " ".join(result.output.split())
 
 
-def test_train_leaves_a_student_that_diffusers_loads(tmp_path: Path) -> None:
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_transformer(str(folder)).parameters()])
+
+
+def test_train_leaves_the_averaged_student_for_diffusers(tmp_path: Path) -> None:
     output = tmp_path / "run"
     status, _ = run("train", "tiny", "--output", output, *SMALL)
     assert status == 0
     # The same run by hand: what is saved are its averaged weights.
     config = load_config(TrainConfig, str(output / "config.yaml"))
-    teacher = load_transformer("bundled:tiny")
-    trainer = Trainer(config, teacher, load_clips(config.data, BlockDCTCodec()).train, build_text_embedding(teacher))
-    list(trainer.run())
-    raw = torch.cat([p.detach().flatten() for p in trainer.student.parameters()])
-    with trainer.ema.average_parameters():
-        averaged = torch.cat([p.detach().flatten() for p in trainer.student.parameters()])
-    saved = torch.cat([p.detach().flatten() for p in load_transformer(str(output / "student")).parameters()])
-    torch.testing.assert_close(saved, averaged, rtol=0, atol=1e-6)
+    with join_ranks() as ranks:
+        trainer = Trainer(config, load_models(config, ranks), load_data(config, 32, 16), ranks)
+        list(trainer.run())
+        raw, averaged = (
+            torch.cat([value.full_tensor().flatten() for value in trainer.state_tensors()[name].values()])  # type: ignore[attr-defined]
+            for name in ("student", "ema")
+        )
+    saved = weights(output / "student")
+    assert torch.equal(saved, averaged)
     assert (saved - raw).abs().max() > 1e-5
+    # And the last weights as they are, on request.
+    status, _ = run("export", output, "--output", tmp_path / "last", "--weights", "student")
+    assert status == 0
+    assert torch.equal(weights(tmp_path / "last"), raw)
 
 
 def test_train_saves_its_configuration_and_its_metrics(tmp_path: Path) -> None:
@@ -64,16 +74,16 @@ def test_train_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("keep")
     status, printed = run("train", "tiny", "--output", tmp_path, *SMALL)
     assert status == 2
-    assert "is not empty. Choose a new --output" in printed
+    assert "is not empty and holds no run. Choose a new --output" in printed
     assert os.listdir(tmp_path) == ["precious.txt"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "huge"], "'huge' is neither a preset (tiny) nor a YAML file"),
+        (["train", "huge"], "'huge' is neither a preset (tiny, wan2.1-1.3b, wan2.1-14b) nor a YAML file"),
         (["train", "tiny", "--set", "batch_size=0"], "batch_size: Input should be greater than or equal to 1, got 0"),
-        (["train", "tiny", "--set", "teacher=/nowhere"], "teacher '/nowhere': /nowhere holds no config.json"),
+        (["train", "tiny", "--set", "teacher=/nowhere"], "/nowhere: there is no such file or folder. Pass 'bundled:tiny'"),
         (["train", "tiny", "--max-steps", "0"], "max_steps: Input should be greater than or equal to 1, got 0"),
         (["demo", "--videos", "/nowhere"], "/nowhere is not a folder"),
         (["train-teacher", "tiny", "--set", "data.kind=videos"], "data.kind"),
@@ -105,7 +115,7 @@ def test_the_demo_takes_no_folder_that_is_not_its_own(tmp_path: Path) -> None:
 def test_a_path_is_printed_as_it_is(tmp_path: Path) -> None:
     status, printed = run("train", "tiny", "--output", tmp_path / "run", "--set", "teacher=a[/b]c")
     assert status == 2
-    assert "teacher 'a[/b]c'" in printed
+    assert "a[/b]c: there is no such file" in printed
 
 
 def test_broken_weights_are_named(tmp_path: Path) -> None:
@@ -114,7 +124,34 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
     (model / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
     status, printed = run("train", "tiny", "--output", tmp_path / "run", "--set", f"teacher={model}")
     assert status == 2
-    assert f"cannot be loaded from {model}" in printed
+    assert f"{model / 'diffusion_pytorch_model.safetensors'} cannot be read" in printed.replace("\n", "")
+
+
+def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    status, printed = run(
+        "calibrate", "tiny", "--samples", "4", "--steps", "2", "--json", file, "--set", "data.clips=8"
+    )  # fmt: skip
+    assert status == 0
+    assert "floor: moves as much as the teacher" in printed
+    calibration = json.loads(file.read_text())
+    assert (calibration["teacher"]["samples"], calibration["real"]["samples"]) == (4, 4)
+    config = load_config(TrainConfig, "tiny", ["data.clips=8"])
+    clips = torch.stack([load_data(config, 32, 16).clips[index].latent for index in (0, 2, 4, 6)])  # type: ignore[arg-type]
+    assert calibration["real"]["temporal_loss"] == pytest.approx(derive_floor(clips), rel=1e-5)
+
+
+def test_videos_and_data_exclude_each_other(tmp_path: Path) -> None:
+    status, printed = run("train", "tiny", "--output", tmp_path / "run", "--videos", "a", "--data", "b")
+    assert status == 2
+    assert "--videos and --data exclude each other" in printed
+
+
+def test_a_preset_without_data_asks_for_it(tmp_path: Path) -> None:
+    status, printed = run("train", "wan2.1-1.3b", "--output", tmp_path / "run")
+    assert status == 2
+    assert "data: Field required. Pass --data DIR" in printed
+    assert not (tmp_path / "run").exists()
 
 
 def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]:

@@ -9,7 +9,21 @@ from avd_trainer.data.sources import HELD_OUT
 
 @pytest.mark.parametrize("name", presets(TrainConfig))
 def test_every_training_preset_is_valid(name: str) -> None:
-    assert load_config(TrainConfig, name).max_steps > 0
+    data = {} if name == "tiny" else {"data": {"kind": "shards", "path": "clips"}}
+    assert load_config(TrainConfig, name, replace=data).max_steps > 0
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b"])
+def test_the_wan_presets_have_the_papers_values(name: str) -> None:
+    """Sec. 4.1 of You et al. 2026, and the released code where the paper is silent."""
+    config = load_config(TrainConfig, name, replace={"data": {"kind": "shards", "path": "clips"}})
+    assert config.teacher == f"Wan-AI/Wan2.1-T2V-{name.removeprefix('wan2.1-').upper()}-Diffusers"
+    assert config.objective == AVDConfig.paper()
+    assert (config.guidance_scale, config.matching_weight, config.online_updates) == (5, 1, 5)
+    assert (config.batch_size, config.micro_batch_size, config.max_gradient_norm) == (24, 1, 10)
+    assert (config.score_timesteps.shift, config.score_timesteps.low, config.score_timesteps.high) == (5, 20, 980)
+    for optimizer in (config.student_optimizer, config.online_optimizer):
+        assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (2e-6, (0.9, 0.999), 0.01)
 
 
 def test_the_teacher_preset_does_not_train_on_what_the_demo_holds_out() -> None:
@@ -75,7 +89,7 @@ def test_all_wrong_fields_are_named_at_once() -> None:
 
 
 def test_an_unknown_preset_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'huge' is neither a preset \(tiny\) nor a YAML file"):
+    with pytest.raises(ConfigError, match=r"'huge' is neither a preset \(tiny, .*\) nor a YAML file"):
         load_config(TrainConfig, "huge")
 
 

@@ -8,13 +8,15 @@ from avd_trainer.config import ShapesData, TeacherConfig, TrainConfig, load_conf
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents, encode_shapes
 from avd_trainer.data.shapes import SHAPE_COLORS, MovingShapes
+from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.evaluation import energy_distance
-from avd_trainer.models import build_text_embedding, load_transformer
-from avd_trainer.rollout import predict_velocity, sample_teacher, schedule
+from avd_trainer.models import VelocityModel, load_transformer
+from avd_trainer.rollout import sample_teacher, schedule
 from avd_trainer.teacher import TeacherTrainer
 
 CLIPS = 72
 PRESET = load_config(TrainConfig, "tiny")
+EMBED = HashTextEmbedding(TEXT_LENGTH, 32)
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +28,28 @@ def clips() -> CaptionedLatents:
 
 @pytest.fixture(scope="module")
 def samples(clips: CaptionedLatents) -> Tensor:
-    teacher = load_transformer("bundled:tiny")
+    teacher = VelocityModel(load_transformer("bundled:tiny"))
     draws = torch.Generator().manual_seed(0)
     return sample_teacher(
         teacher,
-        build_text_embedding(teacher)(clips.captions[:CLIPS]),
+        EMBED(clips.captions[:CLIPS]),
+        EMBED([""])[0],
         clips.latents.shape[1:],
-        lambda shape: torch.randn(shape, generator=draws),
+        lambda shape: torch.randn(CLIPS, *shape, generator=draws),
         steps=15,
         guidance_scale=PRESET.guidance_scale,
     )
 
 
 def test_the_bundled_teacher_denoises_unseen_clips(clips: CaptionedLatents) -> None:
-    teacher = load_transformer("bundled:tiny")
-    text = build_text_embedding(teacher)(clips.captions)
+    teacher = VelocityModel(load_transformer("bundled:tiny"))
+    text = EMBED(clips.captions)
     losses = {}
     for timestep in (250.0, 500.0, 750.0, 950.0):
         timesteps = torch.full((len(clips),), timestep)
         noise = torch.randn(clips.latents.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            velocity = predict_velocity(teacher, schedule.add_noise(clips.latents, noise, timesteps), timesteps, text)
+            velocity = teacher(schedule.add_noise(clips.latents, noise, timesteps), timesteps, text)
         losses[timestep] = float(F.mse_loss(velocity, noise - clips.latents))
     # Guessing the mean of data and noise costs 2.
     assert max(losses.values()) < 1.0

@@ -1,15 +1,18 @@
-"""Captioned latents in memory, and the order in which training reads them."""
+"""Captioned latents in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.shapes import MovingShapes
+from avd_trainer.data.shards import Sample
+from avd_trainer.data.text import HashTextEmbedding
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,30 @@ class CaptionedLatents:
         return len(self.captions)
 
 
+class InMemoryData(Dataset[Sample]):
+    """Captioned latents as a data set, like :class:`ShardDataset`.
+
+    Args:
+        clips: The clips.
+        embed: Embeds their captions.
+    """
+
+    def __init__(self, clips: CaptionedLatents, embed: HashTextEmbedding) -> None:
+        self.clips = clips
+        self._text = embed(clips.captions)
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, index: int) -> Sample:
+        caption = self.clips.captions[index]
+        return Sample(self.clips.latents[index], self._text[index], caption, source="")
+
+    def unconditional(self) -> Tensor:
+        """``[L, D]``: the empty caption, which is all zeros."""
+        return torch.zeros_like(self._text[0])
+
+
 def encode_shapes(
     shapes: MovingShapes, codec: BlockDCTCodec, on_clip: Callable[[], None] = lambda: None
 ) -> CaptionedLatents:
@@ -46,18 +73,3 @@ def encode_shapes(
         captions.append(clip.caption)
         on_clip()
     return CaptionedLatents(torch.cat(latents), captions)
-
-
-def shuffled_indices(length: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless batches of indices ``[batch_size]``; each epoch is a permutation keyed by ``(seed, epoch)``.
-
-    A batch may span two epochs, so no sample is dropped when the length is no multiple of the batch size.
-    """
-    epoch, pool = 0, torch.empty(0, dtype=torch.long)
-    while True:
-        while len(pool) < batch_size:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            pool = torch.cat([pool, torch.randperm(length, generator=generator)])
-            epoch += 1
-        yield pool[:batch_size]
-        pool = pool[batch_size:]

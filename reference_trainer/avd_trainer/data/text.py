@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Tokens per caption of the tiny models.
+TEXT_LENGTH = 24
+
 
 class HashTextEmbedding:
     """Maps captions to token embeddings by hashing words.
