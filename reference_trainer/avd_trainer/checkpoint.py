@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -191,13 +191,16 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
     Raises:
         UserError: If something is missing or damaged.
     """
-    for path in sorted(checkpoint.glob("*.safetensors")):
+    files = sorted(checkpoint.glob("*.safetensors"))
+    for path in files:
         _check_whole(checkpoint, path)
+    flat = _flat(tensors)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked for
             reader = HuggingFaceStorageReader(str(checkpoint))
-            dcp.load(_flat(tensors), storage_reader=reader, no_dist=not distributed)
+            _check_complete(flat, reader, files)
+            dcp.load(flat, storage_reader=reader, no_dist=not distributed)
     except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
         raise _damaged(checkpoint, checkpoint, error) from error
 
@@ -212,6 +215,18 @@ def _check_whole(checkpoint: Path, path: Path) -> None:
             pass  # compares the header with the file's length
     except (OSError, SafetensorError) as error:
         raise _damaged(checkpoint, path, error) from error
+
+
+def _check_complete(tensors: Mapping[str, Tensor], reader: HuggingFaceStorageReader, files: Sequence[Path]) -> None:
+    """A missing file leaves holes in sharded tensors, which loading would pass over in silence."""
+    stored = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        found = sum(chunk.sizes.numel() for chunk in stored[name].chunks) if name in stored else 0
+        if found != tensor.numel():
+            raise ValueError(
+                f"its files ({', '.join(file.name for file in files)}) hold {found} of the {tensor.numel()} numbers of "
+                f"{name}; another file is missing"
+            )
 
 
 def _damaged(checkpoint: Path, path: Path, error: BaseException) -> UserError:

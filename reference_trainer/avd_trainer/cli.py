@@ -88,6 +88,35 @@ def export(
 
 
 @app.command()
+def plan(
+    preset: Preset,
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of each, in GB.")] = 80.0,
+    data: Data = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxHxF", help="Size of a clip, where there is no --data: 832x480x81.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Say what a run needs on each GPU, part by part, and what to change if it does not fit. Loads no weights."""
+    with readable_errors():
+        # A preset can be planned before there is data: clips are then of Wan2.1's size.
+        replace = {} if data is None else _shards(data)
+        config = load_config(TrainConfig, preset, _overrides(set_, None), replace, _shards(Path("none")))
+        from avd_trainer.plan import find_architecture, find_latent_shape, render, wan_latent_shape
+        from avd_trainer.plan import plan as make_plan
+
+        result = make_plan(
+            config,
+            find_architecture(config.teacher),
+            find_latent_shape(config) if size is None else wan_latent_shape(size),
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+        )
+        Console().print(render(result))
+
+
+@app.command()
 def calibrate(
     preset: Preset,
     videos: Videos = None,
@@ -153,10 +182,14 @@ def _train_config(
     if videos is not None:
         overrides["data"] = {"kind": "videos", "path": str(videos)}
     if data is not None:
-        overrides["data"] = {"kind": "shards", "path": str(data)}
+        overrides |= _shards(data)
     if prompts is not None:
         overrides["prompts"] = {"path": str(prompts)}
     return load_config(TrainConfig, preset, _overrides(set_, max_steps), overrides)
+
+
+def _shards(data: Path) -> dict[str, Any]:
+    return {"data": {"kind": "shards", "path": str(data)}}
 
 
 def _overrides(set_: list[str] | None, max_steps: int | None) -> list[str]:

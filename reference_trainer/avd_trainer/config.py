@@ -285,7 +285,11 @@ def presets(kind: type[TrainConfig] | type[TeacherConfig]) -> list[str]:
 
 
 def load_config(
-    kind: type[Config], source: str, overrides: list[str] | None = None, replace: Mapping[str, Any] | None = None
+    kind: type[Config],
+    source: str,
+    overrides: list[str] | None = None,
+    replace: Mapping[str, Any] | None = None,
+    missing: Mapping[str, Any] | None = None,
 ) -> Config:
     """Read a preset or a YAML file, apply overrides, validate.
 
@@ -295,6 +299,7 @@ def load_config(
         overrides: ``key=value`` with dots in the key, for example ``"objective.regression.weight=0.5"``; the value is
             YAML.
         replace: Top-level values to replace before that.
+        missing: Top-level values to take where there are none.
 
     Raises:
         ConfigError: With one line per wrong field.
@@ -303,7 +308,7 @@ def load_config(
         config = OmegaConf.create(_read(kind, source))
         if not isinstance(config, DictConfig):
             raise ConfigError(f"{source}: expected keys and values, got a list.")
-        for key, value in (replace or {}).items():
+        for key, value in {**(missing or {}), **config, **(replace or {})}.items():
             config[key] = value
         config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides or [])))
         values = OmegaConf.to_container(config, resolve=True)

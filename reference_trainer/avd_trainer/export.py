@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from avd_trainer.errors import UserError
 from avd_trainer.models import adapter_names, empty_transformer
 
 Weights = Literal["ema", "student"]
+
+_EXPORTED = re.compile(r"config\.json|diffusion_pytorch_model.*\.(safetensors|json)|pytorch_lora_weights\.safetensors")
 
 
 def export_student(
@@ -48,16 +51,20 @@ def export_student(
     config = validate(TrainConfig, state["config"], f"{checkpoint}")
     if output.exists() and not _is_export(output):
         raise UserError(f"{output} holds something that is no earlier export. Choose a new --output.")
-    part = output.with_name(output.name + ".part")
+    part, old = (output.with_name(output.name + suffix) for suffix in (".part", ".old.part"))
     try:
-        shutil.rmtree(part, ignore_errors=True)
+        for left in (part, old):
+            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         if config.student_lora is None:
             _export_transformer(checkpoint, state["architecture"], part, weights, dtype)
         else:
             _export_adapter(checkpoint, state["architecture"], config.student_lora, part, weights, dtype)
-        shutil.rmtree(output, ignore_errors=True)
+        # Moved and then removed: cut short at any point, what has the name is whole.
+        if output.exists():
+            os.replace(output, old)
         os.replace(part, output)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise UserError(f"{output} cannot be written: {error}. Free space or choose another --output.") from error
@@ -105,5 +112,5 @@ def _find(run: Path, step: int | None) -> Path:
 
 
 def _is_export(folder: Path) -> bool:
-    files = {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
-    return not files or bool(files & {"config.json", "pytorch_lora_weights.safetensors"})
+    """Whether a folder holds nothing but what an export leaves."""
+    return folder.is_dir() and all(_EXPORTED.fullmatch(path.name) for path in folder.iterdir())

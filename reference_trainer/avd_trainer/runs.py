@@ -16,7 +16,7 @@ from torch import Tensor
 
 from avd_core import __version__
 from avd_trainer.checkpoint import Checkpoints, Tensors, latest_checkpoint, read_state, read_tensors
-from avd_trainer.config import ConfigError, TrainConfig, save_config
+from avd_trainer.config import ConfigError, ShardsData, TrainConfig, save_config
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.distributed import Ranks, naming_lost_ranks
 from avd_trainer.errors import UserError
@@ -38,8 +38,10 @@ SHOWN = {
     "online/loss": "online",
 }
 
-# What may differ between a run and its resumption: nothing that the weights depend on.
-CHANGEABLE = ("max_steps", "max_skipped_steps", "parallel", "checkpoint", "samples", "logging", "evaluation")
+# What may differ between a run and its resumption: nothing that the weights depend on. What shards hold is compared
+# file by file, so it does not matter where they lie.
+CHANGEABLE = ("max_steps", "max_skipped_steps", "parallel.", "checkpoint.", "samples.", "logging.", "evaluation.")
+CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
@@ -88,7 +90,7 @@ def claim_run(folder: Path, config: TrainConfig) -> None:
     if latest is not None:
         _check_same_run(config, read_state(latest)["config"], latest)
     # A run that has saved nothing yet has nothing to lose: it starts over, also with other values.
-    elif any(folder.iterdir()) and not (folder / CONFIG).exists():
+    elif {path.name for path in folder.iterdir()} - {LOCK} and not (folder / CONFIG).exists():
         raise UserError(
             f"{folder} is not empty and holds no run. Choose a new --output, so that nothing saved is overwritten."
         )
@@ -210,8 +212,9 @@ def _locked(folder: Path) -> Iterator[None]:
     """Keep a second process out of a run's folder; the system lets go of the lock however the first one ends."""
     with (folder / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Not flock, which the loader's processes would hold on to for seconds after this one is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             raise UserError(
                 f"Another process is training in {folder}. Wait for it, stop it, or choose another --output."
             ) from error
@@ -280,7 +283,8 @@ def _check_data(data: TrainingData, saved: Mapping[str, Any] | None, checkpoint:
 
 def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) -> None:
     now, before = _flatten(config.model_dump(mode="json")), _flatten(saved)
-    fixed = sorted(key for key in now.keys() | before.keys() if key.split(".")[0] not in CHANGEABLE)
+    changeable = CHANGEABLE + (CHANGEABLE_OF_SHARDS if isinstance(config.data, ShardsData) else ())
+    fixed = sorted(key for key in now.keys() | before.keys() if not key.startswith(changeable))
     differing = [
         f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in fixed if now.get(key) != before.get(key)
     ]

@@ -75,10 +75,10 @@ class WanCodec(nn.Module):
             UserError: If there is no such VAE.
         """
         try:
-            vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", use_safetensors=True)
+            vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", use_safetensors=True, torch_dtype=dtype)
         except Exception as error:
             raise _not_loaded(source, "vae", error) from error
-        return cls(vae.to(device, dtype), tiling=tiling)
+        return cls(vae.to(device), tiling=tiling)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
