@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from avd_trainer.models import VelocityModel, load_models, load_transformer
 from avd_trainer.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
+CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 
 DMD_ALONE = {"regression": None, "motion": None}
 
@@ -190,8 +193,20 @@ def test_a_step_is_that_of_the_plain_algorithm(make_trainer: MakeTrainer, clips:
         torch.testing.assert_close(step[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(not CXX, reason="needs a C++ compiler: torch.compile's default backend writes and builds C++")
+def test_compiled_blocks_follow_the_same_curve(make_trainer: MakeTrainer) -> None:
+    torch.compiler.reset()
+    losses = {
+        compiled: [metrics["loss"] for metrics in make_trainer(max_steps=2, parallel={"compile": compiled}).run()]
+        for compiled in (False, True)
+    }
+    torch.compiler.reset()
+    torch.testing.assert_close(losses[True], losses[False], rtol=1e-4, atol=1e-6)
+
+
 def test_a_held_gradient_ratio_reaches_the_update(make_trainer: MakeTrainer) -> None:
     """The held run's first gradient is that of a run whose constant weight is scaled by hand."""
+
     def make(**objective: Any) -> Trainer:
         return make_trainer(objective={"motion": None, **objective}, max_gradient_norm=1e6)
 
