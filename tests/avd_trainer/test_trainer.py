@@ -193,6 +193,7 @@ def test_a_step_is_that_of_the_plain_algorithm(make_trainer: MakeTrainer, clips:
         torch.testing.assert_close(step[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # of the compiler's own making
 @pytest.mark.skipif(not CXX, reason="needs a C++ compiler: torch.compile's default backend writes and builds C++")
 def test_compiled_blocks_follow_the_same_curve(make_trainer: MakeTrainer) -> None:
     torch.compiler.reset()

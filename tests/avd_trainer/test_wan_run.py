@@ -4,12 +4,12 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-import tiny_pipeline
 import torch
 from diffusers import DiffusionPipeline, WanTransformer3DModel
 from PIL import Image
 from typer.testing import CliRunner
 
+import tiny_pipeline
 from avd_trainer.cli import app
 from avd_trainer.history import read_series
 
@@ -52,8 +52,8 @@ def train(files: Path, output: Path, *changes: str) -> Path:
 def clip(pipeline: DiffusionPipeline) -> torch.Tensor:
     """Latents of one two-step sample."""
     latents: torch.Tensor = pipeline(
-        "a red ball", height=32, width=48, num_frames=9, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
-        generator=torch.Generator().manual_seed(0),
+        "a red ball", height=32, width=48, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
+        output_type="latent", generator=torch.Generator().manual_seed(0),
     ).frames  # fmt: skip
     return latents
 
