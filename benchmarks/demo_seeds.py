@@ -15,6 +15,7 @@ import typer
 
 from avd_trainer.config import TrainConfig, load_config
 from avd_trainer.demo import run_demo
+from avd_trainer.distributed import join_ranks
 from avd_trainer.evaluation import ClipMetrics
 from environment import environment
 
@@ -29,7 +30,9 @@ def main(
     runs: dict[str, Any] = {}
     for seed in map(int, seeds.split(",")):
         started = time.monotonic()
-        metrics = run_demo(load_config(TrainConfig, "tiny", [f"seed={seed}"]), output / str(seed))
+        config = load_config(TrainConfig, "tiny", [f"seed={seed}"])
+        with join_ranks() as ranks:
+            metrics = run_demo(config, output / str(seed), ranks)
         closer = {}
         for name in ("saturation", "temporal_loss", "distance"):
             dmd, avd = (distance_to_real(metrics, run, name) for run in ("dmd", "avd"))

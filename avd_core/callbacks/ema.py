@@ -51,8 +51,12 @@ class EMACallback(Callback):
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
         """Within this context the parameters hold their average; afterwards, also on an error, their own values."""
-        with self._average.average_parameters(self._parameters):
-            yield
+        try:
+            with self._average.average_parameters(self._parameters):
+                yield
+        finally:
+            # torch-ema would keep the weights that it set aside, a whole model, until the next time.
+            self._average.collected_params = None
 
     def _in_float32(self) -> list[torch.Tensor]:
         return [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self._parameters]

@@ -103,7 +103,7 @@ def plan(
         # A preset can be planned before there is data: clips are then of Wan2.1's size.
         replace = {} if data is None else _shards(data)
         config = load_config(TrainConfig, preset, _overrides(set_, None), replace, _shards(Path("none")))
-        from avd_trainer.plan import find_architecture, find_latent_shape, render, wan_latent_shape
+        from avd_trainer.plan import find_architecture, find_latent_shape, find_text_length, render, wan_latent_shape
         from avd_trainer.plan import plan as make_plan
 
         result = make_plan(
@@ -112,6 +112,7 @@ def plan(
             find_latent_shape(config) if size is None else wan_latent_shape(size),
             gpus=gpus,
             gpu_memory=gpu_memory,
+            text_length=find_text_length(config),
         )
         Console().print(render(result))
 

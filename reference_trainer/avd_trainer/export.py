@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors import SafetensorError
 from torch import Tensor
 
 from avd_trainer.checkpoint import list_checkpoints, read_state, read_tensors
@@ -65,9 +66,10 @@ def export_student(
             os.replace(output, old)
         os.replace(part, output)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{output} cannot be written: {error}. Free space or choose another --output.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _export_transformer(

@@ -127,7 +127,7 @@ def empty_transformer(architecture: dict[str, Any], device: torch.device) -> Wan
 def adapter_names(architecture: dict[str, Any], name: str, lora: LoRAConfig) -> dict[str, torch.Size]:
     """Names and shapes of an adapter's parameters."""
     model = _empty(architecture)
-    _add_adapter(model, name, lora)
+    add_adapter(model, name, lora)
     return {key: parameter.shape for key, parameter in model.named_parameters() if ".lora_" in key}
 
 
@@ -152,10 +152,10 @@ def _build(
         exact = trainable or ".time_embedder." in name
         parameter.data = parameter.data.to(torch.float32 if exact else dtype)
     for name, lora in adapters.items():
-        _add_adapter(model, name, lora)
+        add_adapter(model, name, lora)
     model.train(trainable or bool(adapters))
     if config.parallel.activation_checkpointing and (trainable or adapters):
-        _checkpoint_blocks(model)
+        checkpoint_blocks(model)
     if config.parallel.compile:
         model.compile_repeated_blocks()
     _shard(model, dtype, ranks)
@@ -197,7 +197,12 @@ def _shard(model: WanTransformer3DModel, dtype: torch.dtype, ranks: Ranks) -> No
     fully_shard(model, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def _add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> None:
+def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> None:
+    """Give a model, whose weights may be on the meta device, a LoRA adapter on the meta device, in float32.
+
+    Raises:
+        UserError: If the model has no such layers.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
     before = set(model.parameters())
@@ -235,7 +240,7 @@ def _start_adapter(name: str, parameter: nn.Parameter, seed: int) -> None:
             parameter.copy_(values)
 
 
-def _checkpoint_blocks(model: WanTransformer3DModel) -> None:
+def checkpoint_blocks(model: WanTransformer3DModel) -> None:
     """Keep only each block's input for the backward pass, which computes the rest again, in the role of the forward."""
 
     def run(block: nn.Module, *inputs: Any) -> Any:

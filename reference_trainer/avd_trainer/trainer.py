@@ -86,7 +86,9 @@ class Trainer:
         if ranks.first:
             regression = config.objective.regression
             weight = None if regression is None else regression.weight
-            self.monitor = CollapseMonitor(_measure(data.clips), regression_weight=weight)
+            # Only one step in so many has finished samples to look at: as many steps are averaged over as by default.
+            decay = 0.95 ** len(self.few_steps)
+            self.monitor = CollapseMonitor(_measure(data.clips), regression_weight=weight, decay=decay)
             callbacks["monitor"] = self.monitor
         self.callbacks = CallbackList(callbacks)
         # A step updates the online model several times; its guard stops the run after the same number of steps.

@@ -1,3 +1,4 @@
+import gc
 import inspect
 import io
 import logging
@@ -251,6 +252,16 @@ def test_the_context_restores_the_weights_also_on_an_error():
         fail_within()
     assert parameter.item() == 3.0
     assert parameter.requires_grad
+
+
+def test_after_the_context_the_weights_are_in_memory_once():
+    parameter = nn.Parameter(torch.ones(12_345))
+    ema = EMACallback([parameter])
+    with ema.average_parameters():
+        pass
+    gc.collect()
+    alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.numel() == 12_345]
+    assert len({x.untyped_storage().data_ptr() for x in alive}) == 2  # the weights and their average
 
 
 def test_a_checkpoint_within_the_context_holds_no_weights_that_were_set_aside():

@@ -1,0 +1,60 @@
+"""A whole update of the tiny preset, AVD beside DMD alone; and of Wan2.1-1.3B at full size where there is a GPU.
+
+Run with ``make bench``. The tests on a GPU are skipped without one; benchmarks/train_step.py says more and writes its
+figures down.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from avd_trainer.config import TrainConfig, load_config
+from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.distributed import Ranks, join_ranks
+from avd_trainer.models import load_models
+from avd_trainer.plan import find_architecture
+from avd_trainer.trainer import Trainer
+from train_step import measure_update
+
+UPDATES = {
+    "update, DMD alone": ["objective.regression=null", "objective.motion=null"],
+    "update, AVD": [],
+}
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    with join_ranks() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def data() -> TrainingData:
+    config = load_config(TrainConfig, "tiny", ["data.clips=32"])
+    architecture = find_architecture(config.teacher)
+    return load_data(config, architecture["text_dim"], architecture["in_channels"])
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_tiny_update(benchmark: BenchmarkFixture, ranks: Ranks, data: TrainingData, name: str) -> None:
+    benchmark.group = "one update of the tiny preset"
+    # The same seed, so that both roll out equally far in each of their updates.
+    config = load_config(TrainConfig, "tiny", ["max_steps=12", *UPDATES[name]])
+    steps = Trainer(config, load_models(config, ranks), data, ranks).run()
+    benchmark.pedantic(lambda: next(steps), rounds=10, warmup_rounds=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("name", "lora", "card"), [("update of 1.3B, LoRA", True, 24), ("update of 1.3B", False, 80)])
+def test_wan_update(benchmark: BenchmarkFixture, name: str, lora: bool, card: int) -> None:
+    """The goals: within a card of that many GB, and 45% of the GPU's peak."""
+    benchmark.group = "Wan2.1-1.3B, 832x480x81: loading and five updates"
+    options = {"lora": lora, "size": "832x480x81", "updates": 4}
+    report = benchmark.pedantic(measure_update, args=("wan2.1-1.3b",), kwargs=options, rounds=1)
+    benchmark.extra_info.update(report)
+    assert report["peak_memory_gib"] <= card
+    assert report["model_flops_utilisation"] >= 0.45

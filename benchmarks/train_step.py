@@ -1,0 +1,291 @@
+"""A whole AVD update, one of the generator and those of the online model: time, memory, FLOPs; and a soak test.
+
+    .venv/bin/python benchmarks/train_step.py
+    .venv/bin/python benchmarks/train_step.py --preset wan2.1-1.3b --lora
+    .venv/bin/python benchmarks/train_step.py --soak 2000
+
+Weights and clips of wan2.1-1.3b are random: nothing is downloaded. Writes benchmarks/results/train-step-cpu.json, or
+soak-cpu.json; on a GPU gpu in place of cpu, with the preset and the mode.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+from unittest import mock
+
+import psutil
+import torch
+import typer
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from avd_trainer import runs
+from avd_trainer.config import TrainConfig, load_config
+from avd_trainer.data.shards import Sample
+from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.distributed import Ranks, join_ranks
+from avd_trainer.models import VelocityModel, empty_transformer, load_models
+from avd_trainer.plan import find_architecture, meta_models, plan, wan_latent_shape
+from avd_trainer.progress import peak_memory
+from avd_trainer.trainer import Metrics, Trainer
+from environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+SOAK_EVERY = 50
+TEXT_LENGTH = 512
+
+# Dense bfloat16 TFLOP/s by NVIDIA's data sheets ("A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core
+# GPU"; the latter two state them with sparsity, which is twice as many). The longest name that the device's own begins
+# with counts; the plain ones are SXM.
+PEAK_TFLOPS = {
+    "NVIDIA A100": 312.0,
+    "NVIDIA H100": 989.5,
+    "NVIDIA H100 PCIe": 756.5,
+    "NVIDIA H100 NVL": 835.5,
+    "NVIDIA H200": 989.5,
+    "NVIDIA H200 NVL": 835.5,
+}
+
+Calls = Counter[tuple[str, bool]]
+
+
+class RandomClips:
+    """Captioned clips of noise, for models that are random themselves.
+
+    Args:
+        latent_shape: ``(C, F, H, W)``.
+        text_shape: Tokens of a prompt, and their width.
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], text_shape: tuple[int, int]) -> None:
+        self.text_shape = text_shape
+        self._sample = Sample(torch.randn(latent_shape), torch.randn(text_shape), caption="", source="")
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._sample
+
+    def unconditional(self) -> Tensor:
+        return torch.zeros(self.text_shape)
+
+
+class Counted:
+    """A model that counts the samples it is run on, by role and by whether a backward pass follows."""
+
+    def __init__(self, model: VelocityModel, role: str, calls: Calls) -> None:
+        self._model, self._role, self._calls = model, role, calls
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        velocity = self._model(x_t, timesteps, text)
+        self._calls[self._role, velocity.requires_grad] += len(x_t)
+        return velocity
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def main(
+    preset: Annotated[str, typer.Option(help="tiny or wan2.1-1.3b.")] = "tiny",
+    lora: Annotated[bool, typer.Option("--lora", help="Adapters of both models on one base.")] = False,
+    size: Annotated[str, typer.Option(help="Of wan2.1's clips.")] = "832x480x81",
+    updates: Annotated[int, typer.Option(help="How many to measure.")] = 8,
+    soak: Annotated[int, typer.Option(help="Instead, watch memory over so many tiny steps.")] = 0,
+    results: Annotated[Path | None, typer.Option(help="File to write.")] = None,
+) -> None:
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    if soak:
+        report, name = watch_memory(soak), f"soak-{device}"
+    else:
+        report = measure_update(preset, lora=lora, size=size, updates=updates)
+        name = f"train-step-{device}"
+        if preset != "tiny":
+            name += f"-{preset}-{'lora' if lora else 'full'}"
+    command = " ".join(["python benchmarks/train_step.py", *sys.argv[1:]])
+    path = results or RESULTS / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"command": command, **environment(), **report}, indent=2) + "\n")
+    typer.echo(f"{path}: " + ", ".join(f"{k} {v}" for k, v in report.items() if isinstance(v, int | float)))
+
+
+def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[str, Any]:
+    """Time, memory and FLOPs of an update, after one to warm up."""
+    with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
+        config, data, architecture = prepare(preset, Path(folder), lora=lora, size=size, max_steps=updates + 1)
+        trainer = Trainer(config, load_models(config, ranks), data, ranks)
+        calls: Calls = Counter()
+        for role in ("student", "teacher", "online"):
+            setattr(trainer, role, Counted(getattr(trainer, role), role, calls))
+        steps = trainer.run()
+        next(steps)
+        calls.clear()
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = [_timed(steps, ranks) for _ in range(updates)]
+        peak = peak_memory()
+        text_length = len(data.prompts[0].text)
+    forecast = plan(config, architecture, data.latent_shape, gpus=1, gpu_memory=80, text_length=text_length)
+    costs = sample_flops(config, architecture, data.latent_shape, text_length)
+    flops = sum(count * costs[role, gradient] for (role, gradient), count in calls.items())
+    return {
+        "preset": preset,
+        "mode": "adapters of both models" if lora else "full",
+        "latent_shape": list(data.latent_shape),
+        "precision": config.precision,
+        "batch_size": config.batch_size,
+        "online_updates": config.online_updates,
+        "updates": updates,
+        "seconds_per_update": round(statistics.median(seconds), 3),
+        "seconds_each": [round(value, 3) for value in seconds],
+        "samples_per_second": round(config.batch_size * updates / sum(seconds), 3),
+        "peak_memory_gib": round(peak / 2**30, 2),
+        "peak_memory_of": "tensors on the GPU" if ranks.device.type == "cuda" else "the whole process",
+        "planned_tensors_gib": round(forecast.peak.allocated / 2**30, 2),
+        "samples_run": {f"{role}{', with backward' if grad else ''}": n for (role, grad), n in sorted(calls.items())},
+        "model_tflop_per_update": round(flops / updates / 1e12, 3),
+        "tflops": round(flops / sum(seconds) / 1e12, 4),
+        **_utilisation(flops / sum(seconds), config, ranks.device),
+    }
+
+
+class Prepared(NamedTuple):
+    """A run that needs no download."""
+
+    config: TrainConfig
+    data: TrainingData
+    architecture: dict[str, Any]
+
+
+def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int) -> Prepared:
+    """The tiny preset as it is, or another one on random clips with random weights, which go to ``folder``."""
+    overrides = [f"max_steps={max_steps}"]
+    if lora:
+        overrides += ["student_lora.rank=64", "online_lora.rank=64"]
+    if preset == "tiny":
+        config = load_config(TrainConfig, preset, [*overrides, "data.clips=32"])
+        architecture = find_architecture(config.teacher)
+        data = load_data(config, architecture["text_dim"], architecture["in_channels"])
+        return Prepared(config, data, architecture)
+    replace = {"data": {"kind": "shards", "path": "random"}}
+    config = load_config(TrainConfig, preset, [*overrides, "batch_size=1", "micro_batch_size=1"], replace)
+    architecture = find_architecture(config.teacher)
+    save_random_weights(architecture, folder)
+    clips = RandomClips(wan_latent_shape(size), (TEXT_LENGTH, architecture["text_dim"]))
+    return Prepared(config.model_copy(update={"teacher": str(folder)}), TrainingData(clips, clips), architecture)
+
+
+def save_random_weights(architecture: dict[str, Any], folder: Path) -> None:
+    """A diffusers folder in bfloat16."""
+    model = empty_transformer(architecture, torch.device("cpu"))
+    draws = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=torch.bfloat16).normal_(std=0.02, generator=draws)
+    model.save_pretrained(folder)
+
+
+def sample_flops(
+    config: TrainConfig, architecture: dict[str, Any], latent_shape: tuple[int, ...], text_length: int
+) -> dict[tuple[str, bool], int]:
+    """FLOPs of one sample by role, without and with backward; nothing that is computed twice counts twice."""
+    parallel = config.parallel.model_copy(update={"activation_checkpointing": False})
+    models = meta_models(config.model_copy(update={"parallel": parallel}), architecture)
+    shapes = [(1, *latent_shape), (1,), (1, text_length, architecture["text_dim"])]
+    costs = {}
+    for role, model in models.items():
+        inputs = [torch.empty(shape, device="meta") for shape in shapes]
+        run = model.build_gathered(role)
+        for backward in (False, True) if role != "teacher" else (False,):
+            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+                velocity = run(*inputs)
+                if backward:
+                    velocity.backward(torch.empty_like(velocity))
+            costs[role, backward] = _without_recomputation(counter)
+    return costs
+
+
+def watch_memory(steps: int) -> dict[str, Any]:
+    """Memory over a run of the tiny preset with everything that belongs to it: checkpoints, logs, monitor."""
+    series: list[dict[str, float]] = []
+    process = psutil.Process()
+
+    class Watched(Trainer):
+        def run(self) -> Iterator[Metrics]:
+            for metrics in super().run():
+                yield metrics
+                if self.step % SOAK_EVERY == 0:
+                    row = {"step": self.step, "resident_mb": process.memory_info().rss / 1e6}
+                    if self.ranks.device.type == "cuda":
+                        row["allocated_mb"] = torch.cuda.memory_allocated() / 1e6
+                    series.append({key: round(value, 1) for key, value in row.items()})
+
+    # Memory that grows does so at any batch size; a small one is done sooner.
+    overrides = [f"max_steps={steps}", "batch_size=2", "data.clips=64"]
+    config = load_config(TrainConfig, "tiny", overrides)
+    with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks, mock.patch.object(runs, "Trainer", Watched):
+        started = time.monotonic()
+        runs.train(config, Path(folder) / "run", ranks)
+        seconds = time.monotonic() - started
+    # Pools and caches fill in the beginning; a leak goes on.
+    settled = series[len(series) // 4 :]
+    growth = settled[-1]["resident_mb"] - settled[0]["resident_mb"] if settled else 0.0
+    return {
+        "preset": "tiny",
+        "overrides": overrides,
+        "steps": steps,
+        "seconds": round(seconds, 1),
+        "growth_after_a_quarter_mb": round(growth, 1),
+        "series": series,
+    }
+
+
+def _timed(steps: Iterator[Metrics], ranks: Ranks) -> float:
+    started = time.perf_counter()
+    next(steps)
+    if ranks.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _without_recomputation(counter: FlopCounterMode) -> int:
+    # The backward kernel of flash attention computes the scores again: one of its five products.
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    counts = counter.get_flop_counts()["Global"]
+    return int(sum(counts.values()) - counts.get(backward, 0) / 5)
+
+
+def _utilisation(flops_per_second: float, config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = max((key for key in PEAK_TFLOPS if name.startswith(key)), key=len, default=None)
+        if known is None or config.precision != "bfloat16":
+            return {"model_flops_utilisation": None, "peak_tflops_of": f"not known: {name}, {config.precision}"}
+        share = round(flops_per_second / (PEAK_TFLOPS[known] * 1e12), 4)
+        return {"model_flops_utilisation": share, "peak_tflops": PEAK_TFLOPS[known], "peak_tflops_of": known}
+    peak = _matmul_flops_per_second(getattr(torch, config.precision))
+    return {
+        "measured_matmul_tflops": round(peak / 1e12, 4),
+        "share_of_measured_matmul_peak": round(flops_per_second / peak, 4),
+    }
+
+
+def _matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
+    a, b = torch.randn(2, size, size).to(dtype)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+if __name__ == "__main__":
+    typer.run(main)
