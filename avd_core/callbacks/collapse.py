@@ -169,7 +169,8 @@ class CollapseMonitor(Callback):
         """The smoothed signals: ``variance``, ``saturation``, ``weight``, ``gradient_ratio``. Waits for the device."""
         if not self._smoothed:
             return {}
-        values = torch.stack(list(self._smoothed.values())).tolist()
+        # After a restart some may still be on the CPU, where they were saved.
+        values = torch.stack([value.cpu() for value in self._smoothed.values()]).tolist()
         return dict(zip(self._smoothed, values, strict=True))
 
     def state_dict(self) -> dict[str, Any]:

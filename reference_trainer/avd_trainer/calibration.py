@@ -15,7 +15,7 @@ from avd_trainer.config import TrainConfig
 from avd_trainer.data.sources import load_data
 from avd_trainer.draws import SampleDraws
 from avd_trainer.errors import UserError
-from avd_trainer.models import DTYPES, VelocityModel, load_transformer
+from avd_trainer.models import DTYPES, VelocityModel, load_transformer, prepare
 from avd_trainer.progress import ProgressBar
 from avd_trainer.rollout import sample_teacher
 
@@ -88,8 +88,7 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
     module = load_transformer(config.teacher)
     data = load_data(config, module.config.text_dim, module.config.in_channels)
     dtype = DTYPES[config.precision]
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(device, dtype)
+    prepare(module, {}, dtype)
     teacher = VelocityModel(module.to(device), dtype=dtype)
     shape, unconditional = data.latent_shape, data.prompts.unconditional().to(device)
     real, batch = min(samples, len(data.clips)), config.micro_batch_size or config.batch_size

@@ -18,12 +18,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from avd_trainer.distributed import Ranks
+from avd_trainer.distributed import Ranks, is_lost_rank
 from avd_trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,16 +64,14 @@ class Checkpoints:
     def save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
         """Start to write a checkpoint; returns when the tensors are copied, and training may change them.
 
-        Waits for the previous one. Nothing is done where ``step`` is saved already.
+        Waits for the previous one.
 
         Raises:
             UserError: If the previous one could not be written.
         """
         self.wait()
-        target = self.folder / f"step-{step:08d}"
+        target = self.path(step)
         part = target.with_name(target.name + _UNFINISHED)
-        if target.exists():
-            return
         self._target = target
         if self._ranks.first:
             try:
@@ -89,6 +88,10 @@ class Checkpoints:
         )
         self._writing.add_done_callback(lambda done: self._finish(done, part, target))
 
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
     def failed(self) -> bool:
         """Whether the checkpoint in work has failed, as far as this rank knows; :meth:`wait` raises it."""
         return self._failure is not None
@@ -103,6 +106,11 @@ class Checkpoints:
             self._published.wait()
             self._writing = None
         self._check()
+
+    def settle(self, seconds: float = 600.0) -> None:
+        """When a run ends by an error: give the checkpoint in work time to become visible. Not a collective."""
+        if self._writing is not None:
+            self._published.wait(seconds)
 
     def _check(self) -> None:
         """Raise on every rank what failed on any."""
@@ -125,7 +133,10 @@ class Checkpoints:
                 _flush_folder(part)
                 os.replace(part, target)
                 _flush_folder(self.folder)
-                self._remove_old()
+                try:
+                    self._remove_old()
+                except OSError as error:  # the new one is whole all the same
+                    logger.warning("An old checkpoint in %s could not be removed: %s.", self.folder, error)
         except BaseException as error:
             self._fail(error)
         finally:
@@ -202,6 +213,8 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
             _check_complete(flat, reader, files)
             dcp.load(flat, storage_reader=reader, no_dist=not distributed)
     except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
+            raise  # no fault of the files
         raise _damaged(checkpoint, checkpoint, error) from error
 
 

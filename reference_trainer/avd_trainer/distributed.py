@@ -52,6 +52,12 @@ class Ranks:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return [bool(flag) for flag in raised.tolist()]
 
+    def from_first(self, value: int) -> int:
+        """What the first rank says, on every rank. A collective."""
+        said = torch.tensor(value, device=self.device)
+        dist.broadcast(said, src=0)
+        return int(said)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any([False])
@@ -59,6 +65,11 @@ class Ranks:
 
 # gloo raises plain RuntimeErrors.
 _LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone or does not answer."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _LOST)
 
 
 @contextmanager
@@ -71,7 +82,7 @@ def naming_lost_ranks() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(words in str(error) for words in _LOST):
+        if not is_lost_rank(error):
             raise
         raise UserError(
             f"Another rank of this run is gone or did not answer: {str(error).splitlines()[0]}. Look for the first "

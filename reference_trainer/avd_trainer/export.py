@@ -47,11 +47,15 @@ def export_student(
     Raises:
         UserError: If there is no such checkpoint, or ``output`` cannot be written or holds something else.
     """
+    output = output.resolve()  # also "." has a name
     checkpoint = _find(run, step)
     state = read_state(checkpoint)
     config = validate(TrainConfig, state["config"], f"{checkpoint}")
     if output.exists() and not _is_export(output):
-        raise UserError(f"{output} holds something that is no earlier export. Choose a new --output.")
+        raise UserError(
+            f"{output} holds something that is no earlier export. Move it away, or choose another --output for the "
+            "export."
+        )
     part, old = (output.with_name(output.name + suffix) for suffix in (".part", ".old.part"))
     try:
         for left in (part, old):
@@ -66,6 +70,10 @@ def export_student(
             os.replace(output, old)
         os.replace(part, output)
         shutil.rmtree(old, ignore_errors=True)
+    except UserError:
+        if step is None and not checkpoint.exists():  # the run went on and removed it meanwhile
+            return export_student(run, output, weights=weights, dtype=dtype)
+        raise
     except (OSError, SafetensorError) as error:
         raise UserError(f"{output} cannot be written: {error}. Free space or choose another --output.") from error
     finally:

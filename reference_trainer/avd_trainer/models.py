@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -45,10 +45,11 @@ class VelocityModel:
         self.module = module
         self.adapter = adapter
         self.dtype = dtype
+        self._adapted = _adapted_layers(module)
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """One forward: ``[B, C, F, H, W]``, ``[B]``, ``[B, L, D]`` to a velocity ``[B, C, F, H, W]``."""
-        with _adapter(self.module, self.adapter):
+        with _adapter(self._adapted, self.adapter):
             # Timesteps keep their precision: bfloat16 has no 757.
             output = self.module(x_t.to(self.dtype), timesteps, text.to(self.dtype), return_dict=False)[0]
         velocity: Tensor = output.float()
@@ -131,6 +132,39 @@ def adapter_names(architecture: dict[str, Any], name: str, lora: LoRAConfig) -> 
     return {key: parameter.shape for key, parameter in model.named_parameters() if ".lora_" in key}
 
 
+def prepare(
+    model: WanTransformer3DModel,
+    adapters: Mapping[str, LoRAConfig],
+    dtype: torch.dtype,
+    *,
+    trainable: bool = False,
+    checkpointing: bool = False,
+) -> None:
+    """Bring a model, which may be on the meta device, into the state that it is trained or asked in.
+
+    What an optimizer steps on is in float32; what is only read is kept as it is computed with.
+
+    Args:
+        model: Changed in place.
+        adapters: Adapters to add, by role.
+        dtype: What it computes in.
+        trainable: Whether all of its weights are trained.
+        checkpointing: Whether blocks keep their inputs only, where anything is trained.
+    """
+    for name, parameter in model.requires_grad_(trainable).named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if trainable or computes_in_float32(name) else dtype)
+    for name, lora in adapters.items():
+        add_adapter(model, name, lora)
+    model.train(trainable or bool(adapters))
+    if checkpointing and (trainable or adapters):
+        _checkpoint_blocks(model)
+
+
+def computes_in_float32(name: str) -> bool:
+    """Whether a parameter is used in float32 in any precision: as in diffusers and in Wan2.1, the time embedding's."""
+    return ".time_embedder." in name
+
+
 def build_transformer(config: ArchitectureConfig) -> WanTransformer3DModel:
     """A small Wan2.1 transformer with random weights."""
     return WanTransformer3DModel(
@@ -147,15 +181,7 @@ def _build(
 ) -> WanTransformer3DModel:
     model = _empty(weights.config)
     dtype = DTYPES[config.precision]
-    # What an optimizer steps on stays in float32; what is only read is kept as it is computed with.
-    for name, parameter in model.requires_grad_(trainable).named_parameters():
-        exact = trainable or ".time_embedder." in name
-        parameter.data = parameter.data.to(torch.float32 if exact else dtype)
-    for name, lora in adapters.items():
-        add_adapter(model, name, lora)
-    model.train(trainable or bool(adapters))
-    if config.parallel.activation_checkpointing and (trainable or adapters):
-        checkpoint_blocks(model)
+    prepare(model, adapters, dtype, trainable=trainable, checkpointing=config.parallel.activation_checkpointing)
     if config.parallel.compile:
         model.compile_repeated_blocks()
     _shard(model, dtype, ranks)
@@ -189,7 +215,6 @@ def _shard(model: WanTransformer3DModel, dtype: torch.dtype, ranks: Ranks) -> No
     # Inputs are cast by VelocityModel, which knows that timesteps and rotary frequencies must not be.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    # As in diffusers and in Wan2.1's own code, the time embedding is computed in float32.
     fully_shard(model.condition_embedder.time_embedder, mesh=ranks.mesh, mp_policy=exact)
     for block in model.blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy, reshard_after_forward=True)
@@ -205,6 +230,14 @@ def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> No
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    # peft is content with one layer that fits.
+    layers = [f".{layer}" for layer, _ in model.named_modules()]
+    missing = [target for target in lora.target_modules if not any(layer.endswith(f".{target}") for layer in layers)]
+    if missing:
+        raise UserError(
+            f"{name}_lora.target_modules: the model has no layers whose names end in {' or '.join(missing)}. Choose "
+            f"among {', '.join(LoRAConfig().target_modules)}."
+        )
     before = set(model.parameters())
     options = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules), init_lora_weights=False
@@ -240,36 +273,32 @@ def _start_adapter(name: str, parameter: nn.Parameter, seed: int) -> None:
             parameter.copy_(values)
 
 
-def checkpoint_blocks(model: WanTransformer3DModel) -> None:
+def _checkpoint_blocks(model: WanTransformer3DModel) -> None:
     """Keep only each block's input for the backward pass, which computes the rest again, in the role of the forward."""
 
+    layers = _adapted_layers(model)
+
     def run(block: nn.Module, *inputs: Any) -> Any:
-        adapter = _active_adapter(model)
+        adapter = layers[0].active_adapters[0] if layers and not layers[0].disable_adapters else None
         return checkpoint(
-            block.__call__, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _adapter(model, adapter))
+            block.__call__, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _adapter(layers, adapter))
         )
 
     model.enable_gradient_checkpointing(run)
 
 
-def _lora_layers(model: nn.Module) -> list[Any]:
+def _adapted_layers(model: nn.Module) -> list[Any]:
     # By attribute and not by class, so that a full run needs no peft.
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
-def _active_adapter(model: nn.Module) -> str | None:
-    layers = _lora_layers(model)
-    return layers[0].active_adapters[0] if layers and not layers[0].disable_adapters else None
-
-
 @contextmanager
-def _adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+def _adapter(layers: Sequence[Any], name: str | None) -> Iterator[None]:
     """Switch an adapter on, and back afterwards.
 
     peft's own switch also freezes what it turns off, which FSDP, having seen those parameters as trainable, must not
     find out about in the middle of a step.
     """
-    layers = _lora_layers(model)
     before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
     for layer in layers:
         layer._disable_adapters = name is None

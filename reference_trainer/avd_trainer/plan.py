@@ -34,7 +34,7 @@ from avd_trainer.data.shapes import MovingShapes
 from avd_trainer.data.shards import ShardDataset
 from avd_trainer.data.text import TEXT_LENGTH
 from avd_trainer.errors import UserError
-from avd_trainer.models import DTYPES, VelocityModel, add_adapter, checkpoint_blocks, empty_transformer
+from avd_trainer.models import DTYPES, VelocityModel, computes_in_float32, empty_transformer, prepare
 from avd_trainer.rollout import guided_velocity
 from avd_trainer.weights import BUNDLED, open_weights
 
@@ -294,15 +294,14 @@ class MetaModel(NamedTuple):
         architecture = json.loads(self.architecture)
         if layers is not None:
             architecture["num_layers"] = layers
-        model = empty_transformer(architecture, _META).requires_grad_(self.trainable)
-        for name, parameter in model.named_parameters():
-            exact = self.trainable or _is_exact(name)
-            parameter.data = parameter.data.to(torch.float32 if exact else DTYPES[self.precision])
-        for name, lora in self.adapters:
-            add_adapter(model, name, lora)
-        model.train(self.trainable or bool(self.adapters))
-        if self.checkpointing and (self.trainable or self.adapters):
-            checkpoint_blocks(model)
+        model = empty_transformer(architecture, _META)
+        prepare(
+            model,
+            dict(self.adapters),
+            DTYPES[self.precision],
+            trainable=self.trainable,
+            checkpointing=self.checkpointing,
+        )
         return model
 
     def build_gathered(self, role: str | None, layers: int | None = None) -> VelocityModel:
@@ -315,7 +314,7 @@ class MetaModel(NamedTuple):
         model = self.build(layers)
         dtype = DTYPES[self.precision]
         for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(torch.float32 if _is_exact(name) else dtype)
+            parameter.data = parameter.data.to(torch.float32 if computes_in_float32(name) else dtype)
         for block in model.blocks:
             # In the block and not around the model: a checkpointed block runs again in the backward pass.
             block.forward = partial(_with_gpu_kernels, block.forward)
@@ -567,14 +566,12 @@ def _parameters(model: MetaModel) -> list[_Parameter]:
 
 def _parameter(model: MetaModel, name: str, parameter: nn.Parameter) -> _Parameter:
     # The groups that FSDP2 gathers as one.
-    group = ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "time" if _is_exact(name) else "root"
+    group = (
+        ".".join(name.split(".")[:2]) if name.startswith("blocks.") else "time" if computes_in_float32(name) else "root"
+    )
     adapter = next((role for role, _ in model.adapters if f".{role}." in name and ".lora_" in name), None)
     trained_in = model.name if model.trainable else adapter
     return _Parameter(group, tuple(parameter.shape), parameter.itemsize, trained_in)
-
-
-def _is_exact(name: str) -> bool:
-    return ".time_embedder." in name
 
 
 def _gathered(model: MetaModel, shards: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from avd_core import __version__
-from avd_trainer.checkpoint import Checkpoints, Tensors, latest_checkpoint, read_state, read_tensors
+from avd_trainer.checkpoint import Checkpoints, latest_checkpoint, list_checkpoints, read_state, read_tensors
 from avd_trainer.config import ConfigError, ShardsData, TrainConfig, save_config
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.distributed import Ranks, naming_lost_ranks
@@ -40,7 +40,10 @@ SHOWN = {
 
 # What may differ between a run and its resumption: nothing that the weights depend on. What shards hold is compared
 # file by file, so it does not matter where they lie.
-CHANGEABLE = ("max_steps", "max_skipped_steps", "parallel.", "checkpoint.", "samples.", "logging.", "evaluation.")
+CHANGEABLE = (
+    "max_steps", "max_skipped_steps", "micro_batch_size",
+    "parallel.", "checkpoint.", "samples.", "logging.", "evaluation.",
+)  # fmt: skip
 CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
 
 CHECKPOINTS = "checkpoints"
@@ -70,12 +73,17 @@ def train(
     Raises:
         UserError: For anything that a person can mend; what was saved before stays.
     """
-    with ExitStack() as stack:
+    with naming_lost_ranks(), ExitStack() as stack:
         if ranks.first:
             claim_run(folder, config)
             stack.enter_context(_locked(folder))
             save_config(config, folder / CONFIG)
         ranks.barrier()
+        if not (folder / LOCK).exists():
+            raise UserError(
+                f"Rank {ranks.rank} does not see what the first rank wrote to --output {folder}. Choose a folder that "
+                "all nodes of this run share."
+            )
         return _train(config, folder, ranks, data, description)
 
 
@@ -151,19 +159,21 @@ def _train(config: TrainConfig, folder: Path, ranks: Ranks, data: TrainingData |
     checkpoints = Checkpoints(
         folder / CHECKPOINTS, ranks, keep_latest=options.keep_latest, keep_every=options.keep_every
     )
-    latest = latest_checkpoint(checkpoints.folder)
-    if latest is not None:
-        _restore(trainer, latest)
+    # As the first rank sees it: a shared folder may show itself to others with a delay.
+    found = list_checkpoints(checkpoints.folder)
+    step = ranks.from_first(found[-1][0] if found else -1)
+    if step >= 0:
+        _restore(trainer, checkpoints.path(step))
     about = {
         "version": __version__,
         "torch": torch.__version__,
         "ranks": ranks.size,
+        "device": ranks.device.type,
         "config": config.model_dump(mode="json"),
         "architecture": architecture,
         "data": data.fingerprint,
     }
-    with naming_lost_ranks():
-        stopped = _run_steps(trainer, folder, checkpoints, about, description)
+    stopped = _run_steps(trainer, folder, checkpoints, about, description)
     if ranks.first:
         _write_findings(trainer, folder)
         if stopped is None:
@@ -194,12 +204,15 @@ def _run_steps(
                 if stopping or done or trainer.step % config.checkpoint.every == 0:
                     state = {**about, **trainer.state()}
                     checkpoints.save(trainer.step, {**trainer.state_tensors(), "rng": _rng_state(ranks.rank)}, state)
-                if config.samples.every is not None and trainer.step % config.samples.every == 0:
-                    _save_samples(trainer, samples)
                 if stopping and not done:
                     checkpoints.wait()
                     return signals.received or "a signal on another rank"
+                if config.samples.every is not None and trainer.step % config.samples.every == 0:
+                    _save_samples(trainer, samples)
             checkpoints.wait()
+    except BaseException:
+        checkpoints.settle()
+        raise
     finally:
         if log is not None:
             log.close()
@@ -253,16 +266,14 @@ def _save_samples(trainer: Trainer, writer: SampleWriter | None) -> None:
 def _restore(trainer: Trainer, checkpoint: Path) -> None:
     state = read_state(checkpoint)
     _check_data(trainer.data, state["data"], checkpoint)
-    tensors: Tensors = trainer.state_tensors()
     rank = trainer.ranks.rank
+    rng: dict[str, Tensor] = {}
     if rank < state["ranks"]:
-        rng = _rng_state(rank)
-        read_tensors(checkpoint, {**tensors, "rng": rng})
-        torch.set_rng_state(rng[f"{rank}.cpu"])
-        if (on_device := rng.get(f"{rank}.cuda")) is not None:
-            torch.cuda.set_rng_state(on_device)
-    else:
-        read_tensors(checkpoint, tensors)
+        # A run that moves between CPUs and GPUs takes along what both have.
+        rng = {name: value for name, value in _rng_state(rank).items() if state["device"] == "cuda" or "cpu" in name}
+    read_tensors(checkpoint, {**trainer.state_tensors(), "rng": rng})
+    for name, value in rng.items():
+        (torch.set_rng_state if name.endswith("cpu") else torch.cuda.set_rng_state)(value)
     trainer.load_state(state)
 
 

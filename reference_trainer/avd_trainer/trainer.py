@@ -33,7 +33,7 @@ from avd_trainer.rollout import Rollout, few_step_rollout, guided_velocity, sche
 Metrics = dict[str, Tensor]
 
 # Real latents that the monitor's reference is measured on.
-REFERENCE_CLIPS = 256
+REFERENCE_CLIPS = 64
 
 
 class Trainer:
@@ -98,9 +98,10 @@ class Trainer:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
 
         Detached tensors: scalars ``loss``, ``gradient_norm``, ``matching/loss``, ``matching/gradient_norm``,
-        ``online/loss``, ``sample/timestep``, ``sample/std`` (of a sample, averaged), ``sample/variance`` (temporal) and
-        ``sample/temporal_loss`` (minus its logarithm), ``skipped`` (0 or 1), with a regression
-        ``regression/timesteps`` ``[batch_size]``, and the metrics of :class:`AVDObjective`.
+        ``online/loss`` and ``online/gradient_norm`` (of the last of its updates), ``sample/timestep``, ``sample/std``
+        (of a sample, averaged), ``sample/variance`` (temporal) and ``sample/temporal_loss`` (minus its logarithm),
+        ``skipped`` (0 or 1), with a regression ``regression/timesteps`` ``[batch_size]``, and the metrics of
+        :class:`AVDObjective`.
         """
         config = self.config
         prompts = self._read(self.data.prompts, config.online_updates, seed=2 * config.seed)
@@ -166,8 +167,8 @@ class Trainer:
                 last = self._last_step("online", update)
                 with torch.no_grad():
                     samples = [self._rollout(text, d, last).x_0 for text, d in zip(texts, draws, strict=True)]
-            online_loss = self._update_online(samples, texts, draws)
-        metrics |= {"online/loss": online_loss, "skipped": torch.tensor(float(skipped), device=self.ranks.device)}
+            online = self._update_online(samples, texts, draws)
+        metrics |= online | {"skipped": torch.tensor(float(skipped), device=self.ranks.device)}
         metrics = self._over_ranks(metrics)
         # Only now: the logarithm of a mean is not the mean of logarithms.
         return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
@@ -255,7 +256,7 @@ class Trainer:
 
     def _update_online(
         self, samples: Sequence[Tensor], texts: Sequence[Tensor], all_draws: Sequence[SampleDraws]
-    ) -> Tensor:
+    ) -> Metrics:
         """Eq. 2: the online model learns to denoise the student's samples."""
         losses = []
         for x_0, text, draws in zip(samples, texts, all_draws, strict=True):
@@ -270,7 +271,7 @@ class Trainer:
         if self.online_guard.before_step(self.step, {"loss": loss, "gradient_norm": norm}):
             self.online_optimizer.step()
         self.online_optimizer.zero_grad(set_to_none=True)
-        return loss
+        return {"online/loss": loss, "online/gradient_norm": norm}
 
     def _rollout(self, text: Tensor, draws: SampleDraws, last: int) -> Rollout:
         """Backward simulation: the student's own trajectory, up to one of its steps."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from avd_trainer.config import ShapesData, ShardsData, TrainConfig, VideosData
 from avd_trainer.data.codec import BlockDCTCodec
@@ -18,6 +19,7 @@ from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.data.videos import load_videos, video_files
 from avd_trainer.errors import UserError
 from avd_trainer.progress import ProgressBar
+from avd_trainer.signals import SIGNALS
 
 # Seeds from here on are for clips that nothing trains on.
 HELD_OUT = 1_000_000
@@ -135,19 +137,45 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
 def read_batches(data: Data, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
     """Read the samples of each list of indices, ahead of need where there are workers."""
     loader = DataLoader(
-        data,  # type: ignore[arg-type]  # a DataLoader asks for no more than the protocol has
+        _Reporting(data),
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
         # Its own generator: starting a loader must not move the global one, which checkpoints hold.
         generator=torch.Generator(),
-        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
-def _collate(samples: list[Sample]) -> Batch:
+class _Reporting(Dataset[Sample | UserError]):
+    """Hands errors over as values: a DataLoader would bury their message in its worker's traceback."""
+
+    def __init__(self, data: Data) -> None:
+        self._data = data
+
+    def __getitem__(self, index: int) -> Sample | UserError:
+        try:
+            return self._data[index]
+        except UserError as error:
+            return error
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # Launchers signal whole process groups; the trainer needs its data until it has saved, and then ends its workers.
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _collate(items: list[Sample | UserError]) -> Batch | UserError:
+    errors = [item for item in items if isinstance(item, UserError)]
+    if errors:
+        return errors[0]
+    samples = [item for item in items if isinstance(item, Sample)]
     latents = [sample.latent for sample in samples if sample.latent is not None]
     return Batch(torch.stack(latents) if latents else torch.empty(0), torch.stack([sample.text for sample in samples]))
 
