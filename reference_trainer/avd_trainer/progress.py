@@ -31,7 +31,7 @@ class ProgressBar:
     Args:
         description: What is done.
         total: At how many calls of :meth:`advance` the work is done.
-        start: How many of them earlier sessions have made. Time left is reckoned from this session's alone.
+        start: How many of them are done already. Time left is reckoned from those that follow.
         samples: Samples that a call stands for, over all processes; with it the throughput is in samples.
         quiet: Show nothing; for all processes of a run but one.
     """
