@@ -208,18 +208,14 @@ def test_kill_9_of_any_rank_loses_nothing(configure: Configure, data: InMemoryDa
     config = configure(checkpoint={"every": 1})
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert on_ranks(2, run, config, whole, data) == [True, True]
-    for rank, operation in ((1, 6), (0, 30)):
-        with Launch(2, run_and_die, config, killed, data, rank, operation) as launch:
-            statuses = launch.wait()
-            assert statuses[rank] == -signal.SIGKILL
-            # The other does not wait for long, and says what is the matter.
-            assert statuses[1 - rank] == 1
-            assert "Another rank of this run is gone" in launch.printed(1 - rank)
-        assert_whole(killed / "checkpoints")
+    with Launch(2, run_and_die, config, killed, data, 0, 30) as launch:
+        # The other does not wait for long, and says what is the matter.
+        assert launch.wait() == [-signal.SIGKILL, 1]
+        assert "Another rank of this run is gone" in launch.printed(1)
+    assert_whole(killed / "checkpoints")
     with Launch(2, run, config, killed, data) as launch:
         time.sleep(0.8)
         launch.signal(signal.SIGKILL)
-        launch.wait()
     assert_whole(killed / "checkpoints")
     assert on_ranks(2, run, config, killed, data) == [True, True]
     assert outcome(killed) == outcome(whole)
@@ -229,7 +225,7 @@ def command_line(config: list[str]) -> None:
     app(["train", "tiny", *config], standalone_mode=False)
 
 
-def test_torchrun_says_that_a_rank_is_dead_and_goes_on(teacher_folder: Path, tmp_path: Path) -> None:
+def test_torchrun_trains_and_says_that_a_rank_is_dead(teacher_folder: Path, tmp_path: Path) -> None:
     settings = {"teacher": teacher_folder, "max_steps": 12, "batch_size": 2, "online_updates": 1, "data.clips": 2}
     settings |= {"checkpoint.every": 1, "logging.tensorboard": "false", "samples.every": "null"}
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
@@ -249,8 +245,8 @@ def test_torchrun_says_that_a_rank_is_dead_and_goes_on(teacher_folder: Path, tmp
     assert "Signal 9 (SIGKILL)" in printed
     assert_whole(killed / "checkpoints")
     assert 0 < saved_steps(killed)[-1] < 12
-    subprocess.run(command, env=environment, check=True, timeout=120)
-    on_ranks(2, command_line, ["--output", str(whole), *options])
+    for folder in (killed, whole):
+        on_ranks(2, command_line, ["--output", str(folder), *options])
     assert outcome(killed) == outcome(whole)
 
 
@@ -271,6 +267,18 @@ class Signalling(InMemoryData):
         return super().__getitem__(index)
 
 
+def run_stop_and_go_on(
+    config: TrainConfig, stopped: Path, whole: Path, signalling: Signalling
+) -> tuple[bool, list[int], bool, bool]:
+    """Whether each of three runs was done, and what the first, which got a signal, had saved."""
+    inputs = TrainingData(signalling, signalling)
+    with join_ranks() as ranks:
+        first = train(config, stopped, ranks, data=inputs)
+        saved = saved_steps(stopped)
+        ranks.barrier()
+        return first, saved, train(config, stopped, ranks, data=inputs), train(config, whole, ranks, data=inputs)
+
+
 @pytest.mark.parametrize(
     ("size", "number", "rank", "count"),
     [
@@ -283,21 +291,16 @@ class Signalling(InMemoryData):
 def test_a_signal_to_any_rank_saves_the_step_in_work_and_ends_the_run(
     configure: Configure,
     clips: CaptionedLatents,
-    data: InMemoryData,
     tmp_path: Path,
     size: int,
     number: signal.Signals,
     rank: int,
     count: int,
 ) -> None:
-    config = configure(checkpoint={"every": 100})
+    config, signalling = configure(checkpoint={"every": 100}), Signalling(clips, number, rank, count)
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
-    assert on_ranks(size, run, config, stopped, Signalling(clips, number, rank, count)) == [False] * size
-    assert saved_steps(stopped) == [2]
-    assert [step["step"] for step in curve(stopped)] == [1, 2]
-    assert not (stopped / "student").exists()
-    for folder in (stopped, whole):
-        assert on_ranks(size, run, config, folder, data) == [True] * size
+    for result in on_ranks(size, run_stop_and_go_on, config, stopped, whole, signalling):
+        assert result == (False, [2], True, True)
     assert outcome(stopped) == outcome(whole)
 
 
