@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from avd_trainer.models import adapter_names, empty_transformer
 
 Weights = Literal["ema", "student"]
 
-_EXPORTED = re.compile(r"config\.json|diffusion_pytorch_model.*\.(safetensors|json)|pytorch_lora_weights\.safetensors")
+ABOUT = "export.json"
+"""In an export: of which run, step and weights it is."""
 
 
 def export_student(
@@ -65,6 +66,8 @@ def export_student(
             _export_transformer(checkpoint, state["architecture"], part, weights, dtype)
         else:
             _export_adapter(checkpoint, state["architecture"], config.student_lora, part, weights, dtype)
+        about = {"run": str(run), "step": state["step"], "weights": weights, "version": state["version"]}
+        (part / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
         # Moved and then removed: cut short at any point, what has the name is whole.
         if output.exists():
             os.replace(output, old)
@@ -122,5 +125,5 @@ def _find(run: Path, step: int | None) -> Path:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder holds nothing but what an export leaves."""
-    return folder.is_dir() and all(_EXPORTED.fullmatch(path.name) for path in folder.iterdir())
+    """Whether a folder is empty, or an export: someone's model looks like one, but for this file."""
+    return folder.is_dir() and ((folder / ABOUT).is_file() or not any(folder.iterdir()))

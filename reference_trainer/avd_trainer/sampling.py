@@ -8,11 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avd_trainer.config import TrainConfig
+from avd_trainer.config import ShardsData, TrainConfig
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.errors import UserError
 from avd_trainer.samples import save_clip, save_grid
-from avd_trainer.weights import BUNDLED
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -56,7 +55,8 @@ class SampleWriter:
 
     def _load(self) -> Decode:
         source = self._config.codec or self._config.teacher
-        if source.startswith(BUNDLED):
+        if not isinstance(self._config.data, ShardsData):
+            # Clips that are encoded at the start are in this latent space, whoever the teacher is.
             codec = BlockDCTCodec()
             return lambda latents: codec.decode(latents.cpu())
         from avd_trainer.wan import WanCodec

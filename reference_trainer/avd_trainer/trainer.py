@@ -334,8 +334,15 @@ def _build_objective(config: TrainConfig, *, accumulating: bool) -> AVDObjective
 
 def _measure(clips: Data) -> LatentStatistics:
     count = min(len(clips), REFERENCE_CLIPS)
-    latents = [clips[index * len(clips) // count].latent for index in range(count)]
-    return LatentStatistics.measure(torch.stack([latent for latent in latents if latent is not None]))
+    latents = torch.stack(
+        [latent for index in range(count) if (latent := clips[index * len(clips) // count].latent) is not None]
+    )
+    if not latents.isfinite().all() or not temporal_variance(latents) > 0:
+        raise UserError(
+            "The real clips are not finite or do not move: there is nothing to learn motion from. Look at them with "
+            "`avd data inspect`, and make the data again."
+        )
+    return LatentStatistics.measure(latents)
 
 
 def _describe_sample(rollout: Rollout) -> Metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -75,6 +76,8 @@ class WanCodec(nn.Module):
             UserError: If there is no such VAE.
         """
         try:
+            if Path(source).is_dir() and not (Path(source) / "vae" / "config.json").is_file():
+                raise FileNotFoundError("there is no vae/config.json")  # diffusers takes the transformer's for it
             vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", use_safetensors=True, torch_dtype=dtype)
         except Exception as error:
             raise _not_loaded(source, "vae", error) from error

@@ -207,9 +207,13 @@ def test_a_teacher_can_be_trained_and_distilled(tmp_path: Path) -> None:
         "--set", "data.clips=8", "--set", "batch_size=2", "--set", "architecture.num_layers=1",
     )  # fmt: skip
     assert status == 0
-    status, _ = run("train", "tiny", "--output", tmp_path / "run", *SMALL, "--set", f"teacher={tmp_path / 'teacher'}")
+    status, _ = run(
+        "train", "tiny", "--output", tmp_path / "run", *SMALL, "--set", f"teacher={tmp_path / 'teacher'}",
+        "--set", "samples.every=2",
+    )  # fmt: skip
     assert status == 0
     assert len(load_transformer(str(tmp_path / "run" / "student")).blocks) == 1
+    assert (tmp_path / "run" / "samples" / "step-00000002" / "all.mp4").exists()  # a bare transformer has no VAE
 
 
 def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from avd_trainer.trainer import Trainer
 from launches import Launch
 
 MakeConfig = Callable[..., TrainConfig]
-NAMES = ["config.json", "diffusion_pytorch_model.safetensors"]
+NAMES = ["config.json", "diffusion_pytorch_model.safetensors", "export.json"]
 
 
 @pytest.fixture
@@ -94,7 +94,9 @@ def test_another_type(run: Path, tmp_path: Path) -> None:
 
 
 def test_what_is_no_export_is_left_alone(run: Path, tmp_path: Path) -> None:
-    for number, names in enumerate((["mine.txt"], ["config.json", "mine.txt"], ["model.safetensors"], ["a/folder"])):
+    for number, names in enumerate(
+        (["mine.txt"], ["config.json", "diffusion_pytorch_model.safetensors"], ["a/folder"], ["model.safetensors"])
+    ):
         output = tmp_path / str(number)
         for name in names:
             (output / name).parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +197,7 @@ def test_adapters_load_into_the_pipeline_that_they_were_trained_on(
     data = TrainingData(memory, memory)
     train(config, tmp_path / "run", ranks, data=data)
     export_student(tmp_path / "run", tmp_path / "out", weights=weights)
-    assert os.listdir(tmp_path / "out") == ["pytorch_lora_weights.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["export.json", "pytorch_lora_weights.safetensors"]
 
     trainer = Trainer(config, load_models(config, ranks), data, ranks)
     list(trainer.run())

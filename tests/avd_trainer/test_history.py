@@ -92,6 +92,7 @@ def test_a_resumed_run_keeps_the_steps_up_to_its_checkpoint(tmp_path: Path) -> N
     log(tmp_path, range(1, 6))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # killed while it wrote
+    time.sleep(1.1)  # TensorBoard orders its files by name, which has whole seconds
     log(tmp_path, range(4, 8), resume_step=3)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5, 6, 7]
     assert [step for step, _ in drawn(tmp_path)["loss"]] == [1, 2, 3, 4, 5, 6, 7]

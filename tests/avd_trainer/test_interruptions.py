@@ -187,3 +187,12 @@ def test_a_run_that_ends_by_an_error_still_finishes_the_checkpoint_in_work(
     with join_ranks() as ranks, pytest.raises(UserError, match="second step's data is gone"):
         train(config, tmp_path, ranks, data=TrainingData(ending, ending))
     assert saved_steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_clips_that_stand_still_or_are_not_finite_are_refused(
+    make_config: MakeConfig, clips: CaptionedLatents, data: InMemoryData, ranks: Ranks, tmp_path: Path, value: float
+) -> None:
+    clips.latents.fill_(value)
+    with pytest.raises(UserError, match=r"not finite or do not move.*avd data inspect"):
+        train(make_config(), tmp_path, ranks, data=TrainingData(data, data))
