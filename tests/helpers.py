@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import multiprocessing
 import pickle
+import resource
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -317,3 +319,17 @@ def _problem(folder: Path, rank: int, exitcode: int | None) -> str:
     if exitcode is None:
         return f"rank {rank} had not finished when the run was stopped"
     return f"rank {rank} ended with exit code {exitcode} and no result"
+
+
+# --- The machine
+
+
+@contextmanager
+def disk_with_room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes; the writer sees what a full disk shows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

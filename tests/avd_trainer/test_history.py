@@ -1,14 +1,11 @@
 import json
 import math
 import os
-import resource
 import sys
 import time
 import tracemalloc
 import types
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avd_trainer.errors import UserError
 from avd_trainer.history import MetricsLog, WandbConfig, read_series
+from helpers import disk_with_room_for
 
 
 def log(folder: Path, steps: range, **options: Any) -> None:
@@ -170,17 +168,6 @@ def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match=r"`pip install tensorboard`, or set logging.tensorboard=false"):
         MetricsLog(tmp_path)
-
-
-@contextmanager
-def disk_with_room_for(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes; the writer sees what a full disk shows it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path: Path) -> None:

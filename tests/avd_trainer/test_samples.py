@@ -1,9 +1,7 @@
 import logging
 import math
 import os
-import resource
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -16,6 +14,7 @@ from torch import Tensor
 from avd_trainer import samples
 from avd_trainer.errors import UserError
 from avd_trainer.samples import enlarge, save_clip, save_gif, save_grid, tile
+from helpers import disk_with_room_for
 
 
 def moving_colours(frames: int = 9, height: int = 32, width: int = 48) -> Tensor:
@@ -157,16 +156,6 @@ def test_without_libx264_another_encoder_is_taken_and_named(
             save_clip(moving_colours(), tmp_path / "c", fps=16)
     finally:
         samples._encoder.cache_clear()
-
-
-@contextmanager
-def disk_with_room_for(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "gif"])

@@ -1,8 +1,6 @@
 import json
 import pickle
-import resource
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from torch.utils.data import DataLoader
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.shards import SCHEMA, Sample, ShardDataset, ShardWriter
 from avd_trainer.errors import UserError
+from helpers import disk_with_room_for
 
 SHAPE = (2, 3, 4, 4)
 LENGTH, DIM = 5, 3
@@ -284,20 +283,9 @@ def test_tensors_of_another_form_are_refused(tmp_path: Path, latent: Tensor | No
         writer.add(latent, text, "", "")
 
 
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Make the system refuse to let a file grow beyond ``size`` bytes, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "data"
-    with largest_file(100_000), pytest.raises(UserError, match=f"{folder} cannot be written: .*Free some space"):
+    with disk_with_room_for(100_000), pytest.raises(UserError, match=f"{folder} cannot be written: .*Free some space"):
         write(folder, rows=2000, rows_per_shard=2000)
     assert list(folder.iterdir()) == []
 
