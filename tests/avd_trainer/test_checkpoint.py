@@ -2,6 +2,7 @@ import os
 import resource
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,29 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     monkeypatch.setattr(checkpoint, "HuggingFaceStorageWriter", Slow)
     yield opened
     opened.set()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts this process's threads, as Linux lists them")
+def test_no_threads_are_left(make_checkpoints: MakeCheckpoints) -> None:
+    """Idle OpenMP threads beyond the number of cores slow every later step of the run."""
+
+    def threads() -> set[str]:
+        return set(os.listdir("/proc/self/task"))
+
+    many = {"model": {f"weight {index}": torch.full((8,), float(index)) for index in range(2000)}}
+    checkpoints = make_checkpoints()
+    before, threads_before = threads(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        checkpoints.save(1, many, {"step": 1})
+        checkpoints.wait()
+        read_tensors(checkpoints.path(1), many)
+    finally:
+        torch.set_num_threads(threads_before)
+    deadline = time.monotonic() + 10
+    while threads() - before and time.monotonic() < deadline:
+        time.sleep(0.01)  # the writing thread ends a moment later
+    assert not threads() - before
 
 
 def test_a_checkpoint_is_of_the_moment_of_the_call(make_checkpoints: MakeCheckpoints, gate: threading.Event) -> None:
