@@ -8,6 +8,8 @@ The parts, for a training loop of your own:
 - :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
 - :class:`GradientBalance`: measures or holds the ratio of the regression to distribution matching.
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
+- :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
+  :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
 - :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`.
 
 After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Temporal Collapse in Few-Step Generation"
@@ -27,6 +29,7 @@ from avd_core.callbacks import (
     NonFiniteGuard,
 )
 from avd_core.config import AVDConfig, MotionConfig, RegressionConfig
+from avd_core.interpolation import LatentFrameInterpolator, interpolate_linearly, repeat_frames
 from avd_core.matching import DistributionMatchingLoss, distribution_matching_loss
 from avd_core.motion import (
     ClippedTemporalVarianceLoss,
@@ -37,6 +40,7 @@ from avd_core.motion import (
 from avd_core.objective import AVDObjective
 from avd_core.output import LossOutput
 from avd_core.regression import AdaptiveRegressionLoss, adaptive_regression_loss
+from avd_core.sampling import HalfRateInterpolationSampler, SamplingStep, kept_frames, raise_frame_rate, step_rates
 from avd_core.schedule import (
     FlowMatchingSchedule,
     classifier_free_guidance,
@@ -59,6 +63,8 @@ __all__ = [
     "EMACallback",
     "FlowMatchingSchedule",
     "GradientBalance",
+    "HalfRateInterpolationSampler",
+    "LatentFrameInterpolator",
     "LatentStatistics",
     "LossMeanCache",
     "LossOutput",
@@ -66,12 +72,18 @@ __all__ = [
     "NonFiniteError",
     "NonFiniteGuard",
     "RegressionConfig",
+    "SamplingStep",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
     "derive_floor",
     "distribution_matching_loss",
+    "interpolate_linearly",
+    "kept_frames",
+    "raise_frame_rate",
+    "repeat_frames",
     "shift_timesteps",
     "standard_guidance_scale",
+    "step_rates",
     "temporal_variance",
 ]
