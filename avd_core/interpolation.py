@@ -89,7 +89,7 @@ class LatentFrameInterpolator(nn.Module):
         """The frames between two clips, frame by frame: ``[B, C, F, H, W]`` twice to the same shape."""
         batch = len(before)
         pairs = rearrange(torch.cat([before, after], dim=1), "b c f h w -> (b f) c h w")
-        chunks = [pairs] if self.chunk_size is None else pairs.split(self.chunk_size)
+        chunks = torch.split(pairs, self.chunk_size or len(pairs))
         middle = torch.cat([self._predict(chunk.to(self.output.weight.dtype)) for chunk in chunks])
         return rearrange(middle, "(b f) c h w -> b c f h w", b=batch).to(before.dtype)
 

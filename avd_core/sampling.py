@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ Interpolator = Callable[[Tensor], Tensor]
 """``[B, C, F, H, W]`` to ``[B, C, 2 F - 1, H, W]``: a frame between each neighbouring pair."""
 
 
-class SamplingStep(NamedTuple):
+@dataclass(frozen=True)
+class SamplingStep:
     """What one step of :class:`HalfRateInterpolationSampler` did.
 
     Attributes:
@@ -40,7 +42,7 @@ class HalfRateInterpolationSampler:
 
     A step predicts ``x_0`` and noises it to the next timestep with fresh noise. Where the next step runs at a higher
     frame rate, the interpolator first inserts the missing frames into ``x_0``; what it gets wrong, the remaining steps
-    repair (You et al., Sec. 3.4 and 8). With no step at half rate this is the plain few-step sampler of DMD and its kin.
+    repair (You et al., Sec. 3.4 and 8). With no step at half rate this is the plain few-step sampler of DMD.
 
     Which frames are kept: every second one, **and the last**. So 21 frames become 11, and 20 become 11 too: of an even
     number the last two stay neighbours and nothing is inserted between them. Rates of 4 and more repeat that. The last
@@ -72,7 +74,7 @@ class HalfRateInterpolationSampler:
             above.
 
     Example:
-        >>> schedule = FlowMatchingSchedule()
+        >>> from avd_core import interpolate_linearly
         >>> sampler = HalfRateInterpolationSampler(lambda x_t, timesteps: 0.5 * x_t, interpolate_linearly)
         >>> noise = torch.randn(1, 16, 21, 6, 8)
         >>> sampler(noise, generator=torch.Generator().manual_seed(0)).shape
@@ -150,9 +152,7 @@ class HalfRateInterpolationSampler:
         if max(self.rates) == 1:
             return
         if noise.shape[2] < 2:
-            raise ValueError(
-                "noise has one frame, which has no half frame rate. Sample images with half_rate_steps=0."
-            )
+            raise ValueError("noise has one frame, which has no half frame rate. Sample images with half_rate_steps=0.")
         check_input = getattr(self.interpolator, "check_input", None)
         if check_input is not None:
             check_input(noise)
