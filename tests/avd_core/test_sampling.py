@@ -282,7 +282,7 @@ def test_nothing_keeps_a_graph():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_sample_has_the_dtype_of_the_noise(dtype):
-    """Also where the model and the interpolator compute in others, and timesteps are told exactly."""
+    """Also where the model and the interpolator give others, and timesteps are told exactly."""
     told = []
 
     def mixed(x_t, timesteps):
@@ -290,7 +290,7 @@ def test_the_sample_has_the_dtype_of_the_noise(dtype):
         return denoise(x_t, timesteps).bfloat16()
 
     network = LatentFrameInterpolator(8)
-    result = sample(randn(0, 1, 8, 8, 4, 4).to(dtype), denoiser=mixed, interpolator=network)
+    result = sample(randn(0, 1, 8, 8, 4, 4).to(dtype), denoiser=mixed, interpolator=lambda x: network(x).double())
     assert result.dtype == dtype
     assert told == [float(t) for t in GRID]
 

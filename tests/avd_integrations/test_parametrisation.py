@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from avd_core import FlowMatchingSchedule
+from avd_integrations import (
+    Parametrisation,
+    phase_end_to_velocity,
+    rectified_flow,
+    trigflow,
+    variance_preserving,
+)
+from helpers import randn
+
+# Stable Diffusion's schedule: linear in the root of beta.
+ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
+PATHS = {
+    "wan": (lambda p: rectified_flow(1000, p), (20.0, 980.0)),
+    "unit": (lambda p: rectified_flow(1, p), (0.02, 0.98)),
+    "trigflow": (trigflow, (0.05, 1.5)),
+    "ddpm": (lambda p: variance_preserving(ALPHAS_CUMPROD, p), (20, 980)),
+}
+seeds = st.integers(0, 2**30)
+paths = st.sampled_from(sorted(PATHS))
+predictions = st.sampled_from(["velocity", "x_0", "noise", "v"])
+
+
+def draw(seed, path):
+    generator = torch.Generator().manual_seed(seed)
+    x_0, noise = torch.randn(2, 3, 4, 5, generator=generator).unbind(0)
+    low, high = PATHS[path][1]
+    times = low + (high - low) * torch.rand(3, generator=generator, dtype=torch.float64)
+    return x_0, noise, times.long() if path == "ddpm" else times
+
+
+@given(seeds, paths, predictions)
+def test_there_and_back_again_in_float32(seed, path, prediction):
+    parametrisation = PATHS[path][0](prediction)
+    x_0, noise, times = draw(seed, path)
+    x_t = parametrisation.add_noise(x_0, noise, times)
+    output = parametrisation.output(x_0, noise, times)
+    # Dividing by a small coefficient magnifies float32's rounding by its inverse.
+    alpha, sigma = parametrisation.coefficients(times.double())
+    margin = 1e-5 / min(1.0, float(alpha.min()), float(sigma.min()))
+    torch.testing.assert_close(parametrisation.x_0(output, x_t, times), x_0, rtol=1e-5, atol=margin)
+    torch.testing.assert_close(parametrisation.noise(output, x_t, times), noise, rtol=1e-5, atol=margin)
+    torch.testing.assert_close(parametrisation.velocity(output, x_t, times), noise - x_0, rtol=1e-5, atol=margin)
+
+
+@given(seeds, paths)
+def test_on_its_own_prediction_a_host_loses_nothing(seed, path):
+    """What each host predicts by itself: velocity in rectified flow, v in TrigFlow, v or noise in DDPM."""
+    own = {"wan": "velocity", "unit": "velocity", "trigflow": "v", "ddpm": "v"}[path]
+    parametrisation = PATHS[path][0](own)
+    x_0, noise, times = draw(seed, path)
+    x_t = parametrisation.add_noise(x_0, noise, times)
+    output = parametrisation.output(x_0, noise, times)
+    torch.testing.assert_close(parametrisation.x_0(output, x_t, times), x_0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parametrisation.velocity(output, x_t, times), noise - x_0, rtol=1e-5, atol=1e-5)
+
+
+@given(seeds)
+def test_rectified_flow_is_that_of_the_core(seed):
+    schedule, parametrisation = FlowMatchingSchedule(), rectified_flow()
+    x_0, noise, times = draw(seed, "wan")
+    x_t = parametrisation.add_noise(x_0, noise, times)
+    torch.testing.assert_close(x_t, schedule.add_noise(x_0, noise, times))
+    torch.testing.assert_close(
+        parametrisation.x_0(noise - x_0, x_t, times), schedule.velocity_to_x_0(noise - x_0, x_t, times)
+    )
+    torch.testing.assert_close(parametrisation.flow_sigma(times), times / 1000)
+
+
+def test_pure_noise_has_a_velocity_in_rectified_flow_and_trigflow():
+    """At t = 1000, and at pi / 2: where the first step of a few-step student is."""
+    noise = randn(0, 2, 3)
+    for parametrisation, top in ((rectified_flow(), 1000.0), (trigflow(), math.pi / 2)):
+        times = torch.full((2,), top, dtype=torch.float64)
+        output = parametrisation.output(0.5 * noise, noise, times)
+        x_t = parametrisation.add_noise(0.5 * noise, noise, times)
+        torch.testing.assert_close(x_t, noise)
+        torch.testing.assert_close(parametrisation.velocity(output, x_t, times), 0.5 * noise)
+
+
+@given(seeds)
+def test_trigflow_and_rectified_flow_are_one_path_but_for_scale(seed):
+    """x_t / (cos t + sin t) lies on rectified flow's line at sigma = sin t / (cos t + sin t)."""
+    parametrisation = trigflow()
+    x_0, noise, times = draw(seed, "trigflow")
+    x_t = parametrisation.add_noise(x_0, noise, times)
+    sigma = parametrisation.flow_sigma(times)
+    scale = (times.cos() + times.sin()).view(-1, 1, 1).float()
+    torch.testing.assert_close(x_t / scale, FlowMatchingSchedule(1).add_noise(x_0, noise, sigma))
+
+
+@given(seeds, paths, st.sampled_from(["x_0", "noise", "v"]))
+def test_an_error_of_the_prediction_scales_into_the_velocity_by_a_constant(seed, path, prediction):
+    """Known factors: 1 / sigma_flow for x_0, 1 / (1 - sigma_flow) for noise, (alpha + sigma) / n for v."""
+    parametrisation = PATHS[path][0](prediction)
+    x_0, noise, times = (t.double() for t in draw(seed, path))
+    times = times.long() if path == "ddpm" else times
+    x_t = parametrisation.add_noise(x_0, noise, times)
+    output = parametrisation.output(x_0, noise, times)
+    error = randn(seed, *x_0.shape)
+    change = parametrisation.velocity(output + error, x_t, times) - parametrisation.velocity(output, x_t, times)
+    alpha, sigma = (c.view(-1, 1, 1) for c in parametrisation.coefficients(times.double()))
+    flow = sigma / (alpha + sigma)
+    factor = {"x_0": -1 / flow, "noise": 1 / (1 - flow), "v": (alpha + sigma) / (alpha**2 + sigma**2)}[prediction]
+    torch.testing.assert_close(change, factor * error, rtol=1e-6, atol=1e-6)
+
+
+@given(seeds, st.floats(0.0, 0.4))
+def test_the_end_of_a_phase_leads_back_to_the_velocity(seed, end):
+    x_0, noise, _ = draw(seed, "unit")
+    sigma = torch.tensor([0.5, 0.8, 1.0])
+    sigma_end = torch.full((3,), end)
+    schedule = FlowMatchingSchedule(1)
+    x_t, x_end = schedule.add_noise(x_0, noise, sigma), schedule.add_noise(x_0, noise, sigma_end)
+    velocity = phase_end_to_velocity(x_end, x_t, sigma, sigma_end)
+    torch.testing.assert_close(velocity, noise - x_0, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(schedule.velocity_to_x_0(velocity, x_t, sigma), x_0, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_results_have_the_dtype_of_the_samples(dtype):
+    parametrisation = trigflow()
+    x_t = randn(0, 2, 3).to(dtype)
+    times = torch.tensor([0.5, 1.0])
+    for result in (
+        parametrisation.add_noise(x_t, x_t, times),
+        parametrisation.velocity(x_t, x_t, times),
+        parametrisation.x_0(x_t, x_t, times),
+        phase_end_to_velocity(x_t, 2 * x_t, times / 2, times / 4),
+    ):
+        assert result.dtype == dtype
+
+
+def test_another_prediction_is_refused():
+    with pytest.raises(ValueError, match="epsilon"):
+        Parametrisation(lambda t: (1 - t, t), "epsilon")

@@ -1,0 +1,167 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from avd_core import AVDConfig, AVDObjective, FlowMatchingSchedule, MotionConfig, RegressionConfig
+from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow
+from helpers import GRID
+
+CLIPS = torch.randn(3, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
+
+
+class Student(nn.Module):
+    """Predicts what it is asked for, wrong by a factor that depends on time."""
+
+    def __init__(self, bias=0.1):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(bias))
+        self.seen = []
+
+    def forward(self, x_t, times, batch=None):
+        self.seen.append((x_t.detach(), times))
+        return self.scale * x_t
+
+
+def host(config=None, parametrisation=None, student=None, **options):
+    student = student or Student()
+    return student, HostTerms(
+        config or AVDConfig(), parametrisation or rectified_flow(), student, lambda batch: batch["clips"], **options
+    )
+
+
+def objective_by_hand(prediction, target, times, config=None):
+    return AVDObjective(config or AVDConfig(motion=None)).on_clips(prediction, target, times)
+
+
+def test_the_regression_is_that_of_the_core_on_velocities():
+    config = AVDConfig(motion=None)
+    student, terms = host(config)
+    torch.manual_seed(0)
+    loss, metrics = terms({"clips": CLIPS})
+    ((x_t, times),) = student.seen
+    schedule = FlowMatchingSchedule()
+    noise = (x_t - (1 - schedule.sigma(times, x_t)) * CLIPS) / schedule.sigma(times, x_t)
+    by_hand = objective_by_hand(0.1 * x_t, noise - CLIPS, times)
+    torch.testing.assert_close(loss, by_hand.loss, rtol=1e-4, atol=1e-5)
+    assert set(metrics) == set(by_hand.metrics)
+    assert set(times.tolist()) <= set(GRID)
+
+
+def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flow():
+    """One student, written in two conventions: same clips, noise and noise levels."""
+    sigmas = torch.tensor([0.9, 0.757, 0.522], dtype=torch.float64)
+    angles = torch.atan2(sigmas, 1 - sigmas)
+    velocity_of = nn.Conv3d(4, 4, 1)
+    noise = torch.randn_like(CLIPS)
+    results = []
+    for parametrisation, times in ((rectified_flow(1), sigmas), (trigflow(), angles)):
+        terms = host(AVDConfig(timesteps=tuple(times.tolist()), motion=None), parametrisation)[1]
+        x_t = parametrisation.add_noise(CLIPS, noise, times)
+        alpha, sigma = (c.float().view(-1, 1, 1, 1, 1) for c in parametrisation.coefficients(times))
+        flow_x_t = x_t / (alpha + sigma)
+        velocity = velocity_of(flow_x_t)
+        x_0 = (x_t - sigma * velocity) / (alpha + sigma)
+        output = parametrisation.output(x_0, x_0 + velocity, times)
+        results.append(terms.on_prediction(output, x_t, CLIPS, noise, times).loss)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["BCFHW", "BFCHW"])
+def test_both_layouts_give_the_same_motion_term(layout):
+    samples = torch.randn(2, 4, 6, 3, 3)
+    expected = AVDObjective().on_samples(samples)
+    given = samples.transpose(1, 2) if layout == "BFCHW" else samples
+    terms = host(layout=layout)[1]
+    torch.testing.assert_close(terms.on_samples(given).loss, expected.loss)
+    assert terms({"clips": CLIPS}, given).metrics["motion/loss"] == expected.metrics["motion/loss"]
+
+
+def test_images_have_no_motion():
+    with pytest.raises(ValueError, match="images have none"):
+        host(layout="BCHW")
+    terms = host(AVDConfig(motion=None), layout="BCHW")[1]
+    assert terms({"clips": torch.randn(2, 4, 8, 8)}).loss.isfinite()
+
+
+@pytest.mark.parametrize("scale", [2.5, math.prod])
+def test_the_loss_comes_in_the_scale_of_the_host(scale):
+    factor = 2.5 if scale == 2.5 else 4 * 5 * 2 * 2
+    samples = 0.1 * torch.randn(3, 4, 5, 2, 2)
+    results = []
+    for options in ({}, {"loss_scale": scale}):
+        student, terms = host(**options)
+        torch.manual_seed(0)
+        results.append((*terms({"clips": CLIPS}, samples), student))
+        results[-1][0].backward()
+    (loss, metrics, student), (scaled, scaled_metrics, scaled_student) = results
+    torch.testing.assert_close(scaled, factor * loss)
+    torch.testing.assert_close(scaled_student.scale.grad, factor * student.scale.grad)
+    torch.testing.assert_close(scaled_metrics["motion/loss"], metrics["motion/loss"])
+
+
+def test_gradients_reach_the_student_and_the_samples():
+    student, terms = host()
+    samples = (0.5 * torch.randn(2, 4, 5, 2, 2)).requires_grad_()
+    clips = CLIPS.clone().requires_grad_()
+    terms({"clips": clips}, samples).loss.backward()
+    assert student.scale.grad.abs() > 0
+    assert samples.grad.abs().sum() > 0
+    assert clips.grad is None
+
+
+def test_parts_that_are_left_out_need_nothing():
+    student, terms = host(AVDConfig(regression=None))
+    terms({}, torch.randn(2, 4, 5, 2, 2))
+    assert not student.seen
+    host(AVDConfig(motion=None))[1]({"clips": CLIPS})
+    with pytest.raises(ValueError, match="nothing to compute"):
+        host(AVDConfig(motion=None, regression=None))[1]({})
+    with pytest.raises(ValueError, match="nothing to draw"):
+        host(AVDConfig(regression=None))[1].draw_times(1, torch.device("cpu"))
+    with pytest.raises(ValueError, match="needs x_0"):
+        host()[1]({"clips": CLIPS})
+
+
+def test_the_state_is_the_cache():
+    terms = host(AVDConfig(timesteps=(0.9, 0.5), motion=None), rectified_flow(1))[1]
+    for _ in range(8):
+        terms({"clips": CLIPS})
+    other = host(AVDConfig(timesteps=(0.9, 0.5), motion=None), rectified_flow(1))[1]
+    other.load_state_dict(terms.state_dict())
+    torch.testing.assert_close(other.objective.regression.cache.means, terms.objective.regression.cache.means)
+    assert terms.objective.regression.cache.means.abs().sum() > 0
+
+
+def test_half_precision_students_are_compared_in_float32():
+    student, terms = host(AVDConfig(motion=None))
+    loss, _ = terms({"clips": CLIPS.bfloat16()})
+    assert loss.dtype == torch.float32
+    assert student.seen[0][0].dtype == torch.bfloat16
+
+
+def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match="frame_dim must be 2"):
+        host(AVDConfig(motion=MotionConfig(frame_dim=1)))
+
+
+def test_a_plain_loop_learns_with_it():
+    """The recipe of docs/hosts.md, on a host that is nothing but a loop."""
+    torch.manual_seed(0)
+    student = nn.Conv3d(4, 4, 1)
+    terms = HostTerms(
+        AVDConfig(timesteps=(1.0, 0.5), regression=RegressionConfig(weight=1.0), motion=None),
+        Parametrisation(lambda t: (1 - t, t), "velocity"),
+        predict=lambda x_t, t, batch: student(x_t),
+        clips=lambda batch: batch,
+    )
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    losses = []
+    for _ in range(30):
+        loss = terms(CLIPS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])

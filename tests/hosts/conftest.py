@@ -1,0 +1,60 @@
+"""Adapters inside real hosts: ``AVD_HOSTS=DIR pytest -m hosts``, with checkouts of their repositories in DIR."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = Path(__file__).parent / "programs"
+
+RunInHost = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def checkout() -> Callable[[str], Path]:
+    """The folder of a host's checkout, by the name of its repository."""
+
+    def find(name: str) -> Path:
+        hosts = os.environ.get("AVD_HOSTS")
+        if not hosts:
+            pytest.skip("AVD_HOSTS names no folder with checkouts of the hosts")
+        path = Path(hosts) / name
+        if not path.is_dir():
+            pytest.skip(f"AVD_HOSTS has no checkout of {name}")
+        return path
+
+    return find
+
+
+@pytest.fixture
+def run_in_host(checkout: Callable[[str], Path], tmp_path: Path) -> RunInHost:
+    """Run a program of ``programs/`` in a process of its own, inside a host's checkout.
+
+    A host brings modules with everyday names and settings of its own, so nothing of it is imported here. The program
+    gets a scratch folder as its first argument, makes its own assertions, and prints a JSON object as its last line.
+    """
+
+    def run(host: str, program: str, *arguments: str) -> dict[str, Any]:
+        folder = checkout(host)
+        paths = [folder, ROOT, ROOT / "integrations", ROOT / "tests"]
+        result = subprocess.run(
+            [sys.executable, str(PROGRAMS / program), str(tmp_path), *arguments],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert result.returncode == 0, f"{host}: {program} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+        report: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
+        return report
+
+    return run
