@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
+
+from avd_core import LatentFrameInterpolator
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -41,5 +45,21 @@ def test_the_losses_stand_alone() -> None:
     assert scope["loss"] > 0
 
 
+def test_the_sampler_runs_at_half_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    LatentFrameInterpolator().save_pretrained("runs/interpolator/interpolator")
+    frames = []
+
+    def denoiser(x_t: Tensor, timesteps: Tensor, text: list[str]) -> Tensor:
+        frames.append(x_t.shape[2])
+        return 0.5 * x_t
+
+    noise = torch.randn(1, 16, 21, 4, 6)
+    scope: dict[str, Any] = {"torch": torch, "denoiser": denoiser, "noise": noise, "captions": ["one"]}
+    exec(BLOCKS[2], scope)
+    assert scope["x_0"].shape == noise.shape
+    assert frames == [11, 11, 21, 21]
+
+
 def test_every_python_block_is_covered() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
