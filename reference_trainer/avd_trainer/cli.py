@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from avd_trainer.cli_analyze import analyze_app
 from avd_trainer.cli_data import data_app
-from avd_trainer.config import TeacherConfig, TrainConfig, load_config
+from avd_trainer.cli_sample import sample
+from avd_trainer.config import InterpolatorConfig, TeacherConfig, TrainConfig, load_config
 from avd_trainer.errors import UserError
 from avd_trainer.terminal import readable_errors, say
+
+if TYPE_CHECKING:
+    from avd_trainer.export import ExportedPipeline
 
 app = typer.Typer(
     help="Distil video models into few-step students that keep their colours and their motion.",
@@ -21,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(analyze_app, name="analyze")
 
 Preset = Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the run writes.")]
@@ -75,16 +81,46 @@ def train(
 
 @app.command()
 def export(
-    run: Run, output: Output, weights: WeightsOption = "ema", step: Step = None, dtype: Dtype = "float32"
+    run: Run,
+    output: Output,
+    weights: WeightsOption = "ema",
+    step: Step = None,
+    dtype: Dtype = "float32",
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Wan pipeline in diffusers' layout (folder or hub id) to take VAE and text encoder from. Default: the "
+            "run's codec and teacher.",
+        ),
+    ] = None,
+    interpolator: Annotated[
+        Path | None, typer.Option(help="The --output folder of avd train-interpolator, for half-rate sampling.")
+    ] = None,
+    transformer_only: Annotated[
+        bool, typer.Option("--transformer-only", help="Only the transformer, or of a LoRA run its adapters.")
+    ] = False,
 ) -> None:
-    """Write a run's student: a diffusers folder, or the adapters of a LoRA run."""
+    """Write a run's student as a pipeline for diffusers and avd sample."""
     with readable_errors():
         import torch
 
-        from avd_trainer.export import export_student
+        from avd_trainer.export import export_pipeline, export_student
 
-        export_student(run, output, weights=weights, step=step, dtype=getattr(torch, dtype))
+        precision = getattr(torch, dtype)
+        if transformer_only:
+            if pipeline is not None or interpolator is not None:
+                raise UserError("--transformer-only excludes --pipeline and --interpolator: leave it out, or them.")
+            export_student(run, output, weights=weights, step=step, dtype=precision)
+        else:
+            exported = export_pipeline(
+                run, output, weights=weights, step=step, dtype=precision, pipeline=pipeline, interpolator=interpolator
+            )
+            _say_missing(exported)
         say(f"The student is in {output}.")
+
+
+app.command()(sample)
 
 
 @app.command()
@@ -157,6 +193,37 @@ def demo(output: Output, videos: Videos = None, max_steps: MaxSteps = None, set_
 
 
 @app.command()
+def train_interpolator(
+    preset: Preset,
+    output: Output,
+    videos: Videos = None,
+    data: Data = None,
+    max_steps: MaxSteps = None,
+    set_: Overrides = None,
+) -> None:
+    """Train the network that inserts latent frames, or take up again what the same command began in --output.
+
+    Leaves config.yaml, metrics.jsonl, checkpoints, the network in interpolator and evaluation.json: its errors on
+    held-out clips beside those of linear interpolation and of repeating frames.
+    """
+    with readable_errors():
+        config = load_config(InterpolatorConfig, preset, _overrides(set_, max_steps), _clips(videos, data))
+        from avd_trainer.distributed import join_ranks
+        from avd_trainer.interpolator import InterpolatorErrors, render
+        from avd_trainer.runs import train_interpolator as run
+
+        with join_ranks(timeout_minutes=config.parallel.timeout_minutes) as ranks:
+            done = run(config, output, ranks)
+            if done and ranks.first:
+                errors = InterpolatorErrors.model_validate_json((output / "evaluation.json").read_text())
+                Console().print(render(errors))
+        if done:
+            say(f"The interpolator is in {output / 'interpolator'}.")
+        else:
+            say(f"Stopped on request, saved in {output / 'checkpoints'}. Run the same command again to go on.")
+
+
+@app.command()
 def train_teacher(preset: Preset, output: Output, max_steps: MaxSteps = None, set_: Overrides = None) -> None:
     """Train the small teacher that the tiny preset distils, from random weights."""
     with readable_errors():
@@ -169,6 +236,15 @@ def train_teacher(preset: Preset, output: Output, max_steps: MaxSteps = None, se
         say(f"The teacher is in {output}.")
 
 
+def _say_missing(exported: ExportedPipeline) -> None:
+    if not exported.missing:
+        return
+    unused = ", ".join(f"{name}=None" for name in exported.missing)
+    sampling = "works without" if exported.latent_space == "block-dct" else "needs them (pass --pipeline SOURCE)"
+    missing = ", ".join(exported.missing)
+    say(f"The pipeline has no {missing}: avd sample {sampling}; in diffusers pass {unused} and prompt_embeds.")
+
+
 def _train_config(
     preset: str,
     videos: Path | None,
@@ -177,16 +253,18 @@ def _train_config(
     max_steps: int | None,
     set_: list[str] | None,
 ) -> TrainConfig:
-    if videos is not None and data is not None:
-        raise UserError("--videos and --data exclude each other: the real clips are either encoded already or not.")
-    overrides: dict[str, Any] = {}
-    if videos is not None:
-        overrides["data"] = {"kind": "videos", "path": str(videos)}
-    if data is not None:
-        overrides |= _shards(data)
+    overrides = _clips(videos, data)
     if prompts is not None:
         overrides["prompts"] = {"path": str(prompts)}
     return load_config(TrainConfig, preset, _overrides(set_, max_steps), overrides)
+
+
+def _clips(videos: Path | None, data: Path | None) -> dict[str, Any]:
+    if videos is not None and data is not None:
+        raise UserError("--videos and --data exclude each other: the real clips are either encoded already or not.")
+    if videos is not None:
+        return {"data": {"kind": "videos", "path": str(videos)}}
+    return {} if data is None else _shards(data)
 
 
 def _shards(data: Path) -> dict[str, Any]:

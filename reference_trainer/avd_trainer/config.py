@@ -95,7 +95,14 @@ class LoRAConfig(_Section):
     """Linear layers that get an adapter, by the end of their names."""
 
 
-class ParallelConfig(_Section):
+class RanksConfig(_Section):
+    """How the ranks of a run deal with each other."""
+
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """How long a rank waits for the others before it says that one is gone."""
+
+
+class ParallelConfig(RanksConfig):
     """How a run spreads over its ranks, and what it trades for memory."""
 
     replicate: int = Field(default=1, ge=1)
@@ -104,8 +111,6 @@ class ParallelConfig(_Section):
     """Keep only the inputs of transformer blocks for the backward pass, and compute the rest again."""
     compile: bool = False
     """``torch.compile`` of each transformer block; needs a C++ compiler."""
-    timeout_minutes: float = Field(default=30.0, gt=0)
-    """How long a rank waits for the others before it says that one is gone."""
 
 
 class CheckpointConfig(_Section):
@@ -146,6 +151,14 @@ class EvaluationConfig(_Section):
     """Clips per model, and real clips to compare with."""
     teacher_steps: int = Field(default=25, ge=1)
     """Euler steps of the teacher."""
+
+
+class HeldOutConfig(_Section):
+    """How an interpolator is measured."""
+
+    clips: int = Field(default=64, ge=1)
+    """Of data of kind shards: how many of the last samples are held out. Shapes and videos have held-out clips of their
+    own."""
 
 
 class TrainConfig(_Section):
@@ -234,6 +247,40 @@ class TrainConfig(_Section):
         return self
 
 
+class InterpolatorConfig(_Section):
+    """Training of a :class:`avd_core.LatentFrameInterpolator`: Sec. 8 of the paper."""
+
+    data: Annotated[ShapesData | VideosData | ShardsData, Field(discriminator="kind")]
+    """Real clips; captions are not read."""
+    widths: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field(
+        default=(32, 64, 128), min_length=3, max_length=3
+    )
+    """Channels of the network's three levels."""
+    max_steps: int = Field(default=10_000, ge=1)
+    """Updates. Paper: 10,000."""
+    batch_size: int = Field(default=32, ge=1)
+    """Clips per update, over all ranks. Paper: 32."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Clips that a rank runs at once; it accumulates gradients over the rest of its share. None: its whole share."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5)
+    """Paper: AdamW, 1e-5."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """``cosine`` lets the learning rate fall along half a cosine, from ``optimizer.lr`` in the first step to 0 behind
+    the last. Paper: none is named."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the network's first weights and of the order of clips."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    parallel: RanksConfig = RanksConfig()
+    """How the ranks deal with each other."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save, and what to keep."""
+    logging: LoggingConfig = LoggingConfig()
+    """Where metrics go."""
+    evaluation: HeldOutConfig = HeldOutConfig()
+    """What the network is measured on."""
+
+
 class ArchitectureConfig(_Section):
     """Size of a ``WanTransformer3DModel``; its latents are those of :class:`BlockDCTCodec`."""
 
@@ -276,10 +323,10 @@ class TeacherConfig(_Section):
     """Decay of the average of the weights, which is what is saved."""
 
 
-Config = TypeVar("Config", TrainConfig, TeacherConfig)
+Config = TypeVar("Config", TrainConfig, InterpolatorConfig, TeacherConfig)
 
 
-def presets(kind: type[TrainConfig] | type[TeacherConfig]) -> list[str]:
+def presets(kind: type[Config]) -> list[str]:
     """Names of the presets that come with the package."""
     return sorted(f.name.removesuffix(".yaml") for f in _preset_folder(kind).iterdir() if f.name.endswith(".yaml"))
 
@@ -348,8 +395,9 @@ def _read(kind: type[Config], source: str) -> str:
         raise ConfigError(f"{source} cannot be read: {error}.") from error
 
 
-def _preset_folder(kind: type[TrainConfig] | type[TeacherConfig]) -> Any:
-    return resources.files("avd_trainer") / "presets" / ("train" if kind is TrainConfig else "teacher")
+def _preset_folder(kind: type[Config]) -> Any:
+    folders = {TrainConfig: "train", InterpolatorConfig: "interpolator", TeacherConfig: "teacher"}
+    return resources.files("avd_trainer") / "presets" / folders[kind]
 
 
 def _describe(item: Any) -> str:

@@ -103,19 +103,25 @@ def load_models(config: TrainConfig, ranks: Ranks) -> Models:
     )
 
 
-def load_transformer(source: str) -> WanTransformer3DModel:
-    """Load a whole transformer in float32 on the CPU, in evaluation mode.
+def load_transformer(
+    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> WanTransformer3DModel:
+    """Load a whole transformer in evaluation mode; beside it there is one tensor at a time in host memory.
 
     Args:
         source: Whatever :func:`open_weights` understands.
+        device: Where to.
+        dtype: What it computes in; weights that are used in float32 in any precision are kept so.
 
     Raises:
         UserError: If there is no such model.
     """
     with open_weights(source) as weights:
-        model = empty_transformer(weights.config, torch.device("cpu"))
+        model = _empty(weights.config)
+        prepare(model, {}, dtype)
+        _materialise(model, torch.device(device))
         load_into(model, weights)
-    return model.requires_grad_(False).eval()
+    return model
 
 
 def empty_transformer(architecture: dict[str, Any], device: torch.device) -> WanTransformer3DModel:

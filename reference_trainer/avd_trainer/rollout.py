@@ -63,6 +63,7 @@ def few_step_rollout(
     draw_noise: DrawNoise,
     *,
     last: int | None = None,
+    on_prediction: Callable[[float, Tensor], None] | None = None,
 ) -> Rollout:
     """Run the student from noise over its few steps, as in inference: predict x_0, noise it to the next step, repeat.
 
@@ -75,14 +76,20 @@ def few_step_rollout(
         timesteps: The few steps, falling.
         draw_noise: Draws for the B samples.
         last: Index of the step to stop at; None runs all of them.
+        on_prediction: Called in each step with its timestep and its clean prediction ``[B, C, F, H, W]``.
     """
     last = len(timesteps) - 1 if last is None else last
     x_t = draw_noise(shape)
     with torch.no_grad():
         for current, following in pairwise(timesteps[: last + 1]):
             x_0 = _predict(model, x_t, current, text).x_0
+            if on_prediction is not None:
+                on_prediction(current, x_0)
             x_t = schedule.add_noise(x_0, draw_noise(shape), x_0.new_full((len(text),), following))
-    return _predict(model, x_t, timesteps[last], text)
+    rollout = _predict(model, x_t, timesteps[last], text)
+    if on_prediction is not None:
+        on_prediction(rollout.timestep, rollout.x_0)
+    return rollout
 
 
 @torch.no_grad()
@@ -97,6 +104,7 @@ def sample_teacher(
     guidance_scale: float,
     shift: float = 3.0,
     on_step: Callable[[], None] = lambda: None,
+    on_prediction: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample ``[B, C, F, H, W]`` with Euler steps of the probability-flow ODE.
 
@@ -110,12 +118,15 @@ def sample_teacher(
         guidance_scale: Classifier-free guidance, standard form.
         shift: Shift of the uniform timesteps. Wan2.1 samples 480p with 3.
         on_step: Called after each step.
+        on_prediction: As in :func:`few_step_rollout`.
     """
     x_t = draw_noise(shape)
     grid = shift_timesteps(torch.linspace(schedule.num_train_timesteps, 0, steps + 1), shift)
     for current, following in pairwise(grid.tolist()):
         timesteps = x_t.new_full((len(text),), current)
         velocity = guided_velocity(model, x_t, timesteps, text, unconditional, guidance_scale)
+        if on_prediction is not None:
+            on_prediction(current, schedule.velocity_to_x_0(velocity, x_t, timesteps))
         x_t = x_t + (following - current) / schedule.num_train_timesteps * velocity
         on_step()
     return x_t

@@ -5,49 +5,52 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from avd_core import __version__
 from avd_trainer.checkpoint import Checkpoints, latest_checkpoint, list_checkpoints, read_state, read_tensors
-from avd_trainer.config import ConfigError, ShardsData, TrainConfig, save_config
+from avd_trainer.config import ConfigError, InterpolatorConfig, ShardsData, TrainConfig, save_config
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.distributed import Ranks, naming_lost_ranks
 from avd_trainer.errors import UserError
 from avd_trainer.export import export_student
 from avd_trainer.history import MetricsLog
+from avd_trainer.interpolator import (
+    InterpolatorData,
+    InterpolatorTrainer,
+    evaluate_interpolator,
+    export_interpolator,
+    load_interpolator_data,
+)
 from avd_trainer.models import load_models
 from avd_trainer.progress import ProgressBar
 from avd_trainer.sampling import SampleWriter
 from avd_trainer.signals import StopSignals
 from avd_trainer.teacher import TeacherTrainer
 from avd_trainer.trainer import Trainer
+from avd_trainer.updates import Metrics
 from avd_trainer.weights import open_weights
 
-SHOWN = {
-    "loss": "loss",
-    "matching/loss": "dm",
-    "regression/loss": "reg",
-    "motion/loss": "motion",
-    "online/loss": "online",
-}
+RunConfig = TrainConfig | InterpolatorConfig
 
 # What may differ between a run and its resumption: nothing that the weights depend on. What shards hold is compared
 # file by file, so it does not matter where they lie.
-CHANGEABLE = (
-    "max_steps", "max_skipped_steps", "micro_batch_size",
-    "parallel.", "checkpoint.", "samples.", "logging.", "evaluation.",
-)  # fmt: skip
+CHANGEABLE = ("max_skipped_steps", "micro_batch_size", "parallel.", "checkpoint.", "logging.")
+CHANGEABLE_OF_DISTILLATION = ("max_steps", "samples.", "evaluation.")
 CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
 
 CHECKPOINTS = "checkpoints"
 CONFIG = "config.yaml"
+INTERPOLATOR = "interpolator"
+EVALUATION = "evaluation.json"
 LOCK = ".lock"
 
 
@@ -73,21 +76,34 @@ def train(
     Raises:
         UserError: For anything that a person can mend; what was saved before stays.
     """
-    with naming_lost_ranks(), ExitStack() as stack:
-        if ranks.first:
-            claim_run(folder, config)
-            stack.enter_context(_locked(folder))
-            save_config(config, folder / CONFIG)
-        ranks.barrier()
-        if not (folder / LOCK).exists():
-            raise UserError(
-                f"Rank {ranks.rank} does not see what the first rank wrote to --output {folder}. Choose a folder that "
-                "all nodes of this run share."
-            )
-        return _train(config, folder, ranks, data, description)
+    return _run(config, folder, ranks, partial(_Distillation, config, folder, ranks, data), description)
 
 
-def claim_run(folder: Path, config: TrainConfig) -> None:
+def train_interpolator(
+    config: InterpolatorConfig, folder: Path, ranks: Ranks, *, data: InterpolatorData | None = None
+) -> bool:
+    """Train a frame interpolator to the end, from where the run in ``folder`` stands.
+
+    Leaves in ``folder``: ``config.yaml``, ``metrics.jsonl``, ``checkpoints``, and at the end ``interpolator`` (what
+    :meth:`LatentFrameInterpolator.save_pretrained` writes) and ``evaluation.json`` (:class:`InterpolatorErrors`). All
+    ranks call.
+
+    Args:
+        config: The run.
+        folder: Empty, or that of the same run.
+        ranks: The processes of the run.
+        data: What to train on, where it is in memory already; None loads what ``config`` names.
+
+    Returns:
+        Whether the run is done; False where a signal asked it to stop, with everything saved.
+
+    Raises:
+        UserError: For anything that a person can mend; what was saved before stays.
+    """
+    return _run(config, folder, ranks, partial(_Interpolation, config, folder, ranks, data), "interpolator")
+
+
+def claim_run(folder: Path, config: RunConfig) -> None:
     """Make the output folder of a run, or see that it holds this run; before any work starts.
 
     Raises:
@@ -149,45 +165,174 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def _train(config: TrainConfig, folder: Path, ranks: Ranks, data: TrainingData | None, description: str) -> bool:
-    torch.manual_seed(config.seed + ranks.rank)
-    with open_weights(config.teacher) as weights:
-        architecture = weights.config
-    data = data or load_data(config, architecture["text_dim"], architecture["in_channels"])
-    trainer = Trainer(config, load_models(config, ranks), data, ranks)
-    options = config.checkpoint
-    checkpoints = Checkpoints(
-        folder / CHECKPOINTS, ranks, keep_latest=options.keep_latest, keep_every=options.keep_every
-    )
-    # As the first rank sees it: a shared folder may show itself to others with a delay.
-    found = list_checkpoints(checkpoints.folder)
-    step = ranks.from_first(found[-1][0] if found else -1)
-    if step >= 0:
-        _restore(trainer, checkpoints.path(step))
+class _Training(Protocol):
+    """What the loop asks of a trainer."""
+
+    @property
+    def config(self) -> RunConfig: ...
+    @property
+    def ranks(self) -> Ranks: ...
+    @property
+    def step(self) -> int:
+        """Steps done."""
+
+    def run(self) -> Iterator[Metrics]:
+        """Train from the current step to the last one; yields each step's metrics, the same on all ranks."""
+
+    def state_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """All tensors of the run by owner and name: the very ones that training changes, to be saved or filled."""
+
+    def state(self) -> dict[str, Any]:
+        """The rest of the run's state: numbers, strings and containers of them."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state` gave."""
+
+
+class _Run(Protocol):
+    """A training and what belongs to it besides steps: what one kind of run has and another has not."""
+
+    shown: Mapping[str, str]
+    """Metrics on the progress bar, with their short names."""
+
+    @property
+    def trainer(self) -> _Training: ...
+
+    def about(self) -> dict[str, Any]:
+        """What each checkpoint says of the run: ``data``, the fingerprint, and what an export needs."""
+
+    def check_data(self, saved: Any) -> None:
+        """Compare the data with the fingerprint in a checkpoint; raises UserError."""
+
+    def after_step(self) -> None:
+        """On all ranks, when a step is logged and saved."""
+
+    def write_notes(self) -> None:
+        """On the first rank, however the run ends."""
+
+    def finish(self) -> None:
+        """On the first rank, when the last step is saved."""
+
+
+class _Distillation:
+    """A student's run: sample clips, the monitor's findings, the student."""
+
+    shown: Mapping[str, str] = {
+        "loss": "loss",
+        "matching/loss": "dm",
+        "regression/loss": "reg",
+        "motion/loss": "motion",
+        "online/loss": "online",
+    }
+
+    def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks, data: TrainingData | None) -> None:
+        with open_weights(config.teacher) as weights:
+            self._architecture = weights.config
+        data = data or load_data(config, self._architecture["text_dim"], self._architecture["in_channels"])
+        self.trainer = Trainer(config, load_models(config, ranks), data, ranks)
+        self._folder = folder
+        self._samples = SampleWriter(config, folder / "samples", ranks.device) if ranks.first else None
+
+    def about(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "architecture": self._architecture,
+            "latent_shape": trainer.latent_shape,
+            "data": trainer.data.fingerprint,
+        }
+
+    def check_data(self, saved: Any) -> None:
+        data = self.trainer.data
+        for name, part in (("data", data.clips), ("prompts", data.prompts)):
+            part.check_fingerprint(saved[name])  # type: ignore[attr-defined]
+
+    def after_step(self) -> None:
+        """Sample clips, where it is time; every rank takes part in sampling, the first one writes."""
+        trainer, options = self.trainer, self.trainer.config.samples
+        if options.every is None or trainer.step % options.every:
+            return
+        prompts = trainer.data.prompts
+        rows = [prompts[index] for index in range(min(options.count, len(prompts)))]
+        with trainer.ema.average_parameters():
+            latents = trainer.sample(torch.stack([row.text for row in rows]), "samples")
+        if self._samples is not None:
+            self._samples.write(trainer.step, latents, [row.caption for row in rows])
+        trainer.ranks.barrier()
+
+    def write_notes(self) -> None:
+        if self.trainer.monitor is not None:
+            findings = [asdict(finding) for finding in self.trainer.monitor.findings]
+            write_json(self._folder / "findings.json", findings)
+
+    def finish(self) -> None:
+        export_student(self._folder, self._folder / "student")
+
+
+class _Interpolation:
+    """An interpolator's run: the network and its errors on held-out clips."""
+
+    shown: Mapping[str, str] = {"loss": "loss"}
+
+    def __init__(self, config: InterpolatorConfig, folder: Path, ranks: Ranks, data: InterpolatorData | None) -> None:
+        data = data or load_interpolator_data(config)
+        self.trainer = InterpolatorTrainer(config, data, ranks)
+        self._folder = folder
+
+    def about(self) -> dict[str, Any]:
+        shards = self.trainer.data.shards
+        return {"channels": self.trainer.channels, "data": None if shards is None else shards.fingerprint()}
+
+    def check_data(self, saved: Any) -> None:
+        if self.trainer.data.shards is not None:
+            self.trainer.data.shards.check_fingerprint(saved)
+
+    def after_step(self) -> None:
+        pass
+
+    def write_notes(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        trainer = self.trainer
+        interpolator = export_interpolator(self._folder, self._folder / INTERPOLATOR)
+        errors = evaluate_interpolator(interpolator.to(trainer.ranks.device), trainer.data.held_out)
+        write_json(self._folder / EVALUATION, errors.model_dump())
+
+
+def _run(config: RunConfig, folder: Path, ranks: Ranks, begin: Callable[[], _Run], description: str) -> bool:
+    """Claim the folder, begin or take up, train, finish; returns whether the run is done."""
+    with naming_lost_ranks(), ExitStack() as stack:
+        if ranks.first:
+            claim_run(folder, config)
+            stack.enter_context(_locked(folder))
+            save_config(config, folder / CONFIG)
+        ranks.barrier()
+        if not (folder / LOCK).exists():
+            raise UserError(
+                f"Rank {ranks.rank} does not see what the first rank wrote to --output {folder}. Choose a folder that "
+                "all nodes of this run share."
+            )
+        torch.manual_seed(config.seed + ranks.rank)
+        run = begin()
+        stopped = _run_steps(run, folder, _restore(run, folder), description)
+        if ranks.first and stopped is None:
+            run.finish()
+        ranks.barrier()
+        return stopped is None
+
+
+def _run_steps(run: _Run, folder: Path, checkpoints: Checkpoints, description: str) -> str | None:
+    """Train; returns the name of the signal that ended it early."""
+    trainer, ranks = run.trainer, run.trainer.ranks
+    config = trainer.config
     about = {
         "version": __version__,
         "torch": torch.__version__,
         "ranks": ranks.size,
         "device": ranks.device.type,
         "config": config.model_dump(mode="json"),
-        "architecture": architecture,
-        "data": data.fingerprint,
+        **run.about(),
     }
-    stopped = _run_steps(trainer, folder, checkpoints, about, description)
-    if ranks.first:
-        _write_findings(trainer, folder)
-        if stopped is None:
-            export_student(folder, folder / "student")
-    ranks.barrier()
-    return stopped is None
-
-
-def _run_steps(
-    trainer: Trainer, folder: Path, checkpoints: Checkpoints, about: Mapping[str, Any], description: str
-) -> str | None:
-    """Train; returns the name of the signal that ended it early."""
-    config, ranks = trainer.config, trainer.ranks
-    samples = SampleWriter(config, folder / "samples", ranks.device) if ranks.first else None
     log = _open_log(trainer, folder) if ranks.first else None
     bar = ProgressBar(
         description, config.max_steps, start=trainer.step, samples=config.batch_size, quiet=not ranks.first
@@ -196,7 +341,7 @@ def _run_steps(
         with StopSignals() as signals, bar:
             for metrics in trainer.run():
                 values = log.append(trainer.step, metrics) if log is not None else {}
-                bar.advance({short: v for name, short in SHOWN.items() if isinstance(v := values.get(name), float)})
+                bar.advance({short: v for name, short in run.shown.items() if isinstance(v := values.get(name), float)})
                 stopping, failed = ranks.any([signals.received is not None, checkpoints.failed()])
                 if failed:
                     checkpoints.wait()  # raises, on every rank
@@ -207,8 +352,7 @@ def _run_steps(
                 if stopping and not done:
                     checkpoints.wait()
                     return signals.received or "a signal on another rank"
-                if config.samples.every is not None and trainer.step % config.samples.every == 0:
-                    _save_samples(trainer, samples)
+                run.after_step()
             checkpoints.wait()
     except BaseException:
         checkpoints.settle()
@@ -216,7 +360,7 @@ def _run_steps(
     finally:
         if log is not None:
             log.close()
-            _write_findings(trainer, folder)
+            run.write_notes()
     return None
 
 
@@ -236,7 +380,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _open_log(trainer: Trainer, folder: Path) -> MetricsLog:
+def _open_log(trainer: _Training, folder: Path) -> MetricsLog:
     options = trainer.config.logging
     return MetricsLog(
         folder,
@@ -247,25 +391,26 @@ def _open_log(trainer: Trainer, folder: Path) -> MetricsLog:
     )
 
 
-def _write_findings(trainer: Trainer, folder: Path) -> None:
-    if trainer.monitor is not None:
-        write_json(folder / "findings.json", [asdict(finding) for finding in trainer.monitor.findings])
+def _restore(run: _Run, folder: Path) -> Checkpoints:
+    """Bring a run to its newest checkpoint, if there is one."""
+    trainer, ranks = run.trainer, run.trainer.ranks
+    options = trainer.config.checkpoint
+    checkpoints = Checkpoints(
+        folder / CHECKPOINTS, ranks, keep_latest=options.keep_latest, keep_every=options.keep_every
+    )
+    # As the first rank sees it: a shared folder may show itself to others with a delay.
+    found = list_checkpoints(checkpoints.folder)
+    step = ranks.from_first(found[-1][0] if found else -1)
+    if step >= 0:
+        _load(run, checkpoints.path(step))
+    return checkpoints
 
 
-def _save_samples(trainer: Trainer, writer: SampleWriter | None) -> None:
-    """Every rank takes part in sampling, the first one writes."""
-    prompts = trainer.data.prompts
-    rows = [prompts[index] for index in range(min(trainer.config.samples.count, len(prompts)))]
-    with trainer.ema.average_parameters():
-        latents = trainer.sample(torch.stack([row.text for row in rows]), "samples")
-    if writer is not None:
-        writer.write(trainer.step, latents, [row.caption for row in rows])
-    trainer.ranks.barrier()
-
-
-def _restore(trainer: Trainer, checkpoint: Path) -> None:
+def _load(run: _Run, checkpoint: Path) -> None:
+    trainer = run.trainer
     state = read_state(checkpoint)
-    _check_data(trainer.data, state["data"], checkpoint)
+    if state["data"] is not None and run.about()["data"] is not None:
+        run.check_data(state["data"])
     rank = trainer.ranks.rank
     rng: dict[str, Tensor] = {}
     if rank < state["ranks"]:
@@ -285,16 +430,13 @@ def _rng_state(rank: int) -> dict[str, Tensor]:
     return state
 
 
-def _check_data(data: TrainingData, saved: Mapping[str, Any] | None, checkpoint: Path) -> None:
-    if data.fingerprint is None or saved is None:
-        return
-    for name, part in (("data", data.clips), ("prompts", data.prompts)):
-        part.check_fingerprint(saved[name])
-
-
-def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) -> None:
+def _check_same_run(config: RunConfig, saved: Mapping[str, Any], where: Path) -> None:
     now, before = _flatten(config.model_dump(mode="json")), _flatten(saved)
     changeable = CHANGEABLE + (CHANGEABLE_OF_SHARDS if isinstance(config.data, ShardsData) else ())
+    if isinstance(config, TrainConfig):
+        changeable += CHANGEABLE_OF_DISTILLATION
+    elif config.lr_schedule == "constant":  # otherwise the learning rate depends on it from the first step
+        changeable += ("max_steps",)
     fixed = sorted(key for key in now.keys() | before.keys() if not key.startswith(changeable))
     differing = [
         f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in fixed if now.get(key) != before.get(key)

@@ -27,6 +27,9 @@ from avd_trainer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+FORMATS = ("mp4", "gif")
+"""Endings of the files that clips are written to."""
+
 # In order of preference; PyAV's own wheels have the first, some distributions leave it out for its licence.
 ENCODERS = {"libx264": {"crf": "18"}, "libopenh264": {}, "mpeg4": {}}
 BT709 = 1
@@ -44,7 +47,7 @@ PALETTE_PIXELS = 200_000
 """Of a clip, at most, that the colours of its animation are chosen from."""
 
 
-def save_clip(video: Tensor, path: Path, fps: float) -> list[Path]:
+def save_clip(video: Tensor, path: Path, fps: float, formats: Sequence[str] = FORMATS) -> list[Path]:
     """Write a clip as MP4 (H.264, 4:2:0, BT.709) and as GIF.
 
     A file appears whole or not at all; one of the same name is replaced.
@@ -54,17 +57,20 @@ def save_clip(video: Tensor, path: Path, fps: float) -> list[Path]:
             black.
         path: Without suffix; its folder exists.
         fps: Frames per second.
+        formats: Which of :data:`FORMATS` to write.
 
     Returns:
-        The two files. In the MP4 an odd height or width is one pixel larger: 4:2:0 knows even sizes only.
+        The files. In the MP4 an odd height or width is one pixel larger: 4:2:0 knows even sizes only.
 
     Raises:
         UserError: If a file cannot be written.
     """
-    return _write_clip(_to_bytes(video), path, fps)
+    return _write_clip(_to_bytes(video), path, fps, formats)
 
 
-def save_grid(videos: Tensor, captions: Sequence[str], path: Path, fps: float) -> list[Path]:
+def save_grid(
+    videos: Tensor, captions: Sequence[str], path: Path, fps: float, formats: Sequence[str] = FORMATS
+) -> list[Path]:
     """Write several clips side by side, each below its caption, as :func:`save_clip` does.
 
     Args:
@@ -72,9 +78,10 @@ def save_grid(videos: Tensor, captions: Sequence[str], path: Path, fps: float) -
         captions: N of them; what is longer than ``CAPTION_LINES`` lines is cut.
         path: Without suffix; its folder exists.
         fps: Frames per second.
+        formats: Which of :data:`FORMATS` to write.
 
     Returns:
-        The two files.
+        The files.
 
     Raises:
         UserError: If a file cannot be written.
@@ -84,7 +91,7 @@ def save_grid(videos: Tensor, captions: Sequence[str], path: Path, fps: float) -
     frames, width = clips.shape[2], clips.shape[-1]
     strips = torch.stack([_caption_strip(caption, width) for caption in captions])
     strips = strips.unsqueeze(2).expand(-1, -1, frames, -1, -1)
-    return _write_clip(tile(torch.cat([strips, clips], dim=3)), path, fps)
+    return _write_clip(tile(torch.cat([strips, clips], dim=3)), path, fps, formats)
 
 
 def save_gif(video: Tensor, path: Path, fps: float) -> None:
@@ -114,12 +121,13 @@ def _frames(pixels: Tensor) -> Tensor:
     return rearrange(pixels, "c f h w -> f h w c").contiguous()
 
 
-def _write_clip(pixels: Tensor, path: Path, fps: float) -> list[Path]:
-    """Write bytes ``[3, F, H, W]`` in both formats."""
+def _write_clip(pixels: Tensor, path: Path, fps: float, formats: Sequence[str]) -> list[Path]:
+    """Write bytes ``[3, F, H, W]`` in each of the formats."""
     frames = _frames(pixels)
-    files = [path.with_name(f"{path.name}.{suffix}") for suffix in ("mp4", "gif")]
-    _write_mp4(files[0], frames, fps)
-    _write_gif(files[1], frames, fps)
+    writers = {"mp4": _write_mp4, "gif": _write_gif}
+    files = [path.with_name(f"{path.name}.{suffix}") for suffix in formats]
+    for suffix, file in zip(formats, files, strict=True):
+        writers[suffix](file, frames, fps)
     return files
 
 

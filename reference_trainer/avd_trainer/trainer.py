@@ -21,7 +21,7 @@ from avd_core import (
     shift_timesteps,
     temporal_variance,
 )
-from avd_trainer.config import OptimizerConfig, TrainConfig
+from avd_trainer.config import TrainConfig
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import Batch, Data, TrainingData, read_batches
 from avd_trainer.distributed import Ranks
@@ -29,8 +29,17 @@ from avd_trainer.draws import SampleDraws, shared_integer
 from avd_trainer.errors import UserError
 from avd_trainer.models import Models, VelocityModel
 from avd_trainer.rollout import Rollout, few_step_rollout, guided_velocity, schedule
-
-Metrics = dict[str, Tensor]
+from avd_trainer.updates import (
+    Metrics,
+    adamw,
+    detached,
+    indices_by_forward,
+    optimizer_tensors,
+    over_forwards,
+    over_ranks,
+    share_batch,
+    whole,
+)
 
 # Real latents that the monitor's reference is measured on.
 REFERENCE_CLIPS = 64
@@ -68,11 +77,10 @@ class Trainer:
         self.latent_shape = data.latent_shape
         self.few_steps = config.objective.timesteps
         self.unconditional = data.prompts.unconditional().to(ranks.device)
-        # Places in the global batch of this rank's samples, forward by forward.
-        self._rows = _share(config, ranks)
+        self._rows = share_batch(config.batch_size, config.micro_batch_size, ranks)
 
-        self.student_optimizer = _adamw(self.student, config.student_optimizer)
-        self.online_optimizer = _adamw(self.online, config.online_optimizer)
+        self.student_optimizer = adamw(self.student.named_parameters(), config.student_optimizer)
+        self.online_optimizer = adamw(self.online.named_parameters(), config.online_optimizer)
         self.matching = DistributionMatchingLoss(config.matching_weight)
         self.objective = _build_objective(config, accumulating=len(self._rows) > 1).to(ranks.device)
 
@@ -121,12 +129,13 @@ class Trainer:
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the run by owner and name: the very ones that training changes, to be saved or filled."""
+        student, online = self.student.named_parameters(), self.online.named_parameters()
         return {
-            "student": _detached(self.student),
-            "online": _detached(self.online),
-            "ema": dict(zip(self.student.named_parameters(), self.ema.state_dict()["shadow_params"], strict=True)),
-            "student_optimizer": _optimizer_tensors(self.student, self.student_optimizer),
-            "online_optimizer": _optimizer_tensors(self.online, self.online_optimizer),
+            "student": detached(student),
+            "online": detached(online),
+            "ema": dict(zip(student, self.ema.state_dict()["shadow_params"], strict=True)),
+            "student_optimizer": optimizer_tensors(student, self.student_optimizer),
+            "online_optimizer": optimizer_tensors(online, self.online_optimizer),
             "objective": dict(self.objective.state_dict()),
         }
 
@@ -147,14 +156,9 @@ class Trainer:
     def _read(self, data: Data, updates: int, seed: int) -> Iterator[Batch]:
         """This rank's part of each update's batch, forward by forward, from the current step on."""
         order = ShuffledOrder(len(data), seed)
-        first = self.step * updates
-
-        def batches() -> Iterator[list[int]]:
-            for update in range(first, self.config.max_steps * updates):
-                for rows in self._rows:
-                    yield order.batch(update * self.config.batch_size + rows[0], len(rows))
-
-        return read_batches(data, batches(), self.data.workers)
+        remaining = range(self.step * updates, self.config.max_steps * updates)
+        batches = indices_by_forward(order, remaining, self.config.batch_size, self._rows)
+        return read_batches(data, batches, self.data.workers)
 
     def _train_step(self, prompts: Iterator[Batch], clips: Iterator[Batch] | None) -> Metrics:
         self.step += 1
@@ -169,7 +173,7 @@ class Trainer:
                     samples = [self._rollout(text, d, last).x_0 for text, d in zip(texts, draws, strict=True)]
             online = self._update_online(samples, texts, draws)
         metrics |= online | {"skipped": torch.tensor(float(skipped), device=self.ranks.device)}
-        metrics = self._over_ranks(metrics)
+        metrics = over_ranks(metrics, self.ranks)
         # Only now: the logarithm of a mean is not the mean of logarithms.
         return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
 
@@ -203,7 +207,7 @@ class Trainer:
                 metrics |= clip_metrics
             samples.append(x_0.detach())
             parts.append(metrics | {"loss": total} | _describe_sample(rollout))
-        metrics = _over_forwards(parts)
+        metrics = over_forwards(parts)
         metrics["gradient_norm"] = self._clip_gradients(self.student)
         stepped = self._step_student(metrics, samples if last == len(self.few_steps) - 1 else None)
         return samples, metrics, not stepped
@@ -294,34 +298,7 @@ class Trainer:
         return [next(prompts).text.to(self.ranks.device) for _ in self._rows]
 
     def _clip_gradients(self, model: VelocityModel) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), self.config.max_gradient_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-    def _over_ranks(self, metrics: Metrics) -> Metrics:
-        """Means of scalars, and lists put together, over all ranks."""
-        flat = torch.cat([value.detach().float().flatten() for value in metrics.values()])
-        by_rank = self.ranks.gather(flat).split([value.numel() for value in metrics.values()], dim=1)
-        return {
-            name: part.mean() if value.ndim == 0 else part.flatten()
-            for (name, value), part in zip(metrics.items(), by_rank, strict=True)
-        }
-
-
-def _share(config: TrainConfig, ranks: Ranks) -> list[range]:
-    if config.batch_size % ranks.size:
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be shared out equally among {ranks.size} ranks. Choose a "
-            "multiple, or another number of ranks."
-        )
-    share = config.batch_size // ranks.size
-    size = config.micro_batch_size or share
-    if share % size:
-        raise UserError(
-            f"micro_batch_size {size} does not divide a rank's share of {share} samples (batch_size "
-            f"{config.batch_size} over {ranks.size} ranks). Choose a divisor."
-        )
-    first = ranks.rank * share
-    return [range(start, start + size) for start in range(first, first + share, size)]
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), self.config.max_gradient_norm))
 
 
 def _build_objective(config: TrainConfig, *, accumulating: bool) -> AVDObjective:
@@ -351,39 +328,4 @@ def _describe_sample(rollout: Rollout) -> Metrics:
         "sample/timestep": x_0.new_tensor(rollout.timestep),
         "sample/std": x_0.flatten(1).std(dim=1).mean(),
         "sample/variance": temporal_variance(x_0),
-    }
-
-
-def _over_forwards(parts: Sequence[Metrics]) -> Metrics:
-    """Means of scalars, and lists put together, over the forwards of an accumulated step."""
-    return {
-        name: torch.cat([part[name] for part in parts]) if value.ndim else torch.stack([p[name] for p in parts]).mean()
-        for name, value in parts[0].items()
-    }
-
-
-def _adamw(model: VelocityModel, config: OptimizerConfig) -> torch.optim.AdamW:
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    # Present from the start, so that a checkpoint has somewhere to be read into, and memory that does not suffice is
-    # missed before the first step rather than after it.
-    for parameter in model.parameters():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def _detached(model: VelocityModel) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters().items()}
-
-
-def _optimizer_tensors(model: VelocityModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": value.detach()
-        for name, parameter in model.named_parameters().items()
-        for key, value in optimizer.state[parameter].items()
     }

@@ -25,14 +25,18 @@ from avd_trainer.signals import SIGNALS
 HELD_OUT = 1_000_000
 
 
-class Data(Protocol):
-    """Captioned samples by index, with the text embedding of the negative prompt."""
+class Samples(Protocol):
+    """Samples by index."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def __getitem__(self, index: int) -> Sample:
         """A sample."""
+
+
+class Data(Samples, Protocol):
+    """Captioned samples, with the text embedding of the negative prompt."""
 
     def unconditional(self) -> Tensor:
         """``[L, D]``."""
@@ -134,7 +138,7 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
 
 
-def read_batches(data: Data, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
+def read_batches(data: Samples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
     """Read the samples of each list of indices, ahead of need where there are workers."""
     loader = DataLoader(
         _Reporting(data),
@@ -155,7 +159,7 @@ def read_batches(data: Data, batches: Iterable[list[int]], workers: int) -> Iter
 class _Reporting(Dataset[Sample | UserError]):
     """Hands errors over as values: a DataLoader would bury their message in its worker's traceback."""
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: Samples) -> None:
         self._data = data
 
     def __getitem__(self, index: int) -> Sample | UserError:
