@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from avd_core._checks import check_floating, check_number
 
+# Ten pairs of 60 x 104 take 1.2 times as long in one piece as five and five.
+_CPU_CHUNK_PIXELS = 32_768
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -34,8 +37,8 @@ class LatentFrameInterpolator(nn.Module):
     Args:
         channels: C, latent channels. Wan2.1: 16.
         widths: Channels of the three levels; multiples of 8.
-        chunk_size: Pairs that the network takes at once, which bounds its memory; None takes all. Changes no result
-            beyond rounding.
+        chunk_size: Pairs that the network takes at once, which bounds its memory. None takes all; on the CPU as many
+            as stay near its cache, since more at once are slower there. Changes no result beyond rounding.
 
     Raises:
         ValueError: If an option is out of range.
@@ -89,7 +92,9 @@ class LatentFrameInterpolator(nn.Module):
         """The frames between two clips, frame by frame: ``[B, C, F, H, W]`` twice to the same shape."""
         batch = len(before)
         pairs = rearrange(torch.cat([before, after], dim=1), "b c f h w -> (b f) c h w")
-        chunks = torch.split(pairs, self.chunk_size or len(pairs))
+        # Channels last is what convolutions are fastest in, on CPUs and on GPUs with tensor cores.
+        pairs = pairs.contiguous(memory_format=torch.channels_last)
+        chunks = torch.split(pairs, self.chunk_size or _default_chunk(pairs))
         middle = torch.cat([self._predict(chunk.to(self.output.weight.dtype)) for chunk in chunks])
         return rearrange(middle, "(b f) c h w -> b c f h w", b=batch).to(before.dtype)
 
@@ -169,6 +174,12 @@ def interleave(latents: Tensor, between: Tensor) -> Tensor:
     """``[B, C, F, H, W]`` and the ``F - 1`` frames between them to ``[B, C, 2 F - 1, H, W]``."""
     pairs = torch.stack([latents[:, :, :-1], between], dim=3).flatten(2, 3)
     return torch.cat([pairs, latents[:, :, -1:]], dim=2)
+
+
+def _default_chunk(pairs: Tensor) -> int:
+    if pairs.device.type != "cpu":
+        return len(pairs)
+    return max(1, _CPU_CHUNK_PIXELS // (pairs.shape[2] * pairs.shape[3]))
 
 
 def _block(channels: int, width: int) -> nn.Sequential:
