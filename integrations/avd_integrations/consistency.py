@@ -1,0 +1,275 @@
+"""Consistency distillation: LCM (diffusers' example scripts), PCM and DCM.
+
+These trainers noise real clips and run the student on them for their own loss. The terms here read that prediction, so
+they cost no further forward. The trainers have no hooks: each page under ``docs/hosts`` has the lines to insert, and
+which names of the script they read. The module imports no host; it looks at the objects that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from avd_core import AVDConfig, LossOutput, MotionConfig, RegressionConfig
+from avd_integrations.parametrisation import (
+    Parametrisation,
+    Prediction,
+    phase_end_to_velocity,
+    rectified_flow,
+    variance_preserving,
+)
+from avd_integrations.terms import HostTerms, Layout
+
+LCM = "LCM (huggingface/diffusers, examples/consistency_distillation, proven on 58eb52c)"
+PCM = "PCM (G-U-N/Phased-Consistency-Model, proven on b127277)"
+DCM = "DCM (Vchitect/DCM, proven on c7039e8)"
+
+_PREDICTIONS: dict[str, Prediction] = {"epsilon": "noise", "v_prediction": "v", "sample": "x_0"}
+"""diffusers' names of what a model predicts."""
+_PAPER_REGRESSION = RegressionConfig()
+_PAPER_MOTION = MotionConfig()
+
+
+class ConsistencyTerms(nn.Module):
+    """Both terms, of the prediction that a consistency distiller makes of noised real clips for its own loss.
+
+    The sample of the motion term is the prediction's ``x_0``, which has gradient; these trainers generate no other.
+    The only state is the cache: register the module with the host's checkpointing, or save ``state_dict()``.
+
+    Args:
+        timesteps: The points at which the host noises clips, which are the grid of the cache, in the host's unit.
+            Strictly rising or falling.
+        parametrisation: The host's path, and what the prediction is that :meth:`forward` gets.
+        regression: Options of the adaptive regression; None leaves it out.
+        motion: Options of the motion term; None leaves it out.
+        layout: Order of the host's dimensions.
+
+    Raises:
+        ValueError: If both terms are left out, or the motion term is on for images.
+    """
+
+    def __init__(
+        self,
+        timesteps: Sequence[float],
+        parametrisation: Parametrisation,
+        regression: RegressionConfig | None,
+        motion: MotionConfig | None,
+        layout: Layout,
+    ) -> None:
+        super().__init__()
+        if regression is None and motion is None:
+            raise ValueError("regression and motion are both None: nothing to compute.")
+        config = AVDConfig(timesteps=tuple(float(t) for t in timesteps), regression=regression, motion=motion)
+        self.terms = HostTerms(config, parametrisation, _no_forward, _no_forward, layout=layout)
+
+    def forward(self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
+        """The loss to add to the host's, and its metrics.
+
+        Args:
+            prediction: ``[B, ...]`` of the student, in the host's layout, with gradient.
+            x_t: ``[B, ...]`` the noised clips that it saw.
+            clips: ``[B, ...]`` the clean latents in them.
+            noise: ``[B, ...]`` the noise in them.
+            times: ``[B]`` members of ``timesteps``.
+
+        Returns:
+            LossOutput: A scalar in the scale of a mean, and the metrics of :class:`avd_core.AVDObjective`.
+        """
+        objective, parts = self.terms.objective, []
+        if objective.regression is not None:
+            parts.append(self.terms.on_prediction(prediction, x_t, clips, noise, times))
+        if objective.motion is not None:
+            parts.append(self.terms.on_samples(self.terms.parametrisation.x_0(prediction, x_t, times)))
+        loss = torch.stack([part.loss for part in parts]).sum()
+        return LossOutput(loss, {name: value for part in parts for name, value in part.metrics.items()})
+
+    def update(self) -> None:
+        """End the optimizer step; only with gradient accumulation and ``RegressionConfig(auto_update=False)``."""
+        if self.terms.objective.regression is not None:
+            self.terms.objective.regression.cache.update()
+
+
+class PhasedConsistencyTerms(nn.Module):
+    """:class:`ConsistencyTerms` where the prediction is ``x`` at the end of a phase, on rectified flow's path.
+
+    Args:
+        solver: The host's ``EulerSolver``, of which ``sigmas`` and ``sigmas_prev`` are read, both ``[N]`` in [0, 1].
+        regression: Options of the adaptive regression; None leaves it out.
+        motion: Options of the motion term; None leaves it out.
+        layout: Order of the host's dimensions.
+        first_index: The lowest index of the solver that the script draws.
+        first_index_steps: Whether the script goes one Euler step, rather than to the phase's end, with the whole batch
+            where its first sample has ``first_index``. DCM's semantic experts do.
+        host: Name for errors.
+
+    Raises:
+        RuntimeError: If the solver does not have what is read.
+        ValueError: As :class:`ConsistencyTerms`, or for a ``first_index`` that the solver does not have.
+    """
+
+    sigmas: Tensor
+    ends: Tensor
+
+    def __init__(
+        self,
+        solver: Any,
+        regression: RegressionConfig | None,
+        motion: MotionConfig | None,
+        layout: Layout,
+        *,
+        first_index: int = 0,
+        first_index_steps: bool = False,
+        host: str = PCM,
+    ) -> None:
+        super().__init__()
+        sigmas, ends = (_tensor_of(solver, name, host) for name in ("sigmas", "sigmas_prev"))
+        if not 0 <= first_index < len(sigmas):
+            raise ValueError(f"first_index must be an index of the solver's {len(sigmas)} points, got {first_index}.")
+        grid = sigmas[first_index:].tolist()
+        # Velocities: the phase's end is left behind before HostTerms sees anything.
+        self.terms = ConsistencyTerms(grid, rectified_flow(1), regression, motion, layout)
+        self.first_index, self.first_index_steps = first_index, first_index_steps
+        # Not saved: they are the solver's, and the cache has its own grid to compare.
+        self.register_buffer("sigmas", sigmas.detach().clone(), persistent=False)
+        self.register_buffer("ends", ends.detach().clone(), persistent=False)
+
+    def forward(
+        self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, index: Tensor, end_index: Tensor
+    ) -> LossOutput:
+        """The loss to add to the host's, and its metrics.
+
+        Args:
+            prediction: ``[B, ...]`` the student's ``x`` at the end of the phase, with gradient.
+            x_t: ``[B, ...]`` the noised clips that it saw.
+            clips: ``[B, ...]`` the clean latents in them.
+            noise: ``[B, ...]`` the noise in them.
+            index: ``[B]`` where ``x_t`` is among the solver's points.
+            end_index: ``[B]`` the point whose previous one is the end of the phase, as the solver returned it.
+
+        Returns:
+            LossOutput: As :meth:`ConsistencyTerms.forward`.
+        """
+        if self.first_index_steps:
+            end_index = torch.where(index[0] == self.first_index, index, end_index)
+        sigma, sigma_end = self.sigmas[index], self.ends[end_index]
+        velocity = phase_end_to_velocity(prediction.float(), x_t.float(), sigma, sigma_end)
+        output: LossOutput = self.terms(velocity, x_t.float(), clips, noise, sigma)
+        return output
+
+    def update(self) -> None:
+        """As :meth:`ConsistencyTerms.update`."""
+        self.terms.update()
+
+
+def lcm_terms(
+    noise_scheduler: Any,
+    ddim_timesteps: Tensor,
+    regression: RegressionConfig | None = _PAPER_REGRESSION,
+    motion: MotionConfig | None = None,
+    layout: Layout = "BCHW",
+) -> ConsistencyTerms:
+    """For LCM: ``terms(model_pred, noisy_model_input, latents, noise, start_timesteps)``.
+
+    ``model_pred`` is the consistency function, a prediction of ``x_0``, at DDPM's integer timesteps.
+
+    Args:
+        noise_scheduler: The script's DDPM scheduler, of which ``alphas_cumprod`` ``[T]`` is read.
+        ddim_timesteps: ``[N]`` of the script's solver, between which it draws ``start_timesteps``.
+        regression: Options of the adaptive regression, the paper's by default; None leaves it out.
+        motion: Options of the motion term. Images have none; for a script changed to clips give ``layout`` too.
+        layout: Order of the latents' dimensions.
+
+    Raises:
+        RuntimeError: If the scheduler does not have what is read.
+        ValueError: As :class:`ConsistencyTerms`.
+    """
+    parametrisation = variance_preserving(_tensor_of(noise_scheduler, "alphas_cumprod", LCM), "x_0")
+    return ConsistencyTerms(ddim_timesteps.tolist(), parametrisation, regression, motion, layout)
+
+
+def pcm_terms(
+    noise_scheduler: Any,
+    solver: Any,
+    regression: RegressionConfig | None = _PAPER_REGRESSION,
+    motion: MotionConfig | None = None,
+    layout: Layout = "BCHW",
+) -> ConsistencyTerms | PhasedConsistencyTerms:
+    """For PCM's three backbones; which of them is told by the solver.
+
+    - Stable Diffusion 3, ``EulerSolver``: ``terms(model_pred, noisy_model_input, model_input, noise, index,
+      end_index)``. ``model_pred`` is x at the phase's end by then.
+    - Stable Diffusion 1.5 and XL, ``DDIMSolver``: ``terms(noise_pred, noisy_model_input, latents, noise,
+      start_timesteps)``. The model's own output is still there beside the phase's end, so it is read.
+
+    Args:
+        noise_scheduler: The script's scheduler. For a ``DDIMSolver`` its ``alphas_cumprod`` and
+            ``config.prediction_type`` are read; for an ``EulerSolver`` nothing.
+        solver: The script's solver.
+        regression: Options of the adaptive regression, the paper's by default; None leaves it out.
+        motion: Options of the motion term. Images have none; for a script changed to clips give ``layout`` too.
+        layout: Order of the latents' dimensions.
+
+    Raises:
+        RuntimeError: If the solver is neither, or an object does not have what is read.
+        ValueError: As :class:`ConsistencyTerms`.
+    """
+    if hasattr(solver, "sigmas"):
+        return PhasedConsistencyTerms(solver, regression, motion, layout, host=PCM)
+    timesteps = _tensor_of(solver, "ddim_timesteps", PCM)
+    table = _tensor_of(noise_scheduler, "alphas_cumprod", PCM)
+    name = getattr(getattr(noise_scheduler, "config", None), "prediction_type", None)
+    if name not in _PREDICTIONS:
+        _moved(noise_scheduler, f"a config.prediction_type among {', '.join(_PREDICTIONS)} (it is {name!r})", PCM)
+    parametrisation = variance_preserving(table, _PREDICTIONS[name])
+    return ConsistencyTerms(timesteps.tolist(), parametrisation, regression, motion, layout)
+
+
+def dcm_terms(
+    solver: Any,
+    regression: RegressionConfig | None = _PAPER_REGRESSION,
+    motion: MotionConfig | None = _PAPER_MOTION,
+    *,
+    first_index: int = 35,
+) -> PhasedConsistencyTerms:
+    """For DCM's semantic experts: ``terms(model_pred, noisy_model_input, model_input, noise, index, end_index)``.
+
+    Args:
+        solver: The script's ``EulerSolver``.
+        regression: Options of the adaptive regression, the paper's by default; None leaves it out.
+        motion: Options of the motion term, the paper's for Wan's latents by default; None leaves it out.
+        first_index: The lowest index that the script draws: 35 in Wan's, 38 in HunyuanVideo's.
+
+    Raises:
+        RuntimeError: If the solver does not have what is read.
+        ValueError: If both terms are left out, or for a ``first_index`` that the solver does not have.
+    """
+    return PhasedConsistencyTerms(
+        solver,
+        regression,
+        motion,
+        "BCFHW",
+        first_index=first_index,
+        first_index_steps=True,
+        host=DCM,
+    )
+
+
+def _no_forward(*_: Any) -> NoReturn:
+    raise AssertionError("the host has noised its clips and run its student itself")
+
+
+def _tensor_of(owner: Any, name: str, host: str) -> Tensor:
+    value = getattr(owner, name, None)
+    if not isinstance(value, Tensor):
+        _moved(owner, f"a tensor {name!r}", host)
+    return value
+
+
+def _moved(owner: Any, missing: str, host: str) -> NoReturn:
+    raise RuntimeError(
+        f"{type(owner).__name__} has not {missing}, which this adapter for {host} reads. "
+        "Pass the script's own object; if it is, the host has moved on since that commit."
+    )

@@ -1,0 +1,150 @@
+"""DMD2's Stable Diffusion and SDXL trainer: adaptive regression on its real images.
+
+DMD2 imports as ``main`` and is not installable, so run from its checkout. Nothing of it is imported before
+:func:`sd_uni_model` is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from avd_core import AVDConfig, RegressionConfig
+from avd_integrations.parametrisation import Parametrisation, variance_preserving
+from avd_integrations.terms import HostTerms
+
+HOST = "DMD2 (tianweiy/DMD2, proven on 8d8fa55)"
+
+_READ = (
+    "feedforward_model",
+    "guidance_model",
+    "accelerator",
+    "alphas_cumprod",
+    "denoising",
+    "denoising_step_list",
+    "conditioning_timestep",
+    "num_train_timesteps",
+    "network_context_manager",
+)
+"""Attributes of ``SDUniModel`` that the subclass reads."""
+
+_PASSED = ("real_train_dict", "compute_generator_gradient", "generator_turn")
+"""Arguments of ``SDUniModel.forward`` that the subclass reads."""
+
+
+def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
+    """DMD2's ``SDUniModel`` with adaptive regression, to stand in its place in ``main/train_sd.py``.
+
+    On generator updates the generator makes one more forward, on noised real images at its own few steps, and the
+    regression is added to ``loss_dict["loss_dm"]``: the trainer adds up the entries that it knows. So it is scaled by
+    ``--dm_loss_weight`` together with distribution matching, and its weight counts relative to that, as in Eq. 9.
+
+    The generator's few steps are the host's: with ``--denoising`` those of ``--num_denoising_step``, otherwise
+    ``--conditioning_timestep`` alone. It sees what the host shows it there: pure noise at the first step, whatever
+    ``alphas_cumprod`` says, and noised images at the others.
+
+    The cache is the submodule ``avd`` of the guidance model, so both ways of saving write it into that model's file:
+    accelerate's state, and with ``--fsdp`` the two ``.bin`` files. There is no motion term: images have no frames.
+
+    ``log_dict["avd"]`` has the metrics of :class:`avd_core.AVDObjective`.
+
+    Args:
+        regression: Options of the adaptive regression; None is the paper's. DMD2 does not accumulate gradients.
+
+    Returns:
+        A subclass of ``SDUniModel``, with the same constructor.
+
+    Raises:
+        ImportError: If DMD2 cannot be imported.
+        RuntimeError: If its ``forward`` has not the arguments any more that are read here.
+        ValueError: When the subclass is constructed: with ``--gan_alone``, or without ``--cls_on_clean_image``.
+    """
+    regression = RegressionConfig() if regression is None else regression
+    base: Any = _host_class()
+
+    class AdaptiveSDUniModel(base):  # type: ignore[misc]
+        """``SDUniModel``, and the regression."""
+
+        def __init__(self, args: Any, accelerator: Any) -> None:
+            _check_options(args)
+            super().__init__(args, accelerator)
+            missing = [name for name in _READ if not hasattr(self, name)]
+            if missing:
+                raise RuntimeError(f"SDUniModel of {HOST} has not {', '.join(missing)} any more.")
+            steps = self.denoising_step_list.tolist() if self.denoising else [self.conditioning_timestep]
+            # On the guidance model before the trainer wraps and saves it.
+            self.guidance_model.avd = HostTerms(
+                AVDConfig(timesteps=tuple(float(step) for step in steps), regression=regression, motion=None),
+                variance_preserving(self.alphas_cumprod, "noise"),
+                self._predict,
+                lambda batch: batch["images"],
+                layout="BCHW",
+            ).to(self.alphas_cumprod.device)
+
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+            loss_dict, log_dict = super().forward(*args, **kwargs)
+            call = inspect.signature(super().forward).bind(*args, **kwargs)
+            call.apply_defaults()
+            if call.arguments["generator_turn"] and call.arguments["compute_generator_gradient"]:
+                loss, metrics = self._regression(call.arguments["real_train_dict"])
+                loss_dict["loss_dm"] = loss_dict["loss_dm"] + loss
+                log_dict["avd"] = metrics
+            return loss_dict, log_dict
+
+        def _regression(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+            terms: HostTerms = self.accelerator.unwrap_model(self.guidance_model).avd
+            images = batch["images"].to(self.alphas_cumprod.device)
+            times = terms.draw_times(len(images), images.device)
+            x_t = self._noised(terms.parametrisation, images, times)
+            # The noise that, on the path, leads from these images to this input.
+            noise = Parametrisation(terms.parametrisation.coefficients, "x_0").noise(images, x_t, times)
+            loss, metrics = terms.on_prediction(self._predict(x_t, times, batch), x_t, images, noise, times)
+            return loss, metrics
+
+        def _noised(self, parametrisation: Parametrisation, images: Tensor, times: Tensor) -> Tensor:
+            noise = torch.randn_like(images)
+            if not self.denoising:
+                return noise
+            pure = (times == self.num_train_timesteps - 1).view(-1, 1, 1, 1)
+            return torch.where(pure, noise, parametrisation.add_noise(images, noise, times))
+
+        def _predict(self, x_t: Tensor, times: Tensor, batch: Mapping[str, Any]) -> Tensor:
+            with self.network_context_manager:
+                output: Tensor = self.feedforward_model(
+                    x_t,
+                    times.long(),
+                    batch["text_embedding"],
+                    added_cond_kwargs=batch["unet_added_conditions"],
+                ).sample
+            return output
+
+    return AdaptiveSDUniModel
+
+
+def _host_class() -> Any:
+    try:
+        base = importlib.import_module("main.sd_unified_model").SDUniModel
+    except (ImportError, AttributeError) as error:
+        raise ImportError(
+            f"main.sd_unified_model.SDUniModel of {HOST} cannot be imported ({error}). Run from DMD2's checkout."
+        ) from error
+    arguments = inspect.signature(base.forward).parameters
+    missing = [name for name in _PASSED if name not in arguments]
+    if missing:
+        raise RuntimeError(f"SDUniModel.forward of {HOST} has no argument {', '.join(missing)} any more.")
+    return base
+
+
+def _check_options(args: Any) -> None:
+    if args.gan_alone:
+        raise ValueError("With --gan_alone DMD2 drops loss_dm, with which the regression travels. Leave it out.")
+    if not args.cls_on_clean_image:
+        raise ValueError(
+            "Without --cls_on_clean_image DMD2 loads no real images, so there is nothing to regress on. Set it "
+            "(with --gen_cls_loss_weight 0 and --guidance_cls_loss_weight 0 the classifier stays without effect)."
+        )

@@ -1,0 +1,251 @@
+"""FastVideo (``fastvideo/train``): its DMD2 method with both terms, chosen by the run's YAML::
+
+    method:
+      _target_: avd_integrations.fastvideo.dmd2
+      avd: {regression: {weight: 2.0}, motion: {floor: 0.6}}
+
+FastVideo's callbacks see no batch, so the terms come in a subclass of its method. ``_target_`` may be any callable that
+takes what a method's class takes; it is a function here, so that FastVideo is imported when a run is built, not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avd_core import AVDConfig, LossOutput, RegressionConfig
+from avd_integrations.parametrisation import rectified_flow
+from avd_integrations.terms import HostTerms
+
+__all__ = ["PROVEN_ON", "AVDHooks", "avd_config", "dmd2", "dmd2_class"]
+
+PROVEN_ON = "hao-ai-lab/FastVideo 2f3d407 (2026-08-21)"
+
+_DMD2 = ("fastvideo.train.methods.distribution_matching.dmd2", "DMD2Method")
+_MODEL = ("fastvideo.train.models.base", "ModelBase")
+
+# What is used of the host, with the arguments it is used with.
+_CONTRACT: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
+    _DMD2: {
+        "__init__": ("cfg", "role_models"),
+        "single_train_step": ("batch", "iteration"),
+        "optimizers_schedulers_step": ("iteration",),
+        "checkpoint_state": (),
+        "_dmd_loss": ("generator_pred_x0", "batch"),
+        "_get_denoising_step_list": ("device",),
+        "_should_update_student": ("iteration",),
+    },
+    _MODEL: {
+        "prepare_batch": ("raw_batch", "generator", "latents_source"),
+        "add_noise": ("clean_latents", "noise", "timestep"),
+        "predict_noise": ("noisy_latents", "timestep", "batch", "conditional", "cfg_uncond", "attn_kind"),
+    },
+}
+_ATTRIBUTES = ("student", "method_config", "training_config", "cuda_generator", "_rollout_mode", "_cfg_uncond")
+
+# Stands for DMD2Method, which dmd2_class puts behind the hooks.
+_Host: Any = object
+
+
+def dmd2(*, cfg: Any, role_models: dict[str, Any]) -> Any:
+    """FastVideo's ``DMD2Method`` with :class:`AVDHooks`: the ``method._target_`` of a run's YAML.
+
+    Args:
+        cfg: FastVideo's ``RunConfig``.
+        role_models: ``ModelBase`` instances of the roles student, teacher and critic.
+
+    Raises:
+        ImportError: If FastVideo cannot be imported.
+        RuntimeError: If it is one that this adapter does not fit.
+        ValueError: If an option is unknown or out of its range, both terms are left out, or the regression is on and
+            the data are prompts only.
+    """
+    return dmd2_class()(cfg=cfg, role_models=role_models)
+
+
+@functools.cache
+def dmd2_class() -> Any:
+    """The class behind :func:`dmd2`, to be subclassed further. Raises as it does."""
+    _check_contract()
+    return type("AVDDMD2Method", (AVDHooks, _host(*_DMD2)), {"__doc__": AVDHooks.__doc__})
+
+
+class AVDHooks(_Host):  # type: ignore[misc]
+    """What is added to ``DMD2Method``, on iterations that update the student and on no others.
+
+    - ``_dmd_loss`` gains both terms: the clipped temporal variance of the generated clips that it is given, and the
+      regression on the batch's real clips, for which the student runs once more. Layout is ``[B, T, C, H, W]``; the
+      few steps are ``dmd_denoising_steps``, warped if FastVideo warps them; real clips are noised by the student's own
+      ``add_noise``, which looks up the nearest of its scheduler's times. FastVideo's losses are means, as ours are.
+    - Real clips are ``batch.latents`` with ``rollout_mode: data_latent``. With ``rollout_mode: simulate`` FastVideo
+      prepares zeros in their place; the clips of the same batch are then prepared a second time, for real.
+    - Noise and times come from the method's ``cuda_generator``, as all of FastVideo's do: equal within a group of
+      sequence-parallel ranks, which hold the same clips, and different between groups.
+    - ``optimizers_schedulers_step`` ends the cache's iteration, after all accumulation rounds.
+    - ``checkpoint_state`` has the cache as "avd", for Distributed Checkpoint.
+    - ``single_train_step`` adds metrics, averaged over a batch: ``avd/matching_loss``, the loss without the terms, and
+      ``avd/`` with the names of :class:`avd_core.AVDObjective`.
+
+    Attributes:
+        avd: The terms, a :class:`HostTerms`.
+    """
+
+    def __init__(self, *, cfg: Any, role_models: dict[str, Any]) -> None:
+        super().__init__(cfg=cfg, role_models=role_models)
+        if missing := [name for name in _ATTRIBUTES if not hasattr(self, name)]:
+            raise RuntimeError(f"FastVideo's {_DMD2[1]} has no {', '.join(missing)} any more. {_proven()}")
+        training = self.training_config
+        config = avd_config(
+            self.method_config.get("avd"),
+            self._get_denoising_step_list(torch.device("cpu")).tolist(),
+            training.loop.gradient_accumulation_steps,
+        )
+        if config.regression is not None and training.data.preprocessed_data_type == "text_only":
+            raise ValueError(
+                "The regression needs real clips, and training.data.preprocessed_data_type is text_only. Use data with "
+                "VAE latents, or leave the part out with method.avd.regression: null."
+            )
+        self.avd = HostTerms(
+            config,
+            rectified_flow(self.student.num_train_timesteps),
+            self._predict_velocity,
+            self._real_clips,
+            layout="BFCHW",
+        ).to(self.student.device)
+        self._raw_batch: dict[str, Any] | None = None
+        self._avd_metrics: dict[str, Tensor] = {}
+
+    def single_train_step(self, batch: dict[str, Any], iteration: int) -> tuple[Any, Any, dict[str, Any]]:
+        self._raw_batch, self._avd_metrics = batch, {}
+        try:
+            losses, outputs, metrics = super().single_train_step(batch, iteration)
+            return losses, outputs, {**metrics, **self._avd_metrics}
+        finally:
+            self._raw_batch = None
+
+    def optimizers_schedulers_step(self, iteration: int) -> None:
+        super().optimizers_schedulers_step(iteration)
+        regression = self.avd.objective.regression
+        if regression is not None and not regression.cache.auto_update and self._should_update_student(iteration):
+            regression.cache.update()
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        return {**super().checkpoint_state(), "avd": _CopiedState(self.avd)}
+
+    def _dmd_loss(self, generator_pred_x0: Tensor, batch: Any) -> Tensor:
+        matching: Tensor = super()._dmd_loss(generator_pred_x0, batch)
+        parts = []
+        if self.avd.objective.regression is not None:
+            parts.append(self._on_clips(batch))
+        if self.avd.objective.motion is not None:
+            parts.append(self.avd.on_samples(generator_pred_x0))
+        metrics = {name: value for part in parts for name, value in part.metrics.items()}
+        self._avd_metrics = {f"avd/{name}": value.detach().float().mean() for name, value in metrics.items()}
+        self._avd_metrics["avd/matching_loss"] = matching.detach()
+        return matching + torch.stack([part.loss for part in parts]).sum()
+
+    def _on_clips(self, batch: Any) -> LossOutput:
+        clips = self._real_clips(batch).detach()
+        steps = self._get_denoising_step_list(clips.device)
+        draws = {"device": clips.device, "generator": self.cuda_generator}
+        times = steps[torch.randint(len(steps), (len(clips),), **draws)]
+        noise = torch.randn(clips.shape, dtype=clips.dtype, **draws)
+        x_t = self.student.add_noise(clips, noise, times.repeat_interleave(clips.shape[1]))  # one time per frame
+        return self.avd.on_prediction(self._predict_velocity(x_t, times, batch), x_t, clips, noise, times)
+
+    def _real_clips(self, batch: Any) -> Tensor:
+        if self._rollout_mode == "simulate":
+            batch = self.student.prepare_batch(self._raw_batch, generator=self.cuda_generator, latents_source="data")
+        clips: Tensor = batch.latents
+        return clips
+
+    def _predict_velocity(self, x_t: Tensor, times: Tensor, batch: Any) -> Tensor:
+        # The rollout's kind of attention: backward() recomputes activations under the metadata of that kind.
+        velocity: Tensor = self.student.predict_noise(
+            x_t, times, batch, conditional=True, cfg_uncond=self._cfg_uncond, attn_kind="vsa"
+        )
+        return velocity
+
+
+def avd_config(options: Mapping[str, Any] | None, steps: Sequence[float], accumulation: int = 1) -> AVDConfig:
+    """The hyperparameters that a run's YAML asks for.
+
+    Args:
+        options: ``method.avd``: ``regression`` and ``motion`` with options of :class:`avd_core.RegressionConfig` and
+            :class:`avd_core.MotionConfig`, or null to leave one out. None is the paper's.
+        steps: The student's few steps, as FastVideo samples them.
+        accumulation: ``training.loop.gradient_accumulation_steps``; with more than one the cache is updated once per
+            optimizer step.
+
+    Raises:
+        ValueError: If an option is unknown or out of its range, is decided by FastVideo's own, or leaves nothing.
+    """
+    given = dict(options or {})
+    if "timesteps" in given:
+        raise ValueError("method.avd.timesteps is not to be set: the few steps are method.dmd_denoising_steps.")
+    if given.get("gradient_ratio") is not None:
+        raise ValueError("method.avd.gradient_ratio is not supported in FastVideo: its DMD loss has only x_0 to show.")
+    if isinstance(given.get("regression"), Mapping) and "auto_update" in given["regression"]:
+        raise ValueError(
+            "method.avd.regression.auto_update is not to be set: it follows training.loop.gradient_accumulation_steps."
+        )
+    config = AVDConfig(**given, timesteps=tuple(steps))
+    if config.regression is None and config.motion is None:
+        raise ValueError("method.avd leaves out both terms: name FastVideo's own DMD2Method as method._target_ then.")
+    if config.regression is None or accumulation <= 1:
+        return config
+    regression = RegressionConfig(**{**config.regression.model_dump(), "auto_update": False})
+    return config.model_copy(update={"regression": regression})
+
+
+class _CopiedState:
+    """A module's state for Distributed Checkpoint.
+
+    It loads into the tensors of ``state_dict()`` before anyone has asked whether they fit; in the cache's own, a saved
+    grid would have replaced this run's before the two could be compared.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self._module.state_dict().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        self._module.load_state_dict(state_dict)
+
+
+def _check_contract() -> None:
+    """That everything of FastVideo that is used here is there, before a run is under way."""
+    for (module, owner), methods in _CONTRACT.items():
+        host = _host(module, owner)
+        for name, arguments in methods.items():
+            found = getattr(host, name, None)
+            if found is None:
+                raise RuntimeError(f"FastVideo's {owner} has no {name} any more. {_proven()}")
+            missing = [argument for argument in arguments if argument not in inspect.signature(found).parameters]
+            if missing:
+                raise RuntimeError(f"FastVideo's {owner}.{name} takes no argument {', '.join(missing)}. {_proven()}")
+
+
+def _host(module: str, owner: str) -> Any:
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"FastVideo is needed here, and importing its {module} failed: {error}. Install it from "
+            f"https://github.com/hao-ai-lab/FastVideo. {_proven()}"
+        ) from error
+    if not hasattr(found, owner):
+        raise RuntimeError(f"FastVideo has no {module}.{owner} any more. {_proven()}")
+    return getattr(found, owner)
+
+
+def _proven() -> str:
+    return f"This adapter was proven on {PROVEN_ON}."

@@ -1,0 +1,254 @@
+"""CausVid, Self-Forcing and the released AVD code: one family of trainers, adapted by a subclass of their ``DMD``.
+
+Clips are ``[B, F, C, H, W]``, timesteps ``[B, F]`` in [0, 1000] on rectified flow's path, losses are means. The
+wrappers around Wan return ``x_0`` (CausVid, AVD) or ``(flow, x_0)`` (Self-Forcing).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import pickle
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avd_core import AVDConfig
+from avd_integrations.parametrisation import Parametrisation
+from avd_integrations.terms import HostTerms
+
+logger = logging.getLogger(__name__)
+
+PROVEN_ON = "CausVid ca21150, Self-Forcing 33593df, Adaptive-Video-Distillation b3442d6"
+"""The commits that the tests ran in."""
+
+CHECKPOINT_KEY = "avd"
+"""Where the trainer's checkpoint has the cache."""
+
+Clips = Iterable[tuple[Tensor, list[str]]]
+"""Batches of real clips: latents ``[B, F, C, H, W]``, scaled as the host's, and a prompt for each."""
+
+_USED = {
+    "compute_distribution_matching_loss": ("image_or_video", "conditional_dict", "unconditional_dict", "gradient_mask"),
+    "generator_loss": ("image_or_video_shape", "conditional_dict", "unconditional_dict", "clean_latent"),
+}
+_RELEASED_AVD_METHOD = "reg_loss"
+
+
+def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | None = None) -> type:
+    """A subclass of a host's ``DMD`` that adds the two terms to its generator's loss.
+
+    The constructor is the host's, so the trainer builds it as it builds its own::
+
+        from model import CausVid, DMD, SiD                                      # Self-Forcing, trainer/distillation.py
+        from avd_integrations.self_forcing import with_avd
+        DMD = with_avd(DMD, AVDConfig(), clips=my_loader)
+
+    The few steps are the host's ``denoising_step_list`` (after its warping, and without its final 0). The objective is
+    at ``avd.objective`` of the instance. Put ``avd.state_dict()`` under ``"avd"`` into the dictionary that the
+    trainer saves; an instance reads it from the file that ``generator_ckpt`` names.
+
+    Args:
+        host_class: ``causvid.dmd.DMD`` of CausVid or the released AVD code, ``model.DMD`` or ``model.CausVid`` of
+            Self-Forcing.
+        config: Hyperparameters; None is the paper's. ``timesteps`` may be left out, as the host says them.
+        clips: Real clips with their prompts, gone through again and again. None takes the host's ``clean_latent``,
+            which its trainer passes only where ``backward_simulation`` is off.
+
+    Returns:
+        The subclass; its constructor is ``(args, device)``.
+
+    Raises:
+        RuntimeError: If the class lacks what is overridden: another class, or a version that has moved.
+        ValueError: If ``regression.auto_update`` is off; or the class is that of the released AVD code, and ``config``
+            has a motion term, which its ``generator_loss`` has already.
+    """
+    _check_host(host_class)
+    hyperparameters = AVDConfig.paper() if config is None else config
+    if hyperparameters.regression is not None and not hyperparameters.regression.auto_update:
+        raise ValueError("These trainers do not accumulate gradients. Leave regression.auto_update at True.")
+    if hasattr(host_class, _RELEASED_AVD_METHOD) and hyperparameters.motion is not None:
+        raise ValueError(
+            f"{_name(host_class)} is the released AVD code, whose generator_loss has a motion term of its own, and two "
+            "would be added. Use AVDConfig(motion=None), or remove its term and its reg_loss."
+        )
+
+    class AVDDMD(host_class):  # type: ignore[misc]
+        """The host's ``DMD`` with adaptive regression and clipped temporal variance."""
+
+        avd: HostTerms
+
+        def __init__(self, args: Any, device: Any) -> None:
+            super().__init__(args, device)
+            self.avd = HostTerms(
+                _at_steps(hyperparameters, self.denoising_step_list),
+                _path(self.scheduler),
+                predict=self._avd_velocity,
+                clips=lambda batch: batch["clips"],
+                layout="BFCHW",
+            ).to(device)
+            self._avd_clips = None if clips is None else _again_and_again(clips)
+            _restore(self.avd, getattr(args, "generator_ckpt", None))
+
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            # The trainer puts the model in evaluation mode before every training step, which would stop the cache.
+            self.avd.train()
+            return self
+
+        def compute_distribution_matching_loss(
+            self,
+            image_or_video: Tensor,
+            conditional_dict: Any,
+            unconditional_dict: Any,
+            gradient_mask: Tensor | None = None,
+            **options: Any,
+        ) -> tuple[Tensor, dict[str, Any]]:
+            loss, log = super().compute_distribution_matching_loss(
+                image_or_video=image_or_video,
+                conditional_dict=conditional_dict,
+                unconditional_dict=unconditional_dict,
+                gradient_mask=gradient_mask,
+                **options,
+            )
+            if self.avd.objective.motion is None:
+                return loss, log
+            x_0 = image_or_video
+            if gradient_mask is not None:  # long videos: the host takes no gradient of the first block
+                x_0 = torch.where(gradient_mask, x_0, x_0.detach())
+            motion = self.avd.on_samples(x_0)
+            return loss + motion.loss, log | _named(motion.metrics)
+
+        def generator_loss(
+            self,
+            image_or_video_shape: Any,
+            conditional_dict: Any,
+            unconditional_dict: Any,
+            clean_latent: Tensor | None,
+            **options: Any,
+        ) -> tuple[Tensor, dict[str, Any]]:
+            batch = None
+            if self.avd.objective.regression is not None:
+                batch = self._avd_batch(conditional_dict, clean_latent)
+            loss, log = super().generator_loss(
+                image_or_video_shape=image_or_video_shape,
+                conditional_dict=conditional_dict,
+                unconditional_dict=unconditional_dict,
+                clean_latent=clean_latent,
+                **options,
+            )
+            if batch is None:
+                return loss, log
+            regression = self.avd.on_clips(batch)
+            return loss + regression.loss, log | _named(regression.metrics)
+
+        def _avd_batch(self, conditional_dict: Any, clean_latent: Tensor | None) -> dict[str, Any]:
+            """Clips and what the text encoder made of their prompts."""
+            if self._avd_clips is not None:
+                latents, prompts = next(self._avd_clips)
+                with torch.no_grad():
+                    conditional_dict = self.text_encoder(text_prompts=list(prompts))
+            elif clean_latent is not None:
+                latents = clean_latent
+            else:
+                raise ValueError(
+                    "The regression needs real clips, and this trainer reads prompts only (clean_latent is None). Pass "
+                    "with_avd(..., clips=loader), batches of latents [B, F, C, H, W] and their prompts, or leave the "
+                    "regression out with AVDConfig(regression=None)."
+                )
+            return {"clips": latents.to(device=self.device, dtype=self.dtype), "text": conditional_dict}
+
+        def _avd_velocity(self, x_t: Tensor, times: Tensor, batch: dict[str, Any]) -> Tensor:
+            """The student's velocity; all frames of a clip are at one timestep."""
+            output = self.generator(
+                noisy_image_or_video=x_t,
+                conditional_dict=batch["text"],
+                timestep=times.unsqueeze(1).expand(-1, x_t.shape[1]),
+            )
+            if isinstance(output, tuple):
+                flow: Tensor = output[0]
+                return flow
+            x_0_path = Parametrisation(self.avd.parametrisation.coefficients, "x_0")
+            return x_0_path.velocity(output.float(), x_t.float(), times)
+
+    AVDDMD.__name__ = AVDDMD.__qualname__ = f"AVD{host_class.__name__}"
+    return AVDDMD
+
+
+def _check_host(host_class: type) -> None:
+    for method, arguments in _USED.items():
+        function = getattr(host_class, method, None)
+        if function is None:
+            raise RuntimeError(
+                f"{_name(host_class)} has no method {method}. with_avd takes the DMD class of CausVid, Self-Forcing or "
+                f"the released AVD code; it was proven on {PROVEN_ON}."
+            )
+        missing = set(arguments) - set(inspect.signature(function).parameters)
+        if missing:
+            raise RuntimeError(
+                f"{_name(host_class)}.{method} has no argument {', '.join(sorted(missing))}: this version has moved. "
+                f"with_avd was proven on {PROVEN_ON}."
+            )
+
+
+def _name(host_class: type) -> str:
+    return f"{host_class.__module__}.{host_class.__qualname__}"
+
+
+def _at_steps(config: AVDConfig, denoising_step_list: Tensor) -> AVDConfig:
+    """The configuration on the host's few steps, of which the 0 at the end is no step of the student."""
+    steps = tuple(float(step) for step in denoising_step_list if step > 0)
+    if "timesteps" in config.model_fields_set and config.timesteps != steps:
+        raise ValueError(
+            f"AVDConfig has timesteps {config.timesteps}, and the host's denoising_step_list is {steps} (after "
+            "warping). Leave timesteps out of AVDConfig."
+        )
+    return AVDConfig.model_validate({**config.model_dump(), "timesteps": steps})
+
+
+def _path(scheduler: Any) -> Parametrisation:
+    """Rectified flow with the noise level of the scheduler's nearest timestep, as the host's wrappers look it up."""
+    if not hasattr(scheduler, "sigmas") or not hasattr(scheduler, "timesteps"):
+        raise ValueError(
+            f"The host's scheduler {type(scheduler).__name__} has no sigmas and timesteps: only flow-matching models "
+            "(Wan) are supported, not the host's image models."
+        )
+
+    def coefficients(times: Tensor) -> tuple[Tensor, Tensor]:
+        timesteps, sigmas = scheduler.timesteps.to(times), scheduler.sigmas.to(times)
+        sigma = sigmas[(timesteps.unsqueeze(0) - times.unsqueeze(1)).abs().argmin(dim=1)]
+        return 1 - sigma, sigma
+
+    return Parametrisation(coefficients, "velocity")
+
+
+def _again_and_again(clips: Clips) -> Iterator[tuple[Tensor, list[str]]]:
+    while True:
+        empty = True
+        for batch in clips:
+            empty = False
+            yield batch
+        if empty:
+            raise ValueError("clips gave no batch. Pass something that can be gone through again, not an iterator.")
+
+
+def _restore(terms: HostTerms, path: Any) -> None:
+    """The cache from the trainer's checkpoint, if that has one; the weights in the file are not read."""
+    if not path or terms.objective.regression is None or not zipfile.is_zipfile(path):
+        return
+    try:
+        state = torch.load(Path(path), map_location="cpu", mmap=True, weights_only=True).get(CHECKPOINT_KEY)
+    except pickle.UnpicklingError:  # the host's own business: our state needs nothing but tensors
+        state = None
+    if state is None:
+        logger.info("%s has no key %r: the cache starts empty.", path, CHECKPOINT_KEY)
+        return
+    terms.load_state_dict(state)
+
+
+def _named(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"avd/{name}": value for name, value in metrics.items()}

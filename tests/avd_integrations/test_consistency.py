@@ -1,0 +1,254 @@
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from avd_core import AVDConfig, AVDObjective, MotionConfig, RegressionConfig
+from avd_integrations import rectified_flow, variance_preserving
+from avd_integrations.consistency import (
+    ConsistencyTerms,
+    PhasedConsistencyTerms,
+    dcm_terms,
+    lcm_terms,
+    pcm_terms,
+)
+
+ALPHAS = torch.linspace(0.9999, 0.005, 1000)
+DDIM_TIMESTEPS = torch.tensor([249, 499, 749, 999])
+SIGMAS = torch.linspace(0.02, 1.0, 50)
+
+
+def ddpm(prediction_type="epsilon"):
+    return types.SimpleNamespace(alphas_cumprod=ALPHAS, config=types.SimpleNamespace(prediction_type=prediction_type))
+
+
+def ddim_solver():
+    return types.SimpleNamespace(ddim_timesteps=DDIM_TIMESTEPS)
+
+
+def euler_solver():
+    return types.SimpleNamespace(sigmas=SIGMAS, sigmas_prev=torch.cat([torch.zeros(1), SIGMAS[:-1]]))
+
+
+def noised(parametrisation, times, *shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    clips, noise, velocity = torch.randn(3, len(times), *shape, generator=generator).unbind()
+    x_t = parametrisation.add_noise(clips, noise, times)
+    alpha, sigma = (c.float().view(-1, *[1] * len(shape)) for c in parametrisation.coefficients(times))
+    x_0 = (x_t - sigma * velocity) / (alpha + sigma)
+    return clips, noise, x_t, velocity, x_0
+
+
+def expected_regression(velocity, clips, noise, times, grid):
+    config = AVDConfig(timesteps=tuple(float(t) for t in grid), motion=None)
+    return AVDObjective(config).on_clips(velocity, noise - clips, times)
+
+
+def test_lcm_reads_the_clean_prediction_of_its_consistency_function():
+    times = torch.tensor([999, 249, 499])
+    clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
+    loss, metrics = lcm_terms(ddpm(), DDIM_TIMESTEPS)(x_0, x_t, clips, noise, times)
+    expected = expected_regression(velocity, clips, noise, times, DDIM_TIMESTEPS)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-4, atol=1e-5)
+    assert set(metrics) == set(expected.metrics)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_pcm_with_ddim_reads_the_output_of_the_model(prediction):
+    times = torch.tensor([999, 249, 499])
+    clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
+    name = {"epsilon": "noise", "v_prediction": "v", "sample": "x_0"}[prediction]
+    output = variance_preserving(ALPHAS, name).output(x_0, x_0 + velocity, times)
+    loss, _ = pcm_terms(ddpm(prediction), ddim_solver())(output, x_t, clips, noise, times)
+    expected = expected_regression(velocity, clips, noise, times, DDIM_TIMESTEPS)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
+
+
+def test_pcm_with_euler_goes_back_from_the_end_of_the_phase():
+    index, end_index = torch.tensor([49, 30, 3]), torch.tensor([25, 25, 0])
+    sigma, end = SIGMAS[index], torch.tensor([SIGMAS[24], SIGMAS[24], 0.0])
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), sigma, 4, 8, 8)
+    x_end = x_t + (end - sigma).view(-1, 1, 1, 1) * velocity
+    loss, _ = pcm_terms(None, euler_solver())(x_end, x_t, clips, noise, index, end_index)
+    expected = expected_regression(velocity, clips, noise, sigma, SIGMAS)
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [35, 40])
+def test_dcm_goes_one_step_where_the_script_does(first):
+    """With its first clip at the lowest index, the script takes the whole batch down one step."""
+    index, end_index = torch.tensor([first, 48]), torch.full((2,), 35)
+    end = SIGMAS[index - 1] if first == 35 else SIGMAS[end_index - 1]
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
+    terms = dcm_terms(euler_solver(), motion=None)
+    loss, _ = terms(x_end, x_t, clips, noise, index, end_index)
+    expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS[35:])
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
+
+
+def test_the_motion_term_sees_clean_predictions_and_not_phase_ends():
+    index, end_index = torch.tensor([45]), torch.tensor([35])
+    clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    velocity = velocity.requires_grad_()
+    x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
+    loss, metrics = dcm_terms(euler_solver(), regression=None)(x_end, x_t, clips, noise, index, end_index)
+    torch.testing.assert_close(metrics["motion/variance"], x_0.var(dim=2, correction=0).mean(), rtol=1e-3, atol=1e-4)
+    assert loss.shape == ()
+    terms = dcm_terms(euler_solver(), motion=MotionConfig(floor=-9))
+    loss, metrics = terms(x_end, x_t, clips, noise, index, end_index)
+    assert {"motion/loss", "regression/loss"} <= set(metrics)
+    loss.backward()
+    assert velocity.grad.abs().sum() > 0
+
+
+def test_the_gradient_is_that_of_the_velocity():
+    """Dividing by the length of a phase undoes what multiplied the student's output, and scales nothing."""
+    index, end_index = torch.tensor([45, 36]), torch.tensor([35, 35])
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    gradients = []
+    for through_end in (True, False):
+        leaf = velocity.clone().requires_grad_()
+        if through_end:
+            x_end = x_t + (SIGMAS[34] - SIGMAS[index]).view(-1, 1, 1, 1, 1) * leaf
+            loss = dcm_terms(euler_solver(), motion=None)(x_end, x_t, clips, noise, index, end_index).loss
+        else:
+            loss = expected_regression(leaf, clips, noise, SIGMAS[index], SIGMAS[35:]).loss
+        gradients.append(torch.autograd.grad(loss, leaf)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
+
+
+def test_images_have_no_motion_term():
+    for make in (
+        lambda m: lcm_terms(ddpm(), DDIM_TIMESTEPS, motion=m),
+        lambda m: pcm_terms(None, euler_solver(), motion=m),
+    ):
+        with pytest.raises(ValueError, match="images have none"):
+            make(MotionConfig())
+
+
+def test_nothing_to_compute_is_refused():
+    with pytest.raises(ValueError, match="nothing to compute"):
+        dcm_terms(euler_solver(), regression=None, motion=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: lcm_terms(object(), DDIM_TIMESTEPS), ["alphas_cumprod", "LCM", "58eb52c"]),
+        (lambda: pcm_terms(ddpm(), object()), ["ddim_timesteps", "PCM", "b127277"]),
+        (lambda: pcm_terms(ddpm("flow"), ddim_solver()), ["prediction_type", "'flow'", "PCM"]),
+        (lambda: pcm_terms(ddpm(), types.SimpleNamespace(sigmas=SIGMAS)), ["sigmas_prev", "PCM"]),
+        (lambda: dcm_terms(object()), ["sigmas", "DCM", "c7039e8"]),
+    ],
+)
+def test_a_host_that_has_moved_is_named(make, names):
+    with pytest.raises(RuntimeError) as error:
+        make()
+    assert all(name in str(error.value) for name in names)
+
+
+def test_an_index_that_the_solver_has_not_is_refused():
+    with pytest.raises(ValueError, match="50 points"):
+        dcm_terms(euler_solver(), first_index=50)
+
+
+def test_the_state_is_the_cache_alone():
+    terms = dcm_terms(euler_solver())
+    index = torch.tensor([45, 36])
+    clips, noise, x_t, _, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    for _ in range(3):
+        terms(x_t, x_t, clips, noise, index, torch.full((2,), 35))
+    other = dcm_terms(euler_solver())
+    other.load_state_dict(terms.state_dict())
+    assert not any(name in ("sigmas", "ends") for name in terms.state_dict())
+    assert other.state_dict().keys() == terms.state_dict().keys()
+    cache = other.terms.terms.objective.regression.cache
+    assert cache.seen.tolist() == [i in (36, 45) for i in range(35, 50)]
+
+
+def test_accumulated_gradients_are_one_iteration():
+    terms = pcm_terms(None, euler_solver(), RegressionConfig(auto_update=False))
+    cache = terms.terms.terms.objective.regression.cache
+    index = torch.tensor([45])
+    for seed in range(2):
+        clips, noise, x_t, _, _ = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3, seed=seed)
+        terms(x_t, x_t, clips, noise, index, torch.tensor([25]))
+        assert not cache.seen.any()
+    terms.update()
+    assert cache.seen.sum() == 1
+    dcm_terms(euler_solver(), regression=None).update()
+
+
+def test_half_precision_latents_are_compared_in_float32():
+    index = torch.tensor([45])
+    clips, noise, x_t, velocity, _ = (t.bfloat16() for t in noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3))
+    x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
+    assert dcm_terms(euler_solver())(x_end, x_t, clips, noise, index, torch.tensor([35])).loss.dtype == torch.float32
+
+
+def test_neither_noises_nor_runs_anything_itself():
+    terms = ConsistencyTerms((0.5,), rectified_flow(1), RegressionConfig(), None, "BCFHW")
+    state = torch.get_rng_state()
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), torch.tensor([0.5]), 4, 2, 3, 3)
+    terms(velocity, x_t, clips, noise, torch.tensor([0.5]))
+    assert torch.equal(state, torch.get_rng_state())
+    with pytest.raises(AssertionError):
+        terms.terms({})
+
+
+def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
+    """LCM's step without its teacher, on diffusers' scheduler and U-Net, saved by accelerate as the script saves."""
+    from accelerate import Accelerator
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear")
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    terms = lcm_terms(scheduler, DDIM_TIMESTEPS)
+    accelerator.register_for_checkpointing(terms)
+    optimizer = torch.optim.Adam(unet.parameters(), lr=3e-3)
+    unet, optimizer = accelerator.prepare(unet, optimizer)
+    latents, text = torch.randn(4, 4, 8, 8), torch.zeros(4, 3, 8)
+    losses = []
+    for _ in range(8):
+        times, noise = DDIM_TIMESTEPS, torch.randn_like(latents)
+        x_t = scheduler.add_noise(latents, noise, times)
+        noise_pred = unet(x_t, times, encoder_hidden_states=text).sample
+        alpha = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
+        x_0 = (x_t - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
+        loss, metrics = terms(x_0, x_t, latents, noise, times)
+        # For a noise prediction the velocity's error is that of the noise, (alpha + sigma) / alpha times.
+        factor = (1 + ((1 - alpha) / alpha).sqrt()).flatten()
+        by_hand = factor**2 * ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))
+        np.testing.assert_allclose(metrics["regression/sample_losses"], by_hand.detach(), rtol=1e-3)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(by_hand.sum().item())
+    assert losses[-1] < losses[0]
+    accelerator.save_state(tmp_path)
+    state = {name: value.clone() for name, value in terms.state_dict().items()}
+    terms.terms.objective.regression.cache.reset()
+    accelerator.load_state(tmp_path)
+    for name, value in terms.state_dict().items():
+        torch.testing.assert_close(value, state[name])
+
+
+def test_the_modules_follow_a_device_move():
+    terms = dcm_terms(euler_solver()).to("meta")
+    assert terms.sigmas.device.type == terms.ends.device.type == "meta"
+    assert isinstance(terms, PhasedConsistencyTerms)
+    assert isinstance(terms, nn.Module)

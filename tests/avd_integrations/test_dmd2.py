@@ -1,0 +1,185 @@
+"""What needs no DMD2: refusals, and the regression's arithmetic on a model of the same shape as its ``SDUniModel``."""
+
+import contextlib
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from avd_core import AVDConfig, AVDObjective, RegressionConfig
+from avd_integrations import variance_preserving
+from avd_integrations.dmd2 import sd_uni_model
+
+ALPHAS = torch.linspace(0.9999, 0.005, 1000)
+
+
+class Generator(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.3))
+        self.seen = []
+
+    def forward(self, x_t, times, text, added_cond_kwargs):
+        self.seen.append((x_t, times, text, added_cond_kwargs))
+        return types.SimpleNamespace(sample=self.scale * x_t)
+
+
+class SDUniModel(nn.Module):
+    """The attributes and arguments of the host's that are read."""
+
+    def __init__(self, args, accelerator):
+        super().__init__()
+        self.accelerator = accelerator
+        self.feedforward_model, self.guidance_model = Generator(), nn.Linear(1, 1)
+        self.alphas_cumprod, self.num_train_timesteps = ALPHAS, 1000
+        self.denoising, self.conditioning_timestep = args.denoising, 399
+        self.denoising_step_list = torch.tensor([999, 749, 499, 249])
+        self.network_context_manager = contextlib.nullcontext()
+
+    def forward(
+        self,
+        noise,
+        text,
+        real_train_dict=None,
+        compute_generator_gradient=True,
+        generator_turn=False,
+        guidance_turn=False,
+    ):
+        return ({"loss_dm": torch.tensor(7.0)} if generator_turn and compute_generator_gradient else {}), {}
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """``main.sd_unified_model`` with a class of the test's choice."""
+
+    def install(model=SDUniModel):
+        module = types.ModuleType("main.sd_unified_model")
+        if model is not None:
+            module.SDUniModel = model
+        monkeypatch.setitem(sys.modules, "main", types.ModuleType("main"))
+        monkeypatch.setitem(sys.modules, "main.sd_unified_model", module)
+
+    return install
+
+
+def options(**changes):
+    return types.SimpleNamespace(**{"gan_alone": False, "cls_on_clean_image": True, "denoising": True} | changes)
+
+
+def build(regression=None, **changes):
+    accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
+    return sd_uni_model(regression)(options(**changes), accelerator)
+
+
+def batch(count=6):
+    return {
+        "images": torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
+        "text_embedding": torch.zeros(count, 3, 2),
+        "unet_added_conditions": {"time_ids": torch.zeros(count, 6)},
+    }
+
+
+def test_without_dmd2_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "main", None)
+    with pytest.raises(ImportError, match=r"DMD2 \(tianweiy/DMD2, proven on 8d8fa55\).*Run from DMD2's checkout"):
+        sd_uni_model()
+
+
+def test_another_package_of_that_name_is_not_taken_for_it(host):
+    host(None)
+    with pytest.raises(ImportError, match=r"SDUniModel of DMD2"):
+        sd_uni_model()
+
+
+def test_a_forward_that_has_moved_is_named(host):
+    class Moved(SDUniModel):
+        def forward(self, noise, text, generator_turn=False):
+            return {}, {}
+
+    host(Moved)
+    with pytest.raises(RuntimeError, match=r"DMD2.*8d8fa55.*real_train_dict, compute_generator_gradient"):
+        sd_uni_model()
+
+
+def test_an_attribute_that_has_moved_is_named(host):
+    class Moved(SDUniModel):
+        def __init__(self, args, accelerator):
+            super().__init__(args, accelerator)
+            del self.denoising_step_list
+
+    host(Moved)
+    with pytest.raises(RuntimeError, match=r"8d8fa55.*has not denoising_step_list any more"):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"gan_alone": True}, "--gan_alone"), ({"cls_on_clean_image": False}, "--cls_on_clean_image")],
+)
+def test_runs_without_matching_or_without_images_are_refused(host, changes, message):
+    host()
+    with pytest.raises(ValueError, match=message):
+        build(**changes)
+
+
+def test_the_regression_is_added_on_generator_updates_alone(host):
+    host()
+    model = build()
+    data = batch()
+    for turns in ({"guidance_turn": True}, {"generator_turn": True, "compute_generator_gradient": False}):
+        losses, logs = model(None, None, real_train_dict=data, **turns)
+        assert not losses
+        assert "avd" not in logs
+    assert not model.feedforward_model.seen
+    losses, logs = model(None, None, real_train_dict=data, generator_turn=True)
+    x_t, times, text, conditions = model.feedforward_model.seen[0]
+    assert times.dtype == torch.long
+    assert text is data["text_embedding"]
+    assert conditions is data["unet_added_conditions"]
+    path = variance_preserving(ALPHAS)
+    target = variance_preserving(ALPHAS, "x_0").velocity(data["images"], x_t, times)
+    config = AVDConfig(timesteps=(999, 749, 499, 249), motion=None)
+    by_hand = AVDObjective(config).on_clips(path.velocity(0.3 * x_t, x_t, times), target, times)
+    torch.testing.assert_close(losses["loss_dm"], 7 + by_hand.loss, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logs["avd"]["regression/loss"], by_hand.metrics["regression/loss"])
+    losses["loss_dm"].backward()
+    assert model.feedforward_model.scale.grad.abs() > 0
+
+
+def test_the_first_step_sees_noise_alone_and_the_others_see_the_image(host):
+    host()
+    model, data = build(), batch(200)
+    model(None, None, real_train_dict=data, generator_turn=True)
+    x_t, times, *_ = model.feedforward_model.seen[0]
+    assert set(times.tolist()) == {999, 749, 499, 249}
+    for time in (999, 249):
+        chosen = times == time
+        product = (x_t[chosen] * data["images"][chosen]).mean().item()
+        assert product == pytest.approx(0.0 if time == 999 else ALPHAS[249].sqrt().item(), abs=0.06)
+
+
+def test_a_one_step_generator_sees_noise_at_its_conditioning_time(host):
+    host()
+    model, data = build(denoising=False), batch(50)
+    model(None, None, real_train_dict=data, generator_turn=True)
+    x_t, times, *_ = model.feedforward_model.seen[0]
+    assert set(times.tolist()) == {399}
+    assert abs((x_t * data["images"]).mean()) < 0.06
+    assert model.guidance_model.avd.objective.regression.cache.timesteps.tolist() == [399]
+
+
+def test_the_cache_is_in_the_state_of_the_guidance_model(host):
+    host()
+    model = build(RegressionConfig(weight=0.5))
+    model(None, None, real_train_dict=batch(), generator_turn=True)
+    other = build(RegressionConfig(weight=0.5))
+    other.guidance_model.load_state_dict(model.guidance_model.state_dict())
+    saved, loaded = (m.guidance_model.avd.objective.regression for m in (model, other))
+    assert saved.cache.seen.any()
+    torch.testing.assert_close(loaded.cache.means, saved.cache.means)
+    assert saved.weight == 0.5
+    # Nothing of it is trained, and the generator's own file stays as it was.
+    assert len(list(model.guidance_model.avd.parameters())) == 0
+    assert set(model.feedforward_model.state_dict()) == {"scale"}

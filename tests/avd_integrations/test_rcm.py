@@ -1,0 +1,194 @@
+"""What of rCM's adapter needs no rCM. rCM itself: tests/hosts."""
+
+import math
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from avd_core import AVDConfig, RegressionConfig
+from avd_integrations import rcm, trigflow
+
+SHAPE = (2, 3, 5, 4, 4)
+CLIPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def configuration(**changes):
+    options = {
+        "net_fake_score": {"_target_": "Wan"},
+        "loss_scale_dmd": 1.0,
+        "sigma_max": 80,
+        "backward_timesteps": [1.5, 1.4, 1.0],
+        "tangent_warmup": 1,
+    }
+    return types.SimpleNamespace(**{**options, **changes})
+
+
+def host_class():
+    class T2VDistillModel_rCM(nn.Module):  # noqa: N801
+        def __init__(self, config):
+            super().__init__()
+            self.config, self.net = config, nn.Conv3d(3, 3, 1)
+            self.closures = ["dmd"]
+
+        def sync(self, *args):
+            return args
+
+        def is_student_phase(self, iteration):
+            return iteration < 1 or iteration % 2 == 1
+
+        def _make_training_ctx(self, x0_B_C_T_H_W, condition, uncondition, iteration):
+            return x0_B_C_T_H_W, condition, uncondition
+
+        def denoise(self, xt_B_C_T_H_W, time, condition, net_type="teacher"):
+            output = self.net(xt_B_C_T_H_W).double()
+            return types.SimpleNamespace(x0=output, F=output)
+
+        def backward_simulation(self, condition, x_B_C_T_H_W_size, n_steps, with_grad=False):
+            return self.net(torch.ones(x_B_C_T_H_W_size) * torch.arange(5).view(5, 1, 1)), None
+
+        def _student_dmd_step(self, ctx, iteration):
+            video, _ = self.backward_simulation(ctx[1], ctx[0].shape, 2, with_grad=True)
+            return {"G_x0": video.detach()}, 0 * video.sum(dim=(1, 2, 3, 4))
+
+        def training_step_closures(self, data_batch, iteration):
+            ctx = self._make_training_ctx(data_batch, None, None, iteration)
+            if not self.is_student_phase(iteration):
+                yield "critic", None, True
+                return
+            yield "scm", None, iteration < 1
+            if iteration >= 1:
+                for name in self.closures:
+                    yield name, lambda: self._student_dmd_step(ctx, iteration), True
+
+        def on_before_zero_grad(self, optimizer, scheduler, iteration):
+            pass
+
+        def state_dict(self):
+            return self.net.state_dict(prefix="net.")
+
+        def load_state_dict(self, state_dict, strict=True, assign=False):
+            assert all(name.startswith("net.") for name in state_dict), "unknown keys"
+
+    return T2VDistillModel_rCM
+
+
+@pytest.fixture
+def host(monkeypatch):
+    """A class in the place of the host's."""
+    module = types.ModuleType("rcm.models.t2v_model_distill_rcm")
+    module.T2VDistillModel_rCM = host_class()
+    for name in ("rcm", "rcm.models"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def take(model, iteration):
+    """One iteration: the names of its closures, and the losses and logs of those that are run."""
+    names, results = [], {}
+    for name, closure, _ in model.training_step_closures(CLIPS, iteration):
+        names.append(name)
+        if closure is not None:
+            results[name] = closure()
+    return names, results
+
+
+def test_a_missing_host_is_named():
+    with pytest.raises(ImportError, match=r"rCM \(https://github.com/NVlabs/rcm\) cannot be imported.*5b41aa9"):
+        rcm.avd_model(configuration())
+
+
+@pytest.mark.parametrize("gone", sorted(rcm._USED))
+def test_a_moved_version_is_refused_by_name(host, gone):
+    host.T2VDistillModel_rCM = type(
+        "T2VDistillModel_rCM", (), {n: getattr(host_class(), n) for n in {*rcm._USED} - {gone}}
+    )
+    with pytest.raises(RuntimeError, match=rf"T2VDistillModel_rCM has no {gone}: this version has moved.*rCM 5b41aa9"):
+        rcm.model_class()
+    if rcm._USED[gone]:
+        setattr(host.T2VDistillModel_rCM, gone, lambda self, data: None)
+        with pytest.raises(RuntimeError, match=rf"{gone} has no argument .*this version has moved"):
+            rcm.model_class()
+    del host.T2VDistillModel_rCM
+    with pytest.raises(RuntimeError, match=r"has no rcm\.models"):
+        rcm.model_class()
+
+
+def test_the_regression_comes_with_distribution_matching(host):
+    model = rcm.avd_model(configuration())
+    assert take(model, 0)[0] == ["scm"]  # tangent warm-up
+    assert take(model, 1)[0] == ["scm", "avd_regression", "dmd"]
+    assert take(model, 2)[0] == ["critic"]
+    assert take(rcm.avd_model(configuration(), {"regression": None}), 1)[0] == ["scm", "dmd"]
+    model.closures = ["dmd2"]
+    with pytest.raises(RuntimeError, match=r"gave \['scm', 'dmd2'\] and no 'dmd'"):
+        take(model, 1)
+
+
+def test_closures_give_a_loss_per_sample_in_the_hosts_scale(host):
+    _, results = take(rcm.avd_model(configuration()), 1)
+    values = 2 * math.prod(SHAPE[1:])
+    for closure, name in (("avd_regression", "avd/regression/loss"), ("dmd", "avd/motion/loss")):
+        log, loss = results[closure]
+        assert loss.shape == SHAPE[:1]
+        assert loss.requires_grad
+        torch.testing.assert_close(loss.sum().float(), SHAPE[0] * values * log[name], rtol=1e-5, atol=0)
+        assert not log[name].requires_grad
+    without = take(rcm.avd_model(configuration(), {"motion": None}), 1)[1]["dmd"]
+    assert without[1].sum() == 0
+    assert set(without[0]) == {"G_x0"}
+
+
+def test_the_steps_are_those_of_the_hosts_sampler_or_given(host):
+    assert rcm.avd_model(configuration()).avd.objective.config.timesteps == (math.atan(80), 1.5, 1.4, 1.0)
+    given = rcm.avd_model(configuration(), AVDConfig(timesteps=(1.5, 1.0)))
+    assert given.avd.objective.config.timesteps == (1.5, 1.0)
+    with pytest.raises(ValueError, match=r"TrigFlow times in \(0, pi/2\]"):
+        rcm.avd_model(configuration(), AVDConfig(timesteps=(1000, 500)))
+    with pytest.raises(ValueError, match="Extra inputs"):
+        rcm.avd_model(configuration(), {"regresion": None})
+
+
+@pytest.mark.parametrize("changes", [{"net_fake_score": None}, {"loss_scale_dmd": 0.0}])
+def test_without_distribution_matching_there_is_no_scale(host, changes):
+    with pytest.raises(ValueError, match="this configuration has none"):
+        rcm.avd_model(configuration(**changes))
+
+
+def test_the_cache_goes_with_the_models_state(host):
+    model, other = rcm.avd_model(configuration()), rcm.avd_model(configuration())
+    take(model, 1)
+    state = model.state_dict()
+    assert {name.split(".")[0] for name in state} == {"net", "avd"}
+    other.load_state_dict(state, strict=False)
+    cache = other.avd.objective.regression.cache
+    assert cache.seen.any()
+    torch.testing.assert_close(cache.means, model.avd.objective.regression.cache.means)
+    state["avd.objective.regression.cache.means"].zero_()  # the host loads in place
+    assert model.avd.objective.regression.cache.means.any()
+    other.load_state_dict(host.T2VDistillModel_rCM.state_dict(model))  # of a run without the adapter
+
+
+def test_accumulated_batches_are_one_iteration_of_the_cache(host):
+    model = rcm.avd_model(configuration(), AVDConfig(timesteps=(1.0,), regression=RegressionConfig(auto_update=False)))
+    cache = model.avd.objective.regression.cache
+    for _ in range(3):
+        take(model, 1)
+    model.on_before_zero_grad(None, None, iteration=2)
+    assert not cache.seen.any()
+    model.on_before_zero_grad(None, None, iteration=1)
+    assert cache.seen.all()
+    assert not cache.pending.any()
+
+
+def test_the_hosts_f_is_the_v_of_trigflow():
+    """F is (cos t x_t - x_0) / sin t there; its network predicts the velocity of rectified flow."""
+    noise, times = torch.randn(SHAPE), torch.tensor([math.atan(80), 0.6], dtype=torch.float64)
+    x_t = trigflow().add_noise(CLIPS, noise, times)
+    cosine, sine = (f(times).view(-1, 1, 1, 1, 1) for f in (torch.cos, torch.sin))
+    f = ((cosine * x_t - CLIPS) / sine).float()
+    torch.testing.assert_close(trigflow().velocity(f, x_t, times), noise - CLIPS, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trigflow().x_0(f, x_t, times), CLIPS, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,232 @@
+"""DCM's own distillation step for Wan, with the lines of its page, on its own transformer of toy size under FSDP."""
+
+import importlib.util
+import json
+import os
+import sys
+import types
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from by_hand import Calls, RegressionByHand, close, columns
+from diffusers import FlowMatchEulerDiscreteScheduler
+from page_lines import page_lines, with_lines
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from avd_integrations.consistency import PhasedConsistencyTerms
+
+SCRIPT = Path("fastvideo/distill_dcm_wan_semantic_expert.py")
+POINTS, FIRST, SHIFT = 50, 35, 17.0
+FLOOR, MOTION_WEIGHT = 0.6, 0.05
+SIDES = set()  # of the floor, on which the calls were
+
+
+def stand_in_for_absent_packages():
+    """CUDA kernels and a private storage client that the script imports and Wan's step on a CPU does not call."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a stand-in for a package that is not installed was called")
+
+    names = {
+        "flash_attn": ["flash_attn_varlen_qkvpacked_func"],
+        "flash_attn.bert_padding": ["pad_input", "unpad_input"],
+        "liger_kernel": [],
+        "liger_kernel.ops": [],
+        "liger_kernel.ops.swiglu": ["LigerSiLUMulFunction"],
+        "petrel_client": [],
+        "petrel_client.client": ["Client"],
+        "decord": ["VideoReader"],
+    }
+    for name, members in names.items():
+        if importlib.util.find_spec(name.split(".")[0]) is None or name.split(".")[0] in sys.modules:
+            module = types.ModuleType(name)
+            module.__path__ = []
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+            for member in members:
+                setattr(module, member, refuse)
+            sys.modules[name] = module
+
+
+def attend_without_cuda():
+    """flash_attn's place is taken by PyTorch's attention: ``[B, S, 3, H, D]`` to ``[B, S, H, D]``."""
+    import fastvideo.models.wan_hf.modeling_wan as wan
+
+    def attention(qkv, mask, **_):
+        assert mask.all()
+        q, k, v = qkv.transpose(1, 3).unbind(2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    wan.flash_attn_no_pad = attention
+
+
+def average_on_one_rank():
+    """gloo cannot average; with one rank there is nothing to do."""
+    all_reduce = dist.all_reduce
+
+    def reduce(tensor, op=dist.ReduceOp.SUM, **options):
+        return None if op == dist.ReduceOp.AVG else all_reduce(tensor, op=op, **options)
+
+    dist.all_reduce = reduce
+
+
+def load_script(folder, blocks):
+    path = folder / "script_with_lines.py"
+    path.write_text(with_lines(SCRIPT.read_text(), blocks))
+    spec = importlib.util.spec_from_file_location("script_with_lines", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def new_solver(script):
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    solver = script.EulerSolver(
+        scheduler.sigmas.numpy()[::-1], scheduler.config.num_train_timesteps, euler_timesteps=POINTS
+    )
+    return scheduler, solver.to("cpu")
+
+
+def new_transformer(script):
+    torch.manual_seed(0)
+    return script.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1
+    )
+
+
+def sharded(model):
+    return FullyShardedDataParallel(
+        model, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu"), use_orig_params=True
+    )
+
+
+def batches(size, frames):
+    generator = torch.Generator().manual_seed(3)
+    while True:
+        clips = torch.randn(size, 16, frames, 4, 4, generator=generator)
+        yield clips, torch.randn(size, 5, 8, generator=generator), None, None
+
+
+def sigmas_by_hand():
+    ramp = np.arange(1, 1001, dtype=np.float64) / 1000
+    return (SHIFT * ramp / (1 + (SHIFT - 1) * ramp))[1000 // POINTS - 1 :: 1000 // POINTS]
+
+
+def losses_by_hand(regression, arguments):
+    """One phase: from wherever a clip was noised down to the point below the first."""
+    x_end, x_t, clips, noise, index, _ = (a.double().numpy() for a in arguments)
+    index = index.astype(int)
+    sigmas = sigmas_by_hand()
+    # A batch whose first clip is at the first point goes one step, each clip from its own point.
+    ends = sigmas[index - 1] if index[0] == FIRST else np.full(len(index), sigmas[FIRST - 1])
+    sigma, end = columns(sigmas[index], ends, x_t)
+    np.testing.assert_allclose(x_t, sigma * noise + (1 - sigma) * clips, atol=1e-4)
+    velocity = (x_end - x_t) / (end - sigma)
+    x_0 = x_t - sigma * velocity
+    motion = -np.log(x_0.var(axis=2).mean() + 1e-6)
+    SIDES.add(bool(motion > FLOOR))
+    return regression(velocity, noise - clips, index.tolist()) + MOTION_WEIGHT * max(motion, FLOOR)
+
+
+def main(folder):
+    stand_in_for_absent_packages()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
+    average_on_one_rank()
+    blocks = page_lines("dcm.md")
+    script = load_script(folder, blocks)
+    attend_without_cuda()
+    create, _, save = (code for _, _, code in blocks)
+    calls = Calls(PhasedConsistencyTerms)
+    scheduler, solver = new_solver(script)
+    names = {"solver": solver, "device": "cpu", "torch": torch, "os": os, "rank": 0}
+    names["args"] = types.SimpleNamespace(output_dir=str(folder), max_train_steps=2)
+    exec(create, names)
+
+    transformer = new_transformer(script)
+    start = deepcopy(transformer.state_dict())
+    teacher = sharded(deepcopy(transformer).requires_grad_(False))
+    transformer = sharded(transformer)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+
+    def step(size, number, frames=2):
+        options = {
+            "transformer": transformer,
+            "model_type": "wan",
+            "teacher_transformer": teacher,
+            "ema_transformer": None,
+            "optimizer": optimizer,
+            "lr_scheduler": schedule,
+            "loader": batches(size, frames),
+            "noise_scheduler": scheduler,
+            "solver": names["solver"],
+            "noise_random_generator": None,
+            "gradient_accumulation_steps": 1,
+            "sp_size": 1,
+            "max_grad_norm": 1.0,
+            "uncond_prompt_embed": torch.zeros(5, 8),
+            "uncond_prompt_mask": None,
+            "num_euler_timesteps": POINTS,
+            "multiphase": 1,
+            "not_apply_cfg_solver": True,
+            "distill_cfg": 0.0,
+            "ema_decay": 0.95,
+            "pred_decay_weight": 0.0,
+            "pred_decay_type": "l1",
+            "hunyuan_teacher_disable_cfg": False,
+            "cur_step": number,
+        }
+        return script.distill_one_step(**options)[0]
+
+    regression = RegressionByHand()
+
+    def check():
+        for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
+            close(losses_by_hand(regression, arguments), loss, 1e-3)
+
+    # Without the term first, from the same weights and random numbers: the difference is the term.
+    kept = deepcopy(transformer.state_dict())
+    terms, solver.avd = solver.avd, lambda *_: (torch.zeros(()), {})
+    torch.manual_seed(5)
+    alone = step(2, 1)
+    transformer.load_state_dict(kept)
+    optimizer.state.clear()
+    solver.avd = terms
+    torch.manual_seed(5)
+    both = step(2, 1)
+    close(both - alone, calls.losses[0], 1e-3)
+    step(3, 2, frames=4)
+    # The special case: the first clip of the batch is at the first point.
+    while calls.arguments[-1][4][0] != FIRST:
+        step(2, 3)
+    check()
+    assert len(SIDES) == 2
+    end = transformer.state_dict()
+    assert any(not torch.equal(start[k], end[k]) for k in start)
+    saved = calls.after[-1]
+    for index, mean in regression.means.items():
+        close(saved["terms.terms.objective.regression.cache.means"][index - FIRST], mean, 1e-3)
+
+    # The host's checkpoint has the weights; the page's line puts the cache beside them.
+    script.save_checkpoint(transformer, 0, str(folder), 2)
+    exec(save, names)
+    checkpoint = folder / "checkpoint-2"
+    assert set(load_file(checkpoint / "diffusion_pytorch_model.safetensors")) == set(start)
+    names["solver"] = new_solver(script)[1]
+    exec(create, names)
+    names["solver"].avd.load_state_dict(torch.load(checkpoint / "avd.pt"))
+    calls.clear()
+    step(1, 3)
+    assert calls.before[0] == saved
+    check()
+    added = calls.losses[0]
+    dist.destroy_process_group()
+    return {"added": added, "entries": len(regression.means)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))

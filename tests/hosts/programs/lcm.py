@@ -1,0 +1,133 @@
+"""diffusers' own LCM script, with the lines of its page: two steps, a checkpoint, and two more from it."""
+
+import importlib.util
+import io
+import json
+import logging
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from by_hand import Calls, RegressionByHand, close, columns
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from page_lines import page_lines, with_lines
+from PIL import Image
+from tiny_sd import save_tiny_sd
+
+from avd_integrations.consistency import ConsistencyTerms
+
+SCRIPT = Path("examples/consistency_distillation/train_lcm_distill_sd_wds.py")
+
+
+def save_shard(path):
+    """One picture in as many copies as a run needs, so that the order of reading does not matter."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    with tarfile.open(path, "w") as shard:
+        for i in range(16):
+            for name, data in ((f"{i:04}.png", buffer.getvalue()), (f"{i:04}.txt", b"a cat")):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+
+
+def load(path, source, name):
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module, folder, output, steps, *more):
+    """The script, from its command line on; returns the losses that it went back from."""
+    sys.argv = [
+        "script",
+        f"--pretrained_teacher_model={folder / 'model'}",
+        f"--train_shards_path_or_url={folder / 'shard.tar'}",
+        f"--output_dir={folder / output}",
+        f"--max_train_steps={steps}",
+        "--max_train_samples=16",
+        "--train_batch_size=2",
+        "--dataloader_num_workers=1",
+        "--resolution=16",
+        "--num_ddim_timesteps=2",
+        "--checkpointing_steps=2",
+        "--learning_rate=1e-3",
+        "--lr_warmup_steps=0",
+        "--seed=0",
+        *more,
+    ]
+    losses, backward = [], Accelerator.backward
+
+    def recorded(self, loss, **options):
+        losses.append(loss.item())
+        backward(self, loss, **options)
+
+    Accelerator.backward = recorded
+    try:
+        module.main(module.parse_args())
+    finally:
+        Accelerator.backward = backward
+    return losses
+
+
+def loss_by_hand(regression, table, arguments):
+    """``model_pred`` is the clean latent that the student predicts; its noise follows from what it saw."""
+    x_0, x_t, clips, noise, times = (a.double().numpy() for a in arguments)
+    (alpha, sigma) = columns(np.sqrt(table[times.astype(int)]), np.sqrt(1 - table[times.astype(int)]), x_t)
+    velocity = (x_t - alpha * x_0) / sigma - x_0
+    return regression(velocity, noise - clips, times.tolist())
+
+
+def main(folder):
+    save_tiny_sd(folder / "model")
+    save_shard(folder / "shard.tar")
+    source = SCRIPT.read_text()
+    plain = load(folder / "plain_script.py", source, "plain_script")
+    script = load(folder / "script.py", with_lines(source, page_lines("lcm.md")), "script")
+    calls = Calls(ConsistencyTerms)
+    scheduler = DDPMScheduler.from_pretrained(folder / "model", subfolder="scheduler")
+    table = scheduler.alphas_cumprod.double().numpy()
+
+    alone = run(plain, folder, "plain", 2)
+    assert not calls.losses
+    both = run(script, folder, "run", 2)
+    assert len(calls.losses) == len(both) == 2
+
+    # What was added is the term, and the term is the equation's.
+    close(both[0] - alone[0], calls.losses[0])
+    regression = RegressionByHand()
+    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
+        close(loss_by_hand(regression, table, arguments), loss)
+    saved = calls.after[-1]
+    for time, mean in regression.means.items():
+        means, grid = (saved[f"terms.objective.regression.cache.{name}"] for name in ("means", "timesteps"))
+        close(means[grid.index(time)], mean)
+
+    # The student moved, and elsewhere than without the term.
+    students = [
+        UNet2DConditionModel.from_pretrained(folder / name, subfolder="unet").conv_in.weight
+        for name in ("model", "plain", "run")
+    ]
+    assert not torch.equal(students[0], students[2])
+    assert not torch.equal(students[1], students[2])
+
+    # The script's own resume brings the cache back.
+    calls.clear()
+    run(script, folder, "run", 4, "--resume_from_checkpoint=latest")
+    assert calls.before[0] == saved
+    assert len(calls.losses) == 2
+    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
+        close(loss_by_hand(regression, table, arguments), loss)
+    return {"added": calls.losses, "entries": len(regression.means)}
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    print(json.dumps(main(Path(sys.argv[1]))))

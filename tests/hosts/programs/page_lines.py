@@ -1,0 +1,47 @@
+"""The lines of a host's page, put into a copy of the host's script as a reader of the page would."""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+PAGES = Path(__file__).resolve().parents[3] / "docs" / "hosts"
+
+_BLOCK = re.compile(r"^(After|Before|Instead of) `([^`\n]+)`[^\n]*:\n\n```python\n(.*?)```", re.DOTALL | re.MULTILINE)
+
+
+def page_lines(page):
+    """``(where, anchor, code)`` of each block of a page that says where it goes."""
+    blocks = _BLOCK.findall((PAGES / page).read_text())
+    assert blocks, f"{page} has no block after a line that says where it goes"
+    return blocks
+
+
+def with_lines(source, blocks):
+    """``source`` with the blocks put where they say; each anchor is the beginning of one single statement."""
+    for where, anchor, code in blocks:
+        lines = source.splitlines(keepends=True)
+        statements = {node.lineno: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)}
+        found = [n for n in statements if lines[n - 1].strip().startswith(anchor)]
+        assert len(found) == 1, f"{anchor!r} begins {len(found)} statements of the host's script, not one"
+        statement = statements[found[0]]
+        first, last = statement.lineno - 1, statement.end_lineno
+        indented = textwrap.indent(textwrap.dedent(code), " " * statement.col_offset).splitlines(keepends=True)
+        start, stop = {"After": (last, last), "Before": (first, first), "Instead of": (first, last)}[where]
+        source = "".join(lines[:start] + indented + lines[stop:])
+    return source
+
+
+def assignments(source, function, before):
+    """Names that ``function`` binds, in order of their first binding, up to the statement that begins so."""
+    lines = source.splitlines()
+    body = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == function)
+    end = next(
+        n.lineno for n in ast.walk(body) if isinstance(n, ast.stmt) and lines[n.lineno - 1].strip().startswith(before)
+    )
+    names = [
+        (n.lineno, n.col_offset, n.id)
+        for n in ast.walk(body)
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.lineno < end
+    ]
+    return [name for _, _, name in sorted(names)]

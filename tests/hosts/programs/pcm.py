@@ -1,0 +1,184 @@
+"""PCM's own script for Stable Diffusion 3, with the lines of its page: two steps, a checkpoint, two more from it."""
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from by_hand import Calls, RegressionByHand, close, columns
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from page_lines import page_lines, with_lines
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_sd import save_tokenizer, text_config
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+from avd_integrations.consistency import PhasedConsistencyTerms
+
+SCRIPT = Path("code/text_to_image_sd3/train_pcm_lora_sd3.py")
+DATA = '"/mnt/wangfuyun/cc3m"'  # the script's own folder of images, written into it
+POINTS, PHASES = 4, 2
+
+
+def save_tiny_sd3(folder):
+    torch.manual_seed(0)
+    vocabulary = save_tokenizer(folder, "raw")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "raw")
+    t5 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("a", -3.0)])
+    config = text_config(vocabulary, projection_dim=16, layers=2)
+    encoders = [CLIPTextModelWithProjection(config) for _ in range(2)]
+    StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=AutoencoderKL(
+            block_out_channels=(8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        ),
+        text_encoder=encoders[0],
+        tokenizer=tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizer,
+        text_encoder_3=T5EncoderModel(
+            T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        tokenizer_3=t5,
+    ).save_pretrained(folder)
+
+
+def save_images(folder):
+    """One picture in as many copies as a run needs, so that the order of reading does not matter."""
+    folder.mkdir()
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
+    for i in range(8):
+        picture.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("a cat")
+
+
+def load(path, source, name):
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(module, folder, output, steps, *more):
+    """The script, from its command line on; returns the losses that it went back from."""
+    sys.argv = [
+        "script",
+        f"--pretrained_teacher_model={folder / 'model'}",
+        f"--output_dir={folder / output}",
+        f"--max_train_steps={steps}",
+        "--train_batch_size=2",
+        "--resolution=16",
+        f"--num_euler_timesteps={POINTS}",
+        f"--multiphase={PHASES}",
+        "--checkpointing_steps=2",
+        "--validation_steps=1000",
+        "--learning_rate=1e-3",
+        "--lr_warmup_steps=0",
+        "--seed=0",
+        *more,
+    ]
+    losses, backward = [], Accelerator.backward
+
+    def recorded(self, loss, **options):
+        losses.append(loss.item())
+        backward(self, loss, **options)
+
+    Accelerator.backward = recorded
+    module.args = module.parse_args()  # main() reads it as a global, too
+    module.args.validation_prompt = None  # which it also reads, at its end, and does not define
+    try:
+        module.main(module.args)
+    finally:
+        Accelerator.backward = backward
+    return losses
+
+
+def sigmas_by_hand(shift=3.0):
+    """The solver's points and where their phases end, from the paper's definition rather than from the solver."""
+    ramp = np.arange(1, 1001, dtype=np.float64) / 1000
+    shifted = shift * ramp / (1 + (shift - 1) * ramp)
+    points = shifted[1000 // POINTS - 1 :: 1000 // POINTS]
+    edges = [shifted[0], *points[POINTS // PHASES - 1 : -1 : POINTS // PHASES]]
+    return points, np.repeat(edges, POINTS // PHASES)
+
+
+def loss_by_hand(regression, arguments):
+    """The model's velocity goes in a straight line from what it saw to the phase's end."""
+    x_end, x_t, clips, noise, index, _ = (a.double().numpy() for a in arguments)
+    points, ends = sigmas_by_hand()
+    index = index.astype(int)
+    np.testing.assert_allclose(x_t, _mix(points[index], noise, clips), atol=1e-5)
+    sigma, end = columns(points[index], ends[index], x_t)
+    return regression((x_end - x_t) / (end - sigma), noise - clips, index.tolist())
+
+
+def _mix(sigma, noise, clips):
+    (sigma,) = columns(sigma, clips)
+    return sigma * noise + (1 - sigma) * clips
+
+
+def main(folder):
+    save_tiny_sd3(folder / "model")
+    save_images(folder / "images")
+    source = SCRIPT.read_text()
+    assert source.count(DATA) == 1
+    source = source.replace(DATA, repr(str(folder / "images")))
+    sys.path.insert(0, str(SCRIPT.parent.resolve()))
+    plain = load(folder / "plain_script.py", source, "plain_script")
+    script = load(folder / "script.py", with_lines(source, page_lines("pcm.md")), "script")
+    calls = Calls(PhasedConsistencyTerms)
+
+    alone = run(plain, folder, "plain", 2)
+    assert not calls.losses
+    both = run(script, folder, "run", 2)
+    assert len(calls.losses) == len(both) == 2
+    close(both[0] - alone[0], calls.losses[0])
+    regression = RegressionByHand()
+    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
+        close(loss_by_hand(regression, arguments), loss)
+    saved = calls.after[-1]
+    for index, mean in regression.means.items():
+        close(saved["terms.terms.objective.regression.cache.means"][index], mean)
+
+    # The script's LoRA weights moved, and elsewhere than without the term.
+    weights = [load_file(folder / name / "pytorch_lora_weights.safetensors") for name in ("plain", "run")]
+    assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert any(v.abs().sum() > 0 for k, v in weights[1].items() if "lora_B" in k)
+
+    calls.clear()
+    run(script, folder, "run", 4, "--resume_from_checkpoint=latest")
+    assert calls.before[0] == saved
+    assert len(calls.losses) == 2
+    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
+        close(loss_by_hand(regression, arguments), loss)
+    return {"added": calls.losses, "entries": len(regression.means)}
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    print(json.dumps(main(Path(sys.argv[1]))))

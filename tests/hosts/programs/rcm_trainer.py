@@ -1,0 +1,327 @@
+"""rCM's trainer, model, configuration and checkpoints take steps, save and go on, with the lines of docs/hosts/rcm.md.
+
+Stood in for: CUDA's device by the CPU; flash_attn, triton and transformer_engine by nothing at all, torchvision's
+operators by declarations; Wan by a pointwise network, its VAE by nothing (batches come processed). The sCM's derivative
+is by rCM's finite differences (``fd_type=2``), as its kernel needs a GPU. rCM's own code and megatron's are real.
+"""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.machinery
+import json
+import math
+import os
+import shlex
+import socket
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state  # noqa: F401 - before transformer_engine seems to be there
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+scratch = Path(sys.argv[1])
+os.environ["IMAGINAIRE_OUTPUT_ROOT"] = str(scratch)
+SHAPE = (2, 3, 5, 4, 4)
+VALUES = math.prod(SHAPE[1:])
+
+
+class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Third parties that need a GPU: they can be imported, and that is all."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("flash_attn", "triton", "transformer_engine", "transformer_engine_torch"):
+            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        return None
+
+    def create_module(self, spec):
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = lambda name: _missing(name)
+        return module
+
+    def exec_module(self, module):
+        pass
+
+
+def _missing(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return mock.MagicMock()
+
+
+class CPU(TorchFunctionMode):
+    """Whatever is asked of CUDA is done on the CPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs:
+            kwargs["device"] = _cpu(kwargs["device"])
+        if function is not torch.device:
+            args = tuple(map(_cpu, args))
+        return function(*args, **kwargs)
+
+
+def _cpu(value):
+    is_cuda = (isinstance(value, str) and value == "cuda") or (isinstance(value, torch.device) and value.type == "cuda")
+    return torch.device("cpu") if is_cuda else value
+
+
+operators = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+sys.meta_path.insert(0, Absent())
+torch.cuda.current_device = lambda: 0
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+
+import rcm.models.t2v_model_distill_rcm as host  # noqa: E402
+from imaginaire.lazy_config import LazyCall, instantiate  # noqa: E402
+from imaginaire.utils import misc  # noqa: E402
+from imaginaire.utils.config_helper import override  # noqa: E402
+from rcm.checkpointers.dcp_distill import DistributedCheckpointer_Distill  # noqa: E402
+from rcm.configs.defaults.optimizer import AdamWConfig  # noqa: E402
+from rcm.trainers.trainer_distillation import ImaginaireTrainer_Distill  # noqa: E402
+
+from avd_core import AVDConfig  # noqa: E402
+from avd_core.matching import distribution_matching_loss  # noqa: E402
+from avd_integrations import rcm as adapter  # noqa: E402
+
+HOST = host.T2VDistillModel_rCM
+original_dmd_step = HOST._student_dmd_step
+consistency, matching, samples = [], [], []
+
+
+def noting(method, log):
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        log.append((args, kwargs, result))
+        return result
+
+    return call
+
+
+HOST._student_scm_step = noting(HOST._student_scm_step, consistency)
+HOST._student_dmd_step = noting(HOST._student_dmd_step, matching)
+HOST.backward_simulation = noting(HOST.backward_simulation, samples)
+
+
+class Net(nn.Module):
+    """A pointwise transformer, so to say; predicts the velocity, and notes what was asked of it with gradient."""
+
+    seen = []
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv3d(SHAPE[1], SHAPE[1], 1)
+
+    def init_weights(self):
+        torch.manual_seed(1)
+        self.layer.reset_parameters()
+
+    def disable_context_parallel(self):
+        pass
+
+    def forward(self, x_B_C_T_H_W, timesteps_B_T, crossattn_emb, data_type=None):
+        time = timesteps_B_T.reshape(-1, 1, 1, 1, 1) / 1000
+        output = self.layer(x_B_C_T_H_W) + time * crossattn_emb.mean()
+        if output.requires_grad:
+            self.seen.append((x_B_C_T_H_W.detach(), timesteps_B_T.detach(), output.detach(), crossattn_emb))
+        return output
+
+
+class Tokenizer:
+    latent_ch = SHAPE[1]
+
+
+def page_overrides():
+    """What docs/hosts/rcm.md adds to the command line."""
+    page = Path(__file__).resolve().parents[3] / "docs" / "hosts" / "rcm.md"
+    command = page.read_text().split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    words = shlex.split(command)
+    return [word for word in words[words.index("--") + 1 :] if word.startswith(("experiment", "model.", "+model."))]
+
+
+def configuration(max_iter, overrides):
+    """The host's own experiment, smaller."""
+    small = {
+        "net": LazyCall(Net)(), "net_teacher": LazyCall(Net)(), "net_fake_score": LazyCall(Net)(),
+        "tokenizer": LazyCall(Tokenizer)(), "teacher_ckpt": "", "neg_embed_path": "", "fsdp_shard_size": 1,
+        "precision": "float32", "tangent_warmup": 1, "student_update_freq": 2, "state_ch": SHAPE[1], "fd_type": 2,
+        "optimizer_fake_score": AdamWConfig,
+    }  # fmt: skip
+    registry = importlib.import_module("rcm.configs.registry_distill")
+    config = override(registry.make_config(), ["--", *overrides])
+    for name, value in small.items():
+        config.model.config[name] = value
+    config.optimizer = AdamWConfig
+    config.optimizer.lr = 0.1
+    config.scheduler.warm_up_steps = [0]
+    config.trainer.max_iter = max_iter
+    return config
+
+
+def batches():
+    generator = torch.Generator().manual_seed(7)
+    for index in range(20):
+        yield {
+            "latents": (0.2 + index % 3) * torch.randn(SHAPE, generator=generator),
+            "videos": torch.zeros(SHAPE[0], 3, SHAPE[2], 8, 8),
+            "t5_text_embeddings": torch.randn(SHAPE[0], 2, 6, generator=generator),
+            "is_processed": True,
+        }
+
+
+class ByHand:
+    """Eq. 5-8 in plain arithmetic, from what the student's network saw and said: nothing of TrigFlow."""
+
+    def __init__(self, angles):
+        self.levels = [math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles]  # of rectified flow
+        self.means = {}
+
+    def regression(self, clips, seen, text):
+        """In the host's scale: a sum over the batch."""
+        x, times, output, embedding = seen
+        assert torch.equal(embedding, text)
+        losses = []
+        for clip, x_t, time, velocity in zip(clips.double(), x.double(), times.flatten() / 1000, output, strict=True):
+            step = min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - time.item()))
+            sigma = self.levels[step]
+            assert abs(sigma - time.item()) < 1e-5, (sigma, time)
+            noise = (x_t - (1 - sigma) * clip) / sigma
+            assert abs(noise.std() - 1) < 0.2
+            losses.append((step, ((velocity.double() - (noise - clip)) ** 2).mean().item()))
+        total = 0.0
+        for step, loss in losses:
+            weight = 1 - 1 / (1 + math.exp(-3 * (loss - self.means.get(step, loss))))
+            total += 2 * VALUES * 2.0 * weight * loss
+        for step in {step for step, _ in losses}:
+            current = [loss for s, loss in losses if s == step]
+            mean = sum(current) / len(current)
+            self.means[step] = 0.95 * self.means[step] + 0.05 * mean if step in self.means else mean
+        return total
+
+    def check_cache(self, cache):
+        for step, (mean, seen) in enumerate(zip(cache.means.tolist(), cache.seen.tolist(), strict=True)):
+            assert seen == (step in self.means), (step, seen, self.means)
+            assert not seen or math.isclose(mean, self.means[step], rel_tol=1e-4), (step, mean, self.means)
+
+
+def motion_by_hand(video, floor):
+    frames = video.detach().double()
+    variance = (frames**2).mean(dim=2) - frames.mean(dim=2) ** 2
+    return len(video) * 2 * VALUES * 0.05 * max(-math.log(variance.mean().item() + 1e-6), floor)
+
+
+def train(config, model, by_hand):
+    """The host's loop, from its latest checkpoint on, to a checkpoint."""
+    trainer = ImaginaireTrainer_Distill.__new__(ImaginaireTrainer_Distill)
+    trainer.config, trainer.callbacks, trainer.training_timer = config, mock.MagicMock(), misc.TrainingTimer()
+    trainer.checkpointer = DistributedCheckpointer_Distill(config.checkpoint, config.job)
+    step, steps = trainer.training_step, []
+    before = []
+
+    def checked_step(model_ddp, grad_scaler, data_batch, iteration, grad_accum_iter):
+        if not steps:
+            by_hand.check_cache(model.avd.objective.regression.cache)
+        before.append(torch.cat([p.detach().flatten().clone() for p in model.net.parameters()]))
+        for log in (consistency, matching, samples, Net.seen):
+            log.clear()
+        result = step(model_ddp, grad_scaler, data_batch, iteration=iteration, grad_accum_iter=grad_accum_iter)
+        log, loss, _ = result
+        steps.append(iteration)
+        student = iteration >= 1 and (iteration - 1) % 2 == 0
+        assert any(name.startswith("avd/") for name in log) == student, (iteration, list(log))
+        if student:
+            # With gradient: the student for sCM (which asks it without, too), then for the regression, then for DMD.
+            by_host = sum(log[0][2][1].sum().item() for log in (consistency, matching))
+            video = samples[0][2][0]
+            assert video.requires_grad
+            regression = by_hand.regression(data_batch["latents"], Net.seen[1], data_batch["t5_text_embeddings"])
+            motion = motion_by_hand(video, floor=model.avd.objective.motion.floor)
+            added = [log["avd/regression/loss"], log["avd/motion/loss"]]
+            assert math.isclose(added[0].item() * 2 * VALUES * SHAPE[0], regression, rel_tol=1e-4)
+            assert math.isclose(added[1].item() * 2 * VALUES * SHAPE[0], motion, rel_tol=1e-4)
+            assert math.isclose(loss.item(), by_host + regression + motion, rel_tol=1e-5)
+            by_hand.check_cache(model.avd.objective.regression.cache)
+            after = torch.cat([p.detach().flatten() for p in model.net.parameters()])
+            assert not torch.equal(before[-1], after)
+        return result
+
+    trainer.training_step = checked_step
+    trainer.train(model, list(batches()), [])
+    return steps
+
+
+def check_scale():
+    """The constant between the two losses, by the gradients of rCM's own expression and of ours."""
+    shape = (1, 16, 21, 60, 104)
+    fake, teacher, generated = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).unbind()
+    gradients = []
+    for batch in (1, 3):
+        x_0, real, online = (t.expand(batch, *shape[1:]).clone() for t in (generated, teacher, fake))
+        x_0.requires_grad_()
+        answers = {"fake_score": online, "teacher": real}
+        pieces = types.SimpleNamespace(
+            config=types.SimpleNamespace(max_simulation_steps_fake=4, teacher_guidance=1.0, loss_scale_dmd=1.0),
+            get_effective_iteration=lambda iteration: iteration,
+            backward_simulation=lambda *args, x_0=x_0, **kwargs: (x_0, None),
+            draw_training_time_D=lambda shape: torch.full(shape, 0.7),
+            sync=lambda *args: args,
+            denoise=lambda *args, net_type, answers=answers: types.SimpleNamespace(x0=answers[net_type]),
+        )
+        loss = original_dmd_step(pieces, (x_0.detach(), None, None), 0)[1].sum()  # as its trainer sums
+        (theirs,) = torch.autograd.grad(loss, x_0)
+        (ours,) = torch.autograd.grad(distribution_matching_loss(x_0, real, online).loss, x_0)
+        factor = batch * adapter._sum_of_squares(torch.Size(shape[1:]))
+        torch.testing.assert_close(theirs, factor * ours, rtol=1e-4, atol=1e-6)
+        gradients.append(factor / batch)
+    assert gradients[0] == gradients[1] == 2 * 16 * 21 * 60 * 104
+    return gradients[0]
+
+
+with CPU():
+    scale = check_scale()
+    overrides = page_overrides()
+    assert 1 <= len(overrides) <= 4, overrides
+    config = configuration(5, overrides)
+    torch.manual_seed(0)
+    model = instantiate(config.model)
+    angles = model.avd.objective.regression.cache.timesteps.tolist()
+    assert [round(angle, 4) for angle in angles] == [1.5583, 1.5, 1.4, 1.0]
+    by_hand = ByHand(angles)
+    first = train(config, model, by_hand)
+    assert first == [0, 1, 2, 3, 4]
+
+    resumed = instantiate(config.model)
+    config.trainer.max_iter = 8
+    second = train(config, resumed, by_hand)
+    assert second == [5, 6, 7]
+
+    # The host's own model reads our checkpoint, we read one of its, and another grid is refused.
+    saved = resumed.state_dict()
+    plain = HOST(config.model.config)
+    checkpointer = DistributedCheckpointer_Distill(config.checkpoint, config.job)
+    plain.init_optimizer_scheduler(config.optimizer, config.scheduler)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert checkpointer.load(plain, plain.optimizer_dict, plain.scheduler_dict, scaler) == 8
+    assert torch.equal(plain.net.layer.weight, resumed.net.layer.weight)
+    other = adapter.avd_model(config.model.config, AVDConfig(timesteps=(1.5, 1.4, 1.3, 1.0)))
+    other.init_optimizer_scheduler(config.optimizer, config.scheduler)
+    with pytest.raises(RuntimeError, match="is for the grid"):
+        checkpointer.load(other, other.optimizer_dict, other.scheduler_dict, scaler)
+    checkpointer.save(plain, plain.optimizer_dict, plain.scheduler_dict, scaler, iteration=9)
+    ours = adapter.avd_model(config.model.config)
+    ours.init_optimizer_scheduler(config.optimizer, config.scheduler)
+    assert checkpointer.load(ours, ours.optimizer_dict, ours.scheduler_dict, scaler) == 9
+    assert not ours.avd.objective.regression.cache.seen.any()
+
+print(json.dumps({"scale": scale, "steps": [*first, *second], "means": by_hand.means}))

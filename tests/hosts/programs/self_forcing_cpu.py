@@ -1,0 +1,172 @@
+"""What the programs of CausVid's family share: their trainers without a GPU, and the added loss by hand.
+
+Stood in for: CUDA's device by the CPU, NCCL by gloo, torchvision's operators (its wheel brings none for a PyTorch
+without CUDA) by declarations, Weights & Biases by nothing, Wan's transformer, text encoder and VAE by tiny ones. The
+host's own code is all real.
+"""
+
+import functools
+import math
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import wandb
+from page_lines import with_lines
+from torch import nn
+
+CHANNELS, FRAMES, SIZE = 3, 21, 4
+
+_operators = torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
+    _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def prepare(scratch):
+    """Before the host is imported."""
+    torch.cuda.current_device = lambda: 0  # is a default argument in the text encoder, and part of a device's name
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.empty_cache = lambda: None
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    start = dist.init_process_group
+    dist.init_process_group = lambda backend, **options: start("gloo", **options)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+    for name in ("login", "init", "log", "run"):
+        setattr(wandb, name, mock.MagicMock())
+    wandb.init.return_value.dir = str(scratch / "wandb")
+
+
+def on_cpu():
+    """After the host is imported: what it takes for the number of a GPU is the CPU."""
+    torch.cuda.current_device = lambda: torch.device("cpu")
+
+
+def edit(scratch, script, blocks):
+    """Put a page's lines into a copy of the script's package, which is found before the host's own."""
+    assert 1 <= sum(len(code.splitlines()) for _, _, code in blocks) <= 10
+    package, copy = Path(script).parent, scratch / "edited"
+    shutil.copytree(package, copy / package)
+    (copy / script).write_text(with_lines(Path(script).read_text(), blocks))
+    sys.path.insert(0, str(copy))
+
+
+class Wan(nn.Module):
+    """A pointwise transformer, so to say; notes what the student saw and said with gradient."""
+
+    seen = []
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv3d(CHANNELS, CHANNELS, 1)
+
+    @classmethod
+    def from_pretrained(cls, path, **options):
+        torch.manual_seed(1)
+        return cls()
+
+    def enable_gradient_checkpointing(self):
+        pass
+
+    def forward(self, x, t, context, seq_len, **caches):
+        shift = t.reshape(len(x), 1, -1, 1, 1).float() / 1000 + context.mean()
+        flow = self.layer(x) + 0.1 * shift
+        if torch.is_grad_enabled() and not caches.get("kv_cache"):
+            self.seen.append((x.detach(), t.detach(), flow.detach(), context.detach()))
+        return flow
+
+
+class TextEncoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 2)
+
+    def forward(self, text_prompts):
+        lengths = torch.tensor([[[0.1 * len(prompt)]] for prompt in text_prompts])
+        return {"prompt_embeds": self.layer(lengths)}
+
+
+class VAE(nn.Module):
+    pass
+
+
+class Loader:
+    """Real clips and their prompts; goes round in two batches of two."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(5)
+        clips = torch.randn(2, 2, FRAMES, CHANNELS, SIZE, SIZE, generator=generator)
+        self.batches = [(clips[0], ["a ball falls", "rain"]), (0.1 * clips[1], ["waves", "a wide green field"])]
+        self.given = []
+
+    def __iter__(self):
+        for batch in self.batches:
+            self.given.append(batch)
+            yield batch
+
+
+class ByHand:
+    """Eq. 5-8 in plain arithmetic, from what the student saw and said."""
+
+    def __init__(self, scheduler, steps):
+        self.sigmas, self.timesteps, self.steps = scheduler.sigmas.double(), scheduler.timesteps.double(), steps
+        self.means = {}
+
+    def regression(self, clips, seen, context):
+        x_t, times, flow, text = seen
+        assert torch.equal(text, context), "the student was told another text than the clips'"
+        x_t, flow = x_t.transpose(1, 2).double(), flow.transpose(1, 2).double()
+        times = times.double().reshape(len(x_t), -1)
+        assert torch.equal(times, times[:, :1].expand_as(times))
+        losses = []
+        for clip, x, velocity, time in zip(clips.double(), x_t, flow, times[:, 0].tolist(), strict=True):
+            assert min(abs(time - step) for step in self.steps) < 1e-3
+            sigma = self.sigmas[(self.timesteps - time).abs().argmin()]
+            noise = (x - (1 - sigma) * clip) / sigma
+            assert abs(noise.std() - 1) < 0.15, "what was added is no standard normal noise"
+            losses.append((time, ((velocity - (noise - clip)) ** 2).mean().item()))
+        total = 0.0
+        for time, loss in losses:
+            weight = 1 - 1 / (1 + math.exp(-3 * (loss - self.means.get(time, loss))))
+            total += 2.0 * weight * loss / len(losses)
+        for time in {time for time, _ in losses}:
+            current = [loss for t, loss in losses if t == time]
+            mean = sum(current) / len(current)
+            self.means[time] = 0.95 * self.means[time] + 0.05 * mean if time in self.means else mean
+        return total
+
+    @staticmethod
+    def motion(video):
+        frames = video.detach().double()
+        variance = (frames**2).mean(dim=1) - frames.mean(dim=1) ** 2
+        return 0.05 * max(-math.log(variance.mean().item() + 1e-6), 0.6)
+
+    def check_cache(self, cache):
+        assert cache.training
+        for step, mean, seen in zip(cache.timesteps.tolist(), cache.means.tolist(), cache.seen.tolist(), strict=True):
+            assert seen == (step in self.means), (step, seen, self.means)
+            assert not seen or math.isclose(mean, self.means[step], rel_tol=1e-4), (step, mean, self.means)
+
+
+def noting(method, log):
+    """The host's method, whose calls and results are noted."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        log.append((kwargs, result))
+        return result
+
+    return call
+
+
+def parameters(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])

@@ -1,0 +1,75 @@
+"""A Stable Diffusion folder of toy size with made-up weights, for hosts that load their models from one."""
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+
+def save_tokenizer(folder, name="tokenizer"):
+    """CLIP's tokenizer over single characters."""
+    (folder / name).mkdir(parents=True)
+    characters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    words = [*characters, *(c + "</w>" for c in characters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / name / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / name / "merges.txt").write_text("#version: 0.2\n")
+    files = [str(folder / name / file) for file in ("vocab.json", "merges.txt")]
+    CLIPTokenizer(*files, model_max_length=77).save_pretrained(folder / name)
+    return len(words)
+
+
+def text_config(vocabulary, width=16, layers=1, **options):
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+        **options,
+    )
+
+
+def save_tiny_sd(folder, xl=False, seed=0):
+    """Latents are ``[4, H / 2, W / 2]``; the U-Net's bottleneck has half of that again.
+
+    ``xl`` adds what SDXL has besides: a second text encoder, whose pooled output goes into the U-Net with six numbers.
+    """
+    torch.manual_seed(seed)
+    vocabulary = save_tokenizer(folder)
+    config = text_config(vocabulary)
+    conditions = {}
+    if xl:
+        save_tokenizer(folder, "tokenizer_2")
+        config = text_config(vocabulary, width=8, projection_dim=16, layers=2)
+        CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder_2")
+        conditions = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 16 + 6 * 8,
+        }
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **conditions,
+    ).save_pretrained(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_pretrained(folder / "vae")
+    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
+        folder / "scheduler"
+    )

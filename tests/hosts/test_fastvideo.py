@@ -1,0 +1,19 @@
+"""The FastVideo adapter inside FastVideo: its entry point, Trainer, DMD2Method, WanModel and checkpoints."""
+
+import pytest
+
+pytestmark = pytest.mark.hosts
+
+
+@pytest.mark.parametrize(
+    "proof",
+    [
+        pytest.param(["data_latent", "simulate"], id="losses by hand"),
+        pytest.param(["resume"], id="checkpoint"),
+        pytest.param(["refusals"], id="refusals"),
+        pytest.param(["two_ranks"], id="two ranks"),
+    ],
+)
+def test_a_run_with_the_lines_of_the_page(run_in_host, proof):
+    report = run_in_host("FastVideo", "fastvideo_dmd2.py", *proof)
+    assert list(report) == proof

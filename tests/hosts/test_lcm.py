@@ -1,0 +1,38 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent / "programs"))
+from page_lines import assignments, page_lines, with_lines
+
+pytestmark = pytest.mark.hosts
+
+FOLDER = "examples/consistency_distillation"
+SCRIPTS = [
+    "train_lcm_distill_sd_wds.py",
+    "train_lcm_distill_sdxl_wds.py",
+    "train_lcm_distill_lora_sd_wds.py",
+    "train_lcm_distill_lora_sdxl.py",
+    "train_lcm_distill_lora_sdxl_wds.py",
+]
+
+
+def test_the_script_steps_saves_and_continues(run_in_host):
+    report = run_in_host("diffusers", "lcm.py")
+    assert len(report["added"]) == 2
+    assert report["entries"] == 2
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_the_names_that_the_lines_read(checkout, script):
+    source = (checkout("diffusers") / FOLDER / script).read_text()
+    compile(with_lines(source, page_lines("lcm.md")), script, "exec")
+    names = assignments(source, "main", "accelerator.backward(loss)")
+    in_order = ["noise_scheduler", "solver", "start_timesteps", "noise_pred", "model_pred", "target", "loss"]
+    places = [names.index(name) for name in in_order]
+    assert places == sorted(places)
+    assert {"latents", "noise", "noisy_model_input"} <= set(names)
+    # Nothing overwrites what is read between the student's prediction and the loss.
+    after = names[names.index("model_pred") + 1 :]
+    assert not {"model_pred", "latents", "noise", "noisy_model_input", "start_timesteps"} & set(after)

@@ -1,0 +1,16 @@
+"""The adapter of rCM in its real trainer, model, configuration and checkpoints, on CPU."""
+
+import pytest
+
+pytestmark = pytest.mark.hosts
+
+
+def test_rcm_trains_saves_and_goes_on(run_in_host):
+    report = run_in_host("rcm", "rcm_trainer.py")
+    assert report["scale"] == 2 * 16 * 21 * 60 * 104
+    assert report["steps"] == list(range(8))
+    assert len(report["means"]) >= 3
+
+
+def test_what_needs_several_gpus_is_as_it_was_read(run_in_host):
+    run_in_host("rcm", "rcm_contract.py")
