@@ -95,8 +95,10 @@ class LatentFrameInterpolator(nn.Module):
         # Channels last is what convolutions are fastest in, on CPUs and on GPUs with tensor cores.
         pairs = pairs.contiguous(memory_format=torch.channels_last)
         chunks = torch.split(pairs, self.chunk_size or _default_chunk(pairs))
-        middle = torch.cat([self._predict(chunk.to(self.output.weight.dtype)) for chunk in chunks])
-        return rearrange(middle, "(b f) c h w -> b c f h w", b=batch).to(before.dtype)
+        corrections = torch.cat([self._correct(chunk.to(self.output.weight.dtype)) for chunk in chunks])
+        # The mean is taken in the clips' own precision: a network in bfloat16 rounds its correction alone.
+        mean = torch.lerp(before, after, 0.5)
+        return mean + rearrange(corrections, "(b f) c h w -> b c f h w", b=batch).to(mean.dtype)
 
     def check_input(self, latents: Tensor) -> None:
         """Whether clips have the channels and the size that this network takes; raises as :meth:`forward`."""
@@ -106,6 +108,8 @@ class LatentFrameInterpolator(nn.Module):
                 f"latents must have shape [B, {self.channels}, F, H, W], got {list(latents.shape)}. This interpolator "
                 f"has {self.channels} channels; train one for another latent space."
             )
+        if latents.numel() == 0:
+            raise ValueError(f"latents must not be empty, got {list(latents.shape)}.")
         if min(latents.shape[3:]) < 4:
             raise ValueError(
                 f"latents must be at least 4 high and wide for three levels, got {latents.shape[3]} x "
@@ -146,7 +150,7 @@ class LatentFrameInterpolator(nn.Module):
             ) from error
         return model.eval()
 
-    def _predict(self, pairs: Tensor) -> Tensor:
+    def _correct(self, pairs: Tensor) -> Tensor:
         """``[N, 2 C, H, W]`` to ``[N, C, H, W]``."""
         height, width = pairs.shape[2:]
         padded = F.pad(pairs, (0, -width % 4, 0, -height % 4), mode="replicate")
@@ -155,9 +159,8 @@ class LatentFrameInterpolator(nn.Module):
         inner = self.encoder_inner(F.max_pool2d(middle, 2))
         middle = self.decoder_middle(torch.cat([middle, self.up_middle(inner)], dim=1))
         outer = self.decoder_outer(torch.cat([outer, self.up_outer(middle)], dim=1))
-        before, after = pairs.chunk(2, dim=1)
         correction: Tensor = self.output(outer)[:, :, :height, :width]
-        return torch.lerp(before, after, 0.5) + correction
+        return correction
 
 
 def interpolate_linearly(latents: Tensor) -> Tensor:

@@ -182,7 +182,12 @@ def kept_frames(frames: int, rate: int) -> list[int]:
 
     >>> kept_frames(9, 2), kept_frames(8, 2), kept_frames(9, 4)
     ([0, 2, 4, 6, 8], [0, 2, 4, 6, 7], [0, 4, 8])
+
+    Raises:
+        ValueError: If there are no frames, or the rate is no power of two.
     """
+    if frames < 1 or rate < 1 or rate & (rate - 1):
+        raise ValueError(f"kept_frames needs at least one frame and a power of two as rate, got {frames} and {rate}.")
     kept = list(range(frames))
     while rate > 1:
         last = kept[-1]
@@ -207,8 +212,14 @@ def raise_frame_rate(x_0: Tensor, interpolator: Interpolator, frames: int, rate:
         ``[B, C, f', H, W]``, the frames ``kept_frames(frames, target_rate)``.
 
     Raises:
-        ValueError: If the interpolator returns another number of frames.
+        ValueError: If ``x_0`` has another number of frames, the rates are no powers of two that fall, or the
+            interpolator returns another shape than it should.
     """
+    wanted_frames = len(kept_frames(frames, rate))
+    if x_0.shape[2] != wanted_frames:
+        raise ValueError(f"x_0 of {frames} frames at rate {rate} must have {wanted_frames}, got {x_0.shape[2]}.")
+    if target_rate > rate or target_rate < 1:
+        raise ValueError(f"target_rate must be from 1 to the rate of x_0, {rate}, got {target_rate}.")
     while rate > target_rate:
         rate //= 2
         length = len(kept_frames(frames, rate))
@@ -230,7 +241,7 @@ def raise_frame_rate(x_0: Tensor, interpolator: Interpolator, frames: int, rate:
 def _check_timesteps(timesteps: Sequence[float], schedule: FlowMatchingSchedule) -> tuple[float, ...]:
     values = tuple(float(timestep) for timestep in timesteps)
     top = schedule.num_train_timesteps
-    if not values or not 0 < values[-1] <= values[0] <= top or any(a <= b for a, b in pairwise(values)):
+    if not values or not 0 < values[-1] <= values[0] <= top or not all(a > b for a, b in pairwise(values)):
         raise ValueError(f"timesteps must fall strictly from at most {top:g} to above 0, got {values}.")
     return values
 

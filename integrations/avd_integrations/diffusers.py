@@ -83,7 +83,7 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
         if (
             not values
             or not 0 < values[-1] <= values[0] <= num_train_timesteps
-            or any(a <= b for a, b in pairwise(values))
+            or not all(a > b for a, b in pairwise(values))
         ):
             raise ValueError(
                 f"timesteps must fall strictly from at most {num_train_timesteps} to above 0, got {values}."
@@ -181,8 +181,7 @@ class LatentFrameInterpolatorModel(ModelMixin, LatentFrameInterpolator, ConfigMi
         ValueError: If an option is out of range.
 
     Attributes:
-        chunk_size: Pairs that the network takes at once, which bounds its memory; None, the default, takes all. Is not
-            saved.
+        chunk_size: Pairs that the network takes at once, as there; None by default. Is not saved.
     """
 
     @register_to_config
@@ -307,6 +306,11 @@ class WanHalfRatePipeline(WanPipeline):
             )
         if prompt is not None and self.text_encoder is None:
             raise ValueError("This pipeline has no text encoder. Pass prompt_embeds in place of prompt.")
+        if guidance_scale > 1 and self.text_encoder is None and options.get("negative_prompt_embeds") is None:
+            raise ValueError(
+                f"guidance_scale={guidance_scale:g} needs negative_prompt_embeds: this pipeline has no text encoder. "
+                "Pass them, or leave guidance_scale at 1: the student has learned its teacher's guidance."
+            )
         if output_type != "latent" and self.vae is None:
             raise ValueError('This pipeline has no VAE to decode latents with. Pass output_type="latent".')
         steps = len(scheduler.config.timesteps)

@@ -101,6 +101,21 @@ def test_all_pairs_go_in_one_batch_without_chunks(interpolator):
     assert seen == [(8, 8, 8, 12)]
 
 
+def test_on_the_cpu_chunks_stay_small_by_default(interpolator):
+    """Five pairs of Wan's 60 x 104; a single one where a frame alone is larger than that."""
+    seen = []
+    interpolator.encoder_outer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    interpolator(clips(batch=1, frames=8, height=60, width=104))
+    interpolator(clips(batch=1, frames=3, height=180, width=184))
+    assert seen == [5, 2, 1, 1]
+
+
+def test_a_network_in_half_precision_leaves_the_mean_alone():
+    """It starts at linear interpolation, in float32 too."""
+    latents = clips()
+    torch.testing.assert_close(LatentFrameInterpolator(4).bfloat16()(latents), interpolate_linearly(latents))
+
+
 def test_three_levels(interpolator):
     sizes = []
     for name in ("encoder_outer", "encoder_middle", "encoder_inner", "decoder_middle", "decoder_outer"):
@@ -212,6 +227,7 @@ def test_linear_interpolation_and_repetition_by_hand():
         ((1, 4, 1, 8, 8), "one frame"),
         ((1, 4, 5, 3, 8), "at least 4"),
         ((1, 4, 5, 8, 2), "at least 4"),
+        ((0, 4, 5, 8, 8), "not be empty"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused(interpolator, shape, message):

@@ -171,6 +171,14 @@ def test_raising_the_rate_keeps_frames_bit_for_bit(seed, frames, rates):
     assert torch.equal(raised[:, :, [wanted.index(place) for place in kept]], x_0)
 
 
+@pytest.mark.parametrize(("frames", "rates"), [(2, (2, 2, 1, 1)), (3, (4, 2, 1, 1)), (4, (8, 4, 2, 1))])
+def test_clips_too_short_to_leave_frames_out_need_no_interpolation(frames, rates):
+    """The network refuses a single frame, so it must not be asked for what lies between one."""
+    noise = randn(0, 1, 8, frames, 4, 4)
+    result = sample(noise, rates, interpolator=LatentFrameInterpolator(8))
+    torch.testing.assert_close(result, reference_half_rate_sampler(noise, rates, generator()), rtol=1e-5, atol=1e-5)
+
+
 @given(frame_counts)
 def test_a_steady_motion_is_restored_exactly(frames):
     """Linear interpolation of what moves evenly; the unevenly spaced last pair of even counts needs no insertion."""
@@ -324,6 +332,7 @@ def test_noise_between_steps_has_the_right_share():
         ({"timesteps": (1000, 0)}, "above 0"),
         ({"timesteps": (1001, 900)}, "at most 1000"),
         ({"timesteps": ()}, "fall strictly"),
+        ({"timesteps": (1000, float("nan"), 500)}, "fall strictly"),
         ({"positions": "absolute"}, "consecutive"),
     ],
 )
@@ -362,6 +371,20 @@ def test_other_wrong_input_is_refused():
         sample(noise, denoiser=lambda x_t, timesteps: x_t[:, :, :1])
     with pytest.raises(ValueError, match="interpolator must return"):
         sample(noise, interpolator=lambda x: x)
+
+
+def test_frames_and_rates_that_do_not_fit_are_refused():
+    x_0 = torch.randn(1, 2, 5, 2, 2)
+    for rate in (0, 3, -2):
+        with pytest.raises(ValueError, match="power of two"):
+            kept_frames(9, rate)
+    with pytest.raises(ValueError, match="at least one frame"):
+        kept_frames(0, 2)
+    with pytest.raises(ValueError, match="of 9 frames at rate 4 must have 3, got 5"):
+        raise_frame_rate(x_0, interpolate_linearly, 9, 4, 1)
+    for target in (0, 4):
+        with pytest.raises(ValueError, match="target_rate must be from 1"):
+            raise_frame_rate(x_0, interpolate_linearly, 9, 2, target)
 
 
 def test_step_rates():
