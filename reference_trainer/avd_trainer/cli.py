@@ -117,6 +117,12 @@ def export(
                 run, output, weights=weights, step=step, dtype=precision, pipeline=pipeline, interpolator=interpolator
             )
             _say_missing(exported)
+            if exported.grid_error > 2:
+                say(
+                    f"In diffusers alone timesteps are off the student's by up to {exported.grid_error:.0f} of 1000. "
+                    "Exact: pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config), of "
+                    "avd_integrations.diffusers."
+                )
         say(f"The student is in {output}.")
 
 

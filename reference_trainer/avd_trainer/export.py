@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import diffusers
-import numpy as np
 import torch
 from diffusers import FlowMatchLCMScheduler, WanTransformer3DModel
 from safetensors import SafetensorError
@@ -52,10 +52,12 @@ class ExportedPipeline(NamedTuple):
     Attributes:
         latent_space: Whose latents the student makes.
         missing: Which of :data:`PARTS` nothing had.
+        grid_error: The most by which a timestep of diffusers' own scheduler is off the student's, in [0, 1000].
     """
 
     latent_space: LatentSpace
     missing: tuple[str, ...]
+    grid_error: float
 
 
 def export_pipeline(
@@ -100,7 +102,10 @@ def export_pipeline(
             _copy(source / name, folder / name)
         _export_transformer(checkpoint, folder / "transformer", weights, dtype)
         timesteps = [float(timestep) for timestep in config.objective.timesteps]
-        _write_json(folder / "scheduler" / "scheduler_config.json", _scheduler_config(timesteps))
+        scheduler = closest_scheduler(timesteps)
+        _write_json(
+            folder / "scheduler" / "scheduler_config.json", {**json.loads(scheduler.to_json_string()), GRID: timesteps}
+        )
         _write_json(folder / MODEL_INDEX, _model_index(parts, interpolator is not None))
         about = {
             "latent_space": latent_space,
@@ -109,7 +114,8 @@ def export_pipeline(
             "timesteps": timesteps,
         }
         _write_json(folder / ABOUT, checkpoint.about(run, weights) | about)
-        return ExportedPipeline(latent_space, tuple(name for name in PARTS if name not in parts))
+        missing = tuple(name for name in PARTS if name not in parts)
+        return ExportedPipeline(latent_space, missing, grid_error(scheduler, timesteps))
 
     return _export(run, output, step, write)
 
@@ -368,48 +374,37 @@ def _class_of(pipeline: Path, part: str) -> list[str] | None:
     return entry
 
 
-def _scheduler_config(timesteps: Sequence[float]) -> dict[str, Any]:
-    """The sampler that students are trained for, as diffusers has it.
-
-    Its class has no field for a grid of one's own: two settings shape one. They come as close as they can, and the grid
-    itself stands beside them, for who reads it: ``avd sample``, and ``FewStepScheduler`` of ``avd_integrations``.
-    """
-    scheduler = closest_scheduler(timesteps)
-    return {**json.loads(scheduler.to_json_string()), GRID: timesteps}
-
-
 def few_steps(scheduler: Mapping[str, Any]) -> Any:
     """The grid in a ``scheduler_config.json``, of an export or of a saved ``FewStepScheduler``; None if it has none."""
     return scheduler.get(GRID, scheduler.get("timesteps"))
 
 
 def closest_scheduler(timesteps: Sequence[float]) -> FlowMatchLCMScheduler:
-    """diffusers' scheduler with the ``shift`` and the end whose grid is closest to a student's.
+    """The sampler that students are trained for, as diffusers has it, with the grid that is closest to a student's.
 
-    Exact for evenly spaced steps from 1000 and shifts of them (``1000, 750, 500, 250``; ``1000, 938, 833, 625``); for
-    the paper's grid off by 1.1 in 1000 at most.
+    Its class has no field for a grid of one's own; ``shift`` and the end shape one, which begins at 1000. Exact for
+    evenly spaced steps from 1000 and shifts of them (``1000, 750, 500, 250``; ``1000, 938, 833, 625``); for the paper's
+    grid off by 1.1 of 1000. The exact grid stands beside them in an export, for who reads it: ``avd sample``, and
+    ``FewStepScheduler`` of ``avd_integrations``.
     """
     if len(timesteps) == 1:
         return FlowMatchLCMScheduler()
     end = timesteps[-1] / FlowMatchingSchedule().num_train_timesteps
 
     def scheduler(log_shift: float) -> FlowMatchLCMScheduler:
-        return FlowMatchLCMScheduler(shift=round(float(np.exp(log_shift)), 4), shift_terminal=end)
-
-    def error(log_shift: float) -> float:
-        return float(np.abs(scheduler_timesteps(scheduler(log_shift), len(timesteps)) - timesteps).max())
+        return FlowMatchLCMScheduler(shift=round(math.exp(log_shift), 4), shift_terminal=end)
 
     best = 0.0
     for width in (4.0, 0.1, 0.0025):  # a coarse look at shifts of 1/55 to 55, then closer ones
-        best = min(best + np.linspace(-width, width, 81), key=error)
+        tried = [best + width * place / 40 for place in range(-40, 41)]
+        best = min(tried, key=lambda log_shift: grid_error(scheduler(log_shift), timesteps))
     return scheduler(best)
 
 
-def scheduler_timesteps(scheduler: FlowMatchLCMScheduler, steps: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The timesteps at which diffusers samples in so many steps."""
-    scheduler.set_timesteps(steps)
-    timesteps: np.ndarray[Any, np.dtype[np.float32]] = scheduler.timesteps.numpy()
-    return timesteps
+def grid_error(scheduler: FlowMatchLCMScheduler, timesteps: Sequence[float]) -> float:
+    """The most by which a timestep that a scheduler samples at is off a student's."""
+    scheduler.set_timesteps(len(timesteps))
+    return max(abs(found - wanted) for found, wanted in zip(scheduler.timesteps.tolist(), timesteps, strict=True))
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -14,10 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor
+from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_core import LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
+from avd_trainer.cli import app
 from avd_trainer.config import TrainConfig
 from avd_trainer.data.latents import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
@@ -29,7 +31,7 @@ from avd_trainer.export import (
     closest_scheduler,
     export_pipeline,
     export_student,
-    scheduler_timesteps,
+    grid_error,
 )
 from avd_trainer.models import VelocityModel, load_models, load_transformer
 from avd_trainer.rollout import few_step_rollout
@@ -273,11 +275,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def test_a_pipeline_samples_in_diffusers_what_the_trainer_samples(wan_run: WanRun, wan: Path, tmp_path: Path) -> None:
     grid = [1000, 880, 700, 410]
     run = wan_run(objective={"timesteps": grid})
-    assert export_pipeline(run, tmp_path / "out") == ExportedPipeline("wan", ())
+    assert export_pipeline(run, tmp_path / "out") == ExportedPipeline("wan", (), pytest.approx(0.7, abs=0.1))
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     assert type(pipeline) is WanPipeline
     pipeline.scheduler.set_timesteps(4)
-    torch.testing.assert_close(pipeline.scheduler.timesteps, torch.tensor(grid), rtol=0, atol=15, check_dtype=False)
+    torch.testing.assert_close(pipeline.scheduler.timesteps, torch.tensor(grid), rtol=0, atol=1, check_dtype=False)
     pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)
     assert pipeline.scheduler.timesteps.tolist() == grid
     noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(3))
@@ -361,11 +363,28 @@ print(*pipeline.scheduler.timesteps.tolist())
         ((1000, 500), 0.01),
         ((1000,), 0.01),
         (tuple(range(1000, 0, -100)), 0.01),
+        ((900, 600, 300), 100),  # its grids begin at 1000
     ],
 )
 def test_diffusers_scheduler_comes_close_to_a_grid(grid: tuple[float, ...], off: float) -> None:
-    found = scheduler_timesteps(closest_scheduler(grid), len(grid))
-    assert found == pytest.approx(grid, abs=off)
+    scheduler = closest_scheduler(grid)
+    scheduler.set_timesteps(len(grid))
+    assert scheduler.timesteps.tolist() == pytest.approx(grid, abs=off)
+    error = grid_error(scheduler, grid)
+    assert error <= off
+    assert error == max(abs(scheduler.timesteps.numpy() - grid))
+
+
+def test_a_grid_that_diffusers_cannot_follow_is_said(run: Path, tmp_path: Path, make_config: MakeConfig) -> None:
+    export = ["export", str(run), "--output", str(tmp_path / "out")]
+    assert "off the student's" not in CliRunner().invoke(app, export).output
+    checkpoint = max((run / "checkpoints").iterdir())
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["objective"]["timesteps"] = [900, 600, 300]
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    printed = " ".join(CliRunner().invoke(app, export).output.split())
+    assert "off the student's by up to 100 of 1000" in printed
+    assert "FewStepScheduler.from_config" in printed
 
 
 def test_parts_come_from_the_first_source_that_has_them(wan_run: WanRun, wan: Path, tmp_path: Path) -> None:
@@ -409,7 +428,9 @@ def test_parts_of_a_pipeline_on_the_hub(
 
 
 def test_a_tiny_run_needs_no_parts(run: Path, wan: Path, tmp_path: Path) -> None:
-    assert export_pipeline(run, tmp_path / "out") == ExportedPipeline("block-dct", ("vae", "text_encoder", "tokenizer"))
+    assert export_pipeline(run, tmp_path / "out") == ExportedPipeline(
+        "block-dct", ("vae", "text_encoder", "tokenizer"), pytest.approx(1.1, abs=0.01)
+    )
     assert_equal(exported(tmp_path / "out" / "transformer"), exported(run / "student"))
     about = read_json(tmp_path / "out" / "export.json")
     assert (about["latent_space"], about["clip"]) == ("block-dct", [16, 3, 4, 4])
