@@ -6,23 +6,26 @@ An accelerate-style trainer is a script, so there is nothing to hook into: :clas
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from avd_core import AVDConfig, LossOutput, RegressionConfig
+from avd_core import AVDConfig, LossOutput
+from avd_integrations._host import Host, with_accumulation
 from avd_integrations.parametrisation import Parametrisation
 from avd_integrations.terms import HostTerms, Layout
 
 __all__ = ["PROVEN_ON", "AcceleratorTerms"]
 
 PROVEN_ON = "huggingface/accelerate 1.15.0"
+"""Where the tests ran."""
 
-# What is used of the host.
-_CONTRACT = ("device", "gradient_accumulation_steps", "register_for_checkpointing", "sync_gradients")
+_HOST = Host("accelerate", PROVEN_ON, "Install it with pip install accelerate.")
+
+_USED = ("device", "gradient_accumulation_steps", "register_for_checkpointing", "sync_gradients")
 
 
 class AcceleratorTerms(HostTerms):
@@ -73,8 +76,16 @@ class AcceleratorTerms(HostTerms):
         layout: Layout = "BCFHW",
         loss_scale: float | Callable[[torch.Size], float] = 1.0,
     ) -> None:
-        _check_contract(accelerator)
-        config = _in_step(config, accelerator.gradient_accumulation_steps)
+        module = _HOST.load("accelerate")
+        if not isinstance(accelerator, module.Accelerator):
+            raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}.")
+        replace(_HOST, name=f"accelerate {module.__version__}").check(accelerator, dict.fromkeys(_USED, ()))
+        if config.regression is not None and not config.regression.auto_update:
+            raise ValueError(
+                "RegressionConfig.auto_update is not to be set: the cache follows the Accelerator's gradient "
+                "accumulation."
+            )
+        config = with_accumulation(config, accelerator.gradient_accumulation_steps)
         super().__init__(config, parametrisation, predict, clips, layout=layout, loss_scale=loss_scale)
         self._accelerator = accelerator
         self.to(accelerator.device)
@@ -82,41 +93,6 @@ class AcceleratorTerms(HostTerms):
 
     def on_prediction(self, output: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
         result = super().on_prediction(output, x_t, clips, noise, times)
-        regression = self.objective.regression
-        if regression is not None and not regression.cache.auto_update and self._accelerator.sync_gradients:
-            regression.cache.update()
+        if self._accelerator.sync_gradients:
+            self.update()
         return result
-
-
-def _in_step(config: AVDConfig, accumulation: int) -> AVDConfig:
-    """The configuration whose cache is updated once per optimizer step."""
-    if config.regression is None:
-        return config
-    if not config.regression.auto_update:
-        raise ValueError(
-            "RegressionConfig.auto_update is not to be set: the cache follows the Accelerator's gradient accumulation."
-        )
-    if accumulation <= 1:
-        return config
-    regression = RegressionConfig(**{**config.regression.model_dump(), "auto_update": False})
-    return config.model_copy(update={"regression": regression})
-
-
-def _check_contract(accelerator: Any) -> None:
-    try:
-        host = importlib.import_module("accelerate")
-    except ImportError as error:
-        raise ImportError(
-            f"accelerate is needed here, and importing it failed: {error}. Install it with pip install accelerate. "
-            f"{_proven()}"
-        ) from error
-    if not isinstance(accelerator, host.Accelerator):
-        raise TypeError(f"accelerator must be an accelerate.Accelerator, got {type(accelerator).__name__}.")
-    if missing := [name for name in _CONTRACT if not hasattr(accelerator, name)]:
-        raise RuntimeError(
-            f"accelerate {host.__version__} has no Accelerator.{', '.join(missing)} any more. {_proven()}"
-        )
-
-
-def _proven() -> str:
-    return f"This adapter was proven on {PROVEN_ON}."

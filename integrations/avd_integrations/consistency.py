@@ -8,12 +8,13 @@ which names of the script they read. The module imports no host; it looks at the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from avd_core import AVDConfig, LossOutput, MotionConfig, RegressionConfig
+from avd_integrations._host import Host
 from avd_integrations.parametrisation import (
     Parametrisation,
     Prediction,
@@ -23,9 +24,12 @@ from avd_integrations.parametrisation import (
 )
 from avd_integrations.terms import HostTerms, Layout
 
-LCM = "LCM (huggingface/diffusers, examples/consistency_distillation, proven on 58eb52c)"
-PCM = "PCM (G-U-N/Phased-Consistency-Model, proven on b127277)"
-DCM = "DCM (Vchitect/DCM, proven on c7039e8)"
+LCM = Host("LCM", "huggingface/diffusers 58eb52c")
+PCM = Host("PCM", "G-U-N/Phased-Consistency-Model b127277")
+DCM = Host("DCM", "Vchitect/DCM c7039e8")
+
+PROVEN_ON = ", ".join(host.proven_on for host in (LCM, PCM, DCM))
+"""The commits that the tests ran in."""
 
 _PREDICTIONS: dict[str, Prediction] = {"epsilon": "noise", "v_prediction": "v", "sample": "x_0"}
 """diffusers' names of what a model predicts."""
@@ -63,7 +67,7 @@ class ConsistencyTerms(nn.Module):
         if regression is None and motion is None:
             raise ValueError("regression and motion are both None: nothing to compute.")
         config = AVDConfig(timesteps=tuple(float(t) for t in timesteps), regression=regression, motion=motion)
-        self.terms = HostTerms(config, parametrisation, _no_forward, _no_forward, layout=layout)
+        self.terms = HostTerms(config, parametrisation, layout=layout)
 
     def forward(self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
         """The loss to add to the host's, and its metrics.
@@ -78,18 +82,11 @@ class ConsistencyTerms(nn.Module):
         Returns:
             LossOutput: A scalar in the scale of a mean, and the metrics of :class:`avd_core.AVDObjective`.
         """
-        objective, parts = self.terms.objective, []
-        if objective.regression is not None:
-            parts.append(self.terms.on_prediction(prediction, x_t, clips, noise, times))
-        if objective.motion is not None:
-            parts.append(self.terms.on_samples(self.terms.parametrisation.x_0(prediction, x_t, times)))
-        loss = torch.stack([part.loss for part in parts]).sum()
-        return LossOutput(loss, {name: value for part in parts for name, value in part.metrics.items()})
+        return self.terms.from_prediction(prediction, x_t, clips, noise, times)
 
     def update(self) -> None:
         """End the optimizer step; only with gradient accumulation and ``RegressionConfig(auto_update=False)``."""
-        if self.terms.objective.regression is not None:
-            self.terms.objective.regression.cache.update()
+        self.terms.update()
 
 
 class PhasedConsistencyTerms(nn.Module):
@@ -103,7 +100,7 @@ class PhasedConsistencyTerms(nn.Module):
         first_index: The lowest index of the solver that the script draws.
         first_index_steps: Whether the script goes one Euler step, rather than to the phase's end, with the whole batch
             where its first sample has ``first_index``. DCM's semantic experts do.
-        host: Name for errors.
+        host: For errors: ``PCM`` or ``DCM`` of this module.
 
     Raises:
         RuntimeError: If the solver does not have what is read.
@@ -122,7 +119,7 @@ class PhasedConsistencyTerms(nn.Module):
         *,
         first_index: int = 0,
         first_index_steps: bool = False,
-        host: str = PCM,
+        host: Host = PCM,
     ) -> None:
         super().__init__()
         sigmas, ends = (_tensor_of(solver, name, host) for name in ("sigmas", "sigmas_prev"))
@@ -222,7 +219,9 @@ def pcm_terms(
     table = _tensor_of(noise_scheduler, "alphas_cumprod", PCM)
     name = getattr(getattr(noise_scheduler, "config", None), "prediction_type", None)
     if name not in _PREDICTIONS:
-        _moved(noise_scheduler, f"a config.prediction_type among {', '.join(_PREDICTIONS)} (it is {name!r})", PCM)
+        raise PCM.moved(
+            f"The noise scheduler's config.prediction_type is {name!r}, known are {', '.join(_PREDICTIONS)}"
+        )
     parametrisation = variance_preserving(table, _PREDICTIONS[name])
     return ConsistencyTerms(timesteps.tolist(), parametrisation, regression, motion, layout)
 
@@ -257,19 +256,8 @@ def dcm_terms(
     )
 
 
-def _no_forward(*_: Any) -> NoReturn:
-    raise AssertionError("the host has noised its clips and run its student itself")
-
-
-def _tensor_of(owner: Any, name: str, host: str) -> Tensor:
+def _tensor_of(owner: Any, name: str, host: Host) -> Tensor:
     value = getattr(owner, name, None)
     if not isinstance(value, Tensor):
-        _moved(owner, f"a tensor {name!r}", host)
+        raise host.moved(f"{type(owner).__name__} has no tensor {name}")
     return value
-
-
-def _moved(owner: Any, missing: str, host: str) -> NoReturn:
-    raise RuntimeError(
-        f"{type(owner).__name__} has not {missing}, which this adapter for {host} reads. "
-        "Pass the script's own object; if it is, the host has moved on since that commit."
-    )

@@ -6,7 +6,6 @@ DMD2 imports as ``main`` and is not installable, so run from its checkout. Nothi
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from avd_core import AVDConfig, RegressionConfig
+from avd_integrations._host import Host
 from avd_integrations.parametrisation import Parametrisation, variance_preserving
 from avd_integrations.terms import HostTerms
 
-HOST = "DMD2 (tianweiy/DMD2, proven on 8d8fa55)"
+PROVEN_ON = "tianweiy/DMD2 8d8fa55"
+"""The commit that the tests ran in."""
+
+_HOST = Host("DMD2", PROVEN_ON, "Run from a checkout of https://github.com/tianweiy/DMD2.")
 
 _READ = (
     "feedforward_model",
@@ -61,11 +64,11 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
 
     Raises:
         ImportError: If DMD2 cannot be imported.
-        RuntimeError: If its ``forward`` has not the arguments any more that are read here.
+        RuntimeError: If it is one that this adapter does not fit.
         ValueError: When the subclass is constructed: with ``--gan_alone``, or without ``--cls_on_clean_image``.
     """
     regression = RegressionConfig() if regression is None else regression
-    base: Any = _host_class()
+    base: Any = _HOST.load("main.sd_unified_model", {"SDUniModel.forward": _PASSED}).SDUniModel
 
     class AdaptiveSDUniModel(base):  # type: ignore[misc]
         """``SDUniModel``, and the regression."""
@@ -73,16 +76,12 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
         def __init__(self, args: Any, accelerator: Any) -> None:
             _check_options(args)
             super().__init__(args, accelerator)
-            missing = [name for name in _READ if not hasattr(self, name)]
-            if missing:
-                raise RuntimeError(f"SDUniModel of {HOST} has not {', '.join(missing)} any more.")
+            _HOST.check(self, dict.fromkeys(_READ, ()))
             steps = self.denoising_step_list.tolist() if self.denoising else [self.conditioning_timestep]
             # On the guidance model before the trainer wraps and saves it.
             self.guidance_model.avd = HostTerms(
                 AVDConfig(timesteps=tuple(float(step) for step in steps), regression=regression, motion=None),
                 variance_preserving(self.alphas_cumprod, "noise"),
-                self._predict,
-                lambda batch: batch["images"],
                 layout="BCHW",
             ).to(self.alphas_cumprod.device)
 
@@ -124,20 +123,6 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
             return output
 
     return AdaptiveSDUniModel
-
-
-def _host_class() -> Any:
-    try:
-        base = importlib.import_module("main.sd_unified_model").SDUniModel
-    except (ImportError, AttributeError) as error:
-        raise ImportError(
-            f"main.sd_unified_model.SDUniModel of {HOST} cannot be imported ({error}). Run from DMD2's checkout."
-        ) from error
-    arguments = inspect.signature(base.forward).parameters
-    missing = [name for name in _PASSED if name not in arguments]
-    if missing:
-        raise RuntimeError(f"SDUniModel.forward of {HOST} has no argument {', '.join(missing)} any more.")
-    return base
 
 
 def _check_options(args: Any) -> None:

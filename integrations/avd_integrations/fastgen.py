@@ -13,8 +13,6 @@ FastGen is imported when one of this module's functions is called, not before.
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -31,36 +29,44 @@ from avd_core import (
     RegressionConfig,
     interpolate_linearly,
 )
+from avd_integrations._host import Host, named_means, with_accumulation
 from avd_integrations.parametrisation import Parametrisation, Prediction
 from avd_integrations.terms import HostTerms, Layout
 
 __all__ = ["PROVEN_ON", "AVDHooks", "avd_callback", "fastgen_terms", "few_steps", "half_rate"]
 
 PROVEN_ON = "NVlabs/FastGen 34f30e8 (2026-02-25)"
+"""The commit that the tests ran in."""
+
+_HOST = Host("FastGen", PROVEN_ON, "Install it from https://github.com/NVlabs/FastGen.")
 
 _PAPER: Mapping[str, Any] = MappingProxyType({})
 
 # What is used of the host, with the arguments it is used with.
-_CONTRACT: dict[tuple[str, str], tuple[str, ...]] = {
-    ("fastgen.callbacks.callback", "Callback.on_load_checkpoint_start"): ("model",),
-    ("fastgen.callbacks.callback", "Callback.on_load_checkpoint_end"): ("model", "iteration"),
-    ("fastgen.callbacks.callback", "Callback.on_backward_begin"): (
-        "model", "data_batch", "output_batch", "loss_dict", "iteration", "accum_iter",
-    ),
-    ("fastgen.callbacks.callback", "Callback.on_optimizer_step_begin"): ("model", "iteration"),
-    ("fastgen.callbacks.callback", "Callback.state_dict"): (),
-    ("fastgen.callbacks.callback", "Callback.load_state_dict"): ("state_dict",),
-    ("fastgen.methods.model", "FastGenModel._prepare_training_data"): ("data",),
-    ("fastgen.methods.model", "FastGenModel.get_optimizers"): ("iteration",),
-    ("fastgen.methods.model", "FastGenModel.autocast"): (),
-    ("fastgen.methods.model", "FastGenModel._student_sample_loop"): (
-        "net", "x", "t_list", "condition", "student_sample_type",
-    ),
-    ("fastgen.networks.network", "FastGenNetwork.forward"): ("x_t", "t", "condition", "fwd_pred_type"),
-    ("fastgen.networks.noise_schedule", "BaseNoiseSchedule.alpha"): ("t",),
-    ("fastgen.networks.noise_schedule", "BaseNoiseSchedule.sigma"): ("t",),
-    ("fastgen.networks.noise_schedule", "BaseNoiseSchedule.get_t_list"): ("sample_steps", "device"),
-    ("fastgen.networks.noise_schedule", "RFNoiseSchedule"): (),
+_USED: dict[str, dict[str, tuple[str, ...]]] = {
+    "fastgen.callbacks.callback": {
+        "Callback.on_load_checkpoint_start": ("model",),
+        "Callback.on_load_checkpoint_end": ("model", "iteration"),
+        "Callback.on_backward_begin": (
+            "model", "data_batch", "output_batch", "loss_dict", "iteration", "accum_iter",
+        ),
+        "Callback.on_optimizer_step_begin": ("model", "iteration"),
+        "Callback.state_dict": (),
+        "Callback.load_state_dict": ("state_dict",),
+    },
+    "fastgen.methods.model": {
+        "FastGenModel._prepare_training_data": ("data",),
+        "FastGenModel.get_optimizers": ("iteration",),
+        "FastGenModel.autocast": (),
+        "FastGenModel._student_sample_loop": ("net", "x", "t_list", "condition", "student_sample_type"),
+    },
+    "fastgen.networks.network": {"FastGenNetwork.forward": ("x_t", "t", "condition", "fwd_pred_type")},
+    "fastgen.networks.noise_schedule": {
+        "BaseNoiseSchedule.alpha": ("t",),
+        "BaseNoiseSchedule.sigma": ("t",),
+        "BaseNoiseSchedule.get_t_list": ("sample_steps", "device"),
+        "RFNoiseSchedule": (),
+    },
 }  # fmt: skip
 
 # FastGen's names of predictions. Its "flow" is a velocity of ours on rectified flow's path only.
@@ -154,17 +160,16 @@ class AVDHooks:
         if not _updates_student(model, iteration):
             return
         if "total_loss" not in loss_dict:
-            raise RuntimeError(f'FastGen has no loss_dict["total_loss"], only {sorted(loss_dict)}. {_proven()}')
+            raise _HOST.moved(f'There is no loss_dict["total_loss"], only {sorted(loss_dict)}')
         samples = None if self._motion is None else _generated(output_batch, type(model).__name__)
         loss, metrics = self.terms((model, data_batch), samples)
         loss_dict["total_loss"] = loss_dict["total_loss"] + loss
-        loss_dict.update({f"avd/{name}": value.float().mean() for name, value in metrics.items()})
+        loss_dict.update(named_means(metrics))
 
     def on_optimizer_step_begin(self, model: Any, iteration: int = 0) -> None:
         """End the cache's iteration, after all accumulation rounds."""
-        regression = self.terms.objective.regression
-        if regression is not None and not regression.cache.auto_update and _updates_student(model, iteration):
-            regression.cache.update()
+        if _updates_student(model, iteration):
+            self.terms.update()
 
     def state_dict(self) -> dict[str, Any]:
         """The cache, equal on all ranks, so that the first rank's is everyone's. No collective: FSDP asks one rank."""
@@ -189,7 +194,7 @@ def fastgen_terms(
         model: A ``FastGenModel``, on its device.
         regression: Its options, or None to leave it out.
         motion: Its options, or None to leave it out.
-        grad_accum_rounds: Micro-batches of an optimizer step. With more than one, call the cache's ``update()`` after
+        grad_accum_rounds: Micro-batches of an optimizer step. With more than one, call :meth:`HostTerms.update` after
             them.
 
     Raises:
@@ -197,13 +202,12 @@ def fastgen_terms(
         ValueError: If the motion term is on for a model of images, or ``order="update_first"`` is asked for with more
             than one accumulation round.
     """
-    _check_contract()
+    _check_host()
     scheduler, grid = model.net.noise_scheduler, few_steps(model)
     host_prediction, prediction = _prediction_of(model.net)
     layout = _layout(model.input_shape, motion)
-    if regression is not None:
-        regression = RegressionConfig(**{**regression.model_dump(), "auto_update": grad_accum_rounds == 1})
     config = AVDConfig(timesteps=tuple(grid.tolist()), regression=regression, motion=motion)
+    config = with_accumulation(config, grad_accum_rounds)
 
     def coefficients(times: Tensor) -> tuple[Tensor, Tensor]:
         exact = _nearest(times, grid)
@@ -263,8 +267,8 @@ def half_rate(
             steps, or the student is not on rectified flow's path, is given frames, or does not sample with
             ``student_sample_type="sde"``.
     """
-    _check_contract()
-    base = _host("fastgen.methods.model").FastGenModel
+    _check_host()
+    base = _HOST.load("fastgen.methods.model").FastGenModel
     own = getattr(method, "_student_sample_loop", None)
     if getattr(own, "__func__", None) is not base._student_sample_loop.__func__:
         raise ValueError(f"{method.__name__} samples in a way of its own, which has no half frame rate.")
@@ -300,8 +304,10 @@ def half_rate(
 
 @functools.cache
 def _callback_class() -> Any:
-    _check_contract()
-    return type("AVDCallback", (AVDHooks, _host("fastgen.callbacks.callback").Callback), {"__doc__": AVDHooks.__doc__})
+    _check_host()
+    return type(
+        "AVDCallback", (AVDHooks, _HOST.load("fastgen.callbacks.callback").Callback), {"__doc__": AVDHooks.__doc__}
+    )
 
 
 def _updates_student(model: Any, iteration: int) -> bool:
@@ -315,7 +321,7 @@ def _generated(output_batch: Mapping[str, Any], method: str) -> Tensor:
     if not isinstance(samples, Tensor) or not samples.requires_grad:
         raise RuntimeError(
             f"{method} puts no generated sample with gradient into output_batch (gen_rand_train, or gen_rand of one "
-            f"step), which the motion term needs. Pass motion=None to avd_callback. {_proven()}"
+            "step), which the motion term needs. Pass motion=None to avd_callback."
         )
     return samples
 
@@ -326,14 +332,14 @@ def _prediction_of(net: Any) -> tuple[str, Prediction]:
     if asked == "flow" and not _is_rectified_flow(net):
         asked = "x0"
     if asked not in _PREDICTIONS:
-        raise RuntimeError(f"FastGen's network predicts {asked!r}, known are {sorted(_PREDICTIONS)}. {_proven()}")
+        raise _HOST.moved(f"The network predicts {asked!r}, known are {sorted(_PREDICTIONS)}")
     return asked, _PREDICTIONS[asked]
 
 
 def _layout(input_shape: Any, motion: MotionConfig | None) -> Layout:
     shape = list(input_shape)
     if len(shape) not in (3, 4):
-        raise RuntimeError(f"FastGen's model.input_shape is [C, H, W] or [C, T, H, W], got {shape}. {_proven()}")
+        raise _HOST.moved(f"model.input_shape is neither [C, H, W] nor [C, T, H, W], but {shape}")
     if motion is not None and (len(shape) == 3 or shape[1] < 2):
         raise ValueError(
             f"The motion term is the variance along frames, and images have none: model.input_shape is {shape}. "
@@ -380,31 +386,10 @@ def _check_sampling(net: Any, student_sample_type: str) -> None:
 
 
 def _is_rectified_flow(net: Any) -> bool:
-    return isinstance(net.noise_scheduler, _host("fastgen.networks.noise_schedule").RFNoiseSchedule)
+    return isinstance(net.noise_scheduler, _HOST.load("fastgen.networks.noise_schedule").RFNoiseSchedule)
 
 
-def _check_contract() -> None:
+def _check_host() -> None:
     """That everything of FastGen that is used here is there, before a run is under way."""
-    for (module, path), arguments in _CONTRACT.items():
-        found: Any = _host(module)
-        for name in path.split("."):
-            found = getattr(found, name, None)
-        if found is None:
-            raise RuntimeError(f"FastGen has no {module}.{path} any more. {_proven()}")
-        missing = [name for name in arguments if name not in inspect.signature(found).parameters]
-        if missing:
-            raise RuntimeError(f"FastGen's {module}.{path} takes no argument {', '.join(missing)}. {_proven()}")
-
-
-def _host(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"FastGen is needed here, and importing its {module} failed: {error}. Install it from "
-            f"https://github.com/NVlabs/FastGen. {_proven()}"
-        ) from error
-
-
-def _proven() -> str:
-    return f"This adapter was proven on {PROVEN_ON}."
+    for module, members in _USED.items():
+        _HOST.load(module, members)

@@ -11,42 +11,45 @@ takes what a method's class takes; it is a function here, so that FastVideo is i
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from avd_core import AVDConfig, LossOutput, RegressionConfig
+from avd_core import AVDConfig, LossOutput
+from avd_integrations._host import Host, named_means, with_accumulation
 from avd_integrations.parametrisation import rectified_flow
 from avd_integrations.terms import HostTerms
 
 __all__ = ["PROVEN_ON", "AVDHooks", "avd_config", "dmd2", "dmd2_class"]
 
 PROVEN_ON = "hao-ai-lab/FastVideo 2f3d407 (2026-08-21)"
+"""The commit that the tests ran in."""
 
-_DMD2 = ("fastvideo.train.methods.distribution_matching.dmd2", "DMD2Method")
-_MODEL = ("fastvideo.train.models.base", "ModelBase")
+_HOST = Host("FastVideo", PROVEN_ON, "Install it from https://github.com/hao-ai-lab/FastVideo.")
+
+_METHOD = "fastvideo.train.methods.distribution_matching.dmd2"
 
 # What is used of the host, with the arguments it is used with.
-_CONTRACT: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
-    _DMD2: {
-        "__init__": ("cfg", "role_models"),
-        "single_train_step": ("batch", "iteration"),
-        "optimizers_schedulers_step": ("iteration",),
-        "checkpoint_state": (),
-        "_dmd_loss": ("generator_pred_x0", "batch"),
-        "_get_denoising_step_list": ("device",),
-        "_should_update_student": ("iteration",),
+_USED: dict[str, dict[str, tuple[str, ...]]] = {
+    _METHOD: {
+        "DMD2Method.__init__": ("cfg", "role_models"),
+        "DMD2Method.single_train_step": ("batch", "iteration"),
+        "DMD2Method.optimizers_schedulers_step": ("iteration",),
+        "DMD2Method.checkpoint_state": (),
+        "DMD2Method._dmd_loss": ("generator_pred_x0", "batch"),
+        "DMD2Method._get_denoising_step_list": ("device",),
+        "DMD2Method._should_update_student": ("iteration",),
     },
-    _MODEL: {
-        "prepare_batch": ("raw_batch", "generator", "latents_source"),
-        "add_noise": ("clean_latents", "noise", "timestep"),
-        "predict_noise": ("noisy_latents", "timestep", "batch", "conditional", "cfg_uncond", "attn_kind"),
+    "fastvideo.train.models.base": {
+        "ModelBase.prepare_batch": ("raw_batch", "generator", "latents_source"),
+        "ModelBase.add_noise": ("clean_latents", "noise", "timestep"),
+        "ModelBase.predict_noise": (
+            "noisy_latents", "timestep", "batch", "conditional", "cfg_uncond", "attn_kind",
+        ),
     },
-}
+}  # fmt: skip
 _ATTRIBUTES = ("student", "method_config", "training_config", "cuda_generator", "_rollout_mode", "_cfg_uncond")
 
 # Stands for DMD2Method, which dmd2_class puts behind the hooks.
@@ -72,8 +75,8 @@ def dmd2(*, cfg: Any, role_models: dict[str, Any]) -> Any:
 @functools.cache
 def dmd2_class() -> Any:
     """The class behind :func:`dmd2`, to be subclassed further. Raises as it does."""
-    _check_contract()
-    return type("AVDDMD2Method", (AVDHooks, _host(*_DMD2)), {"__doc__": AVDHooks.__doc__})
+    hosts = {module: _HOST.load(module, members) for module, members in _USED.items()}
+    return type("AVDDMD2Method", (AVDHooks, hosts[_METHOD].DMD2Method), {"__doc__": AVDHooks.__doc__})
 
 
 class AVDHooks(_Host):  # type: ignore[misc]
@@ -98,8 +101,7 @@ class AVDHooks(_Host):  # type: ignore[misc]
 
     def __init__(self, *, cfg: Any, role_models: dict[str, Any]) -> None:
         super().__init__(cfg=cfg, role_models=role_models)
-        if missing := [name for name in _ATTRIBUTES if not hasattr(self, name)]:
-            raise RuntimeError(f"FastVideo's {_DMD2[1]} has no {', '.join(missing)} any more. {_proven()}")
+        _HOST.check(self, dict.fromkeys(_ATTRIBUTES, ()))
         training = self.training_config
         config = avd_config(
             self.method_config.get("avd"),
@@ -114,8 +116,6 @@ class AVDHooks(_Host):  # type: ignore[misc]
         self.avd = HostTerms(
             config,
             rectified_flow(self.student.num_train_timesteps),
-            self._predict_velocity,
-            self._real_clips,
             layout="BFCHW",
         ).to(self.student.device)
         self._raw_batch: dict[str, Any] | None = None
@@ -131,9 +131,8 @@ class AVDHooks(_Host):  # type: ignore[misc]
 
     def optimizers_schedulers_step(self, iteration: int) -> None:
         super().optimizers_schedulers_step(iteration)
-        regression = self.avd.objective.regression
-        if regression is not None and not regression.cache.auto_update and self._should_update_student(iteration):
-            regression.cache.update()
+        if self._should_update_student(iteration):
+            self.avd.update()
 
     def checkpoint_state(self) -> dict[str, Any]:
         return {**super().checkpoint_state(), "avd": _CopiedState(self.avd)}
@@ -146,16 +145,13 @@ class AVDHooks(_Host):  # type: ignore[misc]
         if self.avd.objective.motion is not None:
             parts.append(self.avd.on_samples(generator_pred_x0))
         metrics = {name: value for part in parts for name, value in part.metrics.items()}
-        self._avd_metrics = {f"avd/{name}": value.detach().float().mean() for name, value in metrics.items()}
-        self._avd_metrics["avd/matching_loss"] = matching.detach()
+        self._avd_metrics = {**named_means(metrics), "avd/matching_loss": matching.detach()}
         return matching + torch.stack([part.loss for part in parts]).sum()
 
     def _on_clips(self, batch: Any) -> LossOutput:
         clips = self._real_clips(batch).detach()
-        steps = self._get_denoising_step_list(clips.device)
-        draws = {"device": clips.device, "generator": self.cuda_generator}
-        times = steps[torch.randint(len(steps), (len(clips),), **draws)]
-        noise = torch.randn(clips.shape, dtype=clips.dtype, **draws)
+        times = self.avd.draw_times(len(clips), clips.device, generator=self.cuda_generator)
+        noise = torch.randn(clips.shape, device=clips.device, dtype=clips.dtype, generator=self.cuda_generator)
         x_t = self.student.add_noise(clips, noise, times.repeat_interleave(clips.shape[1]))  # one time per frame
         return self.avd.on_prediction(self._predict_velocity(x_t, times, batch), x_t, clips, noise, times)
 
@@ -189,8 +185,6 @@ def avd_config(options: Mapping[str, Any] | None, steps: Sequence[float], accumu
     given = dict(options or {})
     if "timesteps" in given:
         raise ValueError("method.avd.timesteps is not to be set: the few steps are method.dmd_denoising_steps.")
-    if given.get("gradient_ratio") is not None:
-        raise ValueError("method.avd.gradient_ratio is not supported in FastVideo: its DMD loss has only x_0 to show.")
     if isinstance(given.get("regression"), Mapping) and "auto_update" in given["regression"]:
         raise ValueError(
             "method.avd.regression.auto_update is not to be set: it follows training.loop.gradient_accumulation_steps."
@@ -198,10 +192,7 @@ def avd_config(options: Mapping[str, Any] | None, steps: Sequence[float], accumu
     config = AVDConfig(**given, timesteps=tuple(steps))
     if config.regression is None and config.motion is None:
         raise ValueError("method.avd leaves out both terms: name FastVideo's own DMD2Method as method._target_ then.")
-    if config.regression is None or accumulation <= 1:
-        return config
-    regression = RegressionConfig(**{**config.regression.model_dump(), "auto_update": False})
-    return config.model_copy(update={"regression": regression})
+    return with_accumulation(config, accumulation)
 
 
 class _CopiedState:
@@ -219,33 +210,3 @@ class _CopiedState:
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         self._module.load_state_dict(state_dict)
-
-
-def _check_contract() -> None:
-    """That everything of FastVideo that is used here is there, before a run is under way."""
-    for (module, owner), methods in _CONTRACT.items():
-        host = _host(module, owner)
-        for name, arguments in methods.items():
-            found = getattr(host, name, None)
-            if found is None:
-                raise RuntimeError(f"FastVideo's {owner} has no {name} any more. {_proven()}")
-            missing = [argument for argument in arguments if argument not in inspect.signature(found).parameters]
-            if missing:
-                raise RuntimeError(f"FastVideo's {owner}.{name} takes no argument {', '.join(missing)}. {_proven()}")
-
-
-def _host(module: str, owner: str) -> Any:
-    try:
-        found = importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"FastVideo is needed here, and importing its {module} failed: {error}. Install it from "
-            f"https://github.com/hao-ai-lab/FastVideo. {_proven()}"
-        ) from error
-    if not hasattr(found, owner):
-        raise RuntimeError(f"FastVideo has no {module}.{owner} any more. {_proven()}")
-    return getattr(found, owner)
-
-
-def _proven() -> str:
-    return f"This adapter was proven on {PROVEN_ON}."

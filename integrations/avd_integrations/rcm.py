@@ -6,8 +6,6 @@ and over the batch, not means.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,13 +14,16 @@ import torch
 from torch import Tensor
 
 from avd_core import AVDConfig
+from avd_integrations._host import Host, named
 from avd_integrations.parametrisation import trigflow
 from avd_integrations.terms import HostTerms
 
-PROVEN_ON = "rCM 5b41aa9"
+PROVEN_ON = "NVlabs/rcm 5b41aa9"
 """The commit that the tests ran in."""
 
-_MODULE, _CLASS = "rcm.models.t2v_model_distill_rcm", "T2VDistillModel_rCM"
+_HOST = Host("rCM", PROVEN_ON, "Run from a checkout of https://github.com/NVlabs/rcm, with its requirements.")
+
+_CLASS = "T2VDistillModel_rCM"
 _USED = {
     "training_step_closures": ("data_batch", "iteration"),
     "_make_training_ctx": ("x0_B_C_T_H_W", "condition", "uncondition", "iteration"),
@@ -72,9 +73,10 @@ def model_class() -> type:
     The constructor raises ValueError where the host has no distribution matching (no ``net_fake_score``, or
     ``loss_scale_dmd=0``), or for timesteps outside (0, pi/2].
     """
-    host_class = _host_class()
+    module = _HOST.load("rcm.models.t2v_model_distill_rcm", {f"{_CLASS}.{name}": _USED[name] for name in _USED})
+    host_class: Any = getattr(module, _CLASS)
 
-    class AVDModelrCM(host_class):  # type: ignore[misc, valid-type]
+    class AVDModelrCM(host_class):  # type: ignore[misc]
         """rCM's model with adaptive regression and clipped temporal variance."""
 
         avd: HostTerms
@@ -82,13 +84,7 @@ def model_class() -> type:
         def __init__(self, config: Any, avd: AVDConfig | Mapping[str, Any] | None = None) -> None:
             settings = _settings(config, avd)
             super().__init__(config)
-            self.avd = HostTerms(
-                settings,
-                trigflow(),
-                predict=lambda x_t, times, context: self._avd_predict(x_t, times, context[1]),
-                clips=lambda context: context[0],
-                loss_scale=_sum_of_squares,
-            )
+            self.avd = HostTerms(settings, trigflow(), loss_scale=_sum_of_squares)
             self._avd_context: Any = None
             self._avd_samples: Tensor | None = None
 
@@ -101,9 +97,8 @@ def model_class() -> type:
                 yield name, closure, is_last
             self._avd_context = None
             if self.is_student_phase(iteration) and iteration >= self.config.tangent_warmup and _DMD not in names:
-                raise RuntimeError(
-                    f"rCM's {_CLASS}.training_step_closures gave {names} and no {_DMD!r} at iteration {iteration}: "
-                    f"this version has moved. Proven on {PROVEN_ON}."
+                raise _HOST.moved(
+                    f"{_CLASS}.training_step_closures gave {names} and no {_DMD!r} at iteration {iteration}"
                 )
 
         def _make_training_ctx(self, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +113,7 @@ def model_class() -> type:
             x_t = self.avd.parametrisation.add_noise(x_0, noise, times)
             output = self._avd_predict(x_t, times, condition)
             loss, metrics = self.avd.on_prediction(output, x_t, x_0, noise, times)
-            return _named(metrics), loss.expand(len(x_0))
+            return named(metrics), loss.expand(len(x_0))
 
         def _avd_predict(self, x_t: Tensor, times: Tensor, condition: Any) -> Tensor:
             prediction: Tensor = self.denoise(x_t, times, condition, net_type="student").F
@@ -137,15 +132,14 @@ def model_class() -> type:
                 if self.avd.objective.motion is None:
                     return output_batch, loss
                 motion = self.avd.on_samples(self._avd_samples)
-                return output_batch | _named(motion.metrics), loss + motion.loss
+                return output_batch | named(motion.metrics), loss + motion.loss
             finally:
                 self._avd_samples = None
 
         def on_before_zero_grad(self, optimizer: Any, scheduler: Any, iteration: int) -> None:
             super().on_before_zero_grad(optimizer, scheduler, iteration)
-            regression = self.avd.objective.regression
-            if regression is not None and not regression.cache.auto_update and self.is_student_phase(iteration):
-                regression.cache.update()  # once per optimizer step, however many batches it accumulates
+            if self.is_student_phase(iteration):
+                self.avd.update()  # once per optimizer step, however many batches it accumulates
 
         def state_dict(self) -> dict[str, Any]:
             state: dict[str, Any] = super().state_dict()
@@ -162,30 +156,6 @@ def model_class() -> type:
             return result
 
     return AVDModelrCM
-
-
-def _host_class() -> type:
-    try:
-        module = importlib.import_module(_MODULE)
-    except ImportError as error:
-        raise ImportError(
-            f"rCM (https://github.com/NVlabs/rcm) cannot be imported: {error}. Run from its checkout, with its "
-            f"requirements; the adapter was proven on {PROVEN_ON}."
-        ) from error
-    host_class = getattr(module, _CLASS, None)
-    if host_class is None:
-        raise RuntimeError(f"rCM has no {_MODULE}.{_CLASS}: this version has moved. Proven on {PROVEN_ON}.")
-    for method, arguments in _USED.items():
-        function = getattr(host_class, method, None)
-        if function is None:
-            raise RuntimeError(f"rCM's {_CLASS} has no {method}: this version has moved. Proven on {PROVEN_ON}.")
-        missing = set(arguments) - set(inspect.signature(function).parameters)
-        if missing:
-            raise RuntimeError(
-                f"rCM's {_CLASS}.{method} has no argument {', '.join(sorted(missing))}: this version has moved. Proven "
-                f"on {PROVEN_ON}."
-            )
-    return host_class  # type: ignore[no-any-return]
 
 
 def _settings(config: Any, avd: AVDConfig | Mapping[str, Any] | None) -> AVDConfig:
@@ -221,7 +191,3 @@ def _sum_of_squares(shape: torch.Size) -> float:
     The batch is summed too: the trainer sums what closures return, and they return this once per sample.
     """
     return 2.0 * math.prod(shape)
-
-
-def _named(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"avd/{name}": value for name, value in metrics.items()}

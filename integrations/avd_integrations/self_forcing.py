@@ -6,7 +6,6 @@ wrappers around Wan return ``x_0`` (CausVid, AVD) or ``(flow, x_0)`` (Self-Forci
 
 from __future__ import annotations
 
-import inspect
 import logging
 import pickle
 import zipfile
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from avd_core import AVDConfig
+from avd_integrations._host import Host, name_of, named
 from avd_integrations.parametrisation import Parametrisation
 from avd_integrations.terms import HostTerms
 
@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 PROVEN_ON = "CausVid ca21150, Self-Forcing 33593df, Adaptive-Video-Distillation b3442d6"
 """The commits that the tests ran in."""
+
+_HOST = Host("DMD class of CausVid, Self-Forcing or the released AVD code", PROVEN_ON)
 
 CHECKPOINT_KEY = "avd"
 """Where the trainer's checkpoint has the cache."""
@@ -67,14 +69,14 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
         ValueError: If ``regression.auto_update`` is off; or the class is that of the released AVD code, and ``config``
             has a motion term, which its ``generator_loss`` has already.
     """
-    _check_host(host_class)
+    _HOST.check(host_class, _USED)
     hyperparameters = AVDConfig.paper() if config is None else config
     if hyperparameters.regression is not None and not hyperparameters.regression.auto_update:
         raise ValueError("These trainers do not accumulate gradients. Leave regression.auto_update at True.")
     if hasattr(host_class, _RELEASED_AVD_METHOD) and hyperparameters.motion is not None:
         raise ValueError(
-            f"{_name(host_class)} is the released AVD code, whose generator_loss has a motion term of its own, and two "
-            "would be added. Use AVDConfig(motion=None), or remove its term and its reg_loss."
+            f"{name_of(host_class)} is the released AVD code, whose generator_loss has a motion term of its own, and "
+            "two would be added. Use AVDConfig(motion=None), or remove its term and its reg_loss."
         )
 
     class AVDDMD(host_class):  # type: ignore[misc]
@@ -121,7 +123,7 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
             if gradient_mask is not None:  # long videos: the host takes no gradient of the first block
                 x_0 = torch.where(gradient_mask, x_0, x_0.detach())
             motion = self.avd.on_samples(x_0)
-            return loss + motion.loss, log | _named(motion.metrics)
+            return loss + motion.loss, log | named(motion.metrics)
 
         def generator_loss(
             self,
@@ -144,7 +146,7 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
             if batch is None:
                 return loss, log
             regression = self.avd.on_clips(batch)
-            return loss + regression.loss, log | _named(regression.metrics)
+            return loss + regression.loss, log | named(regression.metrics)
 
         def _avd_batch(self, conditional_dict: Any, clean_latent: Tensor | None) -> dict[str, Any]:
             """Clips and what the text encoder made of their prompts."""
@@ -177,26 +179,6 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
 
     AVDDMD.__name__ = AVDDMD.__qualname__ = f"AVD{host_class.__name__}"
     return AVDDMD
-
-
-def _check_host(host_class: type) -> None:
-    for method, arguments in _USED.items():
-        function = getattr(host_class, method, None)
-        if function is None:
-            raise RuntimeError(
-                f"{_name(host_class)} has no method {method}. with_avd takes the DMD class of CausVid, Self-Forcing or "
-                f"the released AVD code; it was proven on {PROVEN_ON}."
-            )
-        missing = set(arguments) - set(inspect.signature(function).parameters)
-        if missing:
-            raise RuntimeError(
-                f"{_name(host_class)}.{method} has no argument {', '.join(sorted(missing))}: this version has moved. "
-                f"with_avd was proven on {PROVEN_ON}."
-            )
-
-
-def _name(host_class: type) -> str:
-    return f"{host_class.__module__}.{host_class.__qualname__}"
 
 
 def _at_steps(config: AVDConfig, denoising_step_list: Tensor) -> AVDConfig:
@@ -248,7 +230,3 @@ def _restore(terms: HostTerms, path: Any) -> None:
         logger.info("%s has no key %r: the cache starts empty.", path, CHECKPOINT_KEY)
         return
     terms.load_state_dict(state)
-
-
-def _named(metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"avd/{name}": value for name, value in metrics.items()}

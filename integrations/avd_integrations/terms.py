@@ -36,23 +36,25 @@ class HostTerms(nn.Module):
             counts in ``[B, C, F, H, W]``, its default 2, whatever the layout.
         parametrisation: The host's path and prediction.
         predict: ``predict(x_t, times [B], batch) -> output``, the student with gradient, all in the host's layout and
-            unit.
-        clips: ``clips(batch)`` the real clips' latents in the host's layout, clean and without gradient.
+            unit. None where the host runs its student itself: see :meth:`on_prediction` and :meth:`from_prediction`.
+        clips: ``clips(batch)`` the real clips' latents in the host's layout, clean and without gradient. None as with
+            ``predict``.
         layout: Order of the host's dimensions. With "BCHW", images, the motion term has no frames to look at and must
             be left out.
         loss_scale: The host's loss for one of ours: 1 where it takes means, the number of values of a sample where it
             sums them. A function of a sample's shape without its batch dimension, or a number.
 
     Raises:
-        ValueError: If the motion term is on for images, or counts its frames in another dimension.
+        ValueError: If the motion term is on for images, or counts its frames in another dimension; or if
+            ``gradient_ratio`` is set, for which the matching term would have to be known here.
     """
 
     def __init__(
         self,
         config: AVDConfig,
         parametrisation: Parametrisation,
-        predict: Callable[[Tensor, Tensor, Any], Tensor],
-        clips: Callable[[Any], Tensor],
+        predict: Callable[[Tensor, Tensor, Any], Tensor] | None = None,
+        clips: Callable[[Any], Tensor] | None = None,
         *,
         layout: Layout = "BCFHW",
         loss_scale: float | Callable[[torch.Size], float] = 1.0,
@@ -64,6 +66,11 @@ class HostTerms(nn.Module):
             )
         if config.motion is not None and config.motion.frame_dim != 2:
             raise ValueError(f"motion.frame_dim must be 2, as layout says the rest, got {config.motion.frame_dim}.")
+        if config.gradient_ratio is not None:
+            raise ValueError(
+                "AVDConfig(gradient_ratio=...) compares with the matching term's gradient, which an adapter does not "
+                "see. Leave it at None, or call avd_core.AVDObjective with matching_loss and matching_output."
+            )
         self.objective = AVDObjective(config)
         self.parametrisation, self.layout = parametrisation, layout
         self._predict, self._clips, self._loss_scale = predict, clips, loss_scale
@@ -84,13 +91,32 @@ class HostTerms(nn.Module):
             parts.append(self.on_clips(batch))
         if self.objective.motion is not None:
             parts.append(self.on_samples(x_0))
-        if not parts:
-            raise ValueError("AVDConfig leaves out both the regression and the motion term: nothing to compute.")
-        loss = torch.stack([part.loss for part in parts]).sum()
-        return LossOutput(loss, {name: value for part in parts for name, value in part.metrics.items()})
+        return _sum(parts)
+
+    def from_prediction(self, output: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
+        """Both terms from what the host's student has predicted on noised clips; none is run here.
+
+        The motion term's sample is the ``x_0`` in that prediction. Arguments are those of :meth:`on_prediction`, and
+        the result is that of :meth:`forward`.
+        """
+        parts = []
+        if self.objective.regression is not None:
+            parts.append(self.on_prediction(output, x_t, clips, noise, times))
+        if self.objective.motion is not None:
+            parts.append(self.on_samples(self.parametrisation.x_0(output, x_t, times)))
+        return _sum(parts)
 
     def on_clips(self, batch: Any) -> LossOutput:
-        """The regression: noises the batch's clips to drawn few steps, and one forward of the student. Eq. 5-7."""
+        """The regression: noises the batch's clips to drawn few steps, and one forward of the student. Eq. 5-7.
+
+        Raises:
+            ValueError: If the terms were made without ``predict`` or ``clips``, or without the regression.
+        """
+        if self._predict is None or self._clips is None:
+            raise ValueError(
+                "These terms were made without predict and clips, so they can run no student. Pass both to HostTerms, "
+                "or give what your own student predicted to on_prediction or from_prediction."
+            )
         clips = self._clips(batch).detach()
         times = self.draw_times(len(clips), clips.device)
         noise = torch.randn_like(clips)
@@ -120,17 +146,33 @@ class HostTerms(nn.Module):
         output = self.objective.on_samples(x_0)
         return output if x_0 is None else self._scaled(output, x_0)
 
-    def draw_times(self, count: int, device: torch.device) -> Tensor:
-        """``[count]`` of the few steps, each as likely as the others, by PyTorch's global generator."""
+    def draw_times(self, count: int, device: torch.device, *, generator: torch.Generator | None = None) -> Tensor:
+        """``[count]`` of the few steps, each as likely as the others; without ``generator`` by PyTorch's own."""
         if self.objective.regression is None:
             raise ValueError("AVDConfig leaves out the regression: there is nothing to draw times for.")
         grid = self.objective.regression.cache.timesteps.to(device)
-        return grid[torch.randint(len(grid), (count,), device=device)]
+        return grid[torch.randint(len(grid), (count,), device=device, generator=generator)]
+
+    def update(self) -> None:
+        """End the optimizer step; does something with ``RegressionConfig(auto_update=False)`` only.
+
+        A collective where ranks are synchronised: call it on every rank.
+        """
+        regression = self.objective.regression
+        if regression is not None and not regression.cache.auto_update:
+            regression.cache.update()
 
     def _scaled(self, output: LossOutput, like: Tensor) -> LossOutput:
         scale = self._loss_scale
         factor = scale(like.shape[1:]) if callable(scale) else scale
         return LossOutput(factor * output.loss, output.metrics)
+
+
+def _sum(parts: list[LossOutput]) -> LossOutput:
+    if not parts:
+        raise ValueError("AVDConfig leaves out both the regression and the motion term: nothing to compute.")
+    loss = torch.stack([part.loss for part in parts]).sum()
+    return LossOutput(loss, {name: value for part in parts for name, value in part.metrics.items()})
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

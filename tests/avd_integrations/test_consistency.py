@@ -195,7 +195,7 @@ def test_neither_noises_nor_runs_anything_itself():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), torch.tensor([0.5]), 4, 2, 3, 3)
     terms(velocity, x_t, clips, noise, torch.tensor([0.5]))
     assert torch.equal(state, torch.get_rng_state())
-    with pytest.raises(AssertionError):
+    with pytest.raises(ValueError, match="without predict and clips"):
         terms.terms({})
 
 

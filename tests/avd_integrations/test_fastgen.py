@@ -61,8 +61,8 @@ class Model:
 @pytest.fixture
 def without_fastgen(monkeypatch):
     """The hooks on stand-ins for what they take from FastGen."""
-    monkeypatch.setattr(adapter, "_check_contract", lambda: None)
-    monkeypatch.setattr(adapter, "_host", lambda module: SimpleNamespace(RFNoiseSchedule=Schedule))
+    stand_in = SimpleNamespace(RFNoiseSchedule=Schedule)
+    monkeypatch.setattr(adapter, "_HOST", SimpleNamespace(load=lambda *_: stand_in, moved=RuntimeError))
 
 
 def hooks(regression=adapter._PAPER, motion=adapter._PAPER, rounds=1):

@@ -141,7 +141,64 @@ def test_half_precision_students_are_compared_in_float32():
     assert student.seen[0][0].dtype == torch.bfloat16
 
 
+def test_a_ready_prediction_gives_both_terms_and_runs_nothing():
+    """The sample of the motion term is the x_0 in the prediction, with its gradient."""
+    noise, times = torch.randn_like(CLIPS), torch.tensor([1000.0, 757.0, 522.0])
+    path = rectified_flow()
+    x_t = path.add_noise(CLIPS, noise, times)
+    terms = HostTerms(AVDConfig(motion=MotionConfig(floor=-9)), path)
+    output = (0.1 * torch.randn_like(CLIPS)).requires_grad_()
+    state = torch.get_rng_state()
+    loss, metrics = terms.from_prediction(output, x_t, CLIPS, noise, times)
+    assert torch.equal(state, torch.get_rng_state())
+    x_0 = x_t - times.view(-1, 1, 1, 1, 1) / 1000 * output
+    parts = [
+        objective_by_hand(output, noise - CLIPS, times),
+        AVDObjective(AVDConfig(motion=MotionConfig(floor=-9))).on_samples(x_0),
+    ]
+    torch.testing.assert_close(loss, parts[0].loss + parts[1].loss)
+    assert set(metrics) == {name for part in parts for name in part.metrics}
+    ours, by_hand = (
+        torch.autograd.grad(value, output, retain_graph=True) for value in (loss, sum(p.loss for p in parts))
+    )
+    torch.testing.assert_close(ours, by_hand)
+    for left_out in ({"motion": None}, {"regression": None}):
+        part = HostTerms(AVDConfig(**left_out), path).from_prediction(output, x_t, CLIPS, noise, times)
+        assert not any(name.startswith(next(iter(left_out))) for name in part.metrics)
+    with pytest.raises(ValueError, match="nothing to compute"):
+        HostTerms(AVDConfig(motion=None, regression=None), path).from_prediction(output, x_t, CLIPS, noise, times)
+
+
+@pytest.mark.parametrize("given", [{}, {"predict": Student()}, {"clips": lambda batch: batch}])
+def test_a_missing_student_or_clips_is_said(given):
+    with pytest.raises(ValueError, match=r"made without predict and clips.*on_prediction or from_prediction"):
+        HostTerms(AVDConfig(motion=None), rectified_flow(), **given)(CLIPS)
+
+
+def test_times_can_be_drawn_by_the_hosts_generator():
+    terms, state = host()[1], torch.get_rng_state()
+    draws = [terms.draw_times(50, CLIPS.device, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    assert set(draws[0].tolist()) == set(GRID)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_update_ends_an_iteration_of_several_calls():
+    terms = host(AVDConfig(timesteps=(500,), regression=RegressionConfig(auto_update=False), motion=None))[1]
+    cache = terms.objective.regression.cache
+    for _ in range(2):
+        terms({"clips": CLIPS})
+        assert not cache.seen.any()
+    terms.update()
+    assert cache.seen.all()
+    assert not cache.pending.any()
+    host(AVDConfig(regression=None))[1].update()
+
+
 def test_wrong_options_are_refused():
+    with pytest.raises(ValueError, match=r"gradient_ratio=.*an adapter does not see"):
+        host(AVDConfig(gradient_ratio=0.5))
     with pytest.raises(ValueError, match="frame_dim must be 2"):
         host(AVDConfig(motion=MotionConfig(frame_dim=1)))
 

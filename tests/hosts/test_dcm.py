@@ -1,10 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "programs"))
-from page_lines import assignments, page_lines, with_lines
+from page_lines import assert_in_order, assignments, page_lines, with_lines
 
 pytestmark = pytest.mark.hosts
 
@@ -20,9 +16,9 @@ def test_both_semantic_experts_have_the_names_that_the_lines_read(checkout, scri
     source = (checkout("DCM") / "fastvideo" / f"distill_dcm_{script}_semantic_expert.py").read_text()
     compile(with_lines(source, page_lines("dcm.md")), script, "exec")
     names = assignments(source, "distill_one_step", "loss.backward()")
-    in_order = ["model_input", "noise", "index", "noisy_model_input", "model_pred", "end_index", "target", "loss"]
-    places = [names.index(name) for name in in_order]
-    assert places == sorted(places)
+    assert_in_order(
+        names, ["model_input", "noise", "index", "noisy_model_input", "model_pred", "end_index", "target", "loss"]
+    )
     # The lowest index, and the one Euler step that the whole batch goes from it.
     assert f"index = torch.randint({first}," in source
     assert f"if index[0]=={first}:" in source

@@ -1,10 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "programs"))
-from page_lines import assignments, page_lines, with_lines
+from page_lines import assert_in_order, assignments, page_lines, with_lines
 
 pytestmark = pytest.mark.hosts
 
@@ -29,9 +25,9 @@ def test_every_script_has_the_names_that_the_lines_read(checkout, script):
     source = (checkout("diffusers") / FOLDER / script).read_text()
     compile(with_lines(source, page_lines("lcm.md")), script, "exec")
     names = assignments(source, "main", "accelerator.backward(loss)")
-    in_order = ["noise_scheduler", "solver", "start_timesteps", "noise_pred", "model_pred", "target", "loss"]
-    places = [names.index(name) for name in in_order]
-    assert places == sorted(places)
+    assert_in_order(
+        names, ["noise_scheduler", "solver", "start_timesteps", "noise_pred", "model_pred", "target", "loss"]
+    )
     assert {"latents", "noise", "noisy_model_input"} <= set(names)
     # Nothing overwrites what is read between the student's prediction and the loss.
     after = names[names.index("model_pred") + 1 :]

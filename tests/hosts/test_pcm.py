@@ -1,10 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).parent / "programs"))
-from page_lines import assignments, page_lines, with_lines
+from page_lines import assert_in_order, assignments, page_lines, with_lines
 
 pytestmark = pytest.mark.hosts
 
@@ -31,9 +27,9 @@ def test_every_flow_script_has_the_names_that_the_lines_read(checkout, script):
     else:
         compile(with_lines(source, page_lines("pcm.md")), script, "exec")
     names = assignments(source, "main", "optimizer.step()")
-    in_order = ["solver", "noise", "index", "noisy_model_input", "model_pred", "end_index", "target", "loss"]
-    places = [names.index(name) for name in in_order]
-    assert places == sorted(places)
+    assert_in_order(
+        names, ["solver", "noise", "index", "noisy_model_input", "model_pred", "end_index", "target", "loss"]
+    )
     assert "model_input" in names
 
 

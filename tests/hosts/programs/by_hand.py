@@ -1,28 +1,37 @@
-"""Eq. 5-7 once more, in plain float64 numpy, and a record of what an adapter was called with."""
+"""Eq. 5-7 once more, in plain Python, and a record of what an adapter was called with."""
+
+import contextlib
 
 import numpy as np
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from helpers import ReferenceCache, mean, reference_sample_losses, reference_weights
+
 
 class RegressionByHand:
-    """Keeps its own means."""
+    """The regression's loss; keeps its own means."""
 
-    def __init__(self, weight=2.0, sharpness=3.0, decay=0.95):
-        self.weight, self.sharpness, self.decay = weight, sharpness, decay
-        self.means = {}
+    def __init__(self):
+        self.cache = ReferenceCache()
+
+    @property
+    def means(self):
+        return self.cache.means
 
     def __call__(self, prediction, target, times):
-        errors = (np.asarray(prediction, np.float64) - np.asarray(target, np.float64)) ** 2
-        losses = errors.reshape(len(errors), -1).mean(axis=1)
-        total = 0.0
-        for time, loss in zip(times, losses, strict=True):
-            deviation = loss - self.means.get(time, loss)
-            total += self.weight * (1 - 1 / (1 + np.exp(-self.sharpness * deviation))) * loss
-        for time in set(times):
-            current = losses[[t == time for t in times]].mean()
-            before = self.means.get(time, current)
-            self.means[time] = self.decay * before + (1 - self.decay) * current
-        return total / len(losses)
+        """Of arrays or tensors ``[B, ...]``, and times as the cache's grid has them."""
+        losses = reference_sample_losses(prediction.tolist(), target.tolist())
+        usual = [self.cache.read(time, loss) for time, loss in zip(times, losses, strict=True)]
+        weights = reference_weights(losses, usual, sharpness=3.0, weight=2.0)
+        self.cache.iterate(zip(times, losses, strict=True))
+        return mean([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+
+    def check_cache(self, cache):
+        """That an adapter's cache, in training, is at the same point."""
+        assert cache.training
+        for time, value, seen in zip(cache.timesteps.tolist(), cache.means.tolist(), cache.seen.tolist(), strict=True):
+            assert seen == (time in self.means), (time, seen, self.means)
+            assert not seen or abs(value - self.means[time]) <= 1e-4 * self.means[time], (time, value, self.means)
 
 
 class Calls:
@@ -61,3 +70,26 @@ def columns(*arrays):
     """``[B]`` arrays as ``[B, 1, 1, ...]``, float64, to go with the last one."""
     *vectors, like = (np.asarray(a, np.float64) for a in arrays)
     return [v.reshape(-1, *[1] * (like.ndim - 1)) for v in vectors]
+
+
+def shifted(sigma, shift):
+    """Noise levels in [0, 1] of rectified flow, moved towards 1 as its schedulers do."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@contextlib.contextmanager
+def backward_losses():
+    """A list that gets each loss from which an ``accelerate.Accelerator`` goes back."""
+    from accelerate import Accelerator
+
+    losses, backward = [], Accelerator.backward
+
+    def recorded(self, loss, **options):
+        losses.append(loss.item())
+        backward(self, loss, **options)
+
+    Accelerator.backward = recorded
+    try:
+        yield losses
+    finally:
+        Accelerator.backward = backward

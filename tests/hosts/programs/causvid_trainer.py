@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import self_forcing_cpu as stand_ins
 import torch
 from omegaconf import OmegaConf
+
+import self_forcing_cpu as stand_ins
 from page_lines import page_lines
 
 scratch, released_avd = Path(sys.argv[1]), sys.argv[2] == "avd"

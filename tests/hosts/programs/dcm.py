@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from by_hand import Calls, RegressionByHand, close, columns
 from diffusers import FlowMatchEulerDiscreteScheduler
-from page_lines import page_lines, with_lines
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from avd_integrations.consistency import PhasedConsistencyTerms
+from by_hand import Calls, RegressionByHand, close, columns, shifted
+from page_lines import load_script, page_lines, with_lines
 
 SCRIPT = Path("fastvideo/distill_dcm_wan_semantic_expert.py")
 POINTS, FIRST, SHIFT = 50, 35, 17.0
@@ -73,15 +73,6 @@ def average_on_one_rank():
     dist.all_reduce = reduce
 
 
-def load_script(folder, blocks):
-    path = folder / "script_with_lines.py"
-    path.write_text(with_lines(SCRIPT.read_text(), blocks))
-    spec = importlib.util.spec_from_file_location("script_with_lines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def new_solver(script):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     solver = script.EulerSolver(
@@ -111,8 +102,7 @@ def batches(size, frames):
 
 
 def sigmas_by_hand():
-    ramp = np.arange(1, 1001, dtype=np.float64) / 1000
-    return (SHIFT * ramp / (1 + (SHIFT - 1) * ramp))[1000 // POINTS - 1 :: 1000 // POINTS]
+    return shifted(np.arange(1, 1001) / 1000, SHIFT)[1000 // POINTS - 1 :: 1000 // POINTS]
 
 
 def losses_by_hand(regression, arguments):
@@ -137,7 +127,7 @@ def main(folder):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     average_on_one_rank()
     blocks = page_lines("dcm.md")
-    script = load_script(folder, blocks)
+    script = load_script(folder / "script_with_lines.py", with_lines(SCRIPT.read_text(), blocks))
     attend_without_cuda()
     create, _, save = (code for _, _, code in blocks)
     calls = Calls(PhasedConsistencyTerms)

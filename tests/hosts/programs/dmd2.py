@@ -4,7 +4,6 @@
 and saves weights alone, as with ``--fsdp``.
 """
 
-import importlib.util
 import inspect
 import json
 import sys
@@ -15,13 +14,13 @@ import lmdb
 import numpy as np
 import torch
 import wandb
-from by_hand import RegressionByHand, close, columns, state_of
-from page_lines import page_lines, with_lines
-from tiny_sd import save_tiny_sd
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from avd_integrations import HostTerms
+from by_hand import RegressionByHand, close, columns, state_of
+from page_lines import load_script, page_lines, with_lines
+from tiny_sd import save_tiny_sd
 
 ONE_STEP_TIME = 399  # as in the host's one-step scripts for SDXL
 
@@ -48,15 +47,6 @@ def share_databases():
     """The host never closes its database, and one process may open it once."""
     opened, open_one = {}, lmdb.open
     lmdb.open = lambda path, **options: opened.setdefault(path, open_one(path, **options) if path not in opened else 0)
-
-
-def load_trainer(folder, source):
-    path = folder / "trainer_with_lines.py"
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location("trainer_with_lines", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def with_small_classifier(base):
@@ -175,7 +165,8 @@ def main(folder, kind):
     import main.train_sd
 
     watch = Watch(main.sd_unified_model.SDUniModel)
-    module = load_trainer(folder, with_lines(Path(main.train_sd.__file__).read_text(), page_lines("dmd2.md")))
+    source = with_lines(Path(main.train_sd.__file__).read_text(), page_lines("dmd2.md"))
+    module = load_script(folder / "trainer_with_lines.py", source)
     module.SDUniModel = with_small_classifier(module.SDUniModel)
 
     steps = {ONE_STEP_TIME: True}

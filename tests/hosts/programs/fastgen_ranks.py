@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-import fastgen_tiny as tiny
+import fastgen_tiny as tiny  # first: torchvision can be imported after it
+
+# isort: split
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

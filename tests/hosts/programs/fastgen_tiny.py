@@ -1,33 +1,26 @@
 """FastGen with networks of a few hundred weights: what the programs beside this file share."""
 
-import sys
 import time
-import types
-from pathlib import Path
 
 import torch
 from torch import nn
 
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:
-    # A torchvision built for CUDA beside a PyTorch for the CPU lacks the operators it would describe here. None is run.
-    for name in [name for name in sys.modules if name.startswith("torchvision")]:
-        del sys.modules[name]
-    sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
+from page_lines import code_blocks
+from without_gpu import declare_torchvision_operators
 
-from fastgen.callbacks.callback import Callback
-from fastgen.configs.methods.config_dmd2 import create_config
-from fastgen.networks.network import FastGenNetwork
-from fastgen.trainer import Trainer
-from fastgen.utils import LazyCall as L
-from fastgen.utils import instantiate
-from fastgen.utils.checkpointer import Checkpointer, FSDPCheckpointer
-from omegaconf import DictConfig
+declare_torchvision_operators()
+
+from fastgen.callbacks.callback import Callback  # noqa: E402
+from fastgen.configs.methods.config_dmd2 import create_config  # noqa: E402
+from fastgen.networks.network import FastGenNetwork  # noqa: E402
+from fastgen.trainer import Trainer  # noqa: E402
+from fastgen.utils import LazyCall as L  # noqa: E402
+from fastgen.utils import instantiate  # noqa: E402
+from fastgen.utils.checkpointer import Checkpointer, FSDPCheckpointer  # noqa: E402
+from omegaconf import DictConfig  # noqa: E402
 
 T_LIST = [0.999, 0.937, 0.833, 0.624, 0.0]
 SHAPE = [4, 5, 4, 4]
-PAGE = Path(__file__).parents[3] / "docs" / "hosts" / "fastgen.md"
 
 time.sleep = lambda seconds: None  # FastGen's trainer naps for ten seconds at its end
 
@@ -106,7 +99,7 @@ def video_config(folder, max_iter):
 
 def lines_of_the_page(block=0):
     """The user's code, as docs/hosts/fastgen.md gives it."""
-    return PAGE.read_text().split("```python\n")[block + 1].split("```")[0]
+    return code_blocks("fastgen.md", "python")[block]
 
 
 def train(config, checkpointer=None):

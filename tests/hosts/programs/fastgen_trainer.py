@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.func import functional_call
+
+from avd_integrations.fastgen import AVDHooks
 from fastgen_tiny import (
     T_LIST,
     Callback,
@@ -18,9 +21,6 @@ from fastgen_tiny import (
     train,
     video_config,
 )
-from torch.func import functional_call
-
-from avd_integrations.fastgen import AVDHooks
 
 RECORDS = []
 

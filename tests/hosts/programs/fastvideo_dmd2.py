@@ -4,14 +4,15 @@ import json
 import math
 import multiprocessing
 import os
-import re
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+
+from avd_integrations.fastvideo import avd_config, dmd2_class
+from by_hand import shifted
 from fastvideo_tiny import (
     BATCH,
     CHANNELS,
@@ -25,12 +26,11 @@ from fastvideo_tiny import (
     TinyWan,
     run_training_from_config,
 )
-
-from avd_integrations.fastvideo import avd_config, dmd2_class
 from helpers import ReferenceCache, mean, reference_motion, reference_regression, reference_sample_losses
+from page_lines import code_blocks
+from without_gpu import free_port
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "hosts" / "fastvideo.md"
-LINES = re.search(r"```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL).group(1)
+LINES = code_blocks("fastvideo.md", "yaml")[0]
 SHIFT = 5.0
 
 
@@ -86,7 +86,7 @@ def train(*args, **options):
 
 def sigma_by_hand(time):
     """The shifted time nearest to this one, as the scheduler is defined."""
-    grid = [SHIFT * s / (1 + (SHIFT - 1) * s) for s in (i / 1000 for i in range(1, 1001))]
+    grid = [shifted(i / 1000, SHIFT) for i in range(1, 1001)]
     return min(grid, key=lambda sigma: abs(1000 * sigma - time))
 
 
@@ -194,7 +194,7 @@ def simulate(folder):
     options = {"rollout_mode": "simulate", "generator_update_interval": 2, "warp_denoising_step": True}
     cache = ReferenceCache()
     method, metrics, steps = train(folder, method=options, accumulation=2)
-    warped = [1000 * SHIFT * s / (1 + (SHIFT - 1) * s) for s in (1.0, 0.75, 0.5, 0.25)]
+    warped = [1000 * shifted(s, SHIFT) for s in (1.0, 0.75, 0.5, 0.25)]
     torch.testing.assert_close(method.avd.objective.regression.cache.timesteps, torch.tensor(warped), rtol=1e-4, atol=0)
     assert check(metrics, steps, cache, accumulation=2, interval=2) == 2
     check_cache(method, cache)
@@ -234,6 +234,7 @@ def refusals(folder):
         ({"rollout_mode": "simulate"}, {"preprocessed_data_type": "text_only"}, "text_only"),
         ({"avd": {"regression": None, "motion": None}}, {}, "leaves out both"),
         ({"avd": {"timesteps": [1000, 500]}}, {}, "dmd_denoising_steps"),
+        ({"avd": {"gradient_ratio": 0.5}}, {}, "an adapter does not see"),
     ]
     for method, data, message in wrong:
         path = configuration(folder, method=method)
@@ -256,7 +257,7 @@ def refusals(folder):
 
 def two_ranks(folder):
     """Two processes with a sharded student: one cache, different draws, resumed from FastVideo's checkpoint."""
-    port = _free_port()
+    port = free_port()
     context = multiprocessing.get_context("fork")  # the imports are done
     answers = context.Queue()
     processes = [context.Process(target=_rank, args=(r, port, folder, answers), daemon=True) for r in range(2)]
@@ -298,12 +299,6 @@ def _rank(rank, port, folder, answers):
     torch.distributed.destroy_process_group()
 
 
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def _means(method):
     cache = method.avd.objective.regression.cache
     return dict(zip(cache.timesteps.tolist(), cache.means.tolist(), strict=True))
@@ -311,7 +306,7 @@ def _means(method):
 
 if __name__ == "__main__":
     scratch, names = Path(sys.argv[1]), sys.argv[2:]
-    os.environ["MASTER_PORT"] = str(_free_port())
+    os.environ["MASTER_PORT"] = str(free_port())
     report = {}
     for name in names:
         (scratch / name).mkdir()

@@ -11,14 +11,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from without_gpu import declare_torchvision_operators
+
 
 def stand_in():
     """For what FastVideo asks of CUDA: a state of its random numbers, an attention kernel, torchvision's operators."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:  # a build for CUDA, whose operators nothing here calls
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+    declare_torchvision_operators()
     from fastvideo.platforms import current_platform
 
     torch.cuda.get_rng_state, torch.cuda.set_rng_state = torch.get_rng_state, lambda state: None

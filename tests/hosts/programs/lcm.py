@@ -1,6 +1,5 @@
 """diffusers' own LCM script, with the lines of its page: two steps, a checkpoint, and two more from it."""
 
-import importlib.util
 import io
 import json
 import logging
@@ -10,14 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from by_hand import Calls, RegressionByHand, close, columns
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from page_lines import page_lines, with_lines
 from PIL import Image
-from tiny_sd import save_tiny_sd
 
 from avd_integrations.consistency import ConsistencyTerms
+from by_hand import Calls, RegressionByHand, backward_losses, close, columns
+from page_lines import load_script, page_lines, with_lines
+from tiny_sd import save_tiny_sd
 
 SCRIPT = Path("examples/consistency_distillation/train_lcm_distill_sd_wds.py")
 
@@ -33,15 +31,6 @@ def save_shard(path):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 shard.addfile(info, io.BytesIO(data))
-
-
-def load(path, source, name):
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(module, folder, output, steps, *more):
@@ -63,17 +52,8 @@ def run(module, folder, output, steps, *more):
         "--seed=0",
         *more,
     ]
-    losses, backward = [], Accelerator.backward
-
-    def recorded(self, loss, **options):
-        losses.append(loss.item())
-        backward(self, loss, **options)
-
-    Accelerator.backward = recorded
-    try:
+    with backward_losses() as losses:
         module.main(module.parse_args())
-    finally:
-        Accelerator.backward = backward
     return losses
 
 
@@ -89,8 +69,8 @@ def main(folder):
     save_tiny_sd(folder / "model")
     save_shard(folder / "shard.tar")
     source = SCRIPT.read_text()
-    plain = load(folder / "plain_script.py", source, "plain_script")
-    script = load(folder / "script.py", with_lines(source, page_lines("lcm.md")), "script")
+    plain = load_script(folder / "plain_script.py", source)
+    script = load_script(folder / "script.py", with_lines(source, page_lines("lcm.md")))
     calls = Calls(ConsistencyTerms)
     scheduler = DDPMScheduler.from_pretrained(folder / "model", subfolder="scheduler")
     table = scheduler.alphas_cumprod.double().numpy()

@@ -1,13 +1,20 @@
 """The lines of a host's page, put into a copy of the host's script as a reader of the page would."""
 
 import ast
+import importlib.util
 import re
+import sys
 import textwrap
 from pathlib import Path
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "hosts"
 
 _BLOCK = re.compile(r"^(After|Before|Instead of) `([^`\n]+)`[^\n]*:\n\n```python\n(.*?)```", re.DOTALL | re.MULTILINE)
+
+
+def code_blocks(page, language):
+    """The text of each block of a page that is in this language."""
+    return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
 
 
 def page_lines(page):
@@ -32,6 +39,15 @@ def with_lines(source, blocks):
     return source
 
 
+def load_script(path, source):
+    """Write a script to ``path``, and import it as a module of the file's name."""
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def assignments(source, function, before):
     """Names that ``function`` binds, in order of their first binding, up to the statement that begins so."""
     lines = source.splitlines()
@@ -45,3 +61,9 @@ def assignments(source, function, before):
         if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.lineno < end
     ]
     return [name for _, _, name in sorted(names)]
+
+
+def assert_in_order(names, expected):
+    """That the first bindings of the expected names come in this order."""
+    places = [names.index(name) for name in expected]
+    assert places == sorted(places), names

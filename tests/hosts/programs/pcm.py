@@ -1,6 +1,5 @@
 """PCM's own script for Stable Diffusion 3, with the lines of its page: two steps, a checkpoint, two more from it."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -9,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from by_hand import Calls, RegressionByHand, close, columns
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from page_lines import page_lines, with_lines
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_sd import save_tokenizer, text_config
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from avd_integrations.consistency import PhasedConsistencyTerms
+from by_hand import Calls, RegressionByHand, backward_losses, close, columns, shifted
+from page_lines import load_script, page_lines, with_lines
+from tiny_sd import save_tokenizer, text_config
 
 SCRIPT = Path("code/text_to_image_sd3/train_pcm_lora_sd3.py")
 DATA = '"/mnt/wangfuyun/cc3m"'  # the script's own folder of images, written into it
@@ -74,15 +72,6 @@ def save_images(folder):
         (folder / f"{i}.txt").write_text("a cat")
 
 
-def load(path, source, name):
-    path.write_text(source)
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def run(module, folder, output, steps, *more):
     """The script, from its command line on; returns the losses that it went back from."""
     sys.argv = [
@@ -101,28 +90,18 @@ def run(module, folder, output, steps, *more):
         "--seed=0",
         *more,
     ]
-    losses, backward = [], Accelerator.backward
-
-    def recorded(self, loss, **options):
-        losses.append(loss.item())
-        backward(self, loss, **options)
-
-    Accelerator.backward = recorded
     module.args = module.parse_args()  # main() reads it as a global, too
     module.args.validation_prompt = None  # which it also reads, at its end, and does not define
-    try:
+    with backward_losses() as losses:
         module.main(module.args)
-    finally:
-        Accelerator.backward = backward
     return losses
 
 
 def sigmas_by_hand(shift=3.0):
     """The solver's points and where their phases end, from the paper's definition rather than from the solver."""
-    ramp = np.arange(1, 1001, dtype=np.float64) / 1000
-    shifted = shift * ramp / (1 + (shift - 1) * ramp)
-    points = shifted[1000 // POINTS - 1 :: 1000 // POINTS]
-    edges = [shifted[0], *points[POINTS // PHASES - 1 : -1 : POINTS // PHASES]]
+    sigmas = shifted(np.arange(1, 1001) / 1000, shift)
+    points = sigmas[1000 // POINTS - 1 :: 1000 // POINTS]
+    edges = [sigmas[0], *points[POINTS // PHASES - 1 : -1 : POINTS // PHASES]]
     return points, np.repeat(edges, POINTS // PHASES)
 
 
@@ -148,8 +127,8 @@ def main(folder):
     assert source.count(DATA) == 1
     source = source.replace(DATA, repr(str(folder / "images")))
     sys.path.insert(0, str(SCRIPT.parent.resolve()))
-    plain = load(folder / "plain_script.py", source, "plain_script")
-    script = load(folder / "script.py", with_lines(source, page_lines("pcm.md")), "script")
+    plain = load_script(folder / "plain_script.py", source)
+    script = load_script(folder / "script.py", with_lines(source, page_lines("pcm.md")))
     calls = Calls(PhasedConsistencyTerms)
 
     alone = run(plain, folder, "plain", 2)

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shlex
-import socket
 import sys
 import types
 from pathlib import Path
@@ -25,6 +24,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state  # noqa: F401 - before transformer_engine seems to be there
 from torch import nn
 from torch.overrides import TorchFunctionMode
+
+from by_hand import RegressionByHand
+from page_lines import code_blocks
+from without_gpu import declare_torchvision_operators, free_port
 
 scratch = Path(sys.argv[1])
 os.environ["IMAGINAIRE_OUTPUT_ROOT"] = str(scratch)
@@ -72,15 +75,10 @@ def _cpu(value):
     return torch.device("cpu") if is_cuda else value
 
 
-operators = torch.library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"):
-    operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_torchvision_operators()
 sys.meta_path.insert(0, Absent())
 torch.cuda.current_device = lambda: 0
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
 
 import rcm.models.t2v_model_distill_rcm as host  # noqa: E402
 from imaginaire.lazy_config import LazyCall, instantiate  # noqa: E402
@@ -93,6 +91,7 @@ from rcm.trainers.trainer_distillation import ImaginaireTrainer_Distill  # noqa:
 from avd_core import AVDConfig  # noqa: E402
 from avd_core.matching import distribution_matching_loss  # noqa: E402
 from avd_integrations import rcm as adapter  # noqa: E402
+from helpers import reference_motion  # noqa: E402
 
 HOST = host.T2VDistillModel_rCM
 original_dmd_step = HOST._student_dmd_step
@@ -144,8 +143,7 @@ class Tokenizer:
 
 def page_overrides():
     """What docs/hosts/rcm.md adds to the command line."""
-    page = Path(__file__).resolve().parents[3] / "docs" / "hosts" / "rcm.md"
-    command = page.read_text().split("```bash\n")[1].split("```")[0].replace("\\\n", " ")
+    command = code_blocks("rcm.md", "bash")[0].replace("\\\n", " ")
     words = shlex.split(command)
     return [word for word in words[words.index("--") + 1 :] if word.startswith(("experiment", "model.", "+model."))]
 
@@ -180,45 +178,30 @@ def batches():
         }
 
 
-class ByHand:
+class ByHand(RegressionByHand):
     """Eq. 5-8 in plain arithmetic, from what the student's network saw and said: nothing of TrigFlow."""
 
     def __init__(self, angles):
-        self.levels = [math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles]  # of rectified flow
-        self.means = {}
+        super().__init__()
+        self.levels = {t: math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles}  # of rectified flow
 
     def regression(self, clips, seen, text):
         """In the host's scale: a sum over the batch."""
         x, times, output, embedding = seen
         assert torch.equal(embedding, text)
-        losses = []
-        for clip, x_t, time, velocity in zip(clips.double(), x.double(), times.flatten() / 1000, output, strict=True):
-            step = min(range(len(self.levels)), key=lambda i: abs(self.levels[i] - time.item()))
-            sigma = self.levels[step]
+        targets, steps = [], []
+        for clip, x_t, time in zip(clips.double(), x.double(), times.flatten() / 1000, strict=True):
+            step, sigma = min(self.levels.items(), key=lambda level: abs(level[1] - time.item()))
             assert abs(sigma - time.item()) < 1e-5, (sigma, time)
             noise = (x_t - (1 - sigma) * clip) / sigma
             assert abs(noise.std() - 1) < 0.2
-            losses.append((step, ((velocity.double() - (noise - clip)) ** 2).mean().item()))
-        total = 0.0
-        for step, loss in losses:
-            weight = 1 - 1 / (1 + math.exp(-3 * (loss - self.means.get(step, loss))))
-            total += 2 * VALUES * 2.0 * weight * loss
-        for step in {step for step, _ in losses}:
-            current = [loss for s, loss in losses if s == step]
-            mean = sum(current) / len(current)
-            self.means[step] = 0.95 * self.means[step] + 0.05 * mean if step in self.means else mean
-        return total
-
-    def check_cache(self, cache):
-        for step, (mean, seen) in enumerate(zip(cache.means.tolist(), cache.seen.tolist(), strict=True)):
-            assert seen == (step in self.means), (step, seen, self.means)
-            assert not seen or math.isclose(mean, self.means[step], rel_tol=1e-4), (step, mean, self.means)
+            targets.append(noise - clip)
+            steps.append(step)
+        return len(clips) * 2 * VALUES * self(output, torch.stack(targets), steps)
 
 
 def motion_by_hand(video, floor):
-    frames = video.detach().double()
-    variance = (frames**2).mean(dim=2) - frames.mean(dim=2) ** 2
-    return len(video) * 2 * VALUES * 0.05 * max(-math.log(variance.mean().item() + 1e-6), floor)
+    return len(video) * 2 * VALUES * reference_motion(video.tolist(), floor)
 
 
 def train(config, model, by_hand):

@@ -6,10 +6,8 @@ host's own code is all real.
 """
 
 import functools
-import math
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 from unittest import mock
@@ -17,14 +15,16 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import wandb
-from page_lines import with_lines
 from torch import nn
+
+from by_hand import RegressionByHand
+from helpers import reference_motion
+from page_lines import with_lines
+from without_gpu import declare_torchvision_operators, free_port
 
 CHANNELS, FRAMES, SIZE = 3, 21, 4
 
-_operators = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-    _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+declare_torchvision_operators()
 
 
 def prepare(scratch):
@@ -35,11 +35,8 @@ def prepare(scratch):
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     start = dist.init_process_group
     dist.init_process_group = lambda backend, **options: start("gloo", **options)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    os.environ["MASTER_PORT"] = str(free_port())
     for name in ("login", "init", "log", "run"):
         setattr(wandb, name, mock.MagicMock())
     wandb.init.return_value.dir = str(scratch / "wandb")
@@ -113,12 +110,12 @@ class Loader:
             yield batch
 
 
-class ByHand:
+class ByHand(RegressionByHand):
     """Eq. 5-8 in plain arithmetic, from what the student saw and said."""
 
     def __init__(self, scheduler, steps):
+        super().__init__()
         self.sigmas, self.timesteps, self.steps = scheduler.sigmas.double(), scheduler.timesteps.double(), steps
-        self.means = {}
 
     def regression(self, clips, seen, context):
         x_t, times, flow, text = seen
@@ -126,34 +123,18 @@ class ByHand:
         x_t, flow = x_t.transpose(1, 2).double(), flow.transpose(1, 2).double()
         times = times.double().reshape(len(x_t), -1)
         assert torch.equal(times, times[:, :1].expand_as(times))
-        losses = []
-        for clip, x, velocity, time in zip(clips.double(), x_t, flow, times[:, 0].tolist(), strict=True):
+        targets = []
+        for clip, x, time in zip(clips.double(), x_t, times[:, 0].tolist(), strict=True):
             assert min(abs(time - step) for step in self.steps) < 1e-3
             sigma = self.sigmas[(self.timesteps - time).abs().argmin()]
             noise = (x - (1 - sigma) * clip) / sigma
             assert abs(noise.std() - 1) < 0.15, "what was added is no standard normal noise"
-            losses.append((time, ((velocity - (noise - clip)) ** 2).mean().item()))
-        total = 0.0
-        for time, loss in losses:
-            weight = 1 - 1 / (1 + math.exp(-3 * (loss - self.means.get(time, loss))))
-            total += 2.0 * weight * loss / len(losses)
-        for time in {time for time, _ in losses}:
-            current = [loss for t, loss in losses if t == time]
-            mean = sum(current) / len(current)
-            self.means[time] = 0.95 * self.means[time] + 0.05 * mean if time in self.means else mean
-        return total
+            targets.append(noise - clip)
+        return self(flow, torch.stack(targets), times[:, 0].tolist())
 
     @staticmethod
     def motion(video):
-        frames = video.detach().double()
-        variance = (frames**2).mean(dim=1) - frames.mean(dim=1) ** 2
-        return 0.05 * max(-math.log(variance.mean().item() + 1e-6), 0.6)
-
-    def check_cache(self, cache):
-        assert cache.training
-        for step, mean, seen in zip(cache.timesteps.tolist(), cache.means.tolist(), cache.seen.tolist(), strict=True):
-            assert seen == (step in self.means), (step, seen, self.means)
-            assert not seen or math.isclose(mean, self.means[step], rel_tol=1e-4), (step, mean, self.means)
+        return reference_motion(video.transpose(1, 2).tolist())
 
 
 def noting(method, log):

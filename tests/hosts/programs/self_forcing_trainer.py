@@ -6,9 +6,10 @@ import math
 import sys
 from pathlib import Path
 
-import self_forcing_cpu as stand_ins
 import torch
 from omegaconf import OmegaConf
+
+import self_forcing_cpu as stand_ins
 from page_lines import page_lines
 
 scratch = Path(sys.argv[1])
