@@ -21,7 +21,7 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from diffusers.models.attention_dispatch import AttentionBackendName
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -465,12 +465,12 @@ def test_lora_and_attention_arguments(folder: Path, pipeline: WanHalfRatePipelin
 
 def test_attention_backend(pipeline: WanHalfRatePipeline) -> None:
     expected = latents(pipeline, generator=generator())
-    pipeline.transformer.set_attention_backend("_native_math")
-    backends = {
-        module.processor._attention_backend for module in pipeline.transformer.modules() if hasattr(module, "processor")
-    }
-    assert backends == {AttentionBackendName._NATIVE_MATH}
-    torch.testing.assert_close(latents(pipeline, generator=generator()), expected, rtol=1e-4, atol=1e-4)
+    with attention_backend("native"):  # set_attention_backend also changes the whole process, until this ends
+        pipeline.transformer.set_attention_backend("_native_math")
+        actual = latents(pipeline, generator=generator())
+    processors = [module.processor for module in pipeline.transformer.modules() if hasattr(module, "processor")]
+    assert {processor._attention_backend for processor in processors} == {AttentionBackendName._NATIVE_MATH}
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("positions", ["consecutive", "strided"])
