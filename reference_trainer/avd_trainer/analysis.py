@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -22,15 +22,23 @@ from torch import Tensor
 
 from avd_core import interpolate_linearly, kept_frames, raise_frame_rate
 from avd_trainer.config import ArchitectureConfig
-from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder, TextEncoder, read_prompts
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, read_prompts
 from avd_trainer.data.shapes import MovingShapes
 from avd_trainer.data.shards import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.data.text import TEXT_LENGTH
 from avd_trainer.draws import SampleDraws
 from avd_trainer.errors import UserError
-from avd_trainer.export import few_steps
-from avd_trainer.models import DTYPES, VelocityModel, load_transformer, prepare
+from avd_trainer.export import LatentSpace
+from avd_trainer.generation import (
+    WAN_SIZE,
+    About,
+    choose_device,
+    choose_dtype,
+    embed_prompts,
+    read_about,
+    read_timesteps,
+)
+from avd_trainer.models import VelocityModel, load_transformer
 from avd_trainer.plan import wan_latent_shape
 from avd_trainer.progress import ProgressBar
 from avd_trainer.report import COLORS
@@ -40,7 +48,6 @@ from avd_trainer.weights import open_weights
 
 PAPER_TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)
 TINY_SIZE = "64x64x33"
-WAN_SIZE = "832x480x81"
 # Latent values that go through the model at once: one clip of Wan2.1's, dozens of the tiny preset's.
 BATCH_VALUES = 2**19
 
@@ -143,24 +150,28 @@ def analyze_similarity(
     size: str | None = None,
     count: int = 48,
     seed: int = 0,
-    precision: Literal["float32", "bfloat16"] = "float32",
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> SimilarityReport:
     """Sample a model and measure the clean prediction of each of its steps.
 
     Leaves ``similarity.json`` and ``similarity.png`` in ``output``.
 
     Args:
-        source: Whatever :func:`open_weights` understands.
+        source: Whatever :func:`open_weights` understands. Of a folder that ``avd export`` wrote, ``export.json`` says
+            whose latents the model makes and what its clips were like.
         output: Folder, made where it is missing.
         sampling: How to sample; :func:`find_sampling` finds a pipeline's.
         prompts_file: A prompt a line; repeated, with other noise, where there are fewer than ``count``. For a model
-            that reads the tiny preset's text embedding, None takes captions of moving shapes.
+            that makes the tiny preset's latents, None takes captions of moving shapes.
         data: In place of it, a data set of ``avd data``, for its text embeddings.
-        size: ``WIDTHxHEIGHTxFRAMES`` in pixels; None: that of the clips in ``data``, where it has any, or what the
-            model was made for (64x64x33 for the tiny one, otherwise 832x480x81).
+        size: ``WIDTHxHEIGHTxFRAMES`` in pixels; None: that of the clips in ``data``, where it has any, or of those that
+            an exported student was trained on, or 64x64x33 for a tiny model and 832x480x81 for another.
         count: Clips to sample.
         seed: Of the noise, which belongs to a clip and does not depend on the others.
-        precision: What the model computes in.
+        device: Where to compute; None for :func:`avd_trainer.generation.choose_device`'s default.
+        dtype: What text encoder and transformer compute in; None for
+            :func:`avd_trainer.generation.choose_dtype`'s default.
 
     Raises:
         UserError: If a part is missing or does not fit the others, before the weights are read; or if predictions are
@@ -169,23 +180,26 @@ def analyze_similarity(
     claim_folder(output)
     with open_weights(source) as weights:
         architecture = weights.config
+    about = read_about(Path(source))
+    latent_space = about.latent_space or _guess_latent_space(source, architecture)
     shards = None if data is None else ShardDataset(data)
-    shape = _find_latent_shape(size, shards, architecture)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    text, unconditional = (
-        _embed_prompts(source, architecture["text_dim"], prompts_file, count, device)
-        if shards is None
-        else _read_text(shards, architecture["text_dim"], count, guided=sampling.guidance_scale != 1)
-    )
-    module = load_transformer(source)
-    prepare(module, {}, DTYPES[precision])
-    model = VelocityModel(module.to(device), dtype=DTYPES[precision])
+    shape = _find_latent_shape(size, shards, about, latent_space, architecture["in_channels"])
+    device = device or choose_device(None)
+    dtype = dtype or choose_dtype(None, device)
+    width = architecture["text_dim"]
+    if shards is not None:
+        text, unconditional = _read_text(shards, width, count, guided=sampling.guidance_scale != 1)
+    else:
+        prompts, negative = _find_prompts(source, latent_space, prompts_file, count)
+        rows = embed_prompts(source, latent_space, width, [*prompts, negative], device=device, dtype=dtype)
+        text, unconditional = torch.stack(rows[:-1]), rows[-1]
+    model = VelocityModel(load_transformer(source, device, dtype), dtype=dtype)
     similarities = measure(
         _sample(model, text, unconditional.to(device), shape, sampling=sampling, count=count, seed=seed, device=device)
     )
     report = similarities.report
-    about = {"source": source, "sampling": sampling.model_dump(), "latent_shape": shape, "seed": seed}
-    write_json(output / NUMBERS_FILE, {**about, "criterion": CRITERION, **report.model_dump()})
+    asked = {"source": source, "sampling": sampling.model_dump(), "latent_shape": shape, "seed": seed}
+    write_json(output / NUMBERS_FILE, {**asked, "criterion": CRITERION, **report.model_dump()})
     save_violins(output / PLOT_FILE, similarities, f"{source}, {sampling}")
     return report
 
@@ -299,13 +313,15 @@ def save_violins(path: Path, similarities: Similarities, title: str) -> None:
     """Draw Fig. 15 of the paper, and below it what decides on half rate."""
     steps = similarities.report.steps
     places = list(range(len(steps)))
-    figure, (violins, costs) = plt.subplots(
-        2, 1, figsize=(max(6.0, 1.5 + 0.5 * len(steps)), 7), sharex=True, layout="constrained"
-    )
+    width = max(6.0, 1.5 + 0.5 * len(steps))
+    figure, (violins, costs) = plt.subplots(2, 1, figsize=(width, 7), sharex=True, layout="constrained")
     bodies: Any = violins.violinplot([row.numpy() for row in similarities.values], places, widths=0.8, showmedians=True)
     for body in bodies["bodies"]:
         body.set_facecolor(COLORS["avd"])
-    violins.set_title(f"Cosine similarity of adjacent frames of the clean prediction\n{title}", fontsize=10)
+    # A title is as wide as the axes, where some 11 letters go on an inch; a path has no spaces to break at.
+    title = textwrap.fill(title, int(11 * (width - 1)))
+    violins.set_title(f"Adjacent frames of the clean prediction\n{title}", fontsize=10)
+    violins.set_ylabel("cosine similarity", fontsize=9)
     for name, label, color in (
         ("reinsertion_error", "error of linear re-insertion", COLORS["dmd"]),
         ("remaining_change", "what later steps change", COLORS["avd"]),
@@ -315,8 +331,9 @@ def save_violins(path: Path, similarities: Similarities, title: str) -> None:
     supported = similarities.report.half_rate_steps
     costs.axvspan(-0.5, supported - 0.5, color=COLORS["teacher"], alpha=0.2, linewidth=0)
     costs.set_title(
-        f"Root mean squares, in the frames left out; half rate is supported at the first {supported} steps", fontsize=10
+        f"The frames that half rate leaves out\n(shaded: it is supported at the first {supported} steps)", fontsize=10
     )
+    costs.set_ylabel("root mean square", fontsize=9)
     costs.set_xlabel("timestep", fontsize=9)
     costs.set_xticks(places, [f"{step.timestep:.0f}" for step in steps])
     costs.legend(fontsize=8, frameon=False)
@@ -376,25 +393,35 @@ def _find_grid(source: str) -> tuple[float, ...]:
     if not file.is_file():
         return PAPER_TIMESTEPS
     try:
-        grid = few_steps(json.loads(file.read_text()))
-        if grid is not None:
-            return tuple(map(float, grid))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} cannot be read: {error}. Export the pipeline again, or pass --timesteps.") from error
+        grid = read_timesteps(file)
+    except UserError as error:
+        raise UserError(f"{error} Or pass --timesteps.") from error
+    if grid is not None:
+        return grid
     raise UserError(
         f"{file} names no few steps. For a model that was not distilled pass --steps, for example --steps 50; for a "
         "few-step one --timesteps 1000,900,757,522."
     )
 
 
-def _find_latent_shape(size: str | None, data: ShardDataset | None, architecture: Mapping[str, Any]) -> tuple[int, ...]:
+def _guess_latent_space(source: str, architecture: Mapping[str, Any]) -> LatentSpace:
+    """Where no export says it: a model that reads the bundled teacher's text embedding makes its latents."""
+    tiny = architecture["text_dim"] == ArchitectureConfig().text_dim
+    return "block-dct" if tiny and not (Path(source) / "text_encoder").exists() else "wan"
+
+
+def _find_latent_shape(
+    size: str | None, data: ShardDataset | None, about: About, latent_space: LatentSpace, channels: int
+) -> tuple[int, ...]:
     if size is None and data is not None and data.latent_shape is not None:
         shape, whose = data.latent_shape, "data"
+    elif size is None and about.clip is not None:
+        shape, whose = about.clip, "export.json"
     else:
-        default = TINY_SIZE if architecture["text_dim"] == ArchitectureConfig().text_dim else WAN_SIZE
+        default = TINY_SIZE if latent_space == "block-dct" else WAN_SIZE
         shape, whose = wan_latent_shape(size or default), "--size"
-    if shape[0] != architecture["in_channels"]:
-        raise UserError(f"{whose}: clips have {shape[0]} latent channels, the model {architecture['in_channels']}.")
+    if shape[0] != channels:
+        raise UserError(f"{whose}: clips have {shape[0]} latent channels, the model {channels}.")
     if shape[1] < 3:
         raise UserError(
             f"{whose}: clips have {shape[1]} latent frame(s), of which half rate leaves none out. Pass a --size of 9 "
@@ -414,36 +441,16 @@ def _read_text(data: ShardDataset, dim: int, count: int, *, guided: bool) -> tup
     return text, data.unconditional() if guided else torch.zeros_like(text[0])
 
 
-def _embed_prompts(source: str, dim: int, file: Path | None, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Text embeddings ``[N, L, D]``, and that of the negative prompt, ``[L, D]``."""
-    tiny = dim == ArchitectureConfig().text_dim and not (Path(source) / "text_encoder").exists()
+def _find_prompts(source: str, latent_space: LatentSpace, file: Path | None, count: int) -> tuple[list[str], str]:
+    """At most ``count`` prompts, and the negative one for guidance: the tiny teacher was trained with an empty one."""
+    tiny = latent_space == "block-dct"
+    negative = "" if tiny else WAN_NEGATIVE_PROMPT
     if file is not None:
-        prompts = [prompt for _, prompt in read_prompts(file)][:count]
-    elif tiny:
-        shapes = MovingShapes(count, HELD_OUT)
-        prompts = [shapes[index].caption for index in range(count)]
-    else:
+        return [prompt for _, prompt in read_prompts(file)][:count], negative
+    if not tiny:
         raise UserError(f"{source} needs prompts. Pass --prompts-file, a prompt a line, or --data, a data set.")
-    encoder: TextEncoder
-    if tiny:
-        # The tiny teacher was trained with empty captions for guidance.
-        encoder, negative = HashTextEncoder(TEXT_LENGTH, dim), ""
-    else:
-        encoder, negative = _wan_text_encoder(source, dim, device), WAN_NEGATIVE_PROMPT
-    text = torch.zeros(len(prompts) + 1, encoder.length, dim)
-    for row, tokens in zip(text, encoder([*prompts, negative]), strict=True):
-        row[: len(tokens)] = tokens
-    return text[:-1], text[-1]
-
-
-def _wan_text_encoder(source: str, dim: int, device: torch.device) -> TextEncoder:
-    # Imported only here: transformers takes seconds.
-    from avd_trainer.wan import WanTextEncoder
-
-    encoder = WanTextEncoder.from_pretrained(source, device, torch.bfloat16)
-    if encoder.dim != dim:
-        raise UserError(f"The text encoder of {source} has width {encoder.dim}, its transformer expects {dim}.")
-    return encoder
+    shapes = MovingShapes(count, HELD_OUT)
+    return [shapes[index].caption for index in range(count)], negative
 
 
 def _squares(x_0: Tensor, final: Tensor) -> tuple[float, float]:

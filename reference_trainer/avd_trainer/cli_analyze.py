@@ -48,9 +48,14 @@ def similarity(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     size: Annotated[
-        str | None, typer.Option(metavar="WxHxF", help="Size of a clip. Default: the data's, else the model's.")
+        str | None,
+        typer.Option(metavar="WxHxF", help="Size of a clip. Default: the data's, else what the model was trained on."),
     ] = None,
-    precision: Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the model computes in.")] = "float32",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
+    ] = None,
 ) -> None:
     """Measure how alike adjacent frames of each step's clean prediction are, and at how many steps half the frame rate
     will do.
@@ -62,7 +67,9 @@ def similarity(
             raise UserError("--data and --prompts-file exclude each other: prompts come from one of them.")
         grid = None if timesteps is None else _parse(timesteps)
         from avd_trainer.analysis import NUMBERS_FILE, PLOT_FILE, analyze_similarity, find_sampling, render
+        from avd_trainer.generation import choose_device, choose_dtype
 
+        where = choose_device(device)
         report = analyze_similarity(
             source,
             output,
@@ -72,7 +79,8 @@ def similarity(
             size=size,
             count=count,
             seed=seed,
-            precision=precision,
+            device=where,
+            dtype=choose_dtype(dtype, where),
         )
         Console().print(render(report))
         say(f"Half rate is supported at the first {report.half_rate_steps} of {len(report.steps)} steps.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -16,9 +17,11 @@ from avd_trainer.terminal import readable_errors, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from avd_trainer.generation import Student
+    from avd_trainer.generation import Sample, Student
 
 ENDINGS = (".mp4", ".gif")
+MOST_SEED = 2**63 - 1
+"""torch takes twice as much: so the seeds of later prompts fit too."""
 
 
 def sample(
@@ -26,7 +29,9 @@ def sample(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Of one prompt: the clip, .mp4 or .gif. Of several: a folder for them (MP4)."
+            "--output",
+            "-o",
+            help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
         ),
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")] = None,
@@ -49,7 +54,9 @@ def sample(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="The same noise at full and at half rate, next to each other.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the first prompt's noise; the next one has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
+    ] = 0,
     size: Annotated[
         str | None,
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
@@ -65,35 +72,62 @@ def sample(
     with readable_errors():
         # All that a person can get wrong comes before the models.
         prompts = _prompts(prompt, prompts_file)
-        _check_output(output, len(prompts))
-        import torch
-
-        from avd_trainer.generation import choose_device, choose_shape, decode_clips, open_student, sample_clips
+        alone = prompts_file is None and len(prompts) == 1
+        _check_output(output, alone)
+        from avd_trainer.generation import (
+            choose_device,
+            choose_dtype,
+            choose_shape,
+            decode_clips,
+            open_student,
+            sample_clips,
+        )
         from avd_trainer.runs import claim_folder
 
         student = open_student(folder)
         plans = _plans(student, half_rate, half_rate_steps, rates, side_by_side)
         shape = choose_shape(student, size, max(plans.values()))
         where = choose_device(device)
-        precision = getattr(torch, dtype or ("bfloat16" if where.type == "cuda" else "float32"))
-        claim_folder(output.parent if len(prompts) == 1 else output)
-        steps = len(prompts) * len(plans) * len(student.timesteps)
-        with ProgressBar("sample", steps) as bar:
-            samples = sample_clips(
-                student, prompts, list(plans.values()), shape, seed=seed, device=where, dtype=precision,
-                on_step=bar.advance,
+        kind = choose_dtype(dtype, where)
+        claim_folder(output.parent if alone else output)
+        with ProgressBar("sample", len(prompts) * len(plans) * len(student.timesteps)) as bar:
+            samples, cut = _finished(
+                sample_clips(
+                    student, prompts, list(plans.values()), shape, seed=seed, device=where, dtype=kind,
+                    on_step=bar.advance,
+                )
             )  # fmt: skip
-        videos = decode_clips(student, (each.latents for row in samples for each in row), device=where, dtype=precision)
-        files = _files(output, prompts)
-        for file in files:
-            _save({name: next(videos) for name in plans}, file, fps or student.fps)
-        if len(prompts) > 1:
-            _write_list(output / "prompts.json", prompts, files, seed)
-        what = "The clip is" if len(prompts) == 1 else f"{len(prompts)} clips are"
-        say(f"{what} in {output}.")
+        if cut is not None:
+            say(f"Cut short: {len(samples)} of {len(prompts)} prompts are sampled, and are written before this ends.")
+        done = prompts[: len(samples)]
+        videos = decode_clips(student, (each.latents for row in samples for each in row), device=where, dtype=kind)
+        files = [output] if alone else _files(output, done)
+
+        def list_files(written: int) -> None:
+            if not alone:
+                _write_list(output / "prompts.json", done[:written], files[:written], seed)
+
+        _write_clips(videos, list(plans), files, fps or student.fps, list_files)
+        say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
         for (name, each), column in zip(plans.items(), zip(*samples, strict=True), strict=True):
             seconds = median(sampled.seconds for sampled in column)
             say(f"{name}, steps on one frame of {', '.join(map(str, each))}: {seconds:.3g} s a clip")
+        if cut is not None:
+            raise cut
+
+
+def _finished(rows: Iterator[list[Sample]]) -> tuple[list[list[Sample]], BaseException | None]:
+    """All rows, or those before an error or Ctrl-C, and that; raises it if there are none."""
+    found: list[list[Sample]] = []
+    try:
+        for row in rows:
+            found.append(row)
+    except (Exception, KeyboardInterrupt) as error:
+        if not found:
+            raise
+        clear_frames(error.__traceback__)  # they hold the transformer, in whose place the VAE comes
+        return found, error
+    return found, None
 
 
 def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
@@ -105,15 +139,18 @@ def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
     return prompts
 
 
-def _check_output(output: Path, prompts: int) -> None:
-    if prompts == 1 and output.suffix not in ENDINGS:
+def _check_output(output: Path, alone: bool) -> None:
+    if not alone and output.suffix in ENDINGS:
+        raise UserError(
+            f"--output {output} is one clip, which is for one --prompt alone. Pass a folder for the clips of several "
+            "prompts or of a --prompts-file."
+        )
+    if alone and output.suffix not in ENDINGS:
         raise UserError(
             f"--output {output} has an unknown ending: of one prompt it is a file that ends in {' or '.join(ENDINGS)}."
         )
-    if prompts == 1 and output.is_dir():
+    if alone and output.is_dir():
         raise UserError(f"--output {output} is a folder. Pass the name of a file.")
-    if prompts > 1 and output.suffix in ENDINGS:
-        raise UserError(f"--output {output} is one clip, and there are {prompts} prompts. Pass a folder for them.")
 
 
 def _plans(
@@ -132,8 +169,6 @@ def _plans(
     )
     full = {"full rate": (1,) * len(student.timesteps)}
     reduced = {"half rate": chosen} if max(chosen) > 1 else {}
-    if side_by_side and not reduced:
-        raise UserError("--side-by-side shows full and half rate, but no step is at half rate. Leave it out.")
     return full | reduced if side_by_side else reduced or full
 
 
@@ -147,9 +182,25 @@ def _read_rates(rates: str) -> list[int]:
 def _files(output: Path, prompts: Sequence[str]) -> list[Path]:
     from avd_trainer.generation import clip_name
 
-    if len(prompts) == 1:
-        return [output]
     return [output / f"{clip_name(number, prompt)}.mp4" for number, prompt in enumerate(prompts)]
+
+
+def _write_clips(
+    videos: Iterator[Tensor], names: Sequence[str], files: Sequence[Path], fps: float, on_file: Callable[[int], None]
+) -> None:
+    """Decode and write file by file: each has the next videos under ``names``; ``on_file`` is told how many there are.
+
+    A large clip takes long to decode and long to write, so the bar counts both.
+    """
+    with ProgressBar("decode and write", len(files) * (len(names) + 1)) as bar:
+        for number, file in enumerate(files, 1):
+            versions = {}
+            for name in names:
+                versions[name] = next(videos)
+                bar.advance()
+            _save(versions, file, fps)
+            on_file(number)
+            bar.advance()
 
 
 def _save(versions: Mapping[str, Tensor], file: Path, fps: float) -> None:

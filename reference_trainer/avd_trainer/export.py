@@ -21,6 +21,7 @@ from avd_core import FlowMatchingSchedule, LatentFrameInterpolator
 from avd_trainer.checkpoint import list_checkpoints, read_state, read_tensors
 from avd_trainer.config import LoRAConfig, ShardsData, TrainConfig, validate
 from avd_trainer.errors import UserError
+from avd_trainer.kinds import kind_of_run
 from avd_trainer.models import adapter_names, empty_transformer
 from avd_trainer.weights import BUNDLED, load_into, open_weights
 
@@ -156,6 +157,8 @@ def load_interpolator(source: Path, channels: int) -> LatentFrameInterpolator:
         UserError: If there is none, or it has other channels.
     """
     folder = source / INTERPOLATOR if (source / INTERPOLATOR).is_dir() else source
+    if folder == source:
+        _expect_no_run(source)
     try:
         interpolator = LatentFrameInterpolator.from_pretrained(folder)
     except (OSError, ValueError) as error:
@@ -412,7 +415,23 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
+def _expect_no_run(source: Path) -> None:
+    kind = kind_of_run(source)
+    if kind == "avd train-interpolator":
+        raise UserError(
+            f"{source} is a run of `{kind}` that is not finished, so it has no interpolator yet. Run its command again "
+            "to the end, and then export."
+        )
+    if kind is not None:
+        raise UserError(f"{source} is a run of `{kind}`. Pass one of `avd train-interpolator` as --interpolator.")
+
+
 def _find(run: Path, step: int | None) -> Path:
+    if (kind := kind_of_run(run)) == "avd train-interpolator":
+        raise UserError(
+            f"{run} is a run of `{kind}`, which has no student. Pass a run of `avd train`, and this one as "
+            "--interpolator."
+        )
     found = dict(list_checkpoints(run / "checkpoints"))
     if not found:
         raise UserError(f"{run} holds no checkpoint yet. Pass the --output folder of an `avd train` run.")

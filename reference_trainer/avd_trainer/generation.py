@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ from avd_trainer.data.encode import BATCH, WAN_FPS, HashTextEncoder, TextEncoder
 from avd_trainer.data.text import TEXT_LENGTH
 from avd_trainer.errors import UserError
 from avd_trainer.export import ABOUT, INTERPOLATOR, PARTS, LatentSpace, few_steps, load_interpolator
-from avd_trainer.models import VelocityModel, load_transformer
+from avd_trainer.kinds import kind_of_run
+from avd_trainer.models import DTYPES, VelocityModel, load_transformer
 from avd_trainer.plan import wan_latent_shape
 from avd_trainer.wan import WanCodec, WanTextEncoder
 from avd_trainer.weights import open_weights
@@ -63,6 +65,20 @@ class Student(NamedTuple):
     interpolator: LatentFrameInterpolator | None
 
 
+class About(NamedTuple):
+    """What an export says of the clips that its student was trained on.
+
+    Attributes:
+        latent_space: Whose latents they were, where that is said.
+        clip: ``(C, F, H, W)`` of one's latents, where that is said.
+        fps: Their frames per second; Wan2.1's where that is not said.
+    """
+
+    latent_space: LatentSpace | None = None
+    clip: Shape | None = None
+    fps: float = WAN_FPS
+
+
 class Sample(NamedTuple):
     """A clip in latent space.
 
@@ -84,9 +100,14 @@ def open_student(folder: Path) -> Student:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise _no_pipeline(folder)
-    timesteps = _read_timesteps(scheduler)
-    about = _read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
-    latent_space: LatentSpace = "block-dct" if about.get("latent_space") == "block-dct" else "wan"
+    timesteps = read_timesteps(scheduler)
+    if timesteps is None:
+        raise UserError(
+            f"{scheduler} names no few steps, as `avd export` writes them. Pass the folder of an exported student; a "
+            "pipeline of many steps is sampled by diffusers."
+        )
+    about = read_about(folder)
+    latent_space = about.latent_space or "wan"
     missing = [name for name in PARTS if latent_space == "wan" and not (folder / name).is_dir()]
     if missing:
         raise UserError(
@@ -98,16 +119,53 @@ def open_student(folder: Path) -> Student:
     interpolator = None
     if (folder / INTERPOLATOR).is_dir():
         interpolator = load_interpolator(folder / INTERPOLATOR, architecture["in_channels"])
-    clip = about.get("clip")
     return Student(
         folder=folder,
         timesteps=timesteps,
         latent_space=latent_space,
-        clip=None if clip is None else (clip[0], clip[1], clip[2], clip[3]),
-        fps=about.get("fps", WAN_FPS),
+        clip=about.clip,
+        fps=about.fps,
         architecture=architecture,
         interpolator=interpolator,
     )
+
+
+def read_about(folder: Path) -> About:
+    """What ``export.json`` says of a student's clips, where a folder has one.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        return About()
+    content = _read_json(path)
+    latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FPS)
+    for name, value, fits, expected in (
+        ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct"),
+        ("clip", clip, clip is None or _is_shape(clip), "four positive integers, [C, F, H, W]"),
+        ("fps", fps, type(fps) in (int, float) and 0 < fps < math.inf, "a positive number"),
+    ):
+        if not fits:
+            raise UserError(f"{path}: {name} must be {expected}, got {value!r}. Export the run again.")
+    return About(latent_space, None if clip is None else (clip[0], clip[1], clip[2], clip[3]), float(fps))
+
+
+def read_timesteps(scheduler: Path) -> tuple[float, ...] | None:
+    """The few steps in a ``scheduler_config.json``, falling; None if it names none.
+
+    Raises:
+        UserError: If it cannot be read, or what it names cannot be sampled with.
+    """
+    found = few_steps(_read_json(scheduler))
+    if found is None:
+        return None
+    try:
+        timesteps = tuple(float(timestep) for timestep in found)
+        HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{scheduler} has no timesteps to sample with: {error}. Export the run again.") from error
+    return timesteps
 
 
 def choose_rates(
@@ -126,7 +184,8 @@ def choose_rates(
         rates: In place of it, the rate of each step, such as ``(4, 2, 1, 1)``.
 
     Raises:
-        UserError: If these exclude each other or do not fit the student's steps, or there is no interpolator.
+        UserError: If these exclude or contradict each other or do not fit the student's steps, or there is no
+            interpolator.
     """
     if rates is not None and half_rate_steps is not None:
         raise UserError("--rates and --half-rate-steps exclude each other: pass one of them.")
@@ -140,7 +199,12 @@ def choose_rates(
     try:
         chosen = step_rates(steps, half_rate_steps or 0, rates)
     except ValueError as error:
-        raise UserError(f"{'--rates' if rates else '--half-rate-steps'}: {error}") from error
+        raise UserError(f"{'--half-rate-steps' if rates is None else '--rates'}: {error}") from error
+    if half_rate and max(chosen) == 1:
+        option = f"--half-rate-steps {half_rate_steps}" if rates is None else f"--rates {','.join(map(str, rates))}"
+        raise UserError(
+            f"{option}: no step is at half rate, which --half-rate and --side-by-side ask for. Leave one of them out."
+        )
     if max(chosen) > 1 and student.interpolator is None:
         raise UserError(
             f"{student.folder} has no interpolator, which half rate needs. Train one with `avd train-interpolator` and "
@@ -189,10 +253,17 @@ def choose_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
+        probe = torch.zeros((), device=name)
+        probe.item()  # "meta" has tensors, but no values
+        return probe.device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"--device {name} cannot be used ({reason}). Pass cpu, cuda or cuda:1.") from error
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """What models compute in by its name, or bfloat16 on a GPU and float32 on the CPU."""
+    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
 
 
 def sample_clips(
@@ -205,8 +276,8 @@ def sample_clips(
     device: torch.device,
     dtype: torch.dtype,
     on_step: Callable[[], None] = lambda: None,
-) -> list[list[Sample]]:
-    """Sample each prompt at each of several rates, from the same noise.
+) -> Iterator[list[Sample]]:
+    """Sample each prompt at each of several rates, from the same noise; one prompt after the other.
 
     Args:
         student: The student.
@@ -219,17 +290,49 @@ def sample_clips(
         dtype: What text encoder and transformer compute in.
         on_step: Called after each step of each clip.
 
-    Returns:
+    Yields:
         For each prompt a sample at each rate.
 
     Raises:
         UserError: If weights are missing or damaged.
     """
-    texts = _embed(student, prompts, device, dtype)
+    width = student.architecture["text_dim"]
+    texts = embed_prompts(str(student.folder), student.latent_space, width, prompts, device=device, dtype=dtype)
+    yield from _sample_all(student, texts, rates, shape, seed, device, dtype, on_step)
+
+
+def embed_prompts(
+    source: str,
+    latent_space: LatentSpace,
+    width: int,
+    prompts: Sequence[str],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """Embed prompts as a model was trained to read them; the text encoder is out of memory again afterwards.
+
+    Args:
+        source: A pipeline with text encoder and tokenizer, folder or hub id; not looked at for the block DCT's space.
+        latent_space: Whose latents the model makes: words are hashed for the block DCT's.
+        width: ``D``, of the tokens that the transformer reads.
+        prompts: N of them.
+        device: Where to compute; the CPU takes the place of a GPU that the text encoder does not fit.
+        dtype: What the text encoder computes in.
+
+    Returns:
+        N times ``[L, D]`` float32 on the CPU, zeros behind the prompt's tokens.
+
+    Raises:
+        UserError: If the text encoder is missing, damaged or of another width.
+    """
+    try:
+        rows = _embed_on(source, latent_space, width, prompts, device, dtype)
+    except torch.OutOfMemoryError:
+        logger.warning(f"The text encoder does not fit {device}: prompts are encoded on the CPU, which takes longer.")
+        rows = None
     _free_memory(device)
-    samples = _sample_all(student, texts, rates, shape, seed, device, dtype, on_step)
-    _free_memory(device)
-    return samples
+    return _embed_on(source, latent_space, width, prompts, torch.device("cpu"), dtype) if rows is None else rows
 
 
 def decode_clips(
@@ -240,6 +343,7 @@ def decode_clips(
     Raises:
         UserError: If the VAE is missing or damaged.
     """
+    _free_memory(device)  # of what sampling held
     codec: BlockDCTCodec | WanCodec
     if student.latent_space == "block-dct":
         codec, device = BlockDCTCodec(), torch.device("cpu")
@@ -264,7 +368,7 @@ def _sample_all(
     device: torch.device,
     dtype: torch.dtype,
     on_step: Callable[[], None],
-) -> list[list[Sample]]:
+) -> Iterator[list[Sample]]:
     model = VelocityModel(load_transformer(str(student.folder), device, dtype), dtype=dtype)
     schedule = FlowMatchingSchedule()
 
@@ -279,10 +383,8 @@ def _sample_all(
         HalfRateInterpolationSampler(predict_x_0, interpolator, student.timesteps, rates=each, on_step=count)
         for each in rates
     ]
-    return [
-        [_sample(sampler, text.to(device).unsqueeze(0), shape, seed + number) for sampler in samplers]
-        for number, text in enumerate(texts)
-    ]
+    for number, text in enumerate(texts):
+        yield [_sample(sampler, text.to(device).unsqueeze(0), shape, seed + number) for sampler in samplers]
 
 
 def _sample(sampler: HalfRateInterpolationSampler, text: Tensor, shape: Shape, seed: int) -> Sample:
@@ -293,22 +395,24 @@ def _sample(sampler: HalfRateInterpolationSampler, text: Tensor, shape: Shape, s
     return Sample(latents, time.perf_counter() - start)
 
 
-def _embed(student: Student, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """``[L, D]`` float32 on the CPU for each prompt, zeros behind its tokens."""
-    try:
-        return _embed_on(student, prompts, device, dtype)
-    except torch.OutOfMemoryError:
-        logger.warning(f"The text encoder does not fit {device}: prompts are encoded on the CPU, which takes longer.")
-    _free_memory(device)
-    return _embed_on(student, prompts, torch.device("cpu"), dtype)
-
-
-def _embed_on(student: Student, prompts: Sequence[str], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _embed_on(
+    source: str,
+    latent_space: LatentSpace,
+    width: int,
+    prompts: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Tensor]:
     encode: TextEncoder
-    if student.latent_space == "block-dct":
-        encode = HashTextEncoder(TEXT_LENGTH, student.architecture["text_dim"])
+    if latent_space == "block-dct":
+        encode = HashTextEncoder(TEXT_LENGTH, width)
     else:
-        encode = WanTextEncoder.from_pretrained(str(student.folder), device, dtype)
+        encode = WanTextEncoder.from_pretrained(source, device, dtype)
+    if encode.dim != width:
+        raise UserError(
+            f"The text encoder of {source} has width {encode.dim}, its transformer expects {width}. Pass a pipeline "
+            "whose parts belong together."
+        )
     batches = [list(prompts[start : start + BATCH]) for start in range(0, len(prompts), BATCH)]
     rows = [row for batch in batches for row in encode(batch)]
     return [F.pad(row, (0, 0, 0, encode.length - len(row))) for row in rows]
@@ -320,23 +424,6 @@ def _free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _read_timesteps(scheduler: Path) -> tuple[float, ...]:
-    config = _read_json(scheduler)
-    found = few_steps(config)
-    if found is None:
-        raise UserError(
-            f"{scheduler} describes {config.get('_class_name')} and names no few steps, as "
-            "`avd export` writes them. Pass the folder of an exported student; a pipeline of many steps is sampled by "
-            "diffusers."
-        )
-    try:
-        timesteps = tuple(float(timestep) for timestep in found)
-        HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{scheduler} has no timesteps to sample with: {error}. Export the run again.") from error
-    return timesteps
-
-
 def _never(*_: object) -> Tensor:
     raise AssertionError
 
@@ -344,7 +431,13 @@ def _never(*_: object) -> Tensor:
 def _no_pipeline(folder: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"{folder}: there is no such folder. Pass the --output folder of `avd export`.")
-    if (folder / "checkpoints").is_dir():
+    kind = kind_of_run(folder)
+    if kind == "avd train-interpolator":
+        return UserError(
+            f"{folder} is a run of `{kind}`, which makes no clips. Export a student with it: `avd export STUDENT_RUN "
+            f"--output DIR --interpolator {folder}`, and pass DIR."
+        )
+    if kind == "avd train":
         return UserError(f"{folder} is a run. Export it first: `avd export {folder} --output DIR`, and pass DIR.")
     transformer = " It holds a transformer alone." if (folder / ABOUT).is_file() else ""
     return UserError(
@@ -361,6 +454,10 @@ def _check_positions(student: Student, shape: Shape) -> None:
             f"Clips of this --size are {' x '.join(map(str, tokens))} tokens (frames, height, width), and the "
             f"transformer has places for {most} in each direction. Pass a smaller --size."
         )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(size) is int and size > 0 for size in value)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

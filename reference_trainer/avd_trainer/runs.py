@@ -30,6 +30,7 @@ from avd_trainer.interpolator import (
     export_interpolator,
     load_interpolator_data,
 )
+from avd_trainer.kinds import CONFIG, kind_of_config, kind_of_run
 from avd_trainer.models import load_models
 from avd_trainer.progress import ProgressBar
 from avd_trainer.sampling import SampleWriter
@@ -48,7 +49,6 @@ CHANGEABLE_OF_DISTILLATION = ("max_steps", "samples.", "evaluation.")
 CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
 
 CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
 INTERPOLATOR = "interpolator"
 EVALUATION = "evaluation.json"
 LOCK = ".lock"
@@ -107,9 +107,12 @@ def claim_run(folder: Path, config: RunConfig) -> None:
     """Make the output folder of a run, or see that it holds this run; before any work starts.
 
     Raises:
-        UserError: If it cannot be written to, or holds something else, or a run of another configuration.
+        UserError: If it cannot be written to, or holds something else, or a run of another command or configuration.
     """
     claim_folder(folder)
+    there, this = kind_of_run(folder), kind_of_config(config.model_dump())
+    if there not in (None, this):
+        raise UserError(f"--output {folder} holds a run of `{there}`, and this is `{this}`. Choose a new --output.")
     latest = latest_checkpoint(folder / CHECKPOINTS)
     if latest is not None:
         _check_same_run(config, read_state(latest)["config"], latest)

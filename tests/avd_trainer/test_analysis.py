@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
@@ -21,17 +22,20 @@ from avd_trainer.analysis import (
     find_sampling,
     measure,
     reinsert_linearly,
+    save_violins,
 )
 from avd_trainer.cli import app
-from avd_trainer.data.encode import HashTextEncoder
+from avd_trainer.config import ArchitectureConfig
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.shapes import MovingShapes
 from avd_trainer.data.shards import ShardWriter
 from avd_trainer.data.sources import HELD_OUT
 from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.draws import SampleDraws
 from avd_trainer.errors import UserError
-from avd_trainer.models import VelocityModel, load_transformer
+from avd_trainer.models import VelocityModel, build_transformer, load_transformer
 from avd_trainer.rollout import few_step_rollout, sample_teacher, schedule
+from avd_trainer.wan import WanTextEncoder
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 SHAPE = (4, 9, 3, 5)
@@ -314,13 +318,99 @@ def test_prompts_may_come_from_a_data_set_and_are_repeated(tmp_path: Path) -> No
     assert report.steps == same.steps
 
 
+def export(folder: Path, architecture: ArchitectureConfig, **about: object) -> Path:
+    """What ``avd analyze`` reads of an exported student, with random weights."""
+    torch.manual_seed(3)
+    build_transformer(architecture).save_pretrained(folder / "transformer")
+    (folder / "export.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_an_export_says_its_latent_space_and_the_size_of_its_clips(tmp_path: Path, pipeline: Path) -> None:
+    """The width of the text embedding says neither."""
+    small = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "freq_dim": 8}
+    student = export(
+        tmp_path / "tiny", ArchitectureConfig(**small, text_dim=6), latent_space="block-dct", clip=[16, 4, 2, 6]
+    )
+    status, said = run(student, "-o", tmp_path / "out", "--count", 2)
+    assert status == 0, said
+    assert json.loads((tmp_path / "out" / "similarity.json").read_text())["latent_shape"] == [16, 4, 2, 6]
+    run(student, "-o", tmp_path / "out", "--count", 2, "--size", "32x32x9")
+    assert json.loads((tmp_path / "out" / "similarity.json").read_text())["latent_shape"] == [16, 3, 4, 4]
+    wan = export(tmp_path / "wan", ArchitectureConfig(**small, text_dim=32), latent_space="wan", clip=[16, 3, 4, 4])
+    status, said = run(wan, "-o", tmp_path / "out", "--count", 2)
+    assert status == 2
+    assert "wan needs prompts" in said
+    (student / "export.json").write_text(json.dumps({"clip": [8, 3, 4, 4]}))
+    assert "export.json: clips have 8 latent channels, the model 16" in run(student, "-o", tmp_path / "out")[1]
+    (student / "export.json").write_text(json.dumps({"clip": "large"}))
+    assert "clip must be four positive integers" in run(student, "-o", tmp_path / "out")[1]
+
+
+def test_guidance_of_a_pipeline_is_away_from_wans_negative_prompt(tmp_path: Path, pipeline: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    status, said = run(
+        pipeline, "-o", tmp_path / "out", "--prompts-file", tmp_path / "prompts.txt", "--size", "32x32x9", "--count", 2,
+        "--steps", 2, "--guidance-scale", 4, "--device", "cpu",
+    )  # fmt: skip
+    assert status == 0, said
+    written = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    encode = WanTextEncoder.from_pretrained(str(pipeline), dtype=torch.float32)
+    text = torch.zeros(3, 512, 16)
+    for row, tokens in zip(text, encode(["a red circle", "a blue square", WAN_NEGATIVE_PROMPT]), strict=True):
+        row[: len(tokens)] = tokens
+    predictions: list[Prediction] = []
+    sample_teacher(
+        VelocityModel(load_transformer(str(pipeline))), text[:2], text[2], (16, 3, 4, 4),
+        SampleDraws((0, "similarity"), range(2), torch.device("cpu")).normal, steps=2, guidance_scale=4.0,
+        on_prediction=lambda timestep, x_0: predictions.append(Prediction(timestep, x_0)),
+    )  # fmt: skip
+    expected = [step.mean for step in measure([predictions]).report.steps]
+    assert [step["mean"] for step in written["steps"]] == pytest.approx(expected, rel=1e-6)
+
+
+def test_device_and_type_are_those_of_avd_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    load = load_transformer
+
+    def watch(source: str, device: torch.device, dtype: torch.dtype) -> object:
+        asked.append((device.type, dtype))
+        return load(source, device, dtype)
+
+    monkeypatch.setattr("avd_trainer.analysis.load_transformer", watch)
+    options = ("bundled:tiny", "-o", tmp_path, "--count", 1, "--size", "32x32x9", "--timesteps", "1000")
+    assert run(*options, "--device", "cpu")[0] == 0
+    assert run(*options, "--device", "cpu", "--dtype", "bfloat16")[0] == 0
+    assert asked == [("cpu", torch.float32), ("cpu", torch.bfloat16)]
+    status, said = run(*options, "--device", "meta")
+    assert status == 2
+    assert "--device meta cannot be used" in said
+
+
+@pytest.mark.parametrize("steps", [4, 1, 25])
+def test_all_of_the_plot_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr("avd_trainer.analysis.plt.close", figures.append)
+    similarities = measure([[Prediction(1000.0 - step, torch.randn(1, *SHAPE)) for step in range(steps)]])
+    save_violins(tmp_path / "plot.png", similarities, "/a/folder" * 9 + ", few steps 1000, 900, 757, 522")
+    (figure,) = figures
+    for axis in figure.axes:
+        assert axis.get_ylabel()
+        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
+            box = text.get_window_extent()
+            assert box.x0 >= 0
+            assert box.y0 >= 0
+            assert box.x1 <= figure.bbox.x1
+            assert box.y1 <= figure.bbox.y1
+
+
 # Mistakes
 
 
 def test_mistakes_are_told_before_a_model_is_loaded(
     tmp_path: Path, pipeline: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_model(source: str) -> None:
+    def no_model(*_: object) -> None:
         raise AssertionError("loaded")
 
     monkeypatch.setattr("avd_trainer.analysis.load_transformer", no_model)
@@ -353,9 +443,15 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 def test_a_damaged_grid_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "scheduler").mkdir()
     file = tmp_path / "scheduler" / "scheduler_config.json"
-    for content in ("{", "[]", '{"timesteps": ["a"]}', '{"timesteps": 5}'):
+    for content, said in (
+        ("{", "cannot be read"),
+        ("[]", "holds a list, expected an object"),
+        ('{"timesteps": ["a"]}', "has no timesteps to sample with"),
+        ('{"timesteps": 5}', "has no timesteps to sample with"),
+        ('{"timesteps": [500, 1000]}', "has no timesteps to sample with"),
+    ):
         file.write_text(content)
-        with pytest.raises(UserError, match=r"scheduler_config.json cannot be read"):
+        with pytest.raises(UserError, match=rf"scheduler_config.json {said}.*Or pass --timesteps\."):
             find_sampling(str(tmp_path), None, None, None)
     file.write_text('{"timesteps": [1000, 500]}')
     assert find_sampling(str(tmp_path), None, None, None).timesteps == (1000.0, 500.0)

@@ -22,12 +22,22 @@ from avd_core import HalfRateInterpolationSampler, LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer import generation
 from avd_trainer.cli import app
+from avd_trainer.config import InterpolatorConfig, load_config, save_config
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
-from avd_trainer.generation import Student, choose_rates, choose_shape, clip_name, decode_clips, open_student
+from avd_trainer.errors import UserError
+from avd_trainer.generation import (
+    Student,
+    choose_rates,
+    choose_shape,
+    clip_name,
+    decode_clips,
+    embed_prompts,
+    open_student,
+)
 from avd_trainer.models import VelocityModel, load_transformer
 from avd_trainer.rollout import few_step_rollout, schedule
-from avd_trainer.samples import save_grid
+from avd_trainer.samples import save_clip, save_grid
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 FULL, HALF = (1, 1, 1, 1), (2, 2, 1, 1)
@@ -72,6 +82,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``run`` of the tiny preset; its exports ``full`` and ``half``, the second with an interpolator."""
     folder = tmp_path_factory.mktemp("tiny")
     trained_interpolator(folder / "trained" / "interpolator")
+    # What is left of a run of `avd train-interpolator` that was stopped before its first checkpoint.
+    (folder / "interpolator").mkdir()
+    save_config(load_config(InterpolatorConfig, "tiny"), folder / "interpolator" / "config.yaml")
     for arguments in (
         ["train", "tiny", "--output", folder / "run", "--max-steps", 2, "--set", "batch_size=2", "--set",
          "data.clips=4", "--set", "samples.every=null", "--set", "samples.fps=12"],
@@ -105,6 +118,7 @@ def test_a_clip_of_a_run_in_three_commands(folders: Path, tmp_path: Path) -> Non
     assert status == 0, printed
     assert f"The clip is in {clip}." in printed
     assert "sample: 4/4" in printed
+    assert "decode and write: 2/2" in printed
     assert "full rate, steps on one frame of 1, 1, 1, 1: " in printed
     assert read_mp4(clip).shape == (3, 33, 64, 64)  # what it was trained on
     with av.open(clip) as container:
@@ -172,6 +186,7 @@ def test_several_prompts_become_a_folder(folders: Path, tmp_path: Path) -> None:
     assert status == 0, printed
     assert f"3 clips are in {output}." in printed
     assert "sample: 12/12" in printed
+    assert "decode and write: 6/6" in printed
     assert "half rate, steps on one frame of 2, 2, 1, 1: " in printed  # there is an interpolator
     names = ["000-a-red-circle-moves-left.mp4", "001-a-blue-square-it-moves-up.mp4", "002.mp4"]
     assert sorted(os.listdir(output)) == [*names, "prompts.json"]
@@ -183,6 +198,108 @@ def test_several_prompts_become_a_folder(folders: Path, tmp_path: Path) -> None:
     assert (tmp_path / "alone.mp4").read_bytes() == (output / "002.mp4").read_bytes()
 
 
+def test_a_file_of_one_prompt_becomes_a_folder_too(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(RED)
+    arguments = ("sample", folders / "full", "--prompts-file", tmp_path / "prompts.txt", *SIZE, "--output")
+    status, printed = run(*arguments, tmp_path / "clips")
+    assert status == 0, printed
+    assert f"The clip is in {tmp_path / 'clips'}." in printed
+    assert sorted(os.listdir(tmp_path / "clips")) == ["000-a-red-circle-moves-left.mp4", "prompts.json"]
+    status, printed = run(*arguments, tmp_path / "clip.mp4")
+    assert status == 2
+    assert "clip.mp4 is one clip, which is for one --prompt alone. Pass a folder" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "codes", "said"),
+    [(KeyboardInterrupt(), (1, 130), ""), (UserError("The disk burns."), (2,), "error: The disk burns.")],
+)
+def test_what_is_sampled_before_an_error_is_written(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, codes: tuple[int, ...], said: str
+) -> None:
+    original, load, left = generation._sample, generation.load_transformer, []
+    samples: list[Any] = []
+
+    def fail_at_the_third(*arguments: Any) -> Any:
+        if len(samples) == 2:
+            raise error
+        samples.append(original(*arguments))
+        return samples[-1]
+
+    def load_transformer(*arguments: Any) -> Any:
+        model = load(*arguments)
+        left.append(weakref.ref(model))
+        return model
+
+    class Codec(generation.WanCodec):
+        @classmethod
+        def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+            assert [model() for model in left] == [None]  # the transformer has made room
+            return super().from_pretrained(*arguments, **options)
+
+    monkeypatch.setattr(generation, "_sample", fail_at_the_third)
+    monkeypatch.setattr(generation, "load_transformer", load_transformer)
+    monkeypatch.setattr(generation, "WanCodec", Codec)
+    prompts = [word for prompt in ("a circle", "a square", "red", "blue") for word in ("--prompt", prompt)]
+    arguments = ("sample", wan, *prompts, "--seed", 5, "--size", "48x32x9", "--output")
+    status, printed = run(*arguments, tmp_path / "clips")
+    assert status in codes
+    assert "Cut short: 2 of 4 prompts are sampled, and are written before this ends." in printed
+    assert said in printed
+    assert sorted(os.listdir(tmp_path / "clips")) == ["000-a-circle.mp4", "001-a-square.mp4", "prompts.json"]
+    rows = json.loads((tmp_path / "clips" / "prompts.json").read_text())
+    assert [(row["prompt"], row["seed"]) for row in rows] == [("a circle", 5), ("a square", 6)]
+    # With nothing to save, nothing is in the error's way.
+    monkeypatch.setattr(generation, "_sample", lambda *_: fail_at_the_third())
+    status, printed = run(*arguments, tmp_path / "none")
+    assert status in codes
+    assert os.listdir(tmp_path / "none") == []
+
+
+def test_what_is_written_before_an_error_is_listed(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode_clips(student: Student, latents: Any, **options: Any) -> Any:
+        yield next(iter(decode(student, latents, **options)))
+        raise UserError("The VAE burns.")
+
+    decode = generation.decode_clips
+    monkeypatch.setattr(generation, "decode_clips", decode_clips)
+    status, printed = run(
+        "sample", folders / "full", "--prompt", "a", "--prompt", "b", "--output", tmp_path / "clips", *SIZE
+    )
+    assert status == 2
+    assert "error: The VAE burns." in printed
+    assert [row["file"] for row in json.loads((tmp_path / "clips" / "prompts.json").read_text())] == ["000-a.mp4"]
+
+
+def test_frames_per_second_and_type_on_request(half: Student, tmp_path: Path) -> None:
+    clips = []
+    for name, options in (("own", ()), ("asked", ("--fps", 7, "--dtype", "bfloat16"))):
+        clips.append(tmp_path / f"{name}.mp4")
+        status, printed = run("sample", half.folder, "--prompt", RED, "--output", clips[-1], *SIZE, *options)
+        assert status == 0, printed
+    for clip, fps, dtype in zip(clips, (12, 7), (torch.float32, torch.bfloat16), strict=True):
+        with av.open(clip) as container:
+            assert container.streams.video[0].average_rate == fps
+        ((sample,),) = generation.sample_clips(half, [RED], [HALF], SHAPE, device=torch.device("cpu"), dtype=dtype)
+        (video,) = decode_clips(half, [sample.latents], device=torch.device("cpu"), dtype=dtype)
+        (expected,) = save_clip(video, tmp_path / "expected", fps, ["mp4"])
+        assert clip.read_bytes() == expected.read_bytes()
+    assert not torch.equal(read_mp4(clips[0]), read_mp4(clips[1]))
+
+
+def test_a_seed_leaves_room_for_those_of_later_prompts(folders: Path, tmp_path: Path) -> None:
+    arguments = ("sample", folders / "full", "--prompt", "a", "--prompt", "b", "--output", tmp_path / "clips", *SIZE)
+    status, printed = run(*arguments, "--seed", 2**63 - 1)
+    assert status == 0, printed
+    for seed in (2**63, 2**64):
+        status, printed = run(*arguments, "--seed", seed)
+        assert status == 2
+        assert "--seed" in printed
+        assert str(2**63 - 1) in printed
+
+
 def test_full_and_half_rate_side_by_side(folders: Path, half: Student, tmp_path: Path) -> None:
     clip = tmp_path / "both.gif"
     status, printed = run(
@@ -190,6 +307,7 @@ def test_full_and_half_rate_side_by_side(folders: Path, half: Student, tmp_path:
     )
     assert status == 0, printed
     assert "sample: 8/8" in printed
+    assert "decode and write: 3/3" in printed
     assert "half rate, steps on one frame of 2, 2, 2, 1: " in printed
     assert os.listdir(tmp_path) == ["both.gif"]
     with Image.open(clip) as animation:
@@ -272,10 +390,12 @@ def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
         return original(source, device, dtype)
 
     monkeypatch.setattr(generation.WanTextEncoder, "from_pretrained", from_pretrained)
-    (text,) = generation._embed(open_student(wan), [RED], torch.device("meta"), torch.float32)
+    (text,) = embed_prompts(str(wan), "wan", 16, [RED], device=torch.device("meta"), dtype=torch.float32)
     assert devices == ["meta", "cpu"]
     assert text.shape == (512, 16)
     assert "does not fit meta: prompts are encoded on the CPU" in caplog.text
+    with pytest.raises(UserError, match="has width 16, its transformer expects 12"):
+        embed_prompts(str(wan), "wan", 12, [RED], device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -306,11 +426,12 @@ def test_names_of_clips() -> None:
     [
         (["none", "--prompt", "a"], "none: there is no such folder. Pass the --output folder of `avd export`"),
         (["run", "--prompt", "a"], "is a run. Export it first: `avd export"),
+        (["interpolator", "--prompt", "a"], "interpolator is a run of `avd train-interpolator`, which makes no clips."),
         (["run/student", "--prompt", "a"], "It holds a transformer alone. Pass a folder that `avd export` wrote"),
         (["half"], "There is nothing to show. Pass --prompt TEXT or --prompts-file FILE."),
         (["half", "--prompts-file", "none.txt"], "none.txt cannot be read"),
         (["half", "--prompts-file", "empty.txt"], "empty.txt holds no prompts"),
-        (["half", "--prompt", "a", "--prompt", "b"], "clip.mp4 is one clip, and there are 2 prompts"),
+        (["half", "--prompt", "a", "--prompt", "b"], "clip.mp4 is one clip, which is for one --prompt alone"),
         (["half", "--prompt", "a", "--output", "a.avi"], "a.avi has an unknown ending: of one prompt it is a file"),
         (["half", "--prompt", "a", "--size", "50x32x17"], "'50x32x17' is no size for Wan2.1"),
         (["half", "--prompt", "a", "--size", "48x32x16"], "'48x32x16' is no size for Wan2.1"),
@@ -324,7 +445,10 @@ def test_names_of_clips() -> None:
         (["half", "--prompt", "a", "--rates", "2,2,1,1", "--full-rate"], "--full-rate excludes"),
         (["half", "--prompt", "a", "--side-by-side", "--full-rate"], "--side-by-side shows full and half rate"),
         (["half", "--prompt", "a", "--side-by-side", "--half-rate-steps", "0"], "no step is at half rate"),
+        (["half", "--prompt", "a", "--half-rate", "--half-rate-steps", "0"], "--half-rate-steps 0: no step is at half"),
+        (["half", "--prompt", "a", "--half-rate", "--rates", "1,1,1,1"], "--rates 1,1,1,1: no step is at half rate"),
         (["half", "--prompt", "a", "--device", "tpu9"], "--device tpu9 cannot be used"),
+        (["half", "--prompt", "a", "--device", "meta"], "--device meta cannot be used"),
         (["full", "--prompt", "a", "--half-rate"], "Train one with `avd train-interpolator` and export"),
         (["full", "--prompt", "a", "--side-by-side"], "`avd export --interpolator`"),
     ],
@@ -361,6 +485,14 @@ Break = Callable[[Path], None]
         (lambda at: change_json(at / "scheduler" / "scheduler_config.json", _timesteps="x"), "no timesteps to sample"),
         (lambda at: (at / "export.json").write_text("{"), "export.json cannot be read"),
         (lambda at: (at / "export.json").write_text("[]"), "export.json holds a list, expected an object"),
+        (lambda at: change_json(at / "export.json", clip=[16, 5, 4]), "clip must be four positive integers"),
+        (lambda at: change_json(at / "export.json", clip=[16, 5, 4, 0]), "[C, F, H, W], got [16, 5, 4, 0]. Export"),
+        (lambda at: change_json(at / "export.json", clip=[16, 5, 4, 6.5]), "clip must be four positive integers"),
+        (lambda at: change_json(at / "export.json", clip="large"), "clip must be four positive integers"),
+        (lambda at: change_json(at / "export.json", fps=0), "fps must be a positive number, got 0. Export the run"),
+        (lambda at: change_json(at / "export.json", fps="12"), "fps must be a positive number, got '12'"),
+        (lambda at: change_json(at / "export.json", fps=float("nan")), "fps must be a positive number, got nan"),
+        (lambda at: change_json(at / "export.json", latent_space="ltx"), "latent_space must be one of wan and block"),
         (lambda at: (at / "export.json").unlink(), "has no vae and no text_encoder and no tokenizer, which clips need"),
         (lambda at: (at / "transformer" / "config.json").unlink(), "holds neither config.json nor"),
         (lambda at: trained_interpolator(at / "interpolator", 4), "latents of 4 channels, and the student's have 16"),
@@ -383,6 +515,22 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(folders: Path, 
         status, printed = run("sample", folders / "full", "--prompt", "a", "--output", tmp_path / output)
         assert status == 2
         assert message in printed
+
+
+def test_a_run_that_cannot_be_exported_says_what_it_is(folders: Path, tmp_path: Path) -> None:
+    interpolator, output = folders / "interpolator", tmp_path / "out"
+    for arguments, message in (
+        (
+            (interpolator,),
+            "interpolator is a run of `avd train-interpolator`, which has no student. Pass a run of `avd",
+        ),
+        ((folders / "run", "--interpolator", interpolator), "that is not finished, so it has no interpolator yet. Run"),
+        ((folders / "run", "--interpolator", folders / "run"), "run is a run of `avd train`. Pass one of `avd train-i"),
+    ):
+        status, printed = run("export", *arguments, "--output", output)
+        assert status == 2
+        assert message in printed
+        assert not output.exists()
 
 
 def test_only_the_transformer_on_request(folders: Path, tmp_path: Path) -> None:

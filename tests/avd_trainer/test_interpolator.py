@@ -18,7 +18,15 @@ from avd_core import LatentFrameInterpolator, interpolate_linearly, repeat_frame
 from avd_trainer import interpolator as interpolator_module
 from avd_trainer.checkpoint import list_checkpoints
 from avd_trainer.cli import app
-from avd_trainer.config import ConfigError, InterpolatorConfig, ShapesData, load_config, presets
+from avd_trainer.config import (
+    ConfigError,
+    InterpolatorConfig,
+    ShapesData,
+    TrainConfig,
+    load_config,
+    presets,
+    save_config,
+)
 from avd_trainer.data.codec import BlockDCTCodec
 from avd_trainer.data.latents import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.order import ShuffledOrder
@@ -428,6 +436,16 @@ def test_a_schedule_that_depends_on_the_length_of_a_run_fixes_it(tmp_path: Path,
     train_interpolator(make_config(max_steps=1, lr_schedule="cosine"), tmp_path, ranks, data=make_data())
     with pytest.raises(ConfigError, match="  max_steps: 1 there, 2 now"):
         train_interpolator(make_config(max_steps=2, lr_schedule="cosine"), tmp_path, ranks, data=make_data())
+
+
+def test_the_run_of_a_student_is_said_to_be_one(tmp_path: Path, ranks: Ranks) -> None:
+    save_config(load_config(TrainConfig, "tiny"), tmp_path / "config.yaml")
+    with pytest.raises(UserError) as raised:
+        train_interpolator(make_config(), tmp_path, ranks, data=make_data())
+    assert str(raised.value) == (
+        f"--output {tmp_path} holds a run of `avd train`, and this is `avd train-interpolator`. Choose a new --output."
+    )
+    assert os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_a_data_set_may_move_and_not_change(shards: Path, tmp_path: Path, ranks: Ranks) -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from avd_trainer import trainer as trainer_module
 from avd_trainer.checkpoint import list_checkpoints, read_state
 from avd_trainer.cli import app
-from avd_trainer.config import ConfigError, TrainConfig
+from avd_trainer.config import ConfigError, InterpolatorConfig, TrainConfig, load_config, save_config
 from avd_trainer.data.latents import CaptionedLatents, InMemoryData
 from avd_trainer.data.shards import Sample, ShardWriter
 from avd_trainer.data.sources import Batch, Data, TrainingData, read_batches
@@ -129,6 +129,18 @@ def test_another_configuration_is_refused_and_nothing_is_written(
     assert "max_steps" not in message
     assert "Run with the saved values to go on, or choose a new --output" in message
     assert files(tmp_path) == before
+
+
+def test_the_run_of_an_interpolator_is_said_to_be_one(
+    configure: Configure, data: InMemoryData, tmp_path: Path, ranks: Ranks
+) -> None:
+    save_config(load_config(InterpolatorConfig, "tiny"), tmp_path / "config.yaml")
+    with pytest.raises(UserError) as raised:
+        train(configure(), tmp_path, ranks, data=TrainingData(data, data))
+    assert str(raised.value) == (
+        f"--output {tmp_path} holds a run of `avd train-interpolator`, and this is `avd train`. Choose a new --output."
+    )
+    assert os.listdir(tmp_path) == ["config.yaml"]
 
 
 def test_a_run_that_has_saved_nothing_starts_over(
