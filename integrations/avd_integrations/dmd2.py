@@ -65,9 +65,12 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
     Raises:
         ImportError: If DMD2 cannot be imported.
         RuntimeError: If it is one that this adapter does not fit.
-        ValueError: When the subclass is constructed: with ``--gan_alone``, or without ``--cls_on_clean_image``.
+        ValueError: If ``regression.auto_update`` is off. When the subclass is constructed: with ``--gan_alone``, or
+            without ``--cls_on_clean_image``.
     """
     regression = RegressionConfig() if regression is None else regression
+    if not regression.auto_update:
+        raise ValueError("DMD2 does not accumulate gradients. Leave regression.auto_update at True.")
     base: Any = _HOST.load("main.sd_unified_model", {"SDUniModel.forward": _PASSED}).SDUniModel
 
     class AdaptiveSDUniModel(base):  # type: ignore[misc]

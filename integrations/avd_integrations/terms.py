@@ -100,6 +100,7 @@ class HostTerms(nn.Module):
         the result is that of :meth:`forward`.
         """
         parts = []
+        output, x_t = _at_least_float32(output), _at_least_float32(x_t)
         if self.objective.regression is not None:
             parts.append(self.on_prediction(output, x_t, clips, noise, times))
         if self.objective.motion is not None:

@@ -124,6 +124,11 @@ def test_runs_without_matching_or_without_images_are_refused(host, changes, mess
         build(**changes)
 
 
+def test_a_cache_that_nothing_would_update_is_refused(host):
+    with pytest.raises(ValueError, match="does not accumulate gradients"):
+        sd_uni_model(RegressionConfig(auto_update=False))
+
+
 def test_the_regression_is_added_on_generator_updates_alone(host):
     host()
     model = build()

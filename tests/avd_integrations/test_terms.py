@@ -70,12 +70,30 @@ def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flo
 
 @pytest.mark.parametrize("layout", ["BCFHW", "BFCHW"])
 def test_both_layouts_give_the_same_motion_term(layout):
-    samples = torch.randn(2, 4, 6, 3, 3)
-    expected = AVDObjective().on_samples(samples)
+    # Above the floor, where the term has a gradient and depends on which dimension is that of frames.
+    config = AVDConfig(motion=MotionConfig(floor=-9.0))
+    samples = torch.randn(2, 4, 6, 3, 3, requires_grad=True)
+    expected = AVDObjective(config).on_samples(samples)
+    (gradient,) = torch.autograd.grad(expected.loss, samples)
     given = samples.transpose(1, 2) if layout == "BFCHW" else samples
-    terms = host(layout=layout)[1]
-    torch.testing.assert_close(terms.on_samples(given).loss, expected.loss)
-    assert terms({"clips": CLIPS}, given).metrics["motion/loss"] == expected.metrics["motion/loss"]
+    terms = host(config, layout=layout)[1]
+    found = terms.on_samples(given)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, samples)[0], gradient)
+    assert gradient.abs().sum() > 0
+    clips = CLIPS.transpose(1, 2) if layout == "BFCHW" else CLIPS
+    assert terms({"clips": clips}, given).metrics["motion/loss"] == expected.metrics["motion/loss"]
+
+
+def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32():
+    config = AVDConfig(motion=MotionConfig(floor=-9.0))
+    noise, times = torch.randn_like(CLIPS), torch.tensor([900.0, 757.0, 522.0])
+    x_t = rectified_flow().add_noise(CLIPS, noise, times).bfloat16()
+    output = (noise - CLIPS).bfloat16()
+    found = host(config)[1].from_prediction(output, x_t, CLIPS, noise, times)
+    expected = host(config)[1].from_prediction(output.float(), x_t.float(), CLIPS, noise, times)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
+    torch.testing.assert_close(found.metrics["motion/variance"], expected.metrics["motion/variance"], rtol=0, atol=0)
 
 
 def test_images_have_no_motion():

@@ -26,6 +26,8 @@ def checkout() -> Callable[[str], Path]:
         hosts = os.environ.get("AVD_HOSTS")
         if not hosts:
             pytest.skip("AVD_HOSTS names no folder with checkouts of the hosts")
+        if not Path(hosts).is_dir():
+            pytest.fail(f"AVD_HOSTS is {hosts}, and there is no such folder")
         path = Path(hosts) / name
         if not path.is_dir():
             pytest.skip(f"AVD_HOSTS has no checkout of {name}")
