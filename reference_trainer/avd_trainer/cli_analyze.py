@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from avd_trainer.cli_sample import ComputeDtype, Device
 from avd_trainer.errors import UserError
 from avd_trainer.terminal import readable_errors, say
 
@@ -51,11 +52,8 @@ def similarity(
         str | None,
         typer.Option(metavar="WxHxF", help="Size of a clip. Default: the data's, else what the model was trained on."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
-    ] = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
 ) -> None:
     """Measure how alike adjacent frames of each step's clean prediction are, and at how many steps half the frame rate
     will do.

@@ -23,6 +23,12 @@ ENDINGS = (".mp4", ".gif")
 MOST_SEED = 2**63 - 1
 """torch takes twice as much: so the seeds of later prompts fit too."""
 
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")]
+ComputeDtype = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
+]
+
 
 def sample(
     folder: Annotated[Path, typer.Argument(help="The --output folder of avd export.")],
@@ -62,11 +68,8 @@ def sample(
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
     ] = None,
     fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")] = None,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None,
-        typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
-    ] = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
 ) -> None:
     """Sample clips of an exported student, at full or half rate."""
     with readable_errors():

@@ -44,6 +44,13 @@ MakeConfig = Callable[..., TrainConfig]
 NAMES = ["config.json", "diffusion_pytorch_model.safetensors", "export.json"]
 
 
+def model_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Noised clips, timesteps and text for a forward."""
+    draws = torch.Generator().manual_seed(2)
+    clips, text = torch.randn(2, 16, 3, 4, 4, generator=draws), torch.randn(2, 4, 16, generator=draws)
+    return clips, torch.tensor([757.0, 300.0]), text
+
+
 @pytest.fixture
 def config(make_config: MakeConfig) -> TrainConfig:
     return make_config(
@@ -217,12 +224,7 @@ def test_adapters_load_into_the_pipeline_that_they_were_trained_on(
 
     trainer = Trainer(config, load_models(config, ranks), data, ranks)
     list(trainer.run())
-    draws = torch.Generator().manual_seed(2)
-    inputs = (
-        torch.randn(2, 16, 3, 4, 4, generator=draws),
-        torch.tensor([757.0, 300.0]),
-        torch.randn(2, 4, 16, generator=draws),
-    )
+    inputs = model_inputs()
     pipeline = WanPipeline.from_pretrained(teacher, vae=None, text_encoder=None, tokenizer=None)
     with torch.no_grad():
         if weights == "ema":
@@ -501,12 +503,7 @@ def test_adapters_are_merged_into_the_pipeline(
     memory = InMemoryData(clips, HashTextEmbedding(4, 16))
     trainer = Trainer(config, load_models(config, ranks), TrainingData(memory, memory), ranks)
     list(trainer.run())
-    draws = torch.Generator().manual_seed(2)
-    inputs = (
-        torch.randn(2, 16, 3, 4, 4, generator=draws),
-        torch.tensor([757.0, 300.0]),
-        torch.randn(2, 4, 16, generator=draws),
-    )
+    inputs = model_inputs()
     merged = WanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
     with torch.no_grad():
         if weights == "ema":

@@ -11,7 +11,7 @@ def declare_torchvision_operators():
         import torchvision  # noqa: F401
     except RuntimeError:
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")
+            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
 
 
 def free_port():
