@@ -24,10 +24,12 @@ from avd_integrations.terms import HostTerms
 
 __all__ = ["PROVEN_ON", "AVDHooks", "avd_config", "dmd2", "dmd2_class"]
 
-PROVEN_ON = "hao-ai-lab/FastVideo 2f3d407 (2026-08-21)"
-"""The commit that the tests ran in."""
+PROVEN_ON = "FastVideo 0.2.1"
+"""The release that the tests ran in."""
 
-_HOST = Host("FastVideo", PROVEN_ON, "Install it from https://github.com/hao-ai-lab/FastVideo.")
+_HOST = Host(
+    "FastVideo", PROVEN_ON, "Install it with pip install fastvideo, or from https://github.com/hao-ai-lab/FastVideo."
+)
 
 _METHOD = "fastvideo.train.methods.distribution_matching.dmd2"
 

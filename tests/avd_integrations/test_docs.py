@@ -1,31 +1,122 @@
-"""The recipe of docs/hosts.md is run as it stands there."""
+"""The recipe of docs/hosts.md is run as it stands there, and what its table and the adapters name as proven is one."""
 
+import math
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor, nn
 
-PAGE = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text()
+from avd_integrations import accelerate, consistency, dmd2, fastgen, fastvideo, rcm, self_forcing
+from helpers import ReferenceCache, mean, reference_motion, reference_sample_losses, reference_weights
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "hosts.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+HOSTS: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "tests" / "hosts" / "hosts.toml").read_text())
+ADAPTERS = (accelerate, consistency, dmd2, fastgen, fastvideo, rcm, self_forcing)
+SHAPE = (2, 5, 3, 4, 4)  # [B, F, C, H, W]
 
 
-def test_the_recipe_adds_the_terms_to_an_unknown_host() -> None:
-    weight = torch.nn.Parameter(torch.tensor(0.5))
-    scope: dict[str, Any] = {
-        "device": "cpu",
-        "student": lambda x_t, times, text: weight * x_t,
-        "batch": {"latents": torch.randn(2, 5, 4, 6, 6), "text": None},
-        "x_0": weight * torch.randn(2, 5, 4, 6, 6),
-        "host_loss": 0.1 * weight,
-    }
-    exec(BLOCKS[0], scope)
-    scope["total"].backward()
-    assert weight.grad is not None
-    assert weight.grad != 0.1  # more than the host's own loss
-    assert scope["terms"].objective.regression.cache.seen.any()
-    assert scope["metrics"].keys() >= {"regression/loss", "motion/loss"}
+class Student(nn.Module):
+    """Its velocity is a multiple of what it sees; notes what it is asked with gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.8))
+        self.seen: list[tuple[Tensor, Tensor, Tensor, float]] = []
+
+    def forward(self, x_t: Tensor, times: Tensor, text: str) -> Tensor:
+        assert text == "a cat"
+        output = self.factor * x_t
+        self.seen.append((x_t.detach(), times, output.detach(), self.factor.item()))
+        return output
+
+
+class Host:
+    """What the page leaves to the host; generated clips move less than the floor asks for."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batches = [{"latents": self.randn() * (0.8 + 0.2 * (i % 3)), "text": "a cat"} for i in range(100)]
+        self.samples: list[Tensor] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    def randn(self) -> Tensor:
+        return torch.randn(SHAPE, generator=self.generator)
+
+    def sample(self, student: Student, text: str) -> Tensor:
+        x_0 = 0.3 * student.factor * self.randn()
+        self.samples.append(x_0.detach())
+        return x_0
+
+    def matching_loss(self, x_0: Tensor, text: str) -> Tensor:
+        return x_0.square().mean()
+
+    def run(self, student: Student) -> dict[str, Any]:
+        scope: dict[str, Any] = {
+            "student": student,
+            "device": "cpu",
+            "batches": self.batches,
+            "sample": self.sample,
+            "matching_loss": self.matching_loss,
+            "log": lambda values, step: self.logged.append((step, values)),
+        }
+        exec(BLOCKS[0], scope)
+        return scope
+
+
+def check_by_hand(host: Host, student: Student, cache: ReferenceCache) -> None:
+    """Every logged value against Eq. 5-8 in plain arithmetic."""
+    for (_, values), x_0, batch, seen in zip(host.logged, host.samples, host.batches, student.seen, strict=True):
+        x_t, times, output, _ = seen
+        sigma = times.view(-1, 1, 1, 1, 1)
+        noise = (x_t - (1 - sigma) * batch["latents"]) / sigma
+        losses = reference_sample_losses(output.tolist(), (noise - batch["latents"]).tolist())
+        usual = [cache.read(time, loss) for time, loss in zip(times.tolist(), losses, strict=True)]
+        weights = reference_weights(losses, usual, sharpness=3.0, weight=2.0)
+        cache.iterate(list(zip(times.tolist(), losses, strict=True)))
+        regression = mean([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+        motion = reference_motion(x_0.transpose(1, 2).tolist())
+        assert motion > 0.05 * 0.6 + 1e-3  # not at the floor
+        assert math.isclose(values["regression/loss"], regression, rel_tol=1e-4)
+        assert math.isclose(values["motion/loss"], motion, rel_tol=1e-4)
+        matching = x_0.square().mean().item()
+        assert math.isclose(values["loss"], matching + regression + motion, rel_tol=1e-4)
+
+
+def test_the_loop_trains_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache, student, host = ReferenceCache(), Student(), Host(0)
+    host.run(student)
+    check_by_hand(host, student, cache)
+    assert [step for step, _ in host.logged] == list(range(1, 101))
+    assert len({factor for *_, factor in student.seen}) == 100  # it moves
+
+    other, later = Student(), Host(1)
+    second = later.run(other)
+    assert [step for step, _ in later.logged] == list(range(101, 201))
+    assert other.seen[0][-1] == student.factor.item()
+    check_by_hand(later, other, cache)  # with the means of the first run
+    assert second["optimizer"].state_dict()["state"][0]["step"] == 200
+    own = second["terms"].objective.regression.cache
+    for time, value in zip(own.timesteps.tolist(), own.means.tolist(), strict=True):
+        assert math.isclose(value, cache.means.get(time, 0.0), rel_tol=1e-4)
 
 
 def test_every_python_block_is_covered() -> None:
     assert len(BLOCKS) == 1
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_adapter_table_and_page_name_what_was_proven(name: str) -> None:
+    host = HOSTS[name]
+    proven = host["commit"][:7] if "commit" in host else host["release"].partition("==")[2]
+    assert any(re.search(rf"\b{re.escape(proven)}", adapter.PROVEN_ON) for adapter in ADAPTERS)
+    rows = [line for line in PAGE.splitlines() if re.match(rf"\| \[?.*\| `?{re.escape(proven)}`? \|", line)]
+    assert len(rows) == 1
+    (page,) = re.findall(r"\((hosts/\w+\.md)\)", rows[0])
+    assert proven in (ROOT / "docs" / page).read_text()

@@ -1,4 +1,4 @@
-"""Adapters inside real hosts: ``AVD_HOSTS=DIR pytest -m hosts``, with checkouts of their repositories in DIR."""
+"""Adapters inside real hosts: ``AVD_HOSTS=DIR pytest -m hosts``, with what ``prepare.py`` has put into DIR."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from prepare import packages_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
@@ -25,12 +27,12 @@ def checkout() -> Callable[[str], Path]:
     def find(name: str) -> Path:
         hosts = os.environ.get("AVD_HOSTS")
         if not hosts:
-            pytest.skip("AVD_HOSTS names no folder with checkouts of the hosts")
+            pytest.skip("AVD_HOSTS names no folder with the hosts: see tests/hosts/prepare.py")
         if not Path(hosts).is_dir():
             pytest.fail(f"AVD_HOSTS is {hosts}, and there is no such folder")
         path = Path(hosts) / name
         if not path.is_dir():
-            pytest.skip(f"AVD_HOSTS has no checkout of {name}")
+            pytest.skip(f"AVD_HOSTS has no {name}")
         return path
 
     return find
@@ -46,7 +48,7 @@ def run_in_host(checkout: Callable[[str], Path], tmp_path: Path) -> RunInHost:
 
     def run(host: str, program: str, *arguments: str) -> dict[str, Any]:
         folder = checkout(host)
-        paths = [folder, ROOT, ROOT / "integrations", ROOT / "tests"]
+        paths = [folder, packages_of(folder), ROOT, ROOT / "integrations", ROOT / "tests"]
         result = subprocess.run(
             [sys.executable, str(PROGRAMS / program), str(tmp_path), *arguments],
             cwd=folder,

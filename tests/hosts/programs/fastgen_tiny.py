@@ -1,14 +1,17 @@
 """FastGen with networks of a few hundred weights: what the programs beside this file share."""
 
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from page_lines import code_blocks
-from without_gpu import declare_torchvision_operators
+from without_gpu import declare_torchvision_operators, stand_in_for_wandb
 
 declare_torchvision_operators()
+stand_in_for_wandb(Path(sys.argv[1]))
 
 from fastgen.callbacks.callback import Callback  # noqa: E402
 from fastgen.configs.methods.config_dmd2 import create_config  # noqa: E402

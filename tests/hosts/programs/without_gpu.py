@@ -1,8 +1,19 @@
-"""What several hosts ask for that a machine without a GPU lacks."""
+"""What several hosts ask for that a machine without a GPU, or without an account, lacks."""
 
 import socket
+import sys
+from importlib.machinery import ModuleSpec
+from unittest import mock
 
 import torch
+
+
+def stand_in_for_wandb(folder):
+    """It would ask for its servers; nothing here is about its logs."""
+    # With a specification, since diffusers asks whether there is one.
+    sys.modules["wandb"] = wandb = mock.MagicMock(__spec__=ModuleSpec("wandb", None))
+    sys.modules["wandb.util"] = wandb.util
+    wandb.init.return_value.dir = wandb.run.dir = str(folder)
 
 
 def declare_torchvision_operators():
