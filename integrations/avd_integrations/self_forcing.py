@@ -38,6 +38,15 @@ _USED = {
     "compute_distribution_matching_loss": ("image_or_video", "conditional_dict", "unconditional_dict", "gradient_mask"),
     "generator_loss": ("image_or_video_shape", "conditional_dict", "unconditional_dict", "clean_latent"),
 }
+_READ = {
+    "generator.forward": ("noisy_image_or_video", "conditional_dict", "timestep"),
+    "text_encoder.forward": ("text_prompts",),
+    "scheduler": (),
+    "denoising_step_list": (),
+    "device": (),
+    "dtype": (),
+}
+"""Of an instance."""
 _RELEASED_AVD_METHOD = "reg_loss"
 
 
@@ -58,16 +67,19 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
         host_class: ``causvid.dmd.DMD`` of CausVid or the released AVD code, ``model.DMD`` or ``model.CausVid`` of
             Self-Forcing.
         config: Hyperparameters; None is the paper's. ``timesteps`` may be left out, as the host says them.
-        clips: Real clips with their prompts, gone through again and again. None takes the host's ``clean_latent``,
-            which its trainer passes only where ``backward_simulation`` is off.
+        clips: Real clips with their prompts, gone through again and again, of the host's ``image_or_video_shape`` but
+            for the batch. None takes the host's ``clean_latent``, which its trainer passes only where
+            ``backward_simulation`` is off.
 
     Returns:
         The subclass; its constructor is ``(args, device)``.
 
     Raises:
-        RuntimeError: If the class lacks what is overridden: another class, or a version that has moved.
+        RuntimeError: If the class lacks what is overridden, or its instance what is read: another class, or a version
+            that has moved.
         ValueError: If ``regression.auto_update`` is off; or the class is that of the released AVD code, and ``config``
-            has a motion term, which its ``generator_loss`` has already.
+            has a motion term, which its ``generator_loss`` has already. From the instance: for an image model, for
+            another grid than the host's few steps, and for ``clips`` of another shape than the rollout's.
     """
     _HOST.check(host_class, _USED)
     hyperparameters = AVDConfig.paper() if config is None else config
@@ -86,6 +98,7 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
 
         def __init__(self, args: Any, device: Any) -> None:
             super().__init__(args, device)
+            _check_instance(self)
             self.avd = HostTerms(
                 _at_steps(hyperparameters, self.denoising_step_list),
                 _path(self.scheduler),
@@ -135,7 +148,7 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
         ) -> tuple[Tensor, dict[str, Any]]:
             batch = None
             if self.avd.objective.regression is not None:
-                batch = self._avd_batch(conditional_dict, clean_latent)
+                batch = self._avd_batch(image_or_video_shape, conditional_dict, clean_latent)
             loss, log = super().generator_loss(
                 image_or_video_shape=image_or_video_shape,
                 conditional_dict=conditional_dict,
@@ -148,10 +161,16 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
             regression = self.avd.on_clips(batch)
             return loss + regression.loss, log | named(regression.metrics)
 
-        def _avd_batch(self, conditional_dict: Any, clean_latent: Tensor | None) -> dict[str, Any]:
+        def _avd_batch(self, shape: Any, conditional_dict: Any, clean_latent: Tensor | None) -> dict[str, Any]:
             """Clips and what the text encoder made of their prompts."""
             if self._avd_clips is not None:
                 latents, prompts = next(self._avd_clips)
+                if tuple(latents.shape[1:]) != tuple(shape[1:]) or len(prompts) != len(latents):
+                    # The causal transformer keeps the attention mask of the first shape that it sees.
+                    raise ValueError(
+                        f"clips must give latents [B, {', '.join(map(str, shape[1:]))}], as image_or_video_shape says, "
+                        f"and B prompts; got {list(latents.shape)} and {len(prompts)} prompts."
+                    )
                 with torch.no_grad():
                     conditional_dict = self.text_encoder(text_prompts=list(prompts))
             elif clean_latent is not None:
@@ -192,13 +211,19 @@ def _at_steps(config: AVDConfig, denoising_step_list: Tensor) -> AVDConfig:
     return AVDConfig.model_validate({**config.model_dump(), "timesteps": steps})
 
 
+def _check_instance(host: Any) -> None:
+    """That a built model has what is read of it."""
+    _HOST.check(host, _READ)
+    if not hasattr(host.scheduler, "sigmas") and getattr(host.scheduler, "alphas_cumprod", None) is not None:
+        raise ValueError(
+            f"The host's scheduler {name_of(host.scheduler)} is on DDPM's path: only flow-matching models (Wan) are "
+            "supported, not the host's image models."
+        )
+    _HOST.check(host.scheduler, {"sigmas": (), "timesteps": ()})
+
+
 def _path(scheduler: Any) -> Parametrisation:
     """Rectified flow with the noise level of the scheduler's nearest timestep, as the host's wrappers look it up."""
-    if not hasattr(scheduler, "sigmas") or not hasattr(scheduler, "timesteps"):
-        raise ValueError(
-            f"The host's scheduler {type(scheduler).__name__} has no sigmas and timesteps: only flow-matching models "
-            "(Wan) are supported, not the host's image models."
-        )
 
     def coefficients(times: Tensor) -> tuple[Tensor, Tensor]:
         timesteps, sigmas = scheduler.timesteps.to(times), scheduler.sigmas.to(times)

@@ -39,17 +39,27 @@ class Generator(nn.Module):
         return x_0 if self.returns == "x_0" else (flow, x_0)
 
 
-def host_class(returns="x_0", steps=(*STEPS, 0), **methods):
+class TextEncoder(nn.Module):
+    """Notes what it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def forward(self, text_prompts):
+        self.told.append(text_prompts)
+        return {"prompt_embeds": torch.tensor([[float(len(prompt))] for prompt in text_prompts])}
+
+
+def host_class(returns="x_0", steps=(*STEPS, 0), change=lambda self: None, **methods):
     class DMD(nn.Module):
         def __init__(self, args, device):
             super().__init__()
             self.device, self.dtype, self.args = device, torch.float32, args
             self.scheduler = Scheduler()
-            self.generator = Generator(self.scheduler, returns)
+            self.generator, self.text_encoder = Generator(self.scheduler, returns), TextEncoder()
             self.denoising_step_list = torch.tensor(steps)
-
-        def text_encoder(self, text_prompts):
-            return {"prompt_embeds": torch.tensor([[float(len(prompt))] for prompt in text_prompts])}
+            change(self)
 
         def compute_distribution_matching_loss(
             self, image_or_video, conditional_dict, unconditional_dict, gradient_mask=None
@@ -122,15 +132,24 @@ def test_the_cache_learns_though_the_trainer_calls_eval():
 
 
 def test_clips_and_their_prompts_are_gone_through_again_and_again():
-    told = []
     batches = [(CLIPS, ["abc", "d"]), (0.1 * CLIPS, ["ef", "ghi"])]
     dmd = build(AVDConfig(motion=None), clips=batches)
-    dmd.text_encoder = lambda text_prompts: told.append(text_prompts) or {"prompt_embeds": torch.zeros(1)}
     for _ in range(3):
         step(dmd)
-    assert told == [["abc", "d"], ["ef", "ghi"], ["abc", "d"]]
+    assert dmd.text_encoder.told == [["abc", "d"], ["ef", "ghi"], ["abc", "d"]]
     with pytest.raises(ValueError, match="gave no batch"):
         step(build(clips=[]))
+
+
+@pytest.mark.parametrize(
+    "batch", [(CLIPS[:, 1:], ["a", "b"]), (CLIPS[..., 1:], ["a", "b"]), (CLIPS, ["a"])], ids=["frames", "width", "text"]
+)
+def test_clips_of_another_shape_than_the_rollouts_are_refused(batch):
+    dmd = build(clips=[batch])
+    with pytest.raises(ValueError, match=r"latents \[B, 5, 3, 4, 4\], as image_or_video_shape .* B prompts; got"):
+        step(dmd)
+    assert dmd.generator.timestep is None  # before anything was run
+    step(build(clips=[(CLIPS[:1], ["another batch size"])]))
 
 
 def test_without_clips_the_regression_says_what_to_do():
@@ -185,6 +204,28 @@ def test_other_classes_and_moved_versions_are_refused_by_name():
         with_avd(moved)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda self: delattr(self, "scheduler"), r"AVDDMD has no scheduler: "),
+        (lambda self: delattr(self, "denoising_step_list"), r"AVDDMD has no denoising_step_list: "),
+        (lambda self: delattr(self.scheduler, "sigmas"), r"Scheduler has no sigmas: "),
+        (
+            lambda self: setattr(self.generator, "forward", lambda x, conditional_dict, timestep: None),
+            r"AVDDMD\.generator\.forward takes no argument noisy_image_or_video: ",
+        ),
+        (
+            lambda self: setattr(self.text_encoder, "forward", lambda prompts: None),
+            r"AVDDMD\.text_encoder\.forward takes no argument text_prompts: ",
+        ),
+    ],
+    ids=["scheduler", "steps", "sigmas", "generator", "text encoder"],
+)
+def test_a_model_that_has_moved_is_refused_when_it_is_built(change, message):
+    with pytest.raises(RuntimeError, match=message + r".*Self-Forcing 33593df"):
+        build(change=change)
+
+
 def test_the_released_code_has_a_motion_term_already():
     released = host_class(reg_loss=lambda self: None)
     with pytest.raises(ValueError, match=r"motion term of its own.*AVDConfig\(motion=None\)"):
@@ -193,12 +234,9 @@ def test_the_released_code_has_a_motion_term_already():
 
 
 def test_image_models_and_accumulation_are_refused():
-    def images(self, args, device):
-        nn.Module.__init__(self)
-        self.scheduler, self.denoising_step_list = types.SimpleNamespace(alphas_cumprod=None), torch.tensor(STEPS)
-
+    ddpm = types.SimpleNamespace(alphas_cumprod=torch.ones(1000))
     with pytest.raises(ValueError, match="only flow-matching models"):
-        build(__init__=images)
+        build(change=lambda self: setattr(self, "scheduler", ddpm))
     with pytest.raises(ValueError, match="at least 2 frames"):
         build(AVDConfig(regression=None)).compute_distribution_matching_loss(CLIPS[:, :1], {}, {})
     with pytest.raises(ValueError, match="do not accumulate"):
