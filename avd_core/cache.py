@@ -39,7 +39,8 @@ class LossMeanCache(nn.Module):
     In evaluation mode (``cache.eval()``) means are read and never changed, like the statistics of a batch norm.
 
     The state is four buffers, so the cache moves, saves and loads with the module it is part of. Its floating-point
-    buffers stay float32 under ``.to(bfloat16)`` or ``.half()``, where a decay of 0.95 would stop moving the mean.
+    buffers stay float32 under ``.to(bfloat16)`` or ``.half()``, where a decay of 0.95 would stop moving the mean; the
+    next call refuses a cast by other ways, such as FSDP's ``buffer_dtype``.
 
     Args:
         timesteps: The grid, strictly rising or falling, in the unit in which timesteps are passed later. Each sample
@@ -132,7 +133,7 @@ class LossMeanCache(nn.Module):
             itself, so that the deviation is 0.
 
         Raises:
-            TypeError: If ``losses`` is not floating.
+            TypeError: If ``losses`` is not floating, or if something has changed the dtype of the cache's own buffers.
             ValueError: If shapes or devices differ, or (checked on the CPU only, where looking costs nothing) a
                 timestep lies outside the grid by more than the grid's widest gap.
         """
@@ -141,6 +142,12 @@ class LossMeanCache(nn.Module):
             raise ValueError(f"losses must have shape [B], one per sample, got {list(losses.shape)}.")
         check_timesteps(timesteps, losses)
         check_same_device("the cache", self.means, "losses", losses)
+        if self.timesteps.dtype != torch.float32:
+            raise TypeError(
+                f"The cache's buffers must be float32, and something has cast them to {self.timesteps.dtype}, in which "
+                "the grid and a decay near 1 are lost. FSDP's MixedPrecision(buffer_dtype=...) does so: set it to "
+                "torch.float32, or keep the cache out of the wrapped module."
+            )
         self._check_range(timesteps)
         index = (timesteps.to(self.timesteps.dtype).unsqueeze(1) - self.timesteps).abs().argmin(dim=1)
         losses = losses.to(torch.promote_types(losses.dtype, self.means.dtype))

@@ -276,6 +276,15 @@ def test_the_cache_moves_with_its_module():
     assert {buffer.dtype for buffer in cache.buffers()} == {torch.float32, torch.bool}
 
 
+def test_buffers_that_were_cast_in_place_are_refused():
+    """As FSDP casts the buffers of what it wraps."""
+    cache = LossMeanCache(GRID)
+    for buffer in cache.buffers():
+        buffer.data = buffer.to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"something has cast them to torch.bfloat16.*buffer_dtype"):
+        record(cache, [(1000, 1.0)])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype):
     cache = LossMeanCache(GRID)
