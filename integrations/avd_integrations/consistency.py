@@ -231,27 +231,38 @@ def dcm_terms(
     regression: RegressionConfig | None = _PAPER_REGRESSION,
     motion: MotionConfig | None = _PAPER_MOTION,
     *,
+    sp_size: int,
     first_index: int = 35,
 ) -> PhasedConsistencyTerms:
-    """For DCM's semantic experts: ``terms(model_pred, noisy_model_input, model_input, noise, index, end_index)``.
+    """For DCM's experts: ``terms(model_pred, noisy_model_input, model_input, noise, index, end_index)``.
 
     Args:
         solver: The script's ``EulerSolver``.
         regression: Options of the adaptive regression, the paper's by default; None leaves it out.
         motion: Options of the motion term, the paper's for Wan's latents by default; None leaves it out.
-        first_index: The lowest index that the script draws: 35 in Wan's, 38 in HunyuanVideo's.
+        sp_size: The script's ``args.sp_size``: over how many ranks it splits the frames of a clip.
+        first_index: The lowest index that the script draws: 35 in Wan's semantic expert, 38 in HunyuanVideo's, and 0
+            in the detail experts, which have no special case there.
 
     Raises:
         RuntimeError: If the solver does not have what is read.
-        ValueError: If both terms are left out, or for a ``first_index`` that the solver does not have.
+        ValueError: If both terms are left out, for a ``first_index`` that the solver does not have, or if ``sp_size``
+            is below 1, or above 1 with the motion term.
     """
+    if sp_size < 1:
+        raise ValueError(f"sp_size must be the number of ranks that share a clip, at least 1, got {sp_size}.")
+    if sp_size > 1 and motion is not None:
+        raise ValueError(
+            f"With sp_size={sp_size} a rank has 1/{sp_size} of a clip's frames, and the motion term would take the "
+            "variance along these alone. Use motion=None, or train with --sp_size 1."
+        )
     return PhasedConsistencyTerms(
         solver,
         regression,
         motion,
         "BCFHW",
         first_index=first_index,
-        first_index_steps=True,
+        first_index_steps=first_index > 0,
         host=DCM,
     )
 

@@ -39,6 +39,12 @@ _READ = (
 _PASSED = ("real_train_dict", "compute_generator_gradient", "generator_turn")
 """Arguments of ``SDUniModel.forward`` that the subclass reads."""
 
+_OPTIONS = ("gan_alone", "cls_on_clean_image")
+"""Of the trainer's command line."""
+
+_BATCH = ("images", "text_embedding", "unet_added_conditions")
+"""Keys of ``real_train_dict`` that the subclass reads."""
+
 
 def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
     """DMD2's ``SDUniModel`` with adaptive regression, to stand in its place in ``main/train_sd.py``.
@@ -99,6 +105,8 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
             return loss_dict, log_dict
 
         def _regression(self, batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+            if gone := [key for key in _BATCH if key not in batch]:
+                raise _HOST.moved(f"real_train_dict has no {', '.join(gone)}")
             terms: HostTerms = self.accelerator.unwrap_model(self.guidance_model).avd
             images = batch["images"].to(self.alphas_cumprod.device)
             times = terms.draw_times(len(images), images.device)
@@ -129,6 +137,7 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
 
 
 def _check_options(args: Any) -> None:
+    _HOST.check(args, dict.fromkeys(_OPTIONS, ()))
     if args.gan_alone:
         raise ValueError("With --gan_alone DMD2 drops loss_dm, with which the regression travels. Leave it out.")
     if not args.cls_on_clean_image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -128,10 +129,15 @@ def variance_preserving(alphas_cumprod: Tensor, prediction: Prediction = "noise"
         alphas_cumprod: ``[T]`` of the host's noise scheduler; times are its indices.
         prediction: "noise" (epsilon), "v" or "x_0".
     """
-    table = alphas_cumprod.detach().double().cpu()
+    table = alphas_cumprod.detach().double()
+
+    # A copy for each device, as a copy in every call would make the host wait for a GPU.
+    @cache
+    def table_on(device: torch.device) -> Tensor:
+        return table.to(device)
 
     def coefficients(times: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_squared = table[times.long().cpu()].to(times.device)
+        alpha_squared = table_on(times.device)[times.long()]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
     return Parametrisation(coefficients, prediction)

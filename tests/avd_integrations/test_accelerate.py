@@ -17,13 +17,14 @@ from torch import nn
 from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_integrations import rectified_flow
 from avd_integrations.accelerate import PROVEN_ON, AcceleratorTerms
-from helpers import ReferenceCache, assert_same_state, reference_motion, reference_regression
+from helpers import ReferenceCache, assert_same_state, central_differences, reference_motion, reference_regression
 from helpers import reference_sample_losses as sample_losses
 from launches import on_ranks
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hosts" / "accelerate.md").read_text()
 SETUP, BODY = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 ROUNDS, STEPS = 2, 4
+SCALES = (0.2, 1.0)  # of generated clips in the micro-batches of a step: with and without gradient of the motion term
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,10 @@ def clips_of(position, rank):
     return torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(10 * position + rank))
 
 
+def generated(student, noise, micro_batch):
+    return SCALES[micro_batch % ROUNDS] * (noise - student(noise, torch.full((2,), 1000.0), ["one", "two"]))
+
+
 class Run:
     """A distiller in a few lines: its loss pulls generated clips to zero."""
 
@@ -85,7 +90,7 @@ class Run:
             self.raw.calls.clear()
             with self.accelerator.accumulate(student):
                 noise = torch.randn_like(clips)
-                x_0 = noise - student(noise, torch.full((2,), 1000.0), batch["text"])
+                x_0 = generated(student, noise, len(self.noise))
                 loss = (x_0**2).mean()
                 before = loss.item()
                 self.scope |= {"batch": batch, "x_0": x_0, "loss": loss}
@@ -115,6 +120,15 @@ def pairs_by_hand(seen):
     return list(zip(times, sample_losses(velocities, targets), strict=True))
 
 
+def motion_gradient(x_0):
+    """Of the motion term with respect to the samples."""
+    differences = central_differences(
+        lambda values: reference_motion(torch.tensor(values, dtype=torch.float64).view_as(x_0).tolist()),
+        x_0.flatten().tolist(),
+    )
+    return torch.tensor(differences).view_as(x_0)
+
+
 def means_by_hand(cache):
     return [cache.means.get(float(t), 0.0) for t in (1000, 750, 500, 250)]
 
@@ -141,6 +155,7 @@ def test_the_lines_of_the_page_add_both_terms(precision):
             expected.append(reference_regression(velocities, targets, means) + reference_motion(x_0.tolist()))
             losses += pairs
         cache.iterate(losses)  # once per optimizer step
+        assert [reference_motion(x_0.tolist()) > 0.05 * 0.6 for _, _, x_0 in micro_batches] == [True, False]
     assert run.losses == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert run.cache.means.tolist() == pytest.approx(means_by_hand(cache), rel=1e-4)
     assert not run.cache.pending.any()
@@ -155,11 +170,14 @@ def test_the_gradient_is_that_of_the_mean_over_micro_batches():
     set_seed(3)
     student = Student()  # as the run began
     losses = []
-    for noise, (clips, (x_t, times, output), _) in zip(run.noise, run.seen, strict=True):
-        x_0 = noise - student(noise, torch.full((2,), 1000.0), ["one", "two"])
+    for micro_batch, (noise, (clips, (x_t, times, output), _)) in enumerate(zip(run.noise, run.seen, strict=True)):
+        x_0 = generated(student, noise, micro_batch)
+        motion = motion_gradient(x_0.detach())
+        assert bool(motion.any()) == (micro_batch == 0)  # the other one is at the floor
         target = torch.tensor(regression_by_hand(clips, (x_t, times, output))[2])
-        # The cache is empty, so that every weight is 1; the motion term is clipped.
-        losses.append((x_0**2).mean() + ((student(x_t, torch.tensor(times), ["one", "two"]) - target) ** 2).mean())
+        # The cache is empty, so that every weight is 1.
+        regression = ((student(x_t, torch.tensor(times), ["one", "two"]) - target) ** 2).mean()
+        losses.append((x_0**2).mean() + regression + (motion * x_0).sum())
     (torch.stack(losses).sum() / ROUNDS).backward()
     for moved, start in zip(run.raw.parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(moved, start - 0.1 * start.grad, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from avd_integrations.consistency import (
     lcm_terms,
     pcm_terms,
 )
+from helpers import reference_motion
 
 ALPHAS = torch.linspace(0.9999, 0.005, 1000)
 DDIM_TIMESTEPS = torch.tensor([249, 499, 749, 999])
@@ -83,9 +84,21 @@ def test_dcm_goes_one_step_where_the_script_does(first):
     end = SIGMAS[index - 1] if first == 35 else SIGMAS[end_index - 1]
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
-    terms = dcm_terms(euler_solver(), motion=None)
+    terms = dcm_terms(euler_solver(), motion=None, sp_size=1)
     loss, _ = terms(x_end, x_t, clips, noise, index, end_index)
     expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS[35:])
+    torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
+
+
+def test_dcms_detail_experts_go_to_the_phases_end_from_every_index():
+    """Theirs is 0 the lowest, and an index like the others."""
+    index, end_index = torch.tensor([0, 30]), torch.tensor([0, 25])
+    end = torch.tensor([0.0, SIGMAS[24]])
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
+    terms = dcm_terms(euler_solver(), motion=None, sp_size=1, first_index=0)
+    loss, _ = terms(x_end, x_t, clips, noise, index, end_index)
+    expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
 
@@ -94,14 +107,27 @@ def test_the_motion_term_sees_clean_predictions_and_not_phase_ends():
     clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     velocity = velocity.requires_grad_()
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
-    loss, metrics = dcm_terms(euler_solver(), regression=None)(x_end, x_t, clips, noise, index, end_index)
-    torch.testing.assert_close(metrics["motion/variance"], x_0.var(dim=2, correction=0).mean(), rtol=1e-3, atol=1e-4)
-    assert loss.shape == ()
-    terms = dcm_terms(euler_solver(), motion=MotionConfig(floor=-9))
+    terms = dcm_terms(euler_solver(), regression=None, motion=MotionConfig(floor=-9), sp_size=1)
     loss, metrics = terms(x_end, x_t, clips, noise, index, end_index)
-    assert {"motion/loss", "regression/loss"} <= set(metrics)
-    loss.backward()
-    assert velocity.grad.abs().sum() > 0
+    torch.testing.assert_close(metrics["motion/variance"], x_0.var(dim=2, correction=0).mean(), rtol=1e-3, atol=1e-4)
+    assert loss.item() == pytest.approx(reference_motion(x_0.tolist(), floor=-9), rel=1e-4)
+    (gradient,) = torch.autograd.grad(loss, velocity)
+    # By x_0 = x_t - sigma velocity; the variance is a mean of squares, which moves by 2 / n of a value's deviation.
+    deviation = x_0 - x_0.mean(dim=2, keepdim=True)
+    expected = SIGMAS[45] * 0.05 * 2 * deviation / x_0.numel() / (deviation**2).mean()
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_both_terms_are_added():
+    index, end_index = torch.tensor([45]), torch.tensor([35])
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
+    both, regression, motion = (
+        dcm_terms(euler_solver(), *options, sp_size=1)(x_end, x_t, clips, noise, index, end_index)
+        for options in [(), (RegressionConfig(), None), (None, MotionConfig())]
+    )
+    torch.testing.assert_close(both.loss, regression.loss + motion.loss)
+    assert both.metrics.keys() == regression.metrics.keys() | motion.metrics.keys()
 
 
 def test_the_gradient_is_that_of_the_velocity():
@@ -113,7 +139,7 @@ def test_the_gradient_is_that_of_the_velocity():
         leaf = velocity.clone().requires_grad_()
         if through_end:
             x_end = x_t + (SIGMAS[34] - SIGMAS[index]).view(-1, 1, 1, 1, 1) * leaf
-            loss = dcm_terms(euler_solver(), motion=None)(x_end, x_t, clips, noise, index, end_index).loss
+            loss = dcm_terms(euler_solver(), motion=None, sp_size=1)(x_end, x_t, clips, noise, index, end_index).loss
         else:
             loss = expected_regression(leaf, clips, noise, SIGMAS[index], SIGMAS[35:]).loss
         gradients.append(torch.autograd.grad(loss, leaf)[0])
@@ -131,7 +157,7 @@ def test_images_have_no_motion_term():
 
 def test_nothing_to_compute_is_refused():
     with pytest.raises(ValueError, match="nothing to compute"):
-        dcm_terms(euler_solver(), regression=None, motion=None)
+        dcm_terms(euler_solver(), regression=None, motion=None, sp_size=1)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +167,7 @@ def test_nothing_to_compute_is_refused():
         (lambda: pcm_terms(ddpm(), object()), ["ddim_timesteps", "PCM", "b127277"]),
         (lambda: pcm_terms(ddpm("flow"), ddim_solver()), ["prediction_type", "'flow'", "PCM"]),
         (lambda: pcm_terms(ddpm(), types.SimpleNamespace(sigmas=SIGMAS)), ["sigmas_prev", "PCM"]),
-        (lambda: dcm_terms(object()), ["sigmas", "DCM", "c7039e8"]),
+        (lambda: dcm_terms(object(), sp_size=1), ["sigmas", "DCM", "c7039e8"]),
     ],
 )
 def test_a_host_that_has_moved_is_named(make, names):
@@ -152,16 +178,24 @@ def test_a_host_that_has_moved_is_named(make, names):
 
 def test_an_index_that_the_solver_has_not_is_refused():
     with pytest.raises(ValueError, match="50 points"):
-        dcm_terms(euler_solver(), first_index=50)
+        dcm_terms(euler_solver(), sp_size=1, first_index=50)
+
+
+def test_the_motion_term_is_refused_where_a_rank_has_some_of_the_frames():
+    with pytest.raises(ValueError, match=r"a rank has 1/4 of a clip's frames.*Use motion=None.*--sp_size 1"):
+        dcm_terms(euler_solver(), sp_size=4)
+    assert dcm_terms(euler_solver(), motion=None, sp_size=4).terms.terms.objective.motion is None
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        dcm_terms(euler_solver(), motion=None, sp_size=0)
 
 
 def test_the_state_is_the_cache_alone():
-    terms = dcm_terms(euler_solver())
+    terms = dcm_terms(euler_solver(), sp_size=1)
     index = torch.tensor([45, 36])
     clips, noise, x_t, _, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     for _ in range(3):
         terms(x_t, x_t, clips, noise, index, torch.full((2,), 35))
-    other = dcm_terms(euler_solver())
+    other = dcm_terms(euler_solver(), sp_size=1)
     other.load_state_dict(terms.state_dict())
     assert not any(name in ("sigmas", "ends") for name in terms.state_dict())
     assert other.state_dict().keys() == terms.state_dict().keys()
@@ -179,14 +213,15 @@ def test_accumulated_gradients_are_one_iteration():
         assert not cache.seen.any()
     terms.update()
     assert cache.seen.sum() == 1
-    dcm_terms(euler_solver(), regression=None).update()
+    dcm_terms(euler_solver(), regression=None, sp_size=1).update()
 
 
 def test_half_precision_latents_are_compared_in_float32():
     index = torch.tensor([45])
     clips, noise, x_t, velocity, _ = (t.bfloat16() for t in noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3))
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
-    assert dcm_terms(euler_solver())(x_end, x_t, clips, noise, index, torch.tensor([35])).loss.dtype == torch.float32
+    terms = dcm_terms(euler_solver(), sp_size=1)
+    assert terms(x_end, x_t, clips, noise, index, torch.tensor([35])).loss.dtype == torch.float32
 
 
 def test_neither_noises_nor_runs_anything_itself():
@@ -248,7 +283,7 @@ def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
 
 
 def test_the_modules_follow_a_device_move():
-    terms = dcm_terms(euler_solver()).to("meta")
+    terms = dcm_terms(euler_solver(), sp_size=1).to("meta")
     assert terms.sigmas.device.type == terms.ends.device.type == "meta"
     assert isinstance(terms, PhasedConsistencyTerms)
     assert isinstance(terms, nn.Module)

@@ -114,6 +114,24 @@ def test_an_attribute_that_has_moved_is_named(host):
         build()
 
 
+@pytest.mark.parametrize("name", ["gan_alone", "cls_on_clean_image"])
+def test_an_option_that_has_moved_is_named(host, name):
+    host()
+    arguments = options()
+    delattr(arguments, name)
+    with pytest.raises(RuntimeError, match=rf"has no {name}: not the DMD2.*DMD2 8d8fa55"):
+        sd_uni_model()(arguments, None)
+
+
+@pytest.mark.parametrize("key", ["images", "text_embedding", "unet_added_conditions"])
+def test_a_batch_that_has_moved_is_named(host, key):
+    host()
+    data = batch()
+    del data[key]
+    with pytest.raises(RuntimeError, match=rf"real_train_dict has no {key}: not the DMD2.*DMD2 8d8fa55"):
+        build()(None, None, real_train_dict=data, generator_turn=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"gan_alone": True}, "--gan_alone"), ({"cls_on_clean_image": False}, "--cls_on_clean_image")],

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from avd_core import FlowMatchingSchedule
 from avd_integrations import (
@@ -13,7 +14,7 @@ from avd_integrations import (
     trigflow,
     variance_preserving,
 )
-from helpers import randn
+from helpers import NoHostWait, randn
 
 # Stable Diffusion's schedule: linear in the root of beta.
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)
@@ -136,6 +137,40 @@ def test_results_have_the_dtype_of_the_samples(dtype):
         phase_end_to_velocity(x_t, 2 * x_t, times / 2, times / 4),
     ):
         assert result.dtype == dtype
+
+
+class CopiesBetweenDevices(TorchDispatchMode):
+    """Counts them; from host to device they wait, and the meta device, which has no values, does not refuse them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.count += result.device != args[0].device
+        return result
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_path_waits_for_a_gpu(path):
+    parametrisation = PATHS[path][0]("v")
+    x, times = torch.ones(2, 3, device="meta"), torch.ones(2, device="meta")
+    with NoHostWait(), CopiesBetweenDevices() as copies:
+        for _ in range(3):
+            assert parametrisation.velocity(x, parametrisation.add_noise(x, x, times), times).is_meta
+            assert parametrisation.flow_sigma(times).is_meta
+    # DDPM's table is brought to a device once.
+    assert copies.count == (path == "ddpm")
+
+
+def test_the_table_is_on_every_device_that_asks():
+    parametrisation = variance_preserving(ALPHAS_CUMPROD)
+    times = torch.tensor([3, 700])
+    for device in ("meta", "cpu", "meta", "cpu"):
+        alpha, sigma = parametrisation.coefficients(times.to(device))
+        assert alpha.device.type == sigma.device.type == device
+        assert alpha.dtype == sigma.dtype == torch.float64
+    torch.testing.assert_close(alpha**2, ALPHAS_CUMPROD[times])
 
 
 def test_another_prediction_is_refused():

@@ -93,3 +93,27 @@ def backward_losses():
         yield losses
     finally:
         Accelerator.backward = backward
+
+
+def check_losses(calls, loss_by_hand, tolerance=1e-4):
+    """That each recorded loss is the equation's, which is computed from the arguments of the call."""
+    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
+        close(loss_by_hand(arguments), loss, tolerance)
+
+
+def check_two_steps(run_plain, run_edited, calls, loss_by_hand):
+    """Each two steps of a host's script, which return its losses: what a page's lines add is the equation's."""
+    alone, both = run_plain(), run_edited()
+    assert len(calls.losses) == len(alone) == len(both) == 2
+    close(both[0] - alone[0], calls.losses[0])
+    check_losses(calls, loss_by_hand)
+
+
+def check_resume(resume, calls, loss_by_hand):
+    """``resume()``, two more steps of a host's script: the cache goes on where it was."""
+    saved = calls.after[-1]
+    calls.clear()
+    resume()
+    assert calls.before[0] == saved
+    assert len(calls.losses) == 2
+    check_losses(calls, loss_by_hand)

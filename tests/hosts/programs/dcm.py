@@ -1,5 +1,6 @@
 """DCM's own distillation step for Wan, with the lines of its page, on its own transformer of toy size under FSDP."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -8,16 +9,17 @@ import types
 from copy import deepcopy
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from avd_integrations.consistency import PhasedConsistencyTerms
-from by_hand import Calls, RegressionByHand, close, columns, shifted
+from by_hand import Calls, RegressionByHand, check_losses, close, columns, shifted
 from page_lines import load_script, page_lines, with_lines
+from without_gpu import declare_torchvision_operators
 
 SCRIPT = Path("fastvideo/distill_dcm_wan_semantic_expert.py")
 POINTS, FIRST, SHIFT = 50, 35, 17.0
@@ -26,7 +28,8 @@ SIDES = set()  # of the floor, on which the calls were
 
 
 def stand_in_for_absent_packages():
-    """CUDA kernels and a private storage client that the script imports and Wan's step on a CPU does not call."""
+    """CUDA kernels, wandb and a private storage client: the script imports them, Wan's step on a CPU calls none."""
+    declare_torchvision_operators()
 
     def refuse(*_, **__):
         raise AssertionError("a stand-in for a package that is not installed was called")
@@ -40,6 +43,7 @@ def stand_in_for_absent_packages():
         "petrel_client": [],
         "petrel_client.client": ["Client"],
         "decord": ["VideoReader"],
+        "wandb": [],
     }
     for name, members in names.items():
         if importlib.util.find_spec(name.split(".")[0]) is None or name.split(".")[0] in sys.modules:
@@ -74,7 +78,7 @@ def average_on_one_rank():
 
 
 def new_solver(script):
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     solver = script.EulerSolver(
         scheduler.sigmas.numpy()[::-1], scheduler.config.num_train_timesteps, euler_timesteps=POINTS
     )
@@ -105,8 +109,11 @@ def sigmas_by_hand():
     return shifted(np.arange(1, 1001) / 1000, SHIFT)[1000 // POINTS - 1 :: 1000 // POINTS]
 
 
-def losses_by_hand(regression, arguments):
-    """One phase: from wherever a clip was noised down to the point below the first."""
+def read_by_hand(arguments):
+    """What a call's arguments say: ``(velocity, its target, x_0, sigma, sigma_end)``.
+
+    One phase: from wherever a clip was noised down to the point below the first.
+    """
     x_end, x_t, clips, noise, index, _ = (a.double().numpy() for a in arguments)
     index = index.astype(int)
     sigmas = sigmas_by_hand()
@@ -115,10 +122,28 @@ def losses_by_hand(regression, arguments):
     sigma, end = columns(sigmas[index], ends, x_t)
     np.testing.assert_allclose(x_t, sigma * noise + (1 - sigma) * clips, atol=1e-4)
     velocity = (x_end - x_t) / (end - sigma)
-    x_0 = x_t - sigma * velocity
-    motion = -np.log(x_0.var(axis=2).mean() + 1e-6)
+    return velocity, noise - clips, x_t - sigma * velocity, sigma, end
+
+
+def motion_by_hand(x_0):
+    return -np.log(x_0.var(axis=2).mean() + 1e-6)
+
+
+def loss_by_hand(regression, arguments):
+    velocity, target, x_0, *_ = read_by_hand(arguments)
+    motion = motion_by_hand(x_0)
     SIDES.add(bool(motion > FLOOR))
-    return regression(velocity, noise - clips, index.tolist()) + MOTION_WEIGHT * max(motion, FLOOR)
+    return regression(velocity, target, arguments[4].tolist()) + MOTION_WEIGHT * max(motion, FLOOR)
+
+
+def first_gradient_by_hand(arguments):
+    """Of both terms with respect to ``x_end``, while the cache is empty and so each clip's weight 1."""
+    velocity, target, x_0, sigma, end = read_by_hand(arguments)
+    assert motion_by_hand(x_0) > FLOOR
+    deviation = x_0 - x_0.mean(axis=2, keepdims=True)
+    of_velocity = 2 * (velocity - target) / velocity.size
+    of_x_0 = -MOTION_WEIGHT * 2 * deviation / x_0.size / ((deviation**2).mean() + 1e-6)
+    return (of_velocity - sigma * of_x_0) / (end - sigma)
 
 
 def main(folder):
@@ -126,14 +151,14 @@ def main(folder):
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     average_on_one_rank()
-    blocks = page_lines("dcm.md")
+    blocks = page_lines("dcm.md")[:3]  # the others are for the other experts
     script = load_script(folder / "script_with_lines.py", with_lines(SCRIPT.read_text(), blocks))
     attend_without_cuda()
     create, _, save = (code for _, _, code in blocks)
     calls = Calls(PhasedConsistencyTerms)
     scheduler, solver = new_solver(script)
     names = {"solver": solver, "device": "cpu", "torch": torch, "os": os, "rank": 0}
-    names["args"] = types.SimpleNamespace(output_dir=str(folder), max_train_steps=2)
+    names["args"] = types.SimpleNamespace(output_dir=str(folder), max_train_steps=2, sp_size=1)
     exec(create, names)
 
     transformer = new_transformer(script)
@@ -173,27 +198,26 @@ def main(folder):
         return script.distill_one_step(**options)[0]
 
     regression = RegressionByHand()
+    by_hand = functools.partial(loss_by_hand, regression)
 
-    def check():
-        for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
-            close(losses_by_hand(regression, arguments), loss, 1e-3)
-
-    # Without the term first, from the same weights and random numbers: the difference is the term.
-    kept = deepcopy(transformer.state_dict())
+    # Without the terms first, from the same weights and random numbers: the difference is the terms.
     terms, solver.avd = solver.avd, lambda *_: (torch.zeros(()), {})
     torch.manual_seed(5)
     alone = step(2, 1)
-    transformer.load_state_dict(kept)
+    elsewhere = deepcopy(transformer.state_dict())
+    transformer.load_state_dict(start)
     optimizer.state.clear()
     solver.avd = terms
     torch.manual_seed(5)
     both = step(2, 1)
     close(both - alone, calls.losses[0], 1e-3)
+    moved = transformer.state_dict()
+    assert any(not torch.equal(elsewhere[k], moved[k]) for k in start)
     step(3, 2, frames=4)
     # The special case: the first clip of the batch is at the first point.
     while calls.arguments[-1][4][0] != FIRST:
         step(2, 3)
-    check()
+    check_losses(calls, by_hand, 1e-3)
     assert len(SIDES) == 2
     end = transformer.state_dict()
     assert any(not torch.equal(start[k], end[k]) for k in start)
@@ -208,11 +232,26 @@ def main(folder):
     assert set(load_file(checkpoint / "diffusion_pytorch_model.safetensors")) == set(start)
     names["solver"] = new_solver(script)[1]
     exec(create, names)
-    names["solver"].avd.load_state_dict(torch.load(checkpoint / "avd.pt"))
+    terms, gradients = names["solver"].avd, []
+
+    def with_gradient(*arguments):
+        output = terms(*arguments)
+        gradients.append(torch.autograd.grad(output.loss, arguments[0], retain_graph=True)[0].numpy())
+        return output
+
+    # With another cache first, as the transformer's samples move little enough by now for the motion term to act.
+    names["solver"].avd = with_gradient
+    calls.clear()
+    step(2, 3)
+    expected = first_gradient_by_hand(calls.arguments[0])
+    np.testing.assert_allclose(gradients[0], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+    names["solver"].avd = terms
+    terms.load_state_dict(torch.load(checkpoint / "avd.pt"))
     calls.clear()
     step(1, 3)
     assert calls.before[0] == saved
-    check()
+    check_losses(calls, by_hand, 1e-3)
     added = calls.losses[0]
     dist.destroy_process_group()
     return {"added": added, "entries": len(regression.means)}

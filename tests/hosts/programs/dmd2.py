@@ -13,7 +13,6 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import torch
-import wandb
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
@@ -21,6 +20,7 @@ from avd_integrations import HostTerms
 from by_hand import RegressionByHand, close, columns, state_of
 from page_lines import load_script, page_lines, with_lines
 from tiny_sd import save_tiny_sd
+from without_gpu import stand_in_for_wandb
 
 ONE_STEP_TIME = 399  # as in the host's one-step scripts for SDXL
 
@@ -33,14 +33,6 @@ def save_images(path, count=6):
         for i, image in enumerate(images):
             writing.put(f"latents_{i}_data".encode(), image.tobytes())
             writing.put(f"prompts_{i}_data".encode(), b"a cat")
-
-
-def silence_wandb():
-    """The host asks for wandb's servers; nothing here is about its logs."""
-    run = types.SimpleNamespace(dir=sys.argv[1] + "/wandb", log_code=lambda _: None, name="")
-    wandb.init = lambda **_: run
-    wandb.run, wandb.Image = run, lambda *_: None
-    wandb.log = lambda values, **_: None
 
 
 def share_databases():
@@ -158,7 +150,7 @@ def main(folder, kind):
     (folder / "prompts.txt").write_text("a cat\na dog\na hat\na bat\n")
     for name in ("output", "cache", "wandb"):
         (folder / name).mkdir()
-    silence_wandb()
+    stand_in_for_wandb(folder / "wandb")
     share_databases()
 
     import main.sd_unified_model

@@ -1,5 +1,6 @@
 """diffusers' own LCM script, with the lines of its page: two steps, a checkpoint, and two more from it."""
 
+import functools
 import io
 import json
 import logging
@@ -7,13 +8,13 @@ import sys
 import tarfile
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 
 from avd_integrations.consistency import ConsistencyTerms
-from by_hand import Calls, RegressionByHand, backward_losses, close, columns
+from by_hand import Calls, RegressionByHand, backward_losses, check_resume, check_two_steps, close, columns
 from page_lines import load_script, page_lines, with_lines
 from tiny_sd import save_tiny_sd
 
@@ -72,19 +73,12 @@ def main(folder):
     plain = load_script(folder / "plain_script.py", source)
     script = load_script(folder / "script.py", with_lines(source, page_lines("lcm.md")))
     calls = Calls(ConsistencyTerms)
-    scheduler = DDPMScheduler.from_pretrained(folder / "model", subfolder="scheduler")
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "model", subfolder="scheduler")
     table = scheduler.alphas_cumprod.double().numpy()
 
-    alone = run(plain, folder, "plain", 2)
-    assert not calls.losses
-    both = run(script, folder, "run", 2)
-    assert len(calls.losses) == len(both) == 2
-
-    # What was added is the term, and the term is the equation's.
-    close(both[0] - alone[0], calls.losses[0])
     regression = RegressionByHand()
-    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
-        close(loss_by_hand(regression, table, arguments), loss)
+    by_hand = functools.partial(loss_by_hand, regression, table)
+    check_two_steps(lambda: run(plain, folder, "plain", 2), lambda: run(script, folder, "run", 2), calls, by_hand)
     saved = calls.after[-1]
     for time, mean in regression.means.items():
         means, grid = (saved[f"terms.objective.regression.cache.{name}"] for name in ("means", "timesteps"))
@@ -92,19 +86,13 @@ def main(folder):
 
     # The student moved, and elsewhere than without the term.
     students = [
-        UNet2DConditionModel.from_pretrained(folder / name, subfolder="unet").conv_in.weight
+        diffusers.UNet2DConditionModel.from_pretrained(folder / name, subfolder="unet").conv_in.weight
         for name in ("model", "plain", "run")
     ]
     assert not torch.equal(students[0], students[2])
     assert not torch.equal(students[1], students[2])
 
-    # The script's own resume brings the cache back.
-    calls.clear()
-    run(script, folder, "run", 4, "--resume_from_checkpoint=latest")
-    assert calls.before[0] == saved
-    assert len(calls.losses) == 2
-    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
-        close(loss_by_hand(regression, table, arguments), loss)
+    check_resume(lambda: run(script, folder, "run", 4, "--resume_from_checkpoint=latest"), calls, by_hand)
     return {"added": calls.losses, "entries": len(regression.means)}
 
 

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "hosts"
+MOST_LINES = 10
 
 _BLOCK = re.compile(r"^(After|Before|Instead of) `([^`\n]+)`[^\n]*:\n\n```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 
@@ -25,7 +26,12 @@ def page_lines(page):
 
 
 def with_lines(source, blocks):
-    """``source`` with the blocks put where they say; each anchor is the beginning of one single statement."""
+    """``source`` with the blocks put where they say; each anchor is the beginning of one single statement.
+
+    Blocks are what one reader inserts: of a page for several scripts, those of one.
+    """
+    count = sum(bool(line.strip()) for _, _, code in blocks for line in code.splitlines())
+    assert count <= MOST_LINES, f"{count} lines are inserted, and the pages promise at most {MOST_LINES}"
     for where, anchor, code in blocks:
         lines = source.splitlines(keepends=True)
         statements = {node.lineno: node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)}

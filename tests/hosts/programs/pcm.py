@@ -1,20 +1,21 @@
 """PCM's own script for Stable Diffusion 3, with the lines of its page: two steps, a checkpoint, two more from it."""
 
+import functools
 import json
 import logging
 import os
 import sys
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 from avd_integrations.consistency import PhasedConsistencyTerms
-from by_hand import Calls, RegressionByHand, backward_losses, close, columns, shifted
+from by_hand import Calls, RegressionByHand, backward_losses, check_resume, check_two_steps, close, columns, shifted
 from page_lines import load_script, page_lines, with_lines
 from tiny_sd import save_tokenizer, text_config
 
@@ -26,12 +27,14 @@ POINTS, PHASES = 4, 2
 def save_tiny_sd3(folder):
     torch.manual_seed(0)
     vocabulary = save_tokenizer(folder, "raw")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "raw")
-    t5 = T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("a", -3.0)])
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "raw")
+    t5 = transformers.T5TokenizerFast(
+        vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0), ("a", -3.0)]
+    )
     config = text_config(vocabulary, projection_dim=16, layers=2)
-    encoders = [CLIPTextModelWithProjection(config) for _ in range(2)]
-    StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(
+    encoders = [transformers.CLIPTextModelWithProjection(config) for _ in range(2)]
+    diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
             in_channels=4,
@@ -44,8 +47,8 @@ def save_tiny_sd3(folder):
             pooled_projection_dim=32,
             pos_embed_max_size=8,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=diffusers.AutoencoderKL(
             block_out_channels=(8, 8),
             norm_num_groups=4,
             latent_channels=4,
@@ -56,8 +59,8 @@ def save_tiny_sd3(folder):
         tokenizer=tokenizer,
         text_encoder_2=encoders[1],
         tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel(
-            T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        text_encoder_3=transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=len(t5), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
         ),
         tokenizer_3=t5,
     ).save_pretrained(folder)
@@ -131,14 +134,9 @@ def main(folder):
     script = load_script(folder / "script.py", with_lines(source, page_lines("pcm.md")))
     calls = Calls(PhasedConsistencyTerms)
 
-    alone = run(plain, folder, "plain", 2)
-    assert not calls.losses
-    both = run(script, folder, "run", 2)
-    assert len(calls.losses) == len(both) == 2
-    close(both[0] - alone[0], calls.losses[0])
     regression = RegressionByHand()
-    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
-        close(loss_by_hand(regression, arguments), loss)
+    by_hand = functools.partial(loss_by_hand, regression)
+    check_two_steps(lambda: run(plain, folder, "plain", 2), lambda: run(script, folder, "run", 2), calls, by_hand)
     saved = calls.after[-1]
     for index, mean in regression.means.items():
         close(saved["terms.terms.objective.regression.cache.means"][index], mean)
@@ -148,12 +146,7 @@ def main(folder):
     assert any(not torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert any(v.abs().sum() > 0 for k, v in weights[1].items() if "lora_B" in k)
 
-    calls.clear()
-    run(script, folder, "run", 4, "--resume_from_checkpoint=latest")
-    assert calls.before[0] == saved
-    assert len(calls.losses) == 2
-    for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
-        close(loss_by_hand(regression, arguments), loss)
+    check_resume(lambda: run(script, folder, "run", 4, "--resume_from_checkpoint=latest"), calls, by_hand)
     return {"added": calls.losses, "entries": len(regression.means)}
 
 

@@ -2,9 +2,14 @@
 
 import json
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+import transformers
+
+from without_gpu import declare_torchvision_operators
+
+# Both packages import torchvision, when something of theirs is first asked for.
+declare_torchvision_operators()
 
 
 def save_tokenizer(folder, name="tokenizer"):
@@ -15,12 +20,12 @@ def save_tokenizer(folder, name="tokenizer"):
     (folder / name / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / name / "merges.txt").write_text("#version: 0.2\n")
     files = [str(folder / name / file) for file in ("vocab.json", "merges.txt")]
-    CLIPTokenizer(*files, model_max_length=77).save_pretrained(folder / name)
+    transformers.CLIPTokenizer(*files, model_max_length=77).save_pretrained(folder / name)
     return len(words)
 
 
 def text_config(vocabulary, width=16, layers=1, **options):
-    return CLIPTextConfig(
+    return transformers.CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
@@ -45,14 +50,14 @@ def save_tiny_sd(folder, xl=False, seed=0):
     if xl:
         save_tokenizer(folder, "tokenizer_2")
         config = text_config(vocabulary, width=8, projection_dim=16, layers=2)
-        CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder_2")
+        transformers.CLIPTextModelWithProjection(config).save_pretrained(folder / "text_encoder_2")
         conditions = {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 16 + 6 * 8,
         }
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    UNet2DConditionModel(
+    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+    diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         norm_num_groups=4,
@@ -63,13 +68,13 @@ def save_tiny_sd(folder, xl=False, seed=0):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **conditions,
     ).save_pretrained(folder / "unet")
-    AutoencoderKL(
+    diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         norm_num_groups=4,
         latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
     ).save_pretrained(folder / "vae")
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
+    diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").save_pretrained(
         folder / "scheduler"
     )
