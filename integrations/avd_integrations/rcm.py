@@ -36,6 +36,8 @@ _USED = {
     "state_dict": (),
     "load_state_dict": ("state_dict", "strict", "assign"),
 }
+_READ = ("net_fake_score", "loss_scale_dmd", "sigma_max", "backward_timesteps", "tangent_warmup")
+"""Of the host's configuration."""
 _DMD, _REGRESSION = "dmd", "avd_regression"
 _PREFIX = "avd."
 
@@ -51,10 +53,11 @@ def avd_model(config: Any, avd: AVDConfig | Mapping[str, Any] | None = None) -> 
         config: The host's ``T2VDistillConfig_rCM``.
         avd: Hyperparameters, or a mapping of them; None is the paper's. Without ``timesteps`` the student's few steps
             are those of the host's sampler: ``atan(sigma_max)`` and ``backward_timesteps``. They are TrigFlow times.
+            ``regression.auto_update`` is not to be set.
 
     Raises:
         ImportError: If rCM cannot be imported.
-        RuntimeError: If its class has moved on from what is overridden.
+        RuntimeError: If its class has moved on from what is overridden, or its configuration from what is read.
         ValueError: As :func:`model_class`'s constructor does.
     """
     return model_class()(config, avd)
@@ -67,13 +70,19 @@ def model_class() -> type:
       backward pass of its own. It begins with distribution matching, after ``tangent_warmup``.
     - The motion term is added to distribution matching's.
     - Both are scaled to it: a weight is what it is in the paper where ``loss_scale_dmd`` is 1.
+    - An iteration of the cache is an optimizer step of the student, of as many batches as ``trainer.grad_accum_iter``
+      gathers. Only the trainer knows how many, so the cache waits for ``on_before_zero_grad``. With
+      ``order="update_first"`` it cannot wait, and the second batch of a step raises ValueError.
     - The cache is in the host's checkpoints, as ``avd.*`` of the model.
     - Metrics come in ``output_batch`` as ``avd/*``.
 
     The constructor raises ValueError where the host has no distribution matching (no ``net_fake_score``, or
-    ``loss_scale_dmd=0``), or for timesteps outside (0, pi/2].
+    ``loss_scale_dmd=0``), for timesteps outside (0, pi/2], or if ``auto_update`` is set; RuntimeError where the host's
+    configuration lacks what is read.
     """
-    module = _HOST.load("rcm.models.t2v_model_distill_rcm", {f"{_CLASS}.{name}": _USED[name] for name in _USED})
+    members = {f"{_CLASS}.{name}": _USED[name] for name in _USED}
+    members["DenoisePrediction"] = ("F",)  # denoise returns one
+    module = _HOST.load("rcm.models.t2v_model_distill_rcm", members)
     host_class: Any = getattr(module, _CLASS)
 
     class AVDModelrCM(host_class):  # type: ignore[misc]
@@ -87,12 +96,21 @@ def model_class() -> type:
             self.avd = HostTerms(settings, trigflow(), loss_scale=_sum_of_squares)
             self._avd_context: Any = None
             self._avd_samples: Tensor | None = None
+            self._avd_batches = 0  # of the running optimizer step
 
         def training_step_closures(self, data_batch: Any, iteration: int) -> Iterator[tuple[str, Any, bool]]:
+            self._avd_batches += 1
+            regression = self.avd.objective.regression
+            if self._avd_batches > 1 and regression is not None and regression.cache.order == "update_first":
+                raise ValueError(
+                    "order='update_first' needs trainer.grad_accum_iter=1: with several batches per optimizer step the "
+                    "mean would be needed before the step's losses are known. Use order='weight_first', which is the "
+                    "paper's."
+                )
             names = []
             for name, closure, is_last in super().training_step_closures(data_batch, iteration):
                 names.append(name)
-                if name == _DMD and self.avd.objective.regression is not None:
+                if name == _DMD and regression is not None:
                     yield _REGRESSION, self._avd_regression_step, False
                 yield name, closure, is_last
             self._avd_context = None
@@ -138,8 +156,9 @@ def model_class() -> type:
 
         def on_before_zero_grad(self, optimizer: Any, scheduler: Any, iteration: int) -> None:
             super().on_before_zero_grad(optimizer, scheduler, iteration)
+            self._avd_batches = 0
             if self.is_student_phase(iteration):
-                self.avd.update()  # once per optimizer step, however many batches it accumulates
+                self.avd.update()
 
         def state_dict(self) -> dict[str, Any]:
             state: dict[str, Any] = super().state_dict()
@@ -159,7 +178,8 @@ def model_class() -> type:
 
 
 def _settings(config: Any, avd: AVDConfig | Mapping[str, Any] | None) -> AVDConfig:
-    """The configuration, on the steps of the host's sampler if it names none."""
+    """The configuration, on the steps of the host's sampler if it names none, with a cache that waits if it can."""
+    _HOST.check(config, dict.fromkeys(_READ, ()))
     if not config.net_fake_score or config.loss_scale_dmd <= 0:
         raise ValueError(
             "The terms are scaled to rCM's distribution matching, and this configuration has none. Set net_fake_score "
@@ -172,7 +192,12 @@ def _settings(config: Any, avd: AVDConfig | Mapping[str, Any] | None) -> AVDConf
         steps = (math.atan(config.sigma_max), *map(float, config.backward_timesteps))
     if not all(0 < step <= math.pi / 2 for step in steps):
         raise ValueError(f"timesteps must be TrigFlow times in (0, pi/2], got {steps}.")
-    return AVDConfig.model_validate({**given.model_dump(), "timesteps": steps})
+    options = {**given.model_dump(), "timesteps": steps}
+    if given.regression is not None:
+        if not given.regression.auto_update:
+            raise ValueError("regression.auto_update is not to be set: the cache follows trainer.grad_accum_iter.")
+        options["regression"]["auto_update"] = given.regression.order == "update_first"
+    return AVDConfig.model_validate(options)
 
 
 def _plain(value: Any) -> Any:

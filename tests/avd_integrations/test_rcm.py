@@ -1,15 +1,18 @@
 """What of rCM's adapter needs no rCM. rCM itself: tests/hosts."""
 
+import dataclasses
 import math
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from avd_core import AVDConfig, RegressionConfig
+from avd_core import AVDConfig
 from avd_integrations import rcm, trigflow
+from helpers import ReferenceCache
 
 SHAPE = (2, 3, 5, 4, 4)
 CLIPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
@@ -24,6 +27,12 @@ def configuration(**changes):
         "tangent_warmup": 1,
     }
     return types.SimpleNamespace(**{**options, **changes})
+
+
+@dataclasses.dataclass
+class DenoisePrediction:
+    x0: torch.Tensor
+    F: torch.Tensor = None
 
 
 def host_class():
@@ -44,7 +53,7 @@ def host_class():
 
         def denoise(self, xt_B_C_T_H_W, time, condition, net_type="teacher"):
             output = self.net(xt_B_C_T_H_W).double()
-            return types.SimpleNamespace(x0=output, F=output)
+            return DenoisePrediction(x0=output, F=output)
 
         def backward_simulation(self, condition, x_B_C_T_H_W_size, n_steps, with_grad=False):
             return self.net(torch.ones(x_B_C_T_H_W_size) * torch.arange(5).view(5, 1, 1)), None
@@ -79,7 +88,7 @@ def host_class():
 def host(monkeypatch):
     """A class in the place of the host's."""
     module = types.ModuleType("rcm.models.t2v_model_distill_rcm")
-    module.T2VDistillModel_rCM = host_class()
+    module.T2VDistillModel_rCM, module.DenoisePrediction = host_class(), DenoisePrediction
     for name in ("rcm", "rcm.models"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -101,6 +110,13 @@ def test_a_missing_host_is_named():
         rcm.avd_model(configuration())
 
 
+def step(model, iteration, batches=1):
+    """One optimizer step as the host's trainer takes it."""
+    results = [take(model, iteration)[1] for _ in range(batches)]
+    model.on_before_zero_grad(None, None, iteration)
+    return results
+
+
 @pytest.mark.parametrize("gone", sorted(rcm._USED))
 def test_a_moved_version_is_refused_by_name(host, gone):
     host.T2VDistillModel_rCM = type(
@@ -117,6 +133,23 @@ def test_a_moved_version_is_refused_by_name(host, gone):
         rcm.model_class()
 
 
+def test_a_moved_prediction_is_refused(host):
+    host.DenoisePrediction = dataclasses.make_dataclass("DenoisePrediction", ["x0", "v"])
+    with pytest.raises(RuntimeError, match=r"DenoisePrediction takes no argument F: not the rCM .*rcm 5b41aa9"):
+        rcm.model_class()
+    del host.DenoisePrediction
+    with pytest.raises(RuntimeError, match=r"has no DenoisePrediction: not the rCM .*rcm 5b41aa9"):
+        rcm.model_class()
+
+
+@pytest.mark.parametrize("gone", vars(configuration()))
+def test_a_moved_configuration_is_refused_by_name(host, gone):
+    config = configuration()
+    delattr(config, gone)
+    with pytest.raises(RuntimeError, match=rf"has no {gone}: not the rCM .*rcm 5b41aa9"):
+        rcm.avd_model(config)
+
+
 def test_the_regression_comes_with_distribution_matching(host):
     model = rcm.avd_model(configuration())
     assert take(model, 0)[0] == ["scm"]  # tangent warm-up
@@ -129,12 +162,14 @@ def test_the_regression_comes_with_distribution_matching(host):
 
 
 def test_closures_give_a_loss_per_sample_in_the_hosts_scale(host):
-    _, results = take(rcm.avd_model(configuration()), 1)
+    model = rcm.avd_model(configuration(), {"motion": {"floor": -20}})  # not a constant
+    _, results = take(model, 1)
     values = 2 * math.prod(SHAPE[1:])
     for closure, name in (("avd_regression", "avd/regression/loss"), ("dmd", "avd/motion/loss")):
         log, loss = results[closure]
         assert loss.shape == SHAPE[:1]
-        assert loss.requires_grad
+        gradient = torch.autograd.grad(loss.sum(), model.net.weight, retain_graph=True)[0]
+        assert gradient.abs().max() > 0  # the host's own is zero here
         torch.testing.assert_close(loss.sum().float(), SHAPE[0] * values * log[name], rtol=1e-5, atol=0)
         assert not log[name].requires_grad
     without = take(rcm.avd_model(configuration(), {"motion": None}), 1)[1]["dmd"]
@@ -160,7 +195,7 @@ def test_without_distribution_matching_there_is_no_scale(host, changes):
 
 def test_the_cache_goes_with_the_models_state(host):
     model, other = rcm.avd_model(configuration()), rcm.avd_model(configuration())
-    take(model, 1)
+    step(model, 1)
     state = model.state_dict()
     assert {name.split(".")[0] for name in state} == {"net", "avd"}
     other.load_state_dict(state, strict=False)
@@ -172,16 +207,39 @@ def test_the_cache_goes_with_the_models_state(host):
     other.load_state_dict(host.T2VDistillModel_rCM.state_dict(model))  # of a run without the adapter
 
 
-def test_accumulated_batches_are_one_iteration_of_the_cache(host):
-    model = rcm.avd_model(configuration(), AVDConfig(timesteps=(1.0,), regression=RegressionConfig(auto_update=False)))
+@pytest.mark.parametrize("batches", [1, 3])
+def test_an_optimizer_step_is_one_iteration_of_the_cache(host, batches):
+    model = rcm.avd_model(configuration(), AVDConfig(timesteps=(1.0,)))
+    cache, expected = model.avd.objective.regression.cache, ReferenceCache()
+    for iteration in (1, 3, 5):
+        before = cache.means.clone()
+        logs = [results["avd_regression"][0] for results in step(model, iteration, batches)]
+        if iteration > 1:
+            for log in logs:
+                torch.testing.assert_close(log["avd/regression/means"], before.expand(SHAPE[0]))
+        losses = torch.cat([log["avd/regression/sample_losses"] for log in logs])
+        expected.iterate((1.0, loss) for loss in losses.tolist())
+        torch.testing.assert_close(cache.means.tolist(), [expected.means[1.0]])
+        with mock.patch.object(model.avd, "update", side_effect=AssertionError):  # a collective of several ranks
+            step(model, iteration + 1, batches)  # the critic's
+
+
+def test_the_released_order_works_with_one_batch_per_step_only(host):
+    settings = {"timesteps": (1.0,), "regression": {"order": "update_first"}}
+    model = rcm.avd_model(configuration(), settings)
+    for iteration in range(4):
+        results = step(model, iteration)
     cache = model.avd.objective.regression.cache
-    for _ in range(3):
-        take(model, 1)
-    model.on_before_zero_grad(None, None, iteration=2)
-    assert not cache.seen.any()
-    model.on_before_zero_grad(None, None, iteration=1)
-    assert cache.seen.all()
-    assert not cache.pending.any()
+    torch.testing.assert_close(results[0]["avd_regression"][0]["avd/regression/means"], cache.means.expand(SHAPE[0]))
+    with pytest.raises(ValueError, match=r"'update_first' needs trainer\.grad_accum_iter=1"):
+        step(rcm.avd_model(configuration(), settings), 0, batches=2)  # before a cache is looked at, in the warm-up
+    step(rcm.avd_model(configuration(), {"regression": None}), 1, batches=2)
+
+
+@pytest.mark.parametrize("avd", [{"regression": {"auto_update": False}}, AVDConfig(regression={"auto_update": False})])
+def test_auto_update_is_not_to_be_set(host, avd):
+    with pytest.raises(ValueError, match=r"auto_update is not to be set: .*trainer\.grad_accum_iter"):
+        rcm.avd_model(configuration(), avd)
 
 
 def test_the_hosts_f_is_the_v_of_trigflow():

@@ -1,6 +1,7 @@
 """Eq. 5-7 once more, in plain Python, and a record of what an adapter was called with."""
 
 import contextlib
+import functools
 
 import numpy as np
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -11,20 +12,31 @@ from helpers import ReferenceCache, mean, reference_sample_losses, reference_wei
 class RegressionByHand:
     """The regression's loss; keeps its own means."""
 
-    def __init__(self):
-        self.cache = ReferenceCache()
+    def __init__(self, sharpness=3.0):
+        self.cache, self.sharpness = ReferenceCache(), sharpness
+        self.running = []
 
     @property
     def means(self):
         return self.cache.means
 
     def __call__(self, prediction, target, times):
-        """Of arrays or tensors ``[B, ...]``, and times as the cache's grid has them."""
+        """Of arrays or tensors ``[B, ...]``, and times as the cache's grid has them; an optimizer step of its own."""
+        loss = self.accumulate(prediction, target, times)
+        self.end_step()
+        return loss
+
+    def accumulate(self, prediction, target, times):
+        """The same of one of several micro-batches."""
         losses = reference_sample_losses(prediction.tolist(), target.tolist())
         usual = [self.cache.read(time, loss) for time, loss in zip(times, losses, strict=True)]
-        weights = reference_weights(losses, usual, sharpness=3.0, weight=2.0)
-        self.cache.iterate(zip(times, losses, strict=True))
+        weights = reference_weights(losses, usual, self.sharpness, weight=2.0)
+        self.running += zip(times, losses, strict=True)
         return mean([weight * loss for weight, loss in zip(weights, losses, strict=True)])
+
+    def end_step(self):
+        self.cache.iterate(self.running)
+        self.running = []
 
     def check_cache(self, cache):
         """That an adapter's cache, in training, is at the same point."""
@@ -56,6 +68,18 @@ class Calls:
         if isinstance(module, self.kind):
             self.losses.append(output.loss.item())
             self.after.append(state_of(module))
+
+
+def noting(method, log):
+    """A host's method; arguments and result of each call go to the log."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        result = method(self, *args, **kwargs)
+        log.append((args, kwargs, result))
+        return result
+
+    return call
 
 
 def state_of(module):

@@ -11,6 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 import self_forcing_cpu as stand_ins
+from by_hand import noting
 from page_lines import page_lines
 
 scratch, released_avd = Path(sys.argv[1]), sys.argv[2] == "avd"
@@ -38,13 +39,13 @@ causvid.models.VAE_NAME_TO_CLASS["wan"] = stand_ins.VAE
 original = causvid.dmd.DMD
 matching, gradients, given, generated = [], [], [], []
 # The edited module bound the original class; its methods are noted where they are looked up.
-original.compute_distribution_matching_loss = stand_ins.noting(original.compute_distribution_matching_loss, matching)
-original.generator_loss = stand_ins.noting(original.generator_loss, given)
+original.compute_distribution_matching_loss = noting(original.compute_distribution_matching_loss, matching)
+original.generator_loss = noting(original.generator_loss, given)
 if not released_avd:
     host.DMD.compute_distribution_matching_loss = stand_ins.noting_gradient(
         host.DMD.compute_distribution_matching_loss, matching, gradients
     )
-host.DMD.generator_loss = stand_ins.noting(host.DMD.generator_loss, generated)
+host.DMD.generator_loss = noting(host.DMD.generator_loss, generated)
 
 
 def data(name):
@@ -104,20 +105,20 @@ def check(trainer, by_hand):
     students = stand_ins.Wan.seen[1::3]
     assert len(matching) == len(given) == len(generated) == len(students) == 3
     for step, seen in enumerate(students):
-        arguments, (host_loss, _) = given[step]
+        _, arguments, (host_loss, _) = given[step]
         if released_avd:
             clips, prompts = loader.given[step]
             context = dmd.text_encoder(text_prompts=prompts)["prompt_embeds"]
         else:
             clips, context = arguments["clean_latent"], arguments["conditional_dict"]["prompt_embeds"]
         regression = by_hand.regression(clips, seen, context)
-        loss, log = generated[step][1]
+        loss, log = generated[step][-1]
         assert math.isclose(log["avd/regression/loss"].item(), regression, rel_tol=1e-4), (log, regression)
         if released_avd:
             assert not any(name.startswith("avd/motion") for name in log)
             assert math.isclose(loss.item(), host_loss.item() + regression, rel_tol=1e-5)
             continue
-        call, (matching_loss, _) = matching[step]
+        _, call, (matching_loss, _) = matching[step]
         motion = by_hand.motion(call["image_or_video"].detach(), gradients[step])
         assert math.isclose(log["avd/motion/loss"].item(), motion, rel_tol=1e-4), (log, motion)
         assert math.isclose(loss.item(), matching_loss.item() + motion + regression, rel_tol=1e-5)

@@ -5,7 +5,6 @@ operators by declarations; Wan by a pointwise network, its VAE by nothing (batch
 is by rCM's finite differences (``fd_type=2``), as its kernel needs a GPU. rCM's own code and megatron's are real.
 """
 
-import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -25,14 +24,15 @@ from megatron.core import parallel_state  # noqa: F401 - before transformer_engi
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from by_hand import RegressionByHand
+from by_hand import RegressionByHand, noting
 from page_lines import code_blocks
-from without_gpu import declare_torchvision_operators, free_port
+from without_gpu import declare_torchvision_operators, free_port, stand_in_for_wandb
 
 scratch = Path(sys.argv[1])
 os.environ["IMAGINAIRE_OUTPUT_ROOT"] = str(scratch)
 SHAPE = (2, 3, 5, 4, 4)
 VALUES = math.prod(SHAPE[1:])
+FLOOR, SHARPNESS = 0.5, 2.0
 
 
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -76,6 +76,7 @@ def _cpu(value):
 
 
 declare_torchvision_operators()
+stand_in_for_wandb(scratch)
 sys.meta_path.insert(0, Absent())
 torch.cuda.current_device = lambda: 0
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
@@ -96,16 +97,6 @@ from helpers import reference_motion  # noqa: E402
 HOST = host.T2VDistillModel_rCM
 original_dmd_step = HOST._student_dmd_step
 consistency, matching, samples = [], [], []
-
-
-def noting(method, log):
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        result = method(self, *args, **kwargs)
-        log.append((args, kwargs, result))
-        return result
-
-    return call
 
 
 HOST._student_scm_step = noting(HOST._student_scm_step, consistency)
@@ -148,7 +139,7 @@ def page_overrides():
     return [word for word in words[words.index("--") + 1 :] if word.startswith(("experiment", "model.", "+model."))]
 
 
-def configuration(max_iter, overrides):
+def configuration(overrides):
     """The host's own experiment, smaller."""
     small = {
         "net": LazyCall(Net)(), "net_teacher": LazyCall(Net)(), "net_fake_score": LazyCall(Net)(),
@@ -163,7 +154,6 @@ def configuration(max_iter, overrides):
     config.optimizer = AdamWConfig
     config.optimizer.lr = 0.1
     config.scheduler.warm_up_steps = [0]
-    config.trainer.max_iter = max_iter
     return config
 
 
@@ -182,7 +172,8 @@ class ByHand(RegressionByHand):
     """Eq. 5-8 in plain arithmetic, from what the student's network saw and said: nothing of TrigFlow."""
 
     def __init__(self, angles):
-        super().__init__()
+        super().__init__(sharpness=SHARPNESS)
+        self.unclipped = []
         self.levels = {t: math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles}  # of rectified flow
 
     def regression(self, clips, seen, text):
@@ -197,29 +188,49 @@ class ByHand(RegressionByHand):
             assert abs(noise.std() - 1) < 0.2
             targets.append(noise - clip)
             steps.append(step)
-        return len(clips) * 2 * VALUES * self(output, torch.stack(targets), steps)
+        return len(clips) * 2 * VALUES * self.accumulate(output, torch.stack(targets), steps)
+
+    def motion(self, video, added_gradient):
+        """The same of Eq. 8, whose gradient is compared, too."""
+        x = video.detach().double().requires_grad_()
+        unclipped = -((x - x.mean(dim=2, keepdim=True)).square().mean() + 1e-6).log()
+        self.unclipped.append(unclipped.item())
+        scale = len(video) * 2 * VALUES
+        (gradient,) = torch.autograd.grad(scale * 0.05 * unclipped.clamp_min(FLOOR), x)
+        slack = 1e-3 * gradient.abs().max().item()
+        torch.testing.assert_close(added_gradient.double(), gradient, rtol=1e-3, atol=slack)
+        return scale * reference_motion(video.tolist(), FLOOR)
 
 
-def motion_by_hand(video, floor):
-    return len(video) * 2 * VALUES * reference_motion(video.tolist(), floor)
+def noting_gradient(method, log):
+    """The adapter's step over the host's; notes the gradient that it adds to the sample's."""
+
+    def call(ctx, iteration):
+        result = method(ctx, iteration)
+        added = (result[1] - matching[-1][2][1]).sum()
+        log.append(torch.autograd.grad(added, samples[-1][2][0], retain_graph=True)[0])
+        return result
+
+    return call
 
 
-def train(config, model, by_hand):
-    """The host's loop, from its latest checkpoint on, to a checkpoint."""
+def train(config, model, by_hand, max_iter):
+    """The host's loop, from its latest checkpoint on, to a checkpoint. Gives the iteration of each batch."""
+    config.trainer.max_iter = max_iter
     trainer = ImaginaireTrainer_Distill.__new__(ImaginaireTrainer_Distill)
     trainer.config, trainer.callbacks, trainer.training_timer = config, mock.MagicMock(), misc.TrainingTimer()
     trainer.checkpointer = DistributedCheckpointer_Distill(config.checkpoint, config.job)
-    step, steps = trainer.training_step, []
-    before = []
+    step, steps, gradients = trainer.training_step, [], []
+    model._student_dmd_step = noting_gradient(model._student_dmd_step, gradients)
 
     def checked_step(model_ddp, grad_scaler, data_batch, iteration, grad_accum_iter):
         if not steps:
             by_hand.check_cache(model.avd.objective.regression.cache)
-        before.append(torch.cat([p.detach().flatten().clone() for p in model.net.parameters()]))
+        before = parameters(model.net)
         for log in (consistency, matching, samples, Net.seen):
             log.clear()
         result = step(model_ddp, grad_scaler, data_batch, iteration=iteration, grad_accum_iter=grad_accum_iter)
-        log, loss, _ = result
+        log, loss, gathered = result
         steps.append(iteration)
         student = iteration >= 1 and (iteration - 1) % 2 == 0
         assert any(name.startswith("avd/") for name in log) == student, (iteration, list(log))
@@ -227,21 +238,25 @@ def train(config, model, by_hand):
             # With gradient: the student for sCM (which asks it without, too), then for the regression, then for DMD.
             by_host = sum(log[0][2][1].sum().item() for log in (consistency, matching))
             video = samples[0][2][0]
-            assert video.requires_grad
             regression = by_hand.regression(data_batch["latents"], Net.seen[1], data_batch["t5_text_embeddings"])
-            motion = motion_by_hand(video, floor=model.avd.objective.motion.floor)
+            motion = by_hand.motion(video, gradients[-1])
             added = [log["avd/regression/loss"], log["avd/motion/loss"]]
             assert math.isclose(added[0].item() * 2 * VALUES * SHAPE[0], regression, rel_tol=1e-4)
             assert math.isclose(added[1].item() * 2 * VALUES * SHAPE[0], motion, rel_tol=1e-4)
             assert math.isclose(loss.item(), by_host + regression + motion, rel_tol=1e-5)
-            by_hand.check_cache(model.avd.objective.regression.cache)
-            after = torch.cat([p.detach().flatten() for p in model.net.parameters()])
-            assert not torch.equal(before[-1], after)
+            assert torch.equal(before, parameters(model.net)) == (gathered != 0)
+        if gathered == 0:
+            by_hand.end_step()
+        by_hand.check_cache(model.avd.objective.regression.cache)
         return result
 
     trainer.training_step = checked_step
     trainer.train(model, list(batches()), [])
     return steps
+
+
+def parameters(module):
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
 def check_scale():
@@ -275,19 +290,26 @@ with CPU():
     scale = check_scale()
     overrides = page_overrides()
     assert 1 <= len(overrides) <= 4, overrides
-    config = configuration(5, overrides)
+    # What the page sets is the default, so others show that options arrive.
+    overrides += [f"model.avd.motion.floor={FLOOR}", f"+model.avd.regression.sharpness={SHARPNESS}"]
+    config = configuration(overrides)
     torch.manual_seed(0)
     model = instantiate(config.model)
     angles = model.avd.objective.regression.cache.timesteps.tolist()
     assert [round(angle, 4) for angle in angles] == [1.5583, 1.5, 1.4, 1.0]
     by_hand = ByHand(angles)
-    first = train(config, model, by_hand)
+    first = train(config, model, by_hand, max_iter=5)
     assert first == [0, 1, 2, 3, 4]
 
     resumed = instantiate(config.model)
-    config.trainer.max_iter = 8
-    second = train(config, resumed, by_hand)
+    second = train(config, resumed, by_hand, max_iter=8)
     assert second == [5, 6, 7]
+
+    gathering = configuration([*overrides, "trainer.grad_accum_iter=2"])
+    resumed = instantiate(gathering.model)
+    third = train(gathering, resumed, by_hand, max_iter=12)
+    assert third == [8, 8, 9, 9, 10, 10, 11, 11]
+    assert min(by_hand.unclipped) < FLOOR < max(by_hand.unclipped)
 
     # The host's own model reads our checkpoint, we read one of its, and another grid is refused.
     saved = resumed.state_dict()
@@ -295,16 +317,16 @@ with CPU():
     checkpointer = DistributedCheckpointer_Distill(config.checkpoint, config.job)
     plain.init_optimizer_scheduler(config.optimizer, config.scheduler)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    assert checkpointer.load(plain, plain.optimizer_dict, plain.scheduler_dict, scaler) == 8
+    assert checkpointer.load(plain, plain.optimizer_dict, plain.scheduler_dict, scaler) == 12
     assert torch.equal(plain.net.layer.weight, resumed.net.layer.weight)
     other = adapter.avd_model(config.model.config, AVDConfig(timesteps=(1.5, 1.4, 1.3, 1.0)))
     other.init_optimizer_scheduler(config.optimizer, config.scheduler)
     with pytest.raises(RuntimeError, match="is for the grid"):
         checkpointer.load(other, other.optimizer_dict, other.scheduler_dict, scaler)
-    checkpointer.save(plain, plain.optimizer_dict, plain.scheduler_dict, scaler, iteration=9)
+    checkpointer.save(plain, plain.optimizer_dict, plain.scheduler_dict, scaler, iteration=13)
     ours = adapter.avd_model(config.model.config)
     ours.init_optimizer_scheduler(config.optimizer, config.scheduler)
-    assert checkpointer.load(ours, ours.optimizer_dict, ours.scheduler_dict, scaler) == 9
+    assert checkpointer.load(ours, ours.optimizer_dict, ours.scheduler_dict, scaler) == 13
     assert not ours.avd.objective.regression.cache.seen.any()
 
-print(json.dumps({"scale": scale, "steps": [*first, *second], "means": by_hand.means}))
+print(json.dumps({"scale": scale, "steps": [*first, *second, *third], "means": by_hand.means}))

@@ -141,25 +141,13 @@ class ByHand(RegressionByHand):
         return reference_motion(video.transpose(1, 2).tolist())
 
 
-def noting(method, log):
-    """The host's method, whose calls and results are noted."""
-
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        result = method(self, *args, **kwargs)
-        log.append((kwargs, result))
-        return result
-
-    return call
-
-
 def noting_gradient(method, host_calls, log):
     """The adapter's method over the host's, whose calls are noted; notes the gradient that it adds to the sample's."""
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
         result = method(self, *args, **kwargs)
-        added = result[0] - host_calls[-1][1][0]
+        added = result[0] - host_calls[-1][-1][0]
         log.append(torch.autograd.grad(added, kwargs["image_or_video"], retain_graph=True)[0])
         return result
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 import self_forcing_cpu as stand_ins
+from by_hand import noting
 from page_lines import page_lines
 
 scratch = Path(sys.argv[1])
@@ -29,9 +30,7 @@ stand_ins.on_cpu()
 utils.wan_wrapper.WanModel = utils.wan_wrapper.CausalWanModel = stand_ins.Wan
 model.base.WanTextEncoder, model.base.WanVAEWrapper = stand_ins.TextEncoder, stand_ins.VAE
 matching, gradients = [], []
-model.dmd.DMD.compute_distribution_matching_loss = stand_ins.noting(
-    model.dmd.DMD.compute_distribution_matching_loss, matching
-)
+model.dmd.DMD.compute_distribution_matching_loss = noting(model.dmd.DMD.compute_distribution_matching_loss, matching)
 # The edited trainer's is the adapter's class, which overrides the host's.
 host.DMD.compute_distribution_matching_loss = stand_ins.noting_gradient(
     host.DMD.compute_distribution_matching_loss, matching, gradients
@@ -95,7 +94,7 @@ def check(trainer, losses, by_hand):
     # The critic sees its own samples with gradient as well: one call of each kind a step, the student's first.
     students = stand_ins.Wan.seen[::2]
     assert len(losses) == len(matching) == len(gradients) == len(loader.given) == len(students) == 3
-    for log, (arguments, (host_loss, _)), gradient, (clips, prompts), seen in zip(
+    for log, (_, arguments, (host_loss, _)), gradient, (clips, prompts), seen in zip(
         losses, matching, gradients, loader.given, students, strict=True
     ):
         context = trainer.model.text_encoder(text_prompts=prompts)["prompt_embeds"]
