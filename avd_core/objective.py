@@ -40,7 +40,13 @@ class AVDObjective(nn.Module):
 
     def __init__(self, config: AVDConfig | None = None) -> None:
         super().__init__()
-        self.config = config = AVDConfig.paper() if config is None else config
+        config = AVDConfig.paper() if config is None else config
+        if not isinstance(config, AVDConfig):
+            raise TypeError(
+                f"config must be an AVDConfig, got {type(config).__name__}. AVDConfig.model_validate makes one of a "
+                "mapping."
+            )
+        self.config = config
         self.regression: AdaptiveRegressionLoss | None = None
         self.motion: ClippedTemporalVarianceLoss | None = None
         self.balance = GradientBalance(config.gradient_ratio)

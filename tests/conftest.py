@@ -20,4 +20,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
-    torch.manual_seed(0)
+    # Not a number that tests seed generators of their own with, whose first draw would then be the same.
+    torch.manual_seed(271828)

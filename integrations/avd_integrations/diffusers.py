@@ -13,23 +13,30 @@ from itertools import pairwise
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKLWan,
-    ConfigMixin,
-    FlowMatchLCMScheduler,
-    ModelMixin,
-    SchedulerMixin,
-    WanPipeline,
-    WanTransformer3DModel,
-)
-from diffusers.configuration_utils import register_to_config
-from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from avd_core import FlowMatchingSchedule, LatentFrameInterpolator, kept_frames, raise_frame_rate, step_rates
+
+try:
+    from diffusers import (
+        AutoencoderKLWan,
+        ConfigMixin,
+        FlowMatchLCMScheduler,
+        ModelMixin,
+        SchedulerMixin,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+except ImportError as error:
+    raise ImportError(
+        f"avd_integrations.diffusers needs diffusers with its Wan pipeline, and transformers: {error}. Install them "
+        'with pip install "avd-core[trainer,wan]".'
+    ) from error
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -47,8 +47,15 @@ class Parametrisation:
     prediction: Prediction = "velocity"
 
     def __post_init__(self) -> None:
+        if not callable(self.coefficients):
+            raise TypeError(
+                f"coefficients must be a function from times to (alpha, sigma), got {type(self.coefficients).__name__}."
+            )
         if self.prediction not in ("velocity", "x_0", "noise", "v"):
-            raise ValueError(f'prediction must be "velocity", "x_0", "noise" or "v", got {self.prediction!r}.')
+            raise ValueError(
+                'prediction must be "velocity" (flow), "x_0" (sample), "noise" (epsilon) or "v" (v_prediction), got '
+                f"{self.prediction!r}."
+            )
 
     def add_noise(self, x_0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """``alpha x_0 + sigma noise``."""
@@ -128,7 +135,12 @@ def variance_preserving(alphas_cumprod: Tensor, prediction: Prediction = "noise"
     Args:
         alphas_cumprod: ``[T]`` of the host's noise scheduler; times are its indices.
         prediction: "noise" (epsilon), "v" or "x_0".
+
+    Raises:
+        TypeError: If ``alphas_cumprod`` is something else, such as the scheduler.
     """
+    if not isinstance(alphas_cumprod, Tensor):
+        raise TypeError(f"alphas_cumprod must be the scheduler's tensor of it, got {type(alphas_cumprod).__name__}.")
     table = alphas_cumprod.detach().double()
 
     # A copy for each device, as a copy in every call would make the host wait for a GPU.
@@ -157,3 +169,47 @@ def phase_end_to_velocity(x_end: Tensor, x_t: Tensor, sigma: Tensor, sigma_end: 
     shape = (-1, *[1] * (x_t.ndim - 1))
     step = (sigma_end.double() - sigma.double()).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
     return ((x_end - x_t) / step.view(shape)).to(x_t.dtype)
+
+
+def check_times(parametrisation: Parametrisation, timesteps: Sequence[float]) -> None:
+    """Require that few-step times lie on a path, in its unit, with something to learn at each of them.
+
+    Raises:
+        TypeError: If ``coefficients`` does not return two tensors of the times' shape.
+        ValueError: If the path cannot be looked up at the times, is not one of noise there (``alpha < 0``,
+            ``sigma <= 0``, not finite), or its noise neither rises nor falls along them; if all of them are nearly
+            clean; or if the model predicts noise at pure noise, which says nothing of the clip.
+    """
+    times = torch.tensor(timesteps, dtype=torch.float64, device="cpu")
+    try:
+        found = parametrisation.coefficients(times)
+    except IndexError as error:
+        raise ValueError(f"timesteps {list(timesteps)} are not on the host's path: {error}.") from error
+    if not (isinstance(found, tuple) and len(found) == 2 and all(_is_like(part, times) for part in found)):
+        raise TypeError("coefficients must return (alpha, sigma), a tensor [B] each for times [B].")
+    alpha, sigma = (part.detach().double().cpu() for part in found)
+    flow_sigma = sigma / (alpha + sigma)
+    change = flow_sigma.diff()
+    slack = 1e-6  # the cosine of pi/2 in float32 is below 0
+    reason = ""
+    if not bool((alpha.isfinite() & sigma.isfinite() & (alpha >= -slack) & (sigma > 0)).all()):
+        reason = "alpha must be at least 0 and sigma above 0; a sampler's last time, 0, is no step of the student"
+    elif not (bool((change > 0).all()) or bool((change < 0).all())):
+        reason = "noise must rise or fall along the timesteps"
+    elif flow_sigma.max() < 0.01:
+        reason = "all of them are clean clips, nearly"
+    elif parametrisation.prediction == "noise" and bool((alpha <= slack).any()):
+        reason = "at pure noise (alpha 0) a prediction of the noise says nothing of the clip: leave that time out"
+    if reason:
+        raise ValueError(
+            f"timesteps {list(timesteps)} have alpha {_short(alpha)} and sigma {_short(sigma)} on the host's path, and "
+            f"{reason}. Give them in the unit that coefficients takes."
+        )
+
+
+def _is_like(value: object, times: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == times.shape
+
+
+def _short(values: Tensor) -> list[float]:
+    return [float(f"{value:.4g}") for value in values.tolist()]

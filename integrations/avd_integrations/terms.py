@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
 from avd_core import AVDConfig, AVDObjective, LossOutput
-from avd_integrations.parametrisation import Parametrisation
+from avd_integrations.parametrisation import Parametrisation, check_times
 
 Layout = Literal["BCFHW", "BFCHW", "BCHW"]
 
@@ -34,7 +34,7 @@ class HostTerms(nn.Module):
     Args:
         config: Hyperparameters. ``timesteps`` are the student's few steps in the host's unit. ``motion.frame_dim``
             counts in ``[B, C, F, H, W]``, its default 2, whatever the layout.
-        parametrisation: The host's path and prediction.
+        parametrisation: The host's path and prediction. ``timesteps`` are looked up on it once, here.
         predict: ``predict(x_t, times [B], batch) -> output``, the student with gradient, all in the host's layout and
             unit. None where the host runs its student itself: see :meth:`on_prediction` and :meth:`from_prediction`.
         clips: ``clips(batch)`` the real clips' latents in the host's layout, clean and without gradient. None as with
@@ -42,11 +42,13 @@ class HostTerms(nn.Module):
         layout: Order of the host's dimensions. With "BCHW", images, the motion term has no frames to look at and must
             be left out.
         loss_scale: The host's loss for one of ours: 1 where it takes means, the number of values of a sample where it
-            sums them. A function of a sample's shape without its batch dimension, or a number.
+            sums them. A function of a sample's shape without its batch dimension, or a positive number.
 
     Raises:
-        ValueError: If the motion term is on for images, or counts its frames in another dimension; or if
-            ``gradient_ratio`` is set, for which the matching term would have to be known here.
+        TypeError: If ``config`` or ``parametrisation`` is something else.
+        ValueError: If the motion term is on for images, or counts its frames in another dimension; if
+            ``gradient_ratio`` is set, for which the matching term would have to be known here; for an unknown layout,
+            a ``loss_scale`` that is not positive, or ``timesteps`` that are not on the path: in another unit, say.
     """
 
     def __init__(
@@ -60,9 +62,20 @@ class HostTerms(nn.Module):
         loss_scale: float | Callable[[torch.Size], float] = 1.0,
     ) -> None:
         super().__init__()
+        self.objective = AVDObjective(config)
+        if not isinstance(parametrisation, Parametrisation):
+            raise TypeError(
+                "parametrisation must be a Parametrisation, such as rectified_flow() returns, got "
+                f"{type(parametrisation).__name__}."
+            )
+        if layout not in get_args(Layout):
+            raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}.")
+        if not callable(loss_scale) and not (isinstance(loss_scale, (int, float)) and loss_scale > 0):
+            raise ValueError(f"loss_scale must be a positive number or a function of a shape, got {loss_scale!r}.")
         if layout == "BCHW" and config.motion is not None:
             raise ValueError(
-                "The motion term is the variance along frames, and images have none. Use AVDConfig(motion=None)."
+                "The motion term is the variance along frames, and images have none. Leave it out with motion=None, or "
+                'for clips say layout="BCFHW" or "BFCHW".'
             )
         if config.motion is not None and config.motion.frame_dim != 2:
             raise ValueError(f"motion.frame_dim must be 2, as layout says the rest, got {config.motion.frame_dim}.")
@@ -71,9 +84,11 @@ class HostTerms(nn.Module):
                 "AVDConfig(gradient_ratio=...) compares with the matching term's gradient, which an adapter does not "
                 "see. Leave it at None, or call avd_core.AVDObjective with matching_loss and matching_output."
             )
-        self.objective = AVDObjective(config)
-        self.parametrisation, self.layout = parametrisation, layout
-        self._predict, self._clips, self._loss_scale = predict, clips, loss_scale
+        if config.regression is not None:
+            check_times(parametrisation, config.timesteps)
+        self.parametrisation, self.layout, self._loss_scale = parametrisation, layout, loss_scale
+        # In a tuple, as a module among them would become a part of this one, and of its state.
+        self._callables = predict, clips
 
     def forward(self, batch: Any, x_0: Tensor | None = None) -> LossOutput:
         """Both terms; those that the configuration leaves out are left out.
@@ -85,8 +100,14 @@ class HostTerms(nn.Module):
         Returns:
             LossOutput: The scalar to add to the host's loss, in its scale; metrics as :class:`avd_core.AVDObjective`
             has them, unscaled.
+
+        Raises:
+            TypeError, ValueError: If what is given, or what ``clips`` and ``predict`` return, has another layout or
+                shape, is not floating, or has no gradient where it should. No loss is recorded then.
         """
         parts = []
+        if self.objective.motion is not None:
+            self._check_samples(x_0)
         if self.objective.regression is not None:
             parts.append(self.on_clips(batch))
         if self.objective.motion is not None:
@@ -113,16 +134,24 @@ class HostTerms(nn.Module):
         Raises:
             ValueError: If the terms were made without ``predict`` or ``clips``, or without the regression.
         """
-        if self._predict is None or self._clips is None:
+        predict, clips_of = self._callables
+        if predict is None or clips_of is None:
             raise ValueError(
                 "These terms were made without predict and clips, so they can run no student. Pass both to HostTerms, "
                 "or give what your own student predicted to on_prediction or from_prediction."
             )
-        clips = self._clips(batch).detach()
+        clips = clips_of(batch)
+        self._check_tensor("what clips returned", clips)
+        clips = clips.detach()
         times = self.draw_times(len(clips), clips.device)
         noise = torch.randn_like(clips)
         x_t = self.parametrisation.add_noise(clips, noise, times)
-        output = self._predict(x_t, times, batch)
+        output = predict(x_t, times, batch)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"predict must return the prediction, a torch.Tensor, got {type(output).__name__}. Return the entry of "
+                "it that is the prediction."
+            )
         return self.on_prediction(output, x_t, clips, noise, times)
 
     def on_prediction(self, output: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
@@ -133,19 +162,25 @@ class HostTerms(nn.Module):
             x_t: What it saw.
             clips: The clean clips in it.
             noise: The noise in it.
-            times: ``[B]`` members of ``config.timesteps``.
+            times: ``[B]`` members of ``config.timesteps``; others count for the nearest.
+
+        Raises:
+            TypeError, ValueError: As :meth:`forward`.
         """
+        given = {"output, the student's prediction,": output, "x_t": x_t, "clips": clips, "noise": noise}
+        for name, tensor in given.items():
+            self._check_tensor(name, tensor, like=clips)
+        self._check_gradient("The prediction", output)
         # In half precision the difference of two near velocities would be mostly rounding.
         output, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (output, x_t, clips, noise))
         prediction = self.parametrisation.velocity(output, x_t, times)
         return self._scaled(self.objective.on_clips(prediction, noise - clips, times), clips)
 
     def on_samples(self, x_0: Tensor | None) -> LossOutput:
-        """The motion term of generated samples. Eq. 8."""
-        if x_0 is not None and self.layout == "BFCHW":
-            x_0 = rearrange(x_0, "b f c h w -> b c f h w")
-        output = self.objective.on_samples(x_0)
-        return output if x_0 is None else self._scaled(output, x_0)
+        """The motion term of generated samples, with gradient and in the host's layout. Eq. 8."""
+        x_0 = self._check_samples(x_0)
+        x_0_BCFHW = rearrange(x_0, "b f c h w -> b c f h w") if self.layout == "BFCHW" else x_0
+        return self._scaled(self.objective.on_samples(x_0_BCFHW), x_0_BCFHW)
 
     def draw_times(self, count: int, device: torch.device, *, generator: torch.Generator | None = None) -> Tensor:
         """``[count]`` of the few steps, each as likely as the others; without ``generator`` by PyTorch's own."""
@@ -162,6 +197,39 @@ class HostTerms(nn.Module):
         regression = self.objective.regression
         if regression is not None and not regression.cache.auto_update:
             regression.cache.update()
+
+    def _check_samples(self, x_0: Tensor | None) -> Tensor:
+        if x_0 is None:
+            raise ValueError(
+                "The motion term needs x_0, the student's generated samples. Pass them, or leave the part out with "
+                "AVDConfig(motion=None)."
+            )
+        self._check_tensor("x_0", x_0)
+        if "F" in self.layout and x_0.shape[self.layout.index("F")] < 2:
+            raise ValueError(
+                f"The motion term needs at least 2 frames, and x_0 has shape {list(x_0.shape)} in layout {self.layout}."
+            )
+        self._check_gradient("x_0", x_0)
+        return x_0
+
+    def _check_tensor(self, name: str, tensor: Any, like: Tensor | None = None) -> None:
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a floating-point torch.Tensor of latents, got {kind}.")
+        if tensor.ndim != len(self.layout):
+            raise ValueError(f"{name} must be {list(self.layout)}, as layout says, got shape {list(tensor.shape)}.")
+        if like is not None and tensor.shape != like.shape:
+            raise ValueError(
+                f"{name} must have the shape of the clips, {list(like.shape)}, got {list(tensor.shape)}: nothing is "
+                "broadcast here."
+            )
+
+    def _check_gradient(self, name: str, tensor: Tensor) -> None:
+        if self.training and torch.is_grad_enabled() and not tensor.requires_grad:
+            raise ValueError(
+                f"{name} has no gradient, so its term could change nothing. Pass it as it is before the host detaches "
+                "it, and run the student with gradient. For a look at the metrics use torch.no_grad()."
+            )
 
     def _scaled(self, output: LossOutput, like: Tensor) -> LossOutput:
         scale = self._loss_scale

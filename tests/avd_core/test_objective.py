@@ -319,3 +319,8 @@ def test_a_failed_pass_over_clips_leaves_the_cache_alone():
             inputs.prediction.detach(), inputs.target, inputs.timesteps, **matching()
         )  # after the matching loss, which is fine
     assert_same_state(state_of(objective), before)
+
+
+def test_a_mapping_is_no_configuration() -> None:
+    with pytest.raises(TypeError, match=r"config must be an AVDConfig, got dict.*AVDConfig.model_validate"):
+        AVDObjective({"motion": None})  # type: ignore[arg-type]

@@ -281,7 +281,8 @@ def test_without_accumulation_every_call_is_an_iteration():
     accelerator = Accelerator(cpu=True)
     terms = terms_of(accelerator, AVDConfig(regression=RegressionConfig(order="update_first"), motion=None))
     assert terms.objective.regression.cache.auto_update
-    terms(torch.randn(2, 4, 3, 2, 2))
+    with torch.no_grad():  # its student has no parameters
+        terms(torch.randn(2, 4, 3, 2, 2))
     assert terms.objective.regression.cache.seen.any()
     assert terms_of(accelerator, AVDConfig(regression=None)).objective.regression is None
 

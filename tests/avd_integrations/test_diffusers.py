@@ -607,6 +607,13 @@ def test_the_package_imports_no_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_without_diffusers_the_import_says_how_to_get_it() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import avd_integrations.diffusers"
+    result = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "needs diffusers with its Wan pipeline" in result.stderr
+    assert 'pip install "avd-core[trainer,wan]"' in result.stderr
+
+
 def test_the_page_runs_as_it_stands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
     monkeypatch.setattr(WanHalfRatePipeline, "progress_bar", lambda self, **_: SimpleProgress())

@@ -14,6 +14,7 @@ from avd_integrations import (
     trigflow,
     variance_preserving,
 )
+from avd_integrations.parametrisation import check_times
 from helpers import NoHostWait, randn
 
 # Stable Diffusion's schedule: linear in the root of beta.
@@ -173,6 +174,55 @@ def test_the_table_is_on_every_device_that_asks():
     torch.testing.assert_close(alpha**2, ALPHAS_CUMPROD[times])
 
 
-def test_another_prediction_is_refused():
-    with pytest.raises(ValueError, match="epsilon"):
+def test_what_makes_no_parametrisation_is_refused():
+    with pytest.raises(ValueError, match=r'"noise" \(epsilon\) .* got \'epsilon\''):
         Parametrisation(lambda t: (1 - t, t), "epsilon")
+    with pytest.raises(TypeError, match=r"coefficients must be a function .* got str"):
+        Parametrisation("flow")
+    with pytest.raises(TypeError, match="alphas_cumprod must be the scheduler's tensor of it, got list"):
+        variance_preserving([0.9, 0.5])
+
+
+ALPHAS_CUMPROD = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero terminal SNR
+
+
+@pytest.mark.parametrize(
+    ("parametrisation", "timesteps", "message"),
+    [
+        (rectified_flow(1), (1000, 500), r"alpha \[-999.0, -499.0\].*alpha must be at least 0"),
+        (rectified_flow(), (1.0, 0.5), "clean clips, nearly"),
+        (rectified_flow(), (1000, 500, 0), "a sampler's last time, 0, is no step"),
+        (rectified_flow(prediction="x_0"), (1000, 0), "a sampler's last time, 0, is no step"),
+        (trigflow(), (1000, 900, 757, 522), "alpha must be at least 0"),
+        (trigflow(), (1.5, 0.0), "a sampler's last time"),
+        (variance_preserving(ALPHAS_CUMPROD, "v"), (0.999, 0.749, 0.5), "noise must rise or fall"),
+        (variance_preserving(ALPHAS_CUMPROD, "v"), (1000, 500), "not on the host's path: index 1000"),
+        (variance_preserving(ALPHAS_CUMPROD), (999, 499), "a prediction of the noise says nothing of the clip"),
+        (Parametrisation(lambda t: (t, 1 - t)), (1.0, 0.5), "sigma above 0"),
+    ],
+)
+def test_times_that_are_not_steps_on_the_path_are_refused(parametrisation, timesteps, message):
+    with pytest.raises(ValueError, match=message):
+        check_times(parametrisation, timesteps)
+
+
+@pytest.mark.parametrize("coefficients", [lambda t: 1 - t, lambda t: (1.0, t), lambda t: torch.stack([1 - t, t])])
+def test_coefficients_are_a_pair_of_tensors(coefficients):
+    with pytest.raises(TypeError, match=r"must return \(alpha, sigma\), a tensor \[B\] each"):
+        check_times(Parametrisation(coefficients), (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("parametrisation", "timesteps"),
+    [
+        (rectified_flow(), (1000, 900, 757, 522)),
+        (rectified_flow(1), (0.1, 0.5, 1.0)),
+        (trigflow(), (float(torch.tensor(math.pi / 2)), 1.0)),  # above pi / 2 in float32
+        (trigflow(), (math.atan(80), 1.5, 1.4, 1.0)),
+        (variance_preserving(ALPHAS_CUMPROD), (998, 399)),
+        (variance_preserving(ALPHAS_CUMPROD), (399,)),
+        (Parametrisation(lambda t: (torch.ones_like(t), t), "x_0"), (80.0, 2.0, 0.5)),  # EDM's
+    ],
+)
+def test_times_of_real_hosts_are_taken(parametrisation, timesteps):
+    check_times(parametrisation, timesteps)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from avd_core import AVDConfig, AVDObjective, FlowMatchingSchedule, MotionConfig, RegressionConfig
+from avd_core import AVDConfig, AVDObjective, FlowMatchingSchedule, LossMeanCache, MotionConfig, RegressionConfig
 from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow
 from helpers import GRID
 
@@ -85,15 +85,19 @@ def test_both_layouts_give_the_same_motion_term(layout):
     assert terms({"clips": clips}, given).metrics["motion/loss"] == expected.metrics["motion/loss"]
 
 
-def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32():
+@pytest.mark.parametrize("path", [rectified_flow(), rectified_flow(prediction="x_0")], ids=["velocity", "x_0"])
+def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32(path):
     config = AVDConfig(motion=MotionConfig(floor=-9.0))
     noise, times = torch.randn_like(CLIPS), torch.tensor([900.0, 757.0, 522.0])
-    x_t = rectified_flow().add_noise(CLIPS, noise, times).bfloat16()
-    output = (noise - CLIPS).bfloat16()
-    found = host(config)[1].from_prediction(output, x_t, CLIPS, noise, times)
-    expected = host(config)[1].from_prediction(output.float(), x_t.float(), CLIPS, noise, times)
-    torch.testing.assert_close(found.loss, expected.loss, rtol=0, atol=0)
-    torch.testing.assert_close(found.metrics["motion/variance"], expected.metrics["motion/variance"], rtol=0, atol=0)
+    x_t = path.add_noise(CLIPS, noise, times).bfloat16()
+    output = (path.output(CLIPS, noise, times) + 0.01 * torch.randn_like(CLIPS)).bfloat16().requires_grad_()
+    found = host(config, path)[1].from_prediction(output, x_t, CLIPS, noise, times)
+    expected = host(config, path)[1].from_prediction(output.float(), x_t.float(), CLIPS, noise, times)
+    assert expected.metrics["regression/sample_losses"].min() > 0
+    for name, value in expected.metrics.items():
+        torch.testing.assert_close(found.metrics[name], value, rtol=0, atol=0)
+    alone = host(config, path)[1].on_prediction(output, x_t, CLIPS, noise, times)
+    torch.testing.assert_close(alone.metrics["regression/loss"], expected.metrics["regression/loss"], rtol=0, atol=0)
 
 
 def test_images_have_no_motion():
@@ -106,7 +110,7 @@ def test_images_have_no_motion():
 @pytest.mark.parametrize("scale", [2.5, math.prod])
 def test_the_loss_comes_in_the_scale_of_the_host(scale):
     factor = 2.5 if scale == 2.5 else 4 * 5 * 2 * 2
-    samples = 0.1 * torch.randn(3, 4, 5, 2, 2)
+    samples = (0.1 * torch.randn(3, 4, 5, 2, 2)).requires_grad_()
     results = []
     for options in ({}, {"loss_scale": scale}):
         student, terms = host(**options)
@@ -131,15 +135,13 @@ def test_gradients_reach_the_student_and_the_samples():
 
 def test_parts_that_are_left_out_need_nothing():
     student, terms = host(AVDConfig(regression=None))
-    terms({}, torch.randn(2, 4, 5, 2, 2))
+    terms({}, torch.randn(2, 4, 5, 2, 2, requires_grad=True))
     assert not student.seen
     host(AVDConfig(motion=None))[1]({"clips": CLIPS})
     with pytest.raises(ValueError, match="nothing to compute"):
         host(AVDConfig(motion=None, regression=None))[1]({})
     with pytest.raises(ValueError, match="nothing to draw"):
         host(AVDConfig(regression=None))[1].draw_times(1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="needs x_0"):
-        host()[1]({"clips": CLIPS})
 
 
 def test_the_state_is_the_cache():
@@ -150,6 +152,14 @@ def test_the_state_is_the_cache():
     other.load_state_dict(terms.state_dict())
     torch.testing.assert_close(other.objective.regression.cache.means, terms.objective.regression.cache.means)
     assert terms.objective.regression.cache.means.abs().sum() > 0
+
+
+def test_a_student_that_is_a_module_is_no_part_of_the_terms():
+    student, terms = host(AVDConfig(motion=None))
+    assert all(name.startswith("objective.") for name in terms.state_dict())
+    assert not list(terms.parameters())
+    terms.eval()
+    assert student.training
 
 
 def test_half_precision_students_are_compared_in_float32():
@@ -212,6 +222,85 @@ def test_update_ends_an_iteration_of_several_calls():
     assert cache.seen.all()
     assert not cache.pending.any()
     host(AVDConfig(regression=None))[1].update()
+
+
+BATCH = {"clips": CLIPS}
+MOVING = torch.randn_like(CLIPS, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: host()[1](BATCH), ValueError, "needs x_0"),
+        (lambda: host()[1](BATCH, MOVING.detach()), ValueError, "x_0 has no gradient"),
+        (
+            lambda: host()[1](BATCH, MOVING[:, :, :, 0]),
+            ValueError,
+            r"x_0 must be \['B', 'C', 'F', 'H', 'W'\], as layout",
+        ),
+        (lambda: host()[1](BATCH, MOVING[:, :, :1]), ValueError, r"at least 2 frames, and x_0 .* in layout BCFHW"),
+        (lambda: host(layout="BFCHW")[1](BATCH, MOVING[:, :1]), ValueError, "2 frames, and x_0 .* layout BFCHW"),
+        (lambda: host()[1](BATCH, MOVING.long()), TypeError, "x_0 must be a floating-point .* got torch.int64"),
+        (lambda: host()[1]({"clips": CLIPS.byte()}, MOVING), TypeError, "what clips returned must be a floating-point"),
+        (lambda: host()[1]({"clips": [CLIPS]}, MOVING), TypeError, "what clips returned .* got list"),
+        (lambda: host()[1]({"clips": CLIPS[:, 0]}, MOVING), ValueError, "what clips returned must be"),
+        (
+            lambda: host(student=lambda x_t, t, batch: (x_t, x_t))[1](BATCH, MOVING),
+            TypeError,
+            "predict must return the prediction, a torch.Tensor, got tuple",
+        ),
+        (
+            lambda: host(student=lambda x_t, t, batch: x_t)[1](BATCH, MOVING),
+            ValueError,
+            "The prediction has no gradient",
+        ),
+        (
+            lambda: host(student=lambda x_t, t, batch: x_t[:, :, :1].requires_grad_())[1](BATCH, MOVING),
+            ValueError,
+            r"output, .* must have the shape of the clips, \[3, 4, 5, 2, 2\], got \[3, 4, 1, 2, 2\]",
+        ),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_recorded(call, error, message):
+    caches = []
+    register = nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: caches.append(module) if isinstance(module, LossMeanCache) else None
+    )
+    with register, pytest.raises(error, match=message):
+        call()
+    assert not caches
+
+
+@pytest.mark.parametrize("which", ["output", "x_t", "clips", "noise"])
+def test_nothing_is_broadcast(which):
+    given = {name: torch.randn_like(CLIPS, requires_grad=True) for name in ("output", "x_t", "clips", "noise")}
+    given[which] = given[which][:, :1]
+    terms = HostTerms(AVDConfig(), rectified_flow())
+    for call in (terms.on_prediction, terms.from_prediction):
+        with pytest.raises(ValueError, match="nothing is broadcast here"):
+            call(**given, times=torch.tensor([900.0, 757.0, 522.0]))
+
+
+def test_metrics_can_be_looked_at_without_gradient():
+    with torch.no_grad():
+        assert host()[1](BATCH, MOVING.detach()).loss.isfinite()
+    assert host()[1].eval()(BATCH, MOVING.detach()).loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layout": "BTCHW"}, ValueError, "layout must be one of BCFHW, BFCHW, BCHW, got 'BTCHW'"),
+        ({"loss_scale": -1}, ValueError, "loss_scale must be a positive number"),
+        ({"loss_scale": "sum"}, ValueError, "loss_scale must be a positive number or a function of a shape, got 'sum'"),
+        ({"parametrisation": rectified_flow}, TypeError, r"such as rectified_flow\(\) returns, got function"),
+        ({"config": {"motion": None}}, TypeError, "config must be an AVDConfig, got dict"),
+        ({"parametrisation": rectified_flow(1)}, ValueError, r"alpha \[-999.0, .* Give them in the unit"),
+    ],
+)
+def test_wrong_options_are_refused_by_what_they_should_be(options, error, message):
+    with pytest.raises(error, match=message):
+        host(**options)
 
 
 def test_wrong_options_are_refused():

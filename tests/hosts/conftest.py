@@ -30,7 +30,7 @@ def checkout() -> Callable[[str], Path]:
             pytest.skip("AVD_HOSTS names no folder with the hosts: see tests/hosts/prepare.py")
         if not Path(hosts).is_dir():
             pytest.fail(f"AVD_HOSTS is {hosts}, and there is no such folder")
-        path = Path(hosts) / name
+        path = Path(hosts).resolve() / name  # programs run in other folders
         if not path.is_dir():
             pytest.skip(f"AVD_HOSTS has no {name}")
         return path
@@ -48,7 +48,9 @@ def run_in_host(checkout: Callable[[str], Path], tmp_path: Path) -> RunInHost:
 
     def run(host: str, program: str, *arguments: str) -> dict[str, Any]:
         folder = checkout(host)
-        paths = [folder, packages_of(folder), ROOT, ROOT / "integrations", ROOT / "tests"]
+        packages = packages_of(folder)
+        hint = "" if packages.is_dir() else f"\nThere is no {packages}, which tests/hosts/prepare.py makes."
+        paths = [folder, packages, ROOT, ROOT / "integrations", ROOT / "tests"]
         result = subprocess.run(
             [sys.executable, str(PROGRAMS / program), str(tmp_path), *arguments],
             cwd=folder,
@@ -57,7 +59,7 @@ def run_in_host(checkout: Callable[[str], Path], tmp_path: Path) -> RunInHost:
             text=True,
             timeout=280,
         )
-        assert result.returncode == 0, f"{host}: {program} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
+        assert result.returncode == 0, f"{host}: {program} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}{hint}"
         report: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
         return report
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -37,8 +38,7 @@ def prepare(folder: Path, host: dict[str, Any]) -> None:
 
 
 def _check_out(folder: Path, repository: str, commit: str) -> None:
-    # Finished under another name first, so that an interrupted one is not taken for the whole.
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _start(folder)
     git = ["git", "-C", str(partial)]
     subprocess.run(["git", "init", "--quiet", str(partial)], check=True)
     subprocess.run(
@@ -49,10 +49,17 @@ def _check_out(folder: Path, repository: str, commit: str) -> None:
 
 
 def _install(folder: Path, packages: list[str]) -> None:
-    partial = folder.with_name(f"{folder.name}.partial")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade", "--target", str(partial)]
+    partial = _start(folder)
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial)]
     subprocess.run([*command, *packages], check=True)
     partial.rename(folder)
+
+
+def _start(folder: Path) -> Path:
+    """An empty place to finish it in, so that an interrupted one is neither taken for the whole nor in the way."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    return partial
 
 
 if __name__ == "__main__":
@@ -62,10 +69,19 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - set(HOSTS):
         parser.error(f"no host {', '.join(sorted(unknown))}; known are {', '.join(HOSTS)}")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.folder.name in HOSTS:
+        parser.error(f"DIR comes first, and {arguments.folder} is the name of a host")
+    failed = []
     for name in arguments.names or HOSTS:
         print(name, flush=True)
         try:
+            arguments.folder.mkdir(parents=True, exist_ok=True)
             prepare(arguments.folder.resolve() / name, HOSTS[name])
         except subprocess.CalledProcessError as error:
-            sys.exit(f"{name}: {shlex.join(error.cmd)} failed. What was finished stays; try again.")
+            failed.append(name)
+            print(f"{name}: {shlex.join(map(str, error.cmd))} failed", file=sys.stderr)
+        except OSError as error:
+            failed.append(name)
+            print(f"{name}: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}. What was finished stays; try again.")
