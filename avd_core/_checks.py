@@ -4,6 +4,7 @@ GPU."""
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from torch import Tensor
 
@@ -12,6 +13,8 @@ def check_number(
     name: str, value: float, *, above: float = -math.inf, at_least: float = -math.inf, below: float = math.inf
 ) -> None:
     """A finite option within its range."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
     if not (math.isfinite(value) and value > above and at_least <= value < below):
         bounds = {"above": above, "at least": at_least, "below": below}
         wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -38,29 +38,15 @@ def draw(seed, path):
     return x_0, noise, times.long() if path == "ddpm" else times
 
 
+@settings(max_examples=200)
 @given(seeds, paths, predictions)
 def test_there_and_back_again_in_float32(seed, path, prediction):
     parametrisation = PATHS[path][0](prediction)
     x_0, noise, times = draw(seed, path)
     x_t = parametrisation.add_noise(x_0, noise, times)
     output = parametrisation.output(x_0, noise, times)
-    # Dividing by a small coefficient magnifies float32's rounding by its inverse.
-    alpha, sigma = parametrisation.coefficients(times.double())
-    margin = 1e-5 / min(1.0, float(alpha.min()), float(sigma.min()))
-    torch.testing.assert_close(parametrisation.x_0(output, x_t, times), x_0, rtol=1e-5, atol=margin)
-    torch.testing.assert_close(parametrisation.noise(output, x_t, times), noise, rtol=1e-5, atol=margin)
-    torch.testing.assert_close(parametrisation.velocity(output, x_t, times), noise - x_0, rtol=1e-5, atol=margin)
-
-
-@given(seeds, paths)
-def test_on_its_own_prediction_a_host_loses_nothing(seed, path):
-    """What each host predicts by itself: velocity in rectified flow, v in TrigFlow, v or noise in DDPM."""
-    own = {"wan": "velocity", "unit": "velocity", "trigflow": "v", "ddpm": "v"}[path]
-    parametrisation = PATHS[path][0](own)
-    x_0, noise, times = draw(seed, path)
-    x_t = parametrisation.add_noise(x_0, noise, times)
-    output = parametrisation.output(x_0, noise, times)
     torch.testing.assert_close(parametrisation.x_0(output, x_t, times), x_0, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parametrisation.noise(output, x_t, times), noise, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parametrisation.velocity(output, x_t, times), noise - x_0, rtol=1e-5, atol=1e-5)
 
 
@@ -181,9 +167,11 @@ def test_what_makes_no_parametrisation_is_refused():
         Parametrisation("flow")
     with pytest.raises(TypeError, match="alphas_cumprod must be the scheduler's tensor of it, got list"):
         variance_preserving([0.9, 0.5])
+    with pytest.raises(TypeError, match="num_train_timesteps must be a number, got 'x_0'"):
+        rectified_flow("x_0")
 
 
-ALPHAS_CUMPROD = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero terminal SNR
+ZERO_SNR = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero terminal SNR
 
 
 @pytest.mark.parametrize(
@@ -195,9 +183,9 @@ ALPHAS_CUMPROD = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zer
         (rectified_flow(prediction="x_0"), (1000, 0), "a sampler's last time, 0, is no step"),
         (trigflow(), (1000, 900, 757, 522), "alpha must be at least 0"),
         (trigflow(), (1.5, 0.0), "a sampler's last time"),
-        (variance_preserving(ALPHAS_CUMPROD, "v"), (0.999, 0.749, 0.5), "noise must rise or fall"),
-        (variance_preserving(ALPHAS_CUMPROD, "v"), (1000, 500), "not on the host's path: index 1000"),
-        (variance_preserving(ALPHAS_CUMPROD), (999, 499), "a prediction of the noise says nothing of the clip"),
+        (variance_preserving(ZERO_SNR, "v"), (0.999, 0.749, 0.5), "noise must rise or fall"),
+        (variance_preserving(ZERO_SNR, "v"), (1000, 500), "not on the host's path: index 1000"),
+        (variance_preserving(ZERO_SNR), (999, 499), "a prediction of the noise says nothing of the clip"),
         (Parametrisation(lambda t: (t, 1 - t)), (1.0, 0.5), "sigma above 0"),
     ],
 )
@@ -219,8 +207,8 @@ def test_coefficients_are_a_pair_of_tensors(coefficients):
         (rectified_flow(1), (0.1, 0.5, 1.0)),
         (trigflow(), (float(torch.tensor(math.pi / 2)), 1.0)),  # above pi / 2 in float32
         (trigflow(), (math.atan(80), 1.5, 1.4, 1.0)),
-        (variance_preserving(ALPHAS_CUMPROD), (998, 399)),
-        (variance_preserving(ALPHAS_CUMPROD), (399,)),
+        (variance_preserving(ZERO_SNR), (998, 399)),
+        (variance_preserving(ZERO_SNR), (399,)),
         (Parametrisation(lambda t: (torch.ones_like(t), t), "x_0"), (80.0, 2.0, 0.5)),  # EDM's
     ],
 )
