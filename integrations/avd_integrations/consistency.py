@@ -7,7 +7,6 @@ which names of the script they read. The module imports no host; it looks at the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from avd_core import AVDConfig, LossOutput, MotionConfig, RegressionConfig
 from avd_integrations._host import Host
 from avd_integrations.parametrisation import (
-    Parametrisation,
     Prediction,
     phase_end_to_velocity,
     rectified_flow,
@@ -37,60 +35,10 @@ _PAPER_REGRESSION = RegressionConfig()
 _PAPER_MOTION = MotionConfig()
 
 
-class ConsistencyTerms(nn.Module):
-    """Both terms, of the prediction that a consistency distiller makes of noised real clips for its own loss.
-
-    The sample of the motion term is the prediction's ``x_0``, which has gradient; these trainers generate no other.
-    The only state is the cache: register the module with the host's checkpointing, or save ``state_dict()``.
-
-    Args:
-        timesteps: The points at which the host noises clips, which are the grid of the cache, in the host's unit.
-            Strictly rising or falling.
-        parametrisation: The host's path, and what the prediction is that :meth:`forward` gets.
-        regression: Options of the adaptive regression; None leaves it out.
-        motion: Options of the motion term; None leaves it out.
-        layout: Order of the host's dimensions.
-
-    Raises:
-        ValueError: If both terms are left out, or the motion term is on for images.
-    """
-
-    def __init__(
-        self,
-        timesteps: Sequence[float],
-        parametrisation: Parametrisation,
-        regression: RegressionConfig | None,
-        motion: MotionConfig | None,
-        layout: Layout,
-    ) -> None:
-        super().__init__()
-        if regression is None and motion is None:
-            raise ValueError("regression and motion are both None: nothing to compute.")
-        config = AVDConfig(timesteps=tuple(float(t) for t in timesteps), regression=regression, motion=motion)
-        self.terms = HostTerms(config, parametrisation, layout=layout)
-
-    def forward(self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
-        """The loss to add to the host's, and its metrics.
-
-        Args:
-            prediction: ``[B, ...]`` of the student, in the host's layout, with gradient.
-            x_t: ``[B, ...]`` the noised clips that it saw.
-            clips: ``[B, ...]`` the clean latents in them.
-            noise: ``[B, ...]`` the noise in them.
-            times: ``[B]`` members of ``timesteps``.
-
-        Returns:
-            LossOutput: A scalar in the scale of a mean, and the metrics of :class:`avd_core.AVDObjective`.
-        """
-        return self.terms.from_prediction(prediction, x_t, clips, noise, times)
-
-    def update(self) -> None:
-        """End the optimizer step; only with gradient accumulation and ``RegressionConfig(auto_update=False)``."""
-        self.terms.update()
-
-
 class PhasedConsistencyTerms(nn.Module):
-    """:class:`ConsistencyTerms` where the prediction is ``x`` at the end of a phase, on rectified flow's path.
+    """:class:`HostTerms` where the prediction is ``x`` at the end of a phase, on rectified flow's path.
+
+    The only state is the cache: register the module with the host's checkpointing, or save ``state_dict()``.
 
     Args:
         solver: The host's ``EulerSolver``, of which ``sigmas`` and ``sigmas_prev`` are read, both ``[N]`` in [0, 1].
@@ -104,7 +52,8 @@ class PhasedConsistencyTerms(nn.Module):
 
     Raises:
         RuntimeError: If the solver does not have what is read.
-        ValueError: As :class:`ConsistencyTerms`, or for a ``first_index`` that the solver does not have.
+        ValueError: If both terms are left out, for a ``first_index`` that the solver does not have, or as
+            :class:`HostTerms`.
     """
 
     sigmas: Tensor
@@ -125,15 +74,14 @@ class PhasedConsistencyTerms(nn.Module):
         sigmas, ends = (_tensor_of(solver, name, host) for name in ("sigmas", "sigmas_prev"))
         if not 0 <= first_index < len(sigmas):
             raise ValueError(f"first_index must be an index of the solver's {len(sigmas)} points, got {first_index}.")
-        grid = sigmas[first_index:].tolist()
         # Velocities: the phase's end is left behind before HostTerms sees anything.
-        self.terms = ConsistencyTerms(grid, rectified_flow(1), regression, motion, layout)
+        self.terms = HostTerms(_config(sigmas[first_index:], regression, motion), rectified_flow(1), layout=layout)
         self.first_index, self.first_index_steps = first_index, first_index_steps
         # Not saved: they are the solver's, and the cache has its own grid to compare.
         self.register_buffer("sigmas", sigmas.detach().clone(), persistent=False)
         self.register_buffer("ends", ends.detach().clone(), persistent=False)
 
-    def forward(
+    def from_prediction(
         self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, index: Tensor, end_index: Tensor
     ) -> LossOutput:
         """The loss to add to the host's, and its metrics.
@@ -147,17 +95,26 @@ class PhasedConsistencyTerms(nn.Module):
             end_index: ``[B]`` the point whose previous one is the end of the phase, as the solver returned it.
 
         Returns:
-            LossOutput: As :meth:`ConsistencyTerms.forward`.
+            LossOutput: As :meth:`HostTerms.from_prediction`.
+
+        Raises:
+            TypeError, ValueError: As there, and where ``prediction`` has another shape than ``x_t``.
         """
+        if prediction.shape != x_t.shape:
+            raise ValueError(
+                f"prediction must have the shape of x_t, {list(x_t.shape)}, got {list(prediction.shape)}: nothing is "
+                "broadcast here."
+            )
         if self.first_index_steps:
             end_index = torch.where(index[0] == self.first_index, index, end_index)
         sigma, sigma_end = self.sigmas[index], self.ends[end_index]
-        velocity = phase_end_to_velocity(prediction.float(), x_t.float(), sigma, sigma_end)
-        output: LossOutput = self.terms(velocity, x_t.float(), clips, noise, sigma)
-        return output
+        # In half precision the difference of two near points would be mostly rounding.
+        x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
+        velocity = phase_end_to_velocity(prediction, x_t, sigma, sigma_end)
+        return self.terms.from_prediction(velocity, x_t, clips, noise, sigma)
 
     def update(self) -> None:
-        """As :meth:`ConsistencyTerms.update`."""
+        """As :meth:`HostTerms.update`."""
         self.terms.update()
 
 
@@ -167,10 +124,11 @@ def lcm_terms(
     regression: RegressionConfig | None = _PAPER_REGRESSION,
     motion: MotionConfig | None = None,
     layout: Layout = "BCHW",
-) -> ConsistencyTerms:
-    """For LCM: ``terms(model_pred, noisy_model_input, latents, noise, start_timesteps)``.
+) -> HostTerms:
+    """For LCM: ``terms.from_prediction(model_pred, noisy_model_input, latents, noise, start_timesteps)``.
 
-    ``model_pred`` is the consistency function, a prediction of ``x_0``, at DDPM's integer timesteps.
+    ``model_pred`` is the consistency function, a prediction of ``x_0``, at DDPM's integer timesteps. The sample of the
+    motion term is that prediction; the script generates no other.
 
     Args:
         noise_scheduler: The script's DDPM scheduler, of which ``alphas_cumprod`` ``[T]`` is read.
@@ -181,10 +139,16 @@ def lcm_terms(
 
     Raises:
         RuntimeError: If the scheduler does not have what is read.
-        ValueError: As :class:`ConsistencyTerms`.
+        TypeError: If ``ddim_timesteps`` is something else, such as the solver.
+        ValueError: If both terms are left out, or as :class:`HostTerms`.
     """
+    if not isinstance(ddim_timesteps, Tensor):
+        raise TypeError(
+            f"ddim_timesteps must be the tensor of the script's solver, got {type(ddim_timesteps).__name__}. Pass "
+            "solver.ddim_timesteps."
+        )
     parametrisation = variance_preserving(_tensor_of(noise_scheduler, "alphas_cumprod", LCM), "x_0")
-    return ConsistencyTerms(ddim_timesteps.tolist(), parametrisation, regression, motion, layout)
+    return HostTerms(_config(ddim_timesteps, regression, motion), parametrisation, layout=layout)
 
 
 def pcm_terms(
@@ -193,13 +157,13 @@ def pcm_terms(
     regression: RegressionConfig | None = _PAPER_REGRESSION,
     motion: MotionConfig | None = None,
     layout: Layout = "BCHW",
-) -> ConsistencyTerms | PhasedConsistencyTerms:
+) -> HostTerms | PhasedConsistencyTerms:
     """For PCM's three backbones; which of them is told by the solver.
 
-    - Stable Diffusion 3, ``EulerSolver``: ``terms(model_pred, noisy_model_input, model_input, noise, index,
-      end_index)``. ``model_pred`` is x at the phase's end by then.
-    - Stable Diffusion 1.5 and XL, ``DDIMSolver``: ``terms(noise_pred, noisy_model_input, latents, noise,
-      start_timesteps)``. The model's own output is still there beside the phase's end, so it is read.
+    - Stable Diffusion 3, ``EulerSolver``: ``terms.from_prediction(model_pred, noisy_model_input, model_input, noise,
+      index, end_index)``. ``model_pred`` is x at the phase's end by then.
+    - Stable Diffusion 1.5 and XL, ``DDIMSolver``: ``terms.from_prediction(noise_pred, noisy_model_input, latents,
+      noise, start_timesteps)``. The model's own output is still there beside the phase's end, so it is read.
 
     Args:
         noise_scheduler: The script's scheduler. For a ``DDIMSolver`` its ``alphas_cumprod`` and
@@ -211,7 +175,7 @@ def pcm_terms(
 
     Raises:
         RuntimeError: If the solver is neither, or an object does not have what is read.
-        ValueError: As :class:`ConsistencyTerms`.
+        ValueError: If both terms are left out, or as :class:`HostTerms`.
     """
     if hasattr(solver, "sigmas"):
         return PhasedConsistencyTerms(solver, regression, motion, layout, host=PCM)
@@ -223,7 +187,7 @@ def pcm_terms(
             f"The noise scheduler's config.prediction_type is {name!r}, known are {', '.join(_PREDICTIONS)}"
         )
     parametrisation = variance_preserving(table, _PREDICTIONS[name])
-    return ConsistencyTerms(timesteps.tolist(), parametrisation, regression, motion, layout)
+    return HostTerms(_config(timesteps, regression, motion), parametrisation, layout=layout)
 
 
 def dcm_terms(
@@ -234,7 +198,7 @@ def dcm_terms(
     sp_size: int,
     first_index: int = 35,
 ) -> PhasedConsistencyTerms:
-    """For DCM's experts: ``terms(model_pred, noisy_model_input, model_input, noise, index, end_index)``.
+    """For DCM's experts: ``from_prediction(model_pred, noisy_model_input, model_input, noise, index, end_index)``.
 
     Args:
         solver: The script's ``EulerSolver``.
@@ -265,6 +229,13 @@ def dcm_terms(
         first_index_steps=first_index > 0,
         host=DCM,
     )
+
+
+def _config(timesteps: Tensor, regression: RegressionConfig | None, motion: MotionConfig | None) -> AVDConfig:
+    """The points at which the host noises clips are the grid of the cache."""
+    if regression is None and motion is None:
+        raise ValueError("regression and motion are both None: nothing to compute.")
+    return AVDConfig(timesteps=tuple(timesteps.tolist()), regression=regression, motion=motion)
 
 
 def _tensor_of(owner: Any, name: str, host: Host) -> Tensor:

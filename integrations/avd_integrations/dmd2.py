@@ -30,6 +30,7 @@ _READ = (
     "alphas_cumprod",
     "denoising",
     "denoising_step_list",
+    "num_denoising_step",
     "conditioning_timestep",
     "num_train_timesteps",
     "network_context_manager",
@@ -71,10 +72,16 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
     Raises:
         ImportError: If DMD2 cannot be imported.
         RuntimeError: If it is one that this adapter does not fit.
+        TypeError: If ``regression`` is something else, such as an ``AVDConfig``.
         ValueError: If ``regression.auto_update`` is off. When the subclass is constructed: with ``--gan_alone``, or
             without ``--cls_on_clean_image``.
     """
     regression = RegressionConfig() if regression is None else regression
+    if not isinstance(regression, RegressionConfig):
+        raise TypeError(
+            f"regression must be a RegressionConfig or None, got {type(regression).__name__}. DMD2 has the few steps "
+            "and no motion term, so the regression's options are all that there is to configure."
+        )
     if not regression.auto_update:
         raise ValueError("DMD2 does not accumulate gradients. Leave regression.auto_update at True.")
     base: Any = _HOST.load("main.sd_unified_model", {"SDUniModel.forward": _PASSED}).SDUniModel
@@ -86,8 +93,13 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
             _check_options(args)
             super().__init__(args, accelerator)
             _HOST.check(self, dict.fromkeys(_READ, ()))
-            steps = self.denoising_step_list.tolist() if self.denoising else [self.conditioning_timestep]
-            # On the guidance model before the trainer wraps and saves it.
+            steps = [self.conditioning_timestep]
+            if self.denoising:
+                # Where their number does not divide 1000 the list has one more, which is never drawn.
+                steps = self.denoising_step_list[: self.num_denoising_step].tolist()
+            # On the guidance model before the trainer wraps and saves it. Being wrapped does the cache no harm here:
+            # it is updated in each call, so DDP's broadcast finds nothing that is pending and the same means on all
+            # ranks, and the trainer has mixed_precision="no", so FSDP casts no buffers.
             self.guidance_model.avd = HostTerms(
                 AVDConfig(timesteps=tuple(float(step) for step in steps), regression=regression, motion=None),
                 variance_preserving(self.alphas_cumprod, "noise"),

@@ -6,14 +6,8 @@ import torch
 from torch import nn
 
 from avd_core import AVDConfig, AVDObjective, MotionConfig, RegressionConfig
-from avd_integrations import rectified_flow, variance_preserving
-from avd_integrations.consistency import (
-    ConsistencyTerms,
-    PhasedConsistencyTerms,
-    dcm_terms,
-    lcm_terms,
-    pcm_terms,
-)
+from avd_integrations import HostTerms, rectified_flow, variance_preserving
+from avd_integrations.consistency import PhasedConsistencyTerms, dcm_terms, lcm_terms, pcm_terms
 from helpers import reference_motion
 
 ALPHAS = torch.linspace(0.9999, 0.005, 1000)
@@ -35,7 +29,8 @@ def euler_solver():
 
 def noised(parametrisation, times, *shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    clips, noise, velocity = torch.randn(3, len(times), *shape, generator=generator).unbind()
+    clips, noise, velocity = (torch.randn(len(times), *shape, generator=generator) for _ in range(3))
+    velocity.requires_grad_()
     x_t = parametrisation.add_noise(clips, noise, times)
     alpha, sigma = (c.float().view(-1, *[1] * len(shape)) for c in parametrisation.coefficients(times))
     x_0 = (x_t - sigma * velocity) / (alpha + sigma)
@@ -50,7 +45,7 @@ def expected_regression(velocity, clips, noise, times, grid):
 def test_lcm_reads_the_clean_prediction_of_its_consistency_function():
     times = torch.tensor([999, 249, 499])
     clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
-    loss, metrics = lcm_terms(ddpm(), DDIM_TIMESTEPS)(x_0, x_t, clips, noise, times)
+    loss, metrics = lcm_terms(ddpm(), DDIM_TIMESTEPS).from_prediction(x_0, x_t, clips, noise, times)
     expected = expected_regression(velocity, clips, noise, times, DDIM_TIMESTEPS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-4, atol=1e-5)
     assert set(metrics) == set(expected.metrics)
@@ -62,7 +57,7 @@ def test_pcm_with_ddim_reads_the_output_of_the_model(prediction):
     clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
     name = {"epsilon": "noise", "v_prediction": "v", "sample": "x_0"}[prediction]
     output = variance_preserving(ALPHAS, name).output(x_0, x_0 + velocity, times)
-    loss, _ = pcm_terms(ddpm(prediction), ddim_solver())(output, x_t, clips, noise, times)
+    loss, _ = pcm_terms(ddpm(prediction), ddim_solver()).from_prediction(output, x_t, clips, noise, times)
     expected = expected_regression(velocity, clips, noise, times, DDIM_TIMESTEPS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -72,7 +67,7 @@ def test_pcm_with_euler_goes_back_from_the_end_of_the_phase():
     sigma, end = SIGMAS[index], torch.tensor([SIGMAS[24], SIGMAS[24], 0.0])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), sigma, 4, 8, 8)
     x_end = x_t + (end - sigma).view(-1, 1, 1, 1) * velocity
-    loss, _ = pcm_terms(None, euler_solver())(x_end, x_t, clips, noise, index, end_index)
+    loss, _ = pcm_terms(None, euler_solver()).from_prediction(x_end, x_t, clips, noise, index, end_index)
     expected = expected_regression(velocity, clips, noise, sigma, SIGMAS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -85,7 +80,7 @@ def test_dcm_goes_one_step_where_the_script_does(first):
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
     terms = dcm_terms(euler_solver(), motion=None, sp_size=1)
-    loss, _ = terms(x_end, x_t, clips, noise, index, end_index)
+    loss, _ = terms.from_prediction(x_end, x_t, clips, noise, index, end_index)
     expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS[35:])
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -97,7 +92,7 @@ def test_dcms_detail_experts_go_to_the_phases_end_from_every_index():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
     terms = dcm_terms(euler_solver(), motion=None, sp_size=1, first_index=0)
-    loss, _ = terms(x_end, x_t, clips, noise, index, end_index)
+    loss, _ = terms.from_prediction(x_end, x_t, clips, noise, index, end_index)
     expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -105,10 +100,10 @@ def test_dcms_detail_experts_go_to_the_phases_end_from_every_index():
 def test_the_motion_term_sees_clean_predictions_and_not_phase_ends():
     index, end_index = torch.tensor([45]), torch.tensor([35])
     clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
-    velocity = velocity.requires_grad_()
+    x_0 = x_0.detach()
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
     terms = dcm_terms(euler_solver(), regression=None, motion=MotionConfig(floor=-9), sp_size=1)
-    loss, metrics = terms(x_end, x_t, clips, noise, index, end_index)
+    loss, metrics = terms.from_prediction(x_end, x_t, clips, noise, index, end_index)
     torch.testing.assert_close(metrics["motion/variance"], x_0.var(dim=2, correction=0).mean(), rtol=1e-3, atol=1e-4)
     assert loss.item() == pytest.approx(reference_motion(x_0.tolist(), floor=-9), rel=1e-4)
     (gradient,) = torch.autograd.grad(loss, velocity)
@@ -123,7 +118,7 @@ def test_both_terms_are_added():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
     both, regression, motion = (
-        dcm_terms(euler_solver(), *options, sp_size=1)(x_end, x_t, clips, noise, index, end_index)
+        dcm_terms(euler_solver(), *options, sp_size=1).from_prediction(x_end, x_t, clips, noise, index, end_index)
         for options in [(), (RegressionConfig(), None), (None, MotionConfig())]
     )
     torch.testing.assert_close(both.loss, regression.loss + motion.loss)
@@ -136,10 +131,11 @@ def test_the_gradient_is_that_of_the_velocity():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     gradients = []
     for through_end in (True, False):
-        leaf = velocity.clone().requires_grad_()
+        leaf = velocity.detach().clone().requires_grad_()
         if through_end:
             x_end = x_t + (SIGMAS[34] - SIGMAS[index]).view(-1, 1, 1, 1, 1) * leaf
-            loss = dcm_terms(euler_solver(), motion=None, sp_size=1)(x_end, x_t, clips, noise, index, end_index).loss
+            terms = dcm_terms(euler_solver(), motion=None, sp_size=1)
+            loss = terms.from_prediction(x_end, x_t, clips, noise, index, end_index).loss
         else:
             loss = expected_regression(leaf, clips, noise, SIGMAS[index], SIGMAS[35:]).loss
         gradients.append(torch.autograd.grad(loss, leaf)[0])
@@ -151,13 +147,35 @@ def test_images_have_no_motion_term():
         lambda m: lcm_terms(ddpm(), DDIM_TIMESTEPS, motion=m),
         lambda m: pcm_terms(None, euler_solver(), motion=m),
     ):
-        with pytest.raises(ValueError, match="images have none"):
+        with pytest.raises(ValueError, match=r"images have none\. Leave it out with motion=None, or .*layout="):
             make(MotionConfig())
 
 
-def test_nothing_to_compute_is_refused():
-    with pytest.raises(ValueError, match="nothing to compute"):
-        dcm_terms(euler_solver(), regression=None, motion=None, sp_size=1)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lcm_terms(ddpm(), DDIM_TIMESTEPS, None),
+        lambda: pcm_terms(ddpm(), ddim_solver(), None),
+        lambda: pcm_terms(None, euler_solver(), None),
+        lambda: dcm_terms(euler_solver(), None, None, sp_size=1),
+    ],
+)
+def test_nothing_to_compute_is_refused_when_the_terms_are_made(make):
+    with pytest.raises(ValueError, match="regression and motion are both None: nothing to compute"):
+        make()
+
+
+def test_a_solver_in_place_of_its_timesteps_is_refused():
+    with pytest.raises(TypeError, match=r"got SimpleNamespace\. Pass solver\.ddim_timesteps"):
+        lcm_terms(ddpm(), ddim_solver())
+
+
+def test_what_would_be_broadcast_is_refused():
+    index, end_index = torch.tensor([45, 40]), torch.tensor([35, 35])
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    terms = dcm_terms(euler_solver(), sp_size=1)
+    with pytest.raises(ValueError, match=r"prediction must have the shape of x_t, \[2, 4, 5, 3, 3\], got \[1, 4"):
+        terms.from_prediction(velocity[:1], x_t, clips, noise, index, end_index)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +200,9 @@ def test_an_index_that_the_solver_has_not_is_refused():
 
 
 def test_the_motion_term_is_refused_where_a_rank_has_some_of_the_frames():
-    with pytest.raises(ValueError, match=r"a rank has 1/4 of a clip's frames.*Use motion=None.*--sp_size 1"):
-        dcm_terms(euler_solver(), sp_size=4)
-    assert dcm_terms(euler_solver(), motion=None, sp_size=4).terms.terms.objective.motion is None
+    with pytest.raises(ValueError, match=r"a rank has 1/2 of a clip's frames.*Use motion=None.*--sp_size 1"):
+        dcm_terms(euler_solver(), sp_size=2)
+    assert dcm_terms(euler_solver(), motion=None, sp_size=2).terms.objective.motion is None
     with pytest.raises(ValueError, match="at least 1, got 0"):
         dcm_terms(euler_solver(), motion=None, sp_size=0)
 
@@ -192,46 +210,79 @@ def test_the_motion_term_is_refused_where_a_rank_has_some_of_the_frames():
 def test_the_state_is_the_cache_alone():
     terms = dcm_terms(euler_solver(), sp_size=1)
     index = torch.tensor([45, 36])
-    clips, noise, x_t, _, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     for _ in range(3):
-        terms(x_t, x_t, clips, noise, index, torch.full((2,), 35))
+        terms.from_prediction(x_t + velocity, x_t, clips, noise, index, torch.full((2,), 35))
     other = dcm_terms(euler_solver(), sp_size=1)
     other.load_state_dict(terms.state_dict())
-    assert not any(name in ("sigmas", "ends") for name in terms.state_dict())
-    assert other.state_dict().keys() == terms.state_dict().keys()
-    cache = other.terms.terms.objective.regression.cache
+    cache = other.terms.objective.regression.cache
+    prefix = "terms.objective.regression.cache."
+    saved = {name for name in terms.state_dict() if not name.startswith("terms.objective.balance.")}
+    assert saved == {prefix + name for name in cache.state_dict()}
     assert cache.seen.tolist() == [i in (36, 45) for i in range(35, 50)]
 
 
 def test_accumulated_gradients_are_one_iteration():
     terms = pcm_terms(None, euler_solver(), RegressionConfig(auto_update=False))
-    cache = terms.terms.terms.objective.regression.cache
+    cache = terms.terms.objective.regression.cache
     index = torch.tensor([45])
     for seed in range(2):
-        clips, noise, x_t, _, _ = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3, seed=seed)
-        terms(x_t, x_t, clips, noise, index, torch.tensor([25]))
+        clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3, seed=seed)
+        terms.from_prediction(x_t + velocity, x_t, clips, noise, index, torch.tensor([25]))
         assert not cache.seen.any()
     terms.update()
     assert cache.seen.sum() == 1
     dcm_terms(euler_solver(), regression=None, sp_size=1).update()
 
 
-def test_half_precision_latents_are_compared_in_float32():
-    index = torch.tensor([45])
-    clips, noise, x_t, velocity, _ = (t.bfloat16() for t in noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3))
-    x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
-    terms = dcm_terms(euler_solver(), sp_size=1)
-    assert terms(x_end, x_t, clips, noise, index, torch.tensor([35])).loss.dtype == torch.float32
+def of_a_nearly_right_student(dtype):
+    """Arguments for DCM in which the regression's loss is a small difference, as it is in training."""
+    index, end_index = torch.tensor([45, 36]), torch.tensor([35, 35])
+    clips, noise, x_t, error, _ = (
+        tensor.detach().to(dtype) for tensor in noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
+    )
+    step = (SIGMAS[34].double() - SIGMAS[index].double()).view(-1, 1, 1, 1, 1)
+    x_end = (x_t.double() + step * (noise.double() - clips.double() + 0.01 * error.double())).to(dtype)
+    return [x_end.requires_grad_(), x_t, clips, noise, index, end_index]
+
+
+def losses(arguments):
+    loss, metrics = dcm_terms(euler_solver(), sp_size=1).from_prediction(*arguments)
+    return loss, metrics["regression/sample_losses"], metrics["motion/variance"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_latents_are_compared_in_float32(dtype):
+    given = of_a_nearly_right_student(dtype)
+    float32 = [tensor.float() if tensor.is_floating_point() else tensor for tensor in given]
+    for value, expected in zip(losses(given), losses(float32), strict=True):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+
+
+def test_latents_in_float64_stay_so():
+    given = of_a_nearly_right_student(torch.float64)
+    x_end, x_t, clips, noise, index, _ = (tensor.detach().numpy() for tensor in given)
+    sigma, end = (s.reshape(-1, 1, 1, 1, 1) for s in (SIGMAS.double().numpy()[index], SIGMAS[34].double().numpy()))
+    velocity = (x_end - x_t) / (end - sigma).astype(np.float64)
+    _, sample_losses, variance = losses(given)
+    assert sample_losses.dtype == torch.float64
+    np.testing.assert_allclose(sample_losses, ((velocity - noise + clips) ** 2).mean(axis=(1, 2, 3, 4)), rtol=1e-9)
+    np.testing.assert_allclose(variance, (x_t - sigma * velocity).var(axis=2).mean(), rtol=1e-9)
 
 
 def test_neither_noises_nor_runs_anything_itself():
-    terms = ConsistencyTerms((0.5,), rectified_flow(1), RegressionConfig(), None, "BCFHW")
+    index = torch.tensor([45])
+    clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3)
     state = torch.get_rng_state()
-    clips, noise, x_t, velocity, _ = noised(rectified_flow(1), torch.tensor([0.5]), 4, 2, 3, 3)
-    terms(velocity, x_t, clips, noise, torch.tensor([0.5]))
+    terms = pcm_terms(None, euler_solver())
+    terms.from_prediction(x_t + velocity, x_t, clips, noise, index, torch.tensor([25]))
+    lcm = lcm_terms(ddpm(), DDIM_TIMESTEPS)
+    lcm.from_prediction(x_0, x_t, clips, noise, DDIM_TIMESTEPS[:1])
     assert torch.equal(state, torch.get_rng_state())
-    with pytest.raises(ValueError, match="without predict and clips"):
-        terms.terms({})
+    for made in (terms.terms, lcm):
+        with pytest.raises(ValueError, match="without predict and clips"):
+            made({})
 
 
 def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
@@ -264,7 +315,7 @@ def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
         noise_pred = unet(x_t, times, encoder_hidden_states=text).sample
         alpha = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
         x_0 = (x_t - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
-        loss, metrics = terms(x_0, x_t, latents, noise, times)
+        loss, metrics = terms.from_prediction(x_0, x_t, latents, noise, times)
         # For a noise prediction the velocity's error is that of the noise, (alpha + sigma) / alpha times.
         factor = (1 + ((1 - alpha) / alpha).sqrt()).flatten()
         by_hand = factor**2 * ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))
@@ -276,7 +327,7 @@ def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
     assert losses[-1] < losses[0]
     accelerator.save_state(tmp_path)
     state = {name: value.clone() for name, value in terms.state_dict().items()}
-    terms.terms.objective.regression.cache.reset()
+    terms.objective.regression.cache.reset()
     accelerator.load_state(tmp_path)
     for name, value in terms.state_dict().items():
         torch.testing.assert_close(value, state[name])
@@ -286,4 +337,15 @@ def test_the_modules_follow_a_device_move():
     terms = dcm_terms(euler_solver(), sp_size=1).to("meta")
     assert terms.sigmas.device.type == terms.ends.device.type == "meta"
     assert isinstance(terms, PhasedConsistencyTerms)
-    assert isinstance(terms, nn.Module)
+    assert terms.terms.objective.regression.cache.means.device.type == "meta"
+
+
+def test_what_the_scripts_register_is_a_module_of_one_kind_or_the_other():
+    for terms, kind in [
+        (lcm_terms(ddpm(), DDIM_TIMESTEPS), HostTerms),
+        (pcm_terms(ddpm(), ddim_solver()), HostTerms),
+        (pcm_terms(None, euler_solver()), PhasedConsistencyTerms),
+    ]:
+        assert isinstance(terms, kind)
+        assert isinstance(terms, nn.Module)
+        assert callable(terms.from_prediction)

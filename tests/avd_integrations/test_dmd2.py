@@ -1,6 +1,5 @@
 """What needs no DMD2: refusals, and the regression's arithmetic on a model of the same shape as its ``SDUniModel``."""
 
-import contextlib
 import sys
 import types
 
@@ -15,13 +14,27 @@ from avd_integrations.dmd2 import sd_uni_model
 ALPHAS = torch.linspace(0.9999, 0.005, 1000)
 
 
+class Context:
+    """In place of the host's autocast."""
+
+    entered = False
+
+    def __enter__(self):
+        self.entered = True
+
+    def __exit__(self, *_):
+        self.entered = False
+
+
 class Generator(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(0.3))
         self.seen = []
+        self.context = Context()
 
     def forward(self, x_t, times, text, added_cond_kwargs):
+        assert self.context.entered, "the host runs its generator in network_context_manager"
         self.seen.append((x_t, times, text, added_cond_kwargs))
         return types.SimpleNamespace(sample=self.scale * x_t)
 
@@ -33,10 +46,11 @@ class SDUniModel(nn.Module):
         super().__init__()
         self.accelerator = accelerator
         self.feedforward_model, self.guidance_model = Generator(), nn.Linear(1, 1)
-        self.alphas_cumprod, self.num_train_timesteps = ALPHAS, 1000
+        self.alphas_cumprod, self.num_train_timesteps = args.alphas_cumprod, 1000
         self.denoising, self.conditioning_timestep = args.denoising, 399
-        self.denoising_step_list = torch.tensor([999, 749, 499, 249])
-        self.network_context_manager = contextlib.nullcontext()
+        self.num_denoising_step = args.num_denoising_step
+        self.denoising_step_list = torch.tensor(range(999, 0, -(1000 // args.num_denoising_step)))
+        self.network_context_manager = self.feedforward_model.context
 
     def forward(
         self,
@@ -65,7 +79,8 @@ def host(monkeypatch):
 
 
 def options(**changes):
-    return types.SimpleNamespace(**{"gan_alone": False, "cls_on_clean_image": True, "denoising": True} | changes)
+    of_the_host = {"gan_alone": False, "cls_on_clean_image": True, "denoising": True, "num_denoising_step": 4}
+    return types.SimpleNamespace(**of_the_host | {"alphas_cumprod": ALPHAS} | changes)
 
 
 def build(regression=None, **changes):
@@ -103,14 +118,15 @@ def test_a_forward_that_has_moved_is_named(host):
         sd_uni_model()
 
 
-def test_an_attribute_that_has_moved_is_named(host):
+@pytest.mark.parametrize("name", ["denoising_step_list", "num_denoising_step"])
+def test_an_attribute_that_has_moved_is_named(host, name):
     class Moved(SDUniModel):
         def __init__(self, args, accelerator):
             super().__init__(args, accelerator)
-            del self.denoising_step_list
+            delattr(self, name)
 
     host(Moved)
-    with pytest.raises(RuntimeError, match=r"has no denoising_step_list: .*DMD2 8d8fa55"):
+    with pytest.raises(RuntimeError, match=rf"has no {name}: .*DMD2 8d8fa55"):
         build()
 
 
@@ -147,6 +163,12 @@ def test_a_cache_that_nothing_would_update_is_refused(host):
         sd_uni_model(RegressionConfig(auto_update=False))
 
 
+def test_a_configuration_of_everything_is_refused(host):
+    host()
+    with pytest.raises(TypeError, match="must be a RegressionConfig or None, got AVDConfig"):
+        sd_uni_model(AVDConfig())
+
+
 def test_the_regression_is_added_on_generator_updates_alone(host):
     host()
     model = build()
@@ -181,6 +203,33 @@ def test_the_first_step_sees_noise_alone_and_the_others_see_the_image(host):
         chosen = times == time
         product = (x_t[chosen] * data["images"][chosen]).mean().item()
         assert product == pytest.approx(0.0 if time == 999 else ALPHAS[249].sqrt().item(), abs=0.06)
+
+
+def test_a_step_that_the_host_never_draws_is_none_here(host):
+    """1000 is no multiple of 6, and the host's list has 3 as a seventh."""
+    host()
+    model = build(num_denoising_step=6)
+    assert len(model.denoising_step_list) == 7
+    steps = [999, 833, 667, 501, 335, 169]
+    assert model.guidance_model.avd.objective.regression.cache.timesteps.tolist() == steps
+    model(None, None, real_train_dict=batch(200), generator_turn=True)
+    _, times, *_ = model.feedforward_model.seen[0]
+    assert set(times.tolist()) == set(steps)
+
+
+def test_everything_is_brought_to_where_the_host_computes(host):
+    class Elsewhere(torch.Tensor):
+        """Has values, which the constructor looks at, and says that they are on another device."""
+
+        device = torch.device("meta")
+
+    host()
+    model = build(alphas_cumprod=ALPHAS.as_subclass(Elsewhere))
+    assert {buffer.device.type for buffer in model.guidance_model.avd.buffers()} == {"meta"}
+    model.feedforward_model.to("meta")
+    losses, _ = model(None, None, real_train_dict=batch(), generator_turn=True)
+    x_t, times, *_ = model.feedforward_model.seen[0]
+    assert x_t.device.type == times.device.type == losses["loss_dm"].device.type == "meta"
 
 
 def test_a_one_step_generator_sees_noise_at_its_conditioning_time(host):

@@ -5,6 +5,11 @@ import pytest
 pytestmark = pytest.mark.hosts
 
 
+def functions(path):
+    tree = ast.parse(path.read_text())
+    return {node.name: ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_the_trainer_steps_saves_and_continues(run_in_host, kind):
     report = run_in_host("DMD2", "dmd2.py", kind)
@@ -13,11 +18,20 @@ def test_the_trainer_steps_saves_and_continues(run_in_host, kind):
 
 
 def test_the_trainer_sums_what_the_adapter_counts_on(checkout):
-    """``loss_dm`` is in the generator's loss, and the guidance model is saved whole."""
-    trainer = ast.parse((checkout("DMD2") / "main" / "train_sd.py").read_text())
-    methods = {node.name: ast.unparse(node) for node in ast.walk(trainer) if isinstance(node, ast.FunctionDef)}
+    """``loss_dm`` is in the generator's loss, and the guidance model is saved whole, its buffers as they are."""
+    methods = functions(checkout("DMD2") / "main" / "train_sd.py")
     step = methods["train_one_step"]
     assert "generator_loss += generator_loss_dict['loss_dm'] * self.args.dm_loss_weight" in step
     assert "real_train_dict = next(self.real_dataloader)" in step
     assert "self.fsdp_state_dict(self.model.guidance_model)" in methods["save"]
     assert "self.accelerator.save_state(output_path)" in methods["save"]
+    assert "mixed_precision='no'" in methods["__init__"]
+    assert "MixedPrecision" not in (checkout("DMD2") / "main" / "train_sd.py").read_text()
+
+
+def test_the_model_draws_the_first_of_its_steps(checkout):
+    methods = functions(checkout("DMD2") / "main" / "sd_unified_model.py")
+    assert "torch.randint(0, self.num_denoising_step, " in methods["prepare_denoising_data"]
+    assert "self.denoising_step_list.to(noise.device)[indices]" in methods["prepare_denoising_data"]
+    assert "torch.randint(low=0, high=self.num_denoising_step, " in methods["sample_backward"]
+    assert "self.denoising_step_list[selected_step]" in methods["sample_backward"]

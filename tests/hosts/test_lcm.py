@@ -1,6 +1,6 @@
 import pytest
 
-from page_lines import assert_in_order, assignments, page_lines, with_lines
+from page_lines import assert_in_order, assignments, call, page_lines, with_lines
 
 pytestmark = pytest.mark.hosts
 
@@ -18,6 +18,15 @@ def test_the_script_steps_saves_and_continues(run_in_host):
     report = run_in_host("diffusers", "lcm.py")
     assert len(report["added"]) == 2
     assert report["entries"] == 2
+
+
+def test_the_lines_pass_what_the_terms_take():
+    create, term, _ = (code for _, _, code in page_lines("lcm.md"))
+    assert call(create, "lcm_terms") == (["noise_scheduler", "solver.ddim_timesteps"], {})
+    assert call(term, "from_prediction") == (
+        ["model_pred", "noisy_model_input", "latents", "noise", "start_timesteps"],
+        {},
+    )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -1,15 +1,41 @@
+import ast
+import re
+
 import pytest
 
-from page_lines import assert_in_order, assignments, page_lines, with_lines
+from page_lines import PAGES, assert_in_order, assignments, call, page_lines, with_lines
 
 pytestmark = pytest.mark.hosts
 
-FLOW = ["train_pcm_lora_sd3.py", "train_pcm_lora_sd3_adv.py", "train_pcm_lora_sd3_adv_stochastic.py"]
+FLOW = [
+    "text_to_image_sd3/train_pcm_lora_sd3.py",
+    "text_to_image_sd3/train_pcm_lora_sd3_adv.py",
+    "text_to_image_sd3/train_pcm_lora_sd3_adv_stochastic.py",
+]
 DDIM = [
     "text_to_image_sd15/train_pcm_lora_sd15.py",
     "text_to_image_sd15/train_pcm_lora_sd15_adv.py",
     "text_to_image_sdxl/train_pcm_lora_sdxl_adv.py",
 ]
+READ = {
+    "flow": ["model_pred", "noisy_model_input", "model_input", "noise", "index", "end_index"],
+    "ddim": ["noise_pred", "noisy_model_input", "latents", "noise", "start_timesteps"],
+}
+
+
+def blocks_for(script):
+    """What a reader of the page inserts into one of the six scripts."""
+    *flow, logs, ddim_create, ddim_term, adversarial_logs = page_lines("pcm.md")
+    create, term = flow if script in FLOW else (ddim_create, ddim_term)
+    if "_adv" not in script:
+        return [create, term, logs]
+    ((where, anchor),) = re.findall(r"The second block goes (after) `([^`]+)`", (PAGES / "pcm.md").read_text())
+    return [create, (where.capitalize(), anchor, term[2]), adversarial_logs]
+
+
+@pytest.fixture
+def source(checkout):
+    return lambda script: (checkout("Phased-Consistency-Model") / "code" / script).read_text()
 
 
 def test_the_script_steps_saves_and_continues(run_in_host):
@@ -18,26 +44,45 @@ def test_the_script_steps_saves_and_continues(run_in_host):
     assert report["entries"] >= 2
 
 
-@pytest.mark.parametrize("script", FLOW)
-def test_every_flow_script_has_the_names_that_the_lines_read(checkout, script):
-    source = (checkout("Phased-Consistency-Model") / "code" / "text_to_image_sd3" / script).read_text()
-    if "_adv" in script:
-        # The discriminator's loss goes back first; the page says to take the second.
-        assert [line.strip() for line in source.splitlines()].count("accelerator.backward(loss)") == 2
-    else:
-        compile(with_lines(source, page_lines("pcm.md")), script, "exec")
-    names = assignments(source, "main", "optimizer.step()")
-    assert_in_order(
-        names, ["solver", "noise", "index", "noisy_model_input", "model_pred", "end_index", "target", "loss"]
-    )
-    assert "model_input" in names
+@pytest.mark.parametrize("script", FLOW + DDIM)
+def test_the_lines_pass_what_the_terms_take_and_fit(source, script):
+    blocks = blocks_for(script)
+    compile(with_lines(source(script), blocks), script, "exec")
+    create, term = (code for _, _, code in blocks[:2])
+    assert call(create, "pcm_terms") == (["noise_scheduler", "solver"], {})
+    assert call(term, "from_prediction") == (READ["flow" if script in FLOW else "ddim"], {})
 
 
-@pytest.mark.parametrize("script", DDIM)
-def test_every_ddim_script_keeps_the_output_of_its_model(checkout, script):
-    source = (checkout("Phased-Consistency-Model") / "code" / script).read_text()
-    names = assignments(source, "main", "progress_bar.update(1)")
-    assert "solver" in names
-    assert {"noise_pred", "noisy_model_input", "latents", "noise", "start_timesteps"} <= set(names)
-    after = names[names.index("noise_pred") + 1 :]
-    assert not {"noise_pred", "latents", "noise", "noisy_model_input", "start_timesteps"} & set(after)
+@pytest.mark.parametrize("script", FLOW + DDIM)
+def test_every_script_has_the_names_that_the_lines_read(source, script):
+    read = READ["flow" if script in FLOW else "ddim"]
+    # Up to the student's own backward, which is the last before its optimizer's step.
+    names = assignments(source(script), "main", "optimizer.step()")
+    assert {"noise_scheduler", "solver", *read} <= set(names)
+    if script in FLOW:
+        assert_in_order(
+            names, ["solver", "noise", "index", "noisy_model_input", "model_pred", "end_index", "target", "loss"]
+        )
+    # Nothing overwrites them after the student's prediction, but for its way to the phase's end, which is the target's.
+    after = names[names.index(read[0]) + 1 :]
+    assert set(read) & set(after) == ({"model_pred", "end_index"} if script in FLOW else set())
+
+
+@pytest.mark.parametrize("script", [script for script in FLOW + DDIM if "_adv" in script])
+def test_adversarial_scripts_have_the_terms_on_the_generators_turn(source, script):
+    tree = ast.parse(with_lines(source(script), blocks_for(script)))
+    turns = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "global_step % 2 == 0"]
+    (turn,) = [n for n in turns if "accelerator.backward(loss)" in ast.unparse(n)]
+    discriminators, generators = (ast.unparse(ast.Module(part, [])) for part in (turn.body, turn.orelse))
+    assert "from_prediction" not in discriminators
+    places = [generators.index(line) for line in ("loss += g_loss", "from_prediction(", "accelerator.backward(loss)")]
+    assert places == sorted(places)
+
+
+def test_the_logs_of_a_discriminators_turn_have_no_terms():
+    *_, (_, _, code) = page_lines("pcm.md")
+    names = {"logs": {"d_loss": 1.0}}
+    exec(code, names)
+    assert names["logs"] == {"d_loss": 1.0}
+    with pytest.raises(NameError, match="avd_metrics"):
+        exec(code, {"logs": {"loss_cm": 1.0}})

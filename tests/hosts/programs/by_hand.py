@@ -4,7 +4,6 @@ import contextlib
 import functools
 
 import numpy as np
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from helpers import ReferenceCache, mean, reference_sample_losses, reference_weights
 
@@ -47,27 +46,26 @@ class RegressionByHand:
 
 
 class Calls:
-    """Arguments, loss and cache of every call of a class of modules, whoever makes it."""
+    """Arguments, loss and cache of every call of ``from_prediction`` of a class of terms, whoever makes it."""
 
     def __init__(self, kind):
-        self.kind = kind
         self.arguments, self.losses, self.before, self.after = [], [], [], []
-        register_module_forward_pre_hook(self._enter)
-        register_module_forward_hook(self._leave)
+        method = kind.from_prediction
+
+        @functools.wraps(method)
+        def recorded(terms, *arguments):
+            self.arguments.append([a.detach().clone() for a in arguments])
+            self.before.append(state_of(terms))
+            output = method(terms, *arguments)
+            self.losses.append(output.loss.item())
+            self.after.append(state_of(terms))
+            return output
+
+        kind.from_prediction = recorded
 
     def clear(self):
         for log in (self.arguments, self.losses, self.before, self.after):
             log.clear()
-
-    def _enter(self, module, arguments):
-        if isinstance(module, self.kind):
-            self.arguments.append([a.detach().clone() for a in arguments])
-            self.before.append(state_of(module))
-
-    def _leave(self, module, arguments, output):
-        if isinstance(module, self.kind):
-            self.losses.append(output.loss.item())
-            self.after.append(state_of(module))
 
 
 def noting(method, log):

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-from avd_integrations.consistency import PhasedConsistencyTerms
+from avd_core import RegressionConfig
+from avd_integrations.consistency import PhasedConsistencyTerms, dcm_terms
 from by_hand import Calls, RegressionByHand, check_losses, close, columns, shifted
-from page_lines import load_script, page_lines, with_lines
+from page_lines import code_blocks, load_script, page_lines, with_lines
 from without_gpu import declare_torchvision_operators
 
 SCRIPT = Path("fastvideo/distill_dcm_wan_semantic_expert.py")
@@ -151,14 +152,17 @@ def main(folder):
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     average_on_one_rank()
-    blocks = page_lines("dcm.md")[:3]  # the others are for the other experts
+    blocks = page_lines("dcm.md")[:4]  # the others are for the other experts
     script = load_script(folder / "script_with_lines.py", with_lines(SCRIPT.read_text(), blocks))
     attend_without_cuda()
-    create, _, save = (code for _, _, code in blocks)
+    create, _, log_and_save, _ = (code for _, _, code in blocks)
+    (load,) = (code for code in code_blocks("dcm.md", "python") if "load_state_dict" in code)
     calls = Calls(PhasedConsistencyTerms)
     scheduler, solver = new_solver(script)
-    names = {"solver": solver, "device": "cpu", "torch": torch, "os": os, "rank": 0}
-    names["args"] = types.SimpleNamespace(output_dir=str(folder), max_train_steps=2, sp_size=1)
+    logged = []
+    wandb = types.SimpleNamespace(log=lambda values, step: logged.append((step, values)))
+    names = {"solver": solver, "device": "cpu", "torch": torch, "os": os, "rank": 0, "wandb": wandb}
+    names["args"] = types.SimpleNamespace(output_dir=str(folder), max_train_steps=5, checkpointing_steps=2, sp_size=1)
     exec(create, names)
 
     transformer = new_transformer(script)
@@ -168,7 +172,7 @@ def main(folder):
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
-    def step(size, number, frames=2):
+    def step(size, number, frames=2, micro_batches=1):
         options = {
             "transformer": transformer,
             "model_type": "wan",
@@ -180,7 +184,7 @@ def main(folder):
             "noise_scheduler": scheduler,
             "solver": names["solver"],
             "noise_random_generator": None,
-            "gradient_accumulation_steps": 1,
+            "gradient_accumulation_steps": micro_batches,
             "sp_size": 1,
             "max_grad_norm": 1.0,
             "uncond_prompt_embed": torch.zeros(5, 8),
@@ -200,17 +204,21 @@ def main(folder):
     regression = RegressionByHand()
     by_hand = functools.partial(loss_by_hand, regression)
 
-    # Without the terms first, from the same weights and random numbers: the difference is the terms.
-    terms, solver.avd = solver.avd, lambda *_: (torch.zeros(()), {})
-    torch.manual_seed(5)
-    alone = step(2, 1)
-    elsewhere = deepcopy(transformer.state_dict())
-    transformer.load_state_dict(start)
-    optimizer.state.clear()
-    solver.avd = terms
-    torch.manual_seed(5)
-    both = step(2, 1)
-    close(both - alone, calls.losses[0], 1e-3)
+    def added_to_the_loss(**options):
+        """Without the terms first, from the same weights and random numbers: the difference is the terms."""
+        before, terms = deepcopy(transformer.state_dict()), solver.avd
+        solver.avd = types.SimpleNamespace(from_prediction=lambda *_: (torch.zeros(()), {}), update=lambda: None)
+        torch.manual_seed(5)
+        alone = step(2, 1, **options)
+        elsewhere = deepcopy(transformer.state_dict())
+        transformer.load_state_dict(before)
+        optimizer.state.clear()
+        solver.avd = terms
+        torch.manual_seed(5)
+        return step(2, 1, **options) - alone, elsewhere
+
+    added, elsewhere = added_to_the_loss()
+    close(added, calls.losses[0], 1e-3)
     moved = transformer.state_dict()
     assert any(not torch.equal(elsewhere[k], moved[k]) for k in start)
     step(3, 2, frames=4)
@@ -223,31 +231,54 @@ def main(folder):
     assert any(not torch.equal(start[k], end[k]) for k in start)
     saved = calls.after[-1]
     for index, mean in regression.means.items():
-        close(saved["terms.terms.objective.regression.cache.means"][index - FIRST], mean, 1e-3)
+        close(saved["terms.objective.regression.cache.means"][index - FIRST], mean, 1e-3)
 
-    # The host's checkpoint has the weights; the page's line puts the cache beside them.
-    script.save_checkpoint(transformer, 0, str(folder), 2)
-    exec(save, names)
-    checkpoint = folder / "checkpoint-2"
-    assert set(load_file(checkpoint / "diffusion_pytorch_model.safetensors")) == set(start)
+    # The host's checkpoint has the weights; the page's lines put the cache beside it, and the terms into the logs.
+    script.save_checkpoint(transformer, 0, str(folder), 5)
+    assert set(load_file(folder / "checkpoint-5" / "diffusion_pytorch_model.safetensors")) == set(start)
+    for number in (1, 2, 3, 4, 5):
+        exec(log_and_save, names | {"step": number})
+    exec(log_and_save, names | {"step": 6, "rank": 1})
+    assert {path.name for path in folder.glob("avd-*")} == {"avd-2.pt", "avd-4.pt", "avd-5.pt"}
+    assert [number for number, _ in logged] == [1, 2, 3, 4, 5]
+    close(logged[0][1]["regression/loss"] + logged[0][1]["motion/loss"], calls.losses[-1])
+
+    # Two micro-batches a step: each has half of its loss, and is weighted by the means from before the step.
+    single, calls_of_one = solver.avd, len(calls.losses)
+    solver.avd = dcm_terms(solver, RegressionConfig(auto_update=False), sp_size=1)
+    accumulated = RegressionByHand()
+    added, _ = added_to_the_loss(micro_batches=2)
+    step(4, 2, micro_batches=2)
+    micro_batches = calls.losses[calls_of_one:]
+    assert len(micro_batches) == 4
+    close(added, sum(micro_batches[:2]) / 2, 1e-3)
+    for i, loss in enumerate(micro_batches):
+        close(loss_by_hand(accumulated.accumulate, calls.arguments[calls_of_one + i]), loss, 1e-3)
+        if i % 2:
+            accumulated.end_step()
+    means = solver.avd.terms.objective.regression.cache.means
+    for index, mean in accumulated.means.items():
+        close(means[index - FIRST].item(), mean, 1e-3)
+    solver.avd = single
+
     names["solver"] = new_solver(script)[1]
     exec(create, names)
     terms, gradients = names["solver"].avd, []
 
     def with_gradient(*arguments):
-        output = terms(*arguments)
+        output = terms.from_prediction(*arguments)
         gradients.append(torch.autograd.grad(output.loss, arguments[0], retain_graph=True)[0].numpy())
         return output
 
     # With another cache first, as the transformer's samples move little enough by now for the motion term to act.
-    names["solver"].avd = with_gradient
+    names["solver"].avd = types.SimpleNamespace(from_prediction=with_gradient, update=terms.update)
     calls.clear()
     step(2, 3)
     expected = first_gradient_by_hand(calls.arguments[0])
     np.testing.assert_allclose(gradients[0], expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
 
     names["solver"].avd = terms
-    terms.load_state_dict(torch.load(checkpoint / "avd.pt"))
+    exec(load.replace("avd-1000.pt", "avd-5.pt"), names)
     calls.clear()
     step(1, 3)
     assert calls.before[0] == saved

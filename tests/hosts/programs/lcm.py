@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from avd_integrations.consistency import ConsistencyTerms
+from avd_integrations import HostTerms
 from by_hand import Calls, RegressionByHand, backward_losses, check_resume, check_two_steps, close, columns
 from page_lines import load_script, page_lines, with_lines
 from tiny_sd import save_tiny_sd
@@ -58,10 +58,13 @@ def run(module, folder, output, steps, *more):
     return losses
 
 
-def loss_by_hand(regression, table, arguments):
+def loss_by_hand(regression, arguments):
     """``model_pred`` is the clean latent that the student predicts; its noise follows from what it saw."""
     x_0, x_t, clips, noise, times = (a.double().numpy() for a in arguments)
-    (alpha, sigma) = columns(np.sqrt(table[times.astype(int)]), np.sqrt(1 - table[times.astype(int)]), x_t)
+    # Stable Diffusion's path: the roots of beta rise evenly.
+    table = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)[times.astype(int)]
+    alpha, sigma = columns(np.sqrt(table), np.sqrt(1 - table), x_t)
+    np.testing.assert_allclose(x_t, alpha * clips + sigma * noise, atol=1e-4)
     velocity = (x_t - alpha * x_0) / sigma - x_0
     return regression(velocity, noise - clips, times.tolist())
 
@@ -72,16 +75,14 @@ def main(folder):
     source = SCRIPT.read_text()
     plain = load_script(folder / "plain_script.py", source)
     script = load_script(folder / "script.py", with_lines(source, page_lines("lcm.md")))
-    calls = Calls(ConsistencyTerms)
-    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "model", subfolder="scheduler")
-    table = scheduler.alphas_cumprod.double().numpy()
+    calls = Calls(HostTerms)
 
     regression = RegressionByHand()
-    by_hand = functools.partial(loss_by_hand, regression, table)
+    by_hand = functools.partial(loss_by_hand, regression)
     check_two_steps(lambda: run(plain, folder, "plain", 2), lambda: run(script, folder, "run", 2), calls, by_hand)
     saved = calls.after[-1]
     for time, mean in regression.means.items():
-        means, grid = (saved[f"terms.objective.regression.cache.{name}"] for name in ("means", "timesteps"))
+        means, grid = (saved[f"objective.regression.cache.{name}"] for name in ("means", "timesteps"))
         close(means[grid.index(time)], mean)
 
     # The student moved, and elsewhere than without the term.

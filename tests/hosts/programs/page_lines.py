@@ -45,6 +45,13 @@ def with_lines(source, blocks):
     return source
 
 
+def call(code, name):
+    """Arguments and keywords, as they are written, of the one call of a function or method of that name."""
+    calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
+    (found,) = [n for n in calls if ast.unparse(n.func).split(".")[-1] == name]
+    return [ast.unparse(a) for a in found.args], {k.arg: ast.unparse(k.value) for k in found.keywords}
+
+
 def load_script(path, source):
     """Write a script to ``path``, and import it as a module of the file's name."""
     path.write_text(source)
