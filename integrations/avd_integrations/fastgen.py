@@ -127,7 +127,6 @@ class AVDHooks:
         self._regression = None if regression is None else RegressionConfig(**regression)
         self._motion = None if motion is None else MotionConfig(**motion)
         self._terms: HostTerms | None = None
-        self._loaded = False
 
     @property
     def terms(self) -> HostTerms:
@@ -145,7 +144,7 @@ class AVDHooks:
 
     def on_load_checkpoint_end(self, model: Any, iteration: int = 0) -> None:
         """Refuse to go on with caches that differ, as when only some ranks see the checkpoint's folder."""
-        _check_equal_on_all_ranks(self.terms, [iteration, self._loaded], model.device)
+        _check_equal_on_all_ranks(self.terms, iteration, model.device)
 
     def on_backward_begin(
         self,
@@ -178,7 +177,6 @@ class AVDHooks:
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue; FastGen's checkpointers call this on every rank that finds the file."""
         self.terms.objective.load_state_dict(state_dict)
-        self._loaded = True
 
 
 def fastgen_terms(
@@ -208,17 +206,19 @@ def fastgen_terms(
     layout = _layout(model.input_shape, motion)
     config = AVDConfig(timesteps=tuple(grid.tolist()), regression=regression, motion=motion)
     config = with_accumulation(config, grad_accum_rounds)
+    alphas, sigmas = scheduler.alpha(grid), scheduler.sigma(grid)
 
     def coefficients(times: Tensor) -> tuple[Tensor, Tensor]:
-        exact = _nearest(times, grid)
-        return scheduler.alpha(exact), scheduler.sigma(exact)
+        index = _nearest(times, grid)
+        return alphas.to(times.device)[index], sigmas.to(times.device)[index]
 
     def predict(x_t: Tensor, times: Tensor, batch: tuple[Any, dict[str, Any]]) -> Tensor:
         model, data = batch
         condition = model._prepare_training_data(data)[1]
+        t = grid.to(x_t.device)[_nearest(times, grid)]
         # The trainer has left its autocast by now, and the student shall compute as in FastGen's own step.
         with model.autocast():
-            output: Tensor = model.net(x_t, _nearest(times, grid), condition=condition, fwd_pred_type=host_prediction)
+            output: Tensor = model.net(x_t, t, condition=condition, fwd_pred_type=host_prediction)
         return output
 
     return HostTerms(
@@ -287,7 +287,8 @@ def half_rate(
         grid = t_list[:-1]
 
         def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            x_0: Tensor = net(x_t, _nearest(timesteps, grid), condition=condition, fwd_pred_type="x0")
+            t = grid.to(x_t.device)[_nearest(timesteps, grid)]
+            x_0: Tensor = net(x_t, t, condition=condition, fwd_pred_type="x0")
             return x_0
 
         sampler = HalfRateInterpolationSampler(
@@ -349,16 +350,18 @@ def _layout(input_shape: Any, motion: MotionConfig | None) -> Layout:
 
 
 def _nearest(times: Tensor, grid: Tensor) -> Tensor:
-    """Times as FastGen counts them. It checks their range in float64, which 0.999 in float32 lies outside of."""
-    grid = grid.to(times.device)
-    return grid[(times.to(grid.dtype).unsqueeze(1) - grid).abs().argmin(dim=1)]
+    """``[B]`` indices into the grid, which has FastGen's own times.
+
+    FastGen checks their range in float64, and 0.999 in float32 is outside.
+    """
+    return (times.to(grid.dtype).unsqueeze(1) - grid.to(times.device)).abs().argmin(dim=1)
 
 
-def _check_equal_on_all_ranks(terms: HostTerms, values: list[float], device: torch.device) -> None:
+def _check_equal_on_all_ranks(terms: HostTerms, iteration: int, device: torch.device) -> None:
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
     state = [tensor.to(device, torch.float64).flatten() for tensor in terms.objective.state_dict().values()]
-    own = torch.cat([torch.tensor(values, device=device, dtype=torch.float64), *state])
+    own = torch.cat([torch.tensor([iteration], device=device, dtype=torch.float64), *state])
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
     if any(not torch.equal(other, everyone[0]) for other in everyone):

@@ -42,7 +42,6 @@ _USED: dict[str, dict[str, tuple[str, ...]]] = {
         "DMD2Method.checkpoint_state": (),
         "DMD2Method._dmd_loss": ("generator_pred_x0", "batch"),
         "DMD2Method._get_denoising_step_list": ("device",),
-        "DMD2Method._should_update_student": ("iteration",),
     },
     "fastvideo.train.models.base": {
         "ModelBase.prepare_batch": ("raw_batch", "generator", "latents_source"),
@@ -92,7 +91,8 @@ class AVDHooks(_Host):  # type: ignore[misc]
       prepares zeros in their place; the clips of the same batch are then prepared a second time, for real.
     - Noise and times come from the method's ``cuda_generator``, as all of FastVideo's do: equal within a group of
       sequence-parallel ranks, which hold the same clips, and different between groups.
-    - ``optimizers_schedulers_step`` ends the cache's iteration, after all accumulation rounds.
+    - ``optimizers_schedulers_step`` ends the cache's iteration, after all accumulation rounds. Where the student had no
+      part in it, nothing was recorded, and the cache stays as it is.
     - ``checkpoint_state`` has the cache as "avd", for Distributed Checkpoint.
     - ``single_train_step`` adds metrics, averaged over a batch: ``avd/matching_loss``, the loss without the terms, and
       ``avd/`` with the names of :class:`avd_core.AVDObjective`.
@@ -133,22 +133,22 @@ class AVDHooks(_Host):  # type: ignore[misc]
 
     def optimizers_schedulers_step(self, iteration: int) -> None:
         super().optimizers_schedulers_step(iteration)
-        if self._should_update_student(iteration):
-            self.avd.update()
+        self.avd.update()
 
     def checkpoint_state(self) -> dict[str, Any]:
         return {**super().checkpoint_state(), "avd": _CopiedState(self.avd)}
 
     def _dmd_loss(self, generator_pred_x0: Tensor, batch: Any) -> Tensor:
-        matching: Tensor = super()._dmd_loss(generator_pred_x0, batch)
-        parts = []
+        loss: Tensor = super()._dmd_loss(generator_pred_x0, batch)
+        metrics = {"matching_loss": loss}
         if self.avd.objective.regression is not None:
-            parts.append(self._on_clips(batch))
+            regression = self._on_clips(batch)
+            loss, metrics = loss + regression.loss, metrics | regression.metrics
         if self.avd.objective.motion is not None:
-            parts.append(self.avd.on_samples(generator_pred_x0))
-        metrics = {name: value for part in parts for name, value in part.metrics.items()}
-        self._avd_metrics = {**named_means(metrics), "avd/matching_loss": matching.detach()}
-        return matching + torch.stack([part.loss for part in parts]).sum()
+            motion = self.avd.on_samples(generator_pred_x0)
+            loss, metrics = loss + motion.loss, metrics | motion.metrics
+        self._avd_metrics = named_means(metrics)
+        return loss
 
     def _on_clips(self, batch: Any) -> LossOutput:
         clips = self._real_clips(batch).detach()

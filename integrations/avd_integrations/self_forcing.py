@@ -64,8 +64,7 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
     trainer saves; an instance reads it from the file that ``generator_ckpt`` names.
 
     Args:
-        host_class: ``causvid.dmd.DMD`` of CausVid or the released AVD code, ``model.DMD`` or ``model.CausVid`` of
-            Self-Forcing.
+        host_class: ``causvid.dmd.DMD`` of CausVid or the released AVD code, ``model.DMD`` of Self-Forcing.
         config: Hyperparameters; None is the paper's. ``timesteps`` may be left out, as the host says them.
         clips: Real clips with their prompts, gone through again and again, of the host's ``image_or_video_shape`` but
             for the batch. None takes the host's ``clean_latent``, which its trainer passes only where
@@ -194,7 +193,7 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
                 flow: Tensor = output[0]
                 return flow
             x_0_path = Parametrisation(self.avd.parametrisation.coefficients, "x_0")
-            return x_0_path.velocity(output.float(), x_t.float(), times)
+            return x_0_path.velocity(output, x_t.float(), times)
 
     AVDDMD.__name__ = AVDDMD.__qualname__ = f"AVD{host_class.__name__}"
     return AVDDMD
@@ -245,13 +244,17 @@ def _again_and_again(clips: Clips) -> Iterator[tuple[Tensor, list[str]]]:
 
 def _restore(terms: HostTerms, path: Any) -> None:
     """The cache from the trainer's checkpoint, if that has one; the weights in the file are not read."""
-    if not path or terms.objective.regression is None or not zipfile.is_zipfile(path):
+    if not path or terms.objective.regression is None:
         return
-    try:
-        state = torch.load(Path(path), map_location="cpu", mmap=True, weights_only=True).get(CHECKPOINT_KEY)
-    except pickle.UnpicklingError:  # the host's own business: our state needs nothing but tensors
-        state = None
+    state, reason = None, f"has no key {CHECKPOINT_KEY!r}"
+    if not zipfile.is_zipfile(path):  # nothing else can be mapped into memory
+        reason = "is no file in the zip format of torch.save"
+    else:
+        try:
+            state = torch.load(Path(path), map_location="cpu", mmap=True, weights_only=True).get(CHECKPOINT_KEY)
+        except pickle.UnpicklingError:  # what else is in the file is the host's own business
+            reason = "cannot be read without unpickling classes, which is not done here"
     if state is None:
-        logger.info("%s has no key %r: the cache starts empty.", path, CHECKPOINT_KEY)
+        logger.warning("%s %s: the cache starts empty.", path, reason)
         return
     terms.load_state_dict(state)

@@ -214,6 +214,6 @@ def test_terms_without_motion_and_without_regression():
     assert terms((model, batch())).loss.isfinite()
     terms = adapter.fastgen_terms(model, None, MotionConfig(floor=0.8))
     assert terms.objective.motion.floor == 0.8
-    assert terms((model, batch()), torch.randn(3, 4, 5, 2, 2)).loss.isfinite()
+    assert terms((model, batch()), torch.randn(3, 4, 5, 2, 2, requires_grad=True)).loss.isfinite()
     with pytest.raises(ValueError, match="update_first"):
         adapter.fastgen_terms(model, RegressionConfig(order="update_first"), None, grad_accum_rounds=2)

@@ -2,11 +2,12 @@
 
 import importlib.util
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 
 from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_integrations import HostTerms, rectified_flow
@@ -33,7 +34,6 @@ def whole_method(without=None, **others):
             "checkpoint_state": lambda self: {},
             "_dmd_loss": lambda self, generator_pred_x0, batch: None,
             "_get_denoising_step_list": lambda self, device: None,
-            "_should_update_student": lambda self, iteration: None,
             **others,
         },
     )
@@ -129,6 +129,121 @@ def test_options_that_are_not_the_users_are_refused(options, message):
         avd_config(options, STEPS)
 
 
+class Student:
+    """Its velocity is a multiple of what it sees."""
+
+    num_train_timesteps, device = 1000, torch.device("cpu")
+
+    def __init__(self):
+        self.factor, self.seen, self.prepared = nn.Parameter(torch.tensor(0.3)), [], []
+
+    def add_noise(self, clean_latents, noise, timestep):
+        sigma = (timestep / 1000).view(*clean_latents.shape[:2], 1, 1, 1)
+        return (1 - sigma) * clean_latents + sigma * noise
+
+    def predict_noise(self, noisy_latents, timestep, batch, *, conditional, cfg_uncond, attn_kind):
+        self.seen.append((noisy_latents, timestep))
+        return self.factor * noisy_latents
+
+    def prepare_batch(self, raw_batch, *, generator, latents_source):
+        self.prepared.append((generator, latents_source))
+        return SimpleNamespace(latents=raw_batch["clips"])
+
+
+def method_with(monkeypatch, avd=None, mode="data_latent", seed=1):
+    """The adapter on a FastVideo whose DMD loss is the sum of the samples in the batch."""
+
+    def start(self, *, cfg, role_models):
+        self.student, self.cuda_generator = Student(), torch.Generator().manual_seed(seed)
+        self.method_config, self._rollout_mode, self._cfg_uncond = {"avd": avd}, mode, None
+        self.training_config = SimpleNamespace(
+            loop=SimpleNamespace(gradient_accumulation_steps=1), data=SimpleNamespace(preprocessed_data_type="t2v")
+        )
+
+    def single_train_step(self, batch, iteration):
+        clips = torch.zeros_like(batch["clips"]) if mode == "simulate" else batch["clips"]
+        return self._dmd_loss(batch["x_0"], SimpleNamespace(latents=clips)), {}, {"host": 1.0}
+
+    host = whole_method(
+        __init__=start,
+        single_train_step=single_train_step,
+        _dmd_loss=lambda self, generator_pred_x0, batch: generator_pred_x0.sum(),
+        _get_denoising_step_list=lambda self, device: torch.tensor(STEPS),
+    )
+    install(monkeypatch, method=host, model=model_of())
+    dmd2_class.cache_clear()
+    return dmd2(cfg=None, role_models={})
+
+
+def batch():
+    clips, x_0 = torch.randn(2, 8, 3, 4, 2, 2, generator=torch.Generator().manual_seed(5)).unbind()
+    return {"clips": clips, "x_0": (0.1 * x_0).requires_grad_()}
+
+
+def test_the_regressions_gradient_reaches_the_student(monkeypatch):
+    def loss_at(factor):
+        method = method_with(monkeypatch, {"motion": None})
+        method.student.factor.data.fill_(factor)
+        return method.single_train_step(batch(), 1)[0], method.student.factor
+
+    loss, factor = loss_at(0.8)
+    loss.backward()
+    # The first weights are 1, so the loss is a parabola in the factor, whose central differences are exact.
+    expected = (loss_at(0.9)[0] - loss_at(0.7)[0]).item() / 0.2
+    assert abs(expected) > 0.1
+    assert factor.grad.item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_motion_terms_gradient_reaches_the_samples(monkeypatch):
+    given = batch()
+    x_0 = given["x_0"]
+    method_with(monkeypatch, {"regression": None}).single_train_step(given, 1)[0].backward()
+    motion = -0.05 * ((x_0 - x_0.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
+    (expected,) = torch.autograd.grad(motion, x_0)
+    assert expected.abs().max() > 1e-5
+    torch.testing.assert_close(x_0.grad - 1, expected, rtol=1e-3, atol=1e-6)  # 1 is of the host's own loss
+
+
+def test_metrics_are_scalars_beside_the_hosts(monkeypatch):
+    loss, _, metrics = method_with(monkeypatch).single_train_step(batch(), 1)
+    assert metrics["host"] == 1.0
+    added = [metrics[f"avd/{name}"] for name in ("matching_loss", "regression/loss", "motion/loss")]
+    torch.testing.assert_close(sum(added), loss.detach())
+    assert metrics["avd/matching_loss"] == batch()["x_0"].sum()
+    assert all(value.ndim == 0 and not value.requires_grad for name, value in metrics.items() if name != "host")
+
+
+def test_random_numbers_are_of_fastvideos_generator_and_no_other(monkeypatch):
+    def seen(seed):
+        method = method_with(monkeypatch, seed=seed)
+        method.single_train_step(batch(), 1)
+        ((x_t, times),) = method.student.seen
+        return x_t, times.tolist()
+
+    before = torch.get_rng_state()
+    x_t, times = seen(1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(99)
+    same_x_t, same_times = seen(1)
+    assert torch.equal(same_x_t, x_t)
+    assert same_times == times
+    other_x_t, other_times = seen(2)
+    assert not torch.equal(other_x_t, x_t)
+    assert other_times != times
+
+
+def test_simulated_rollouts_have_their_batch_prepared_once_more_with_real_clips(monkeypatch):
+    method, given = method_with(monkeypatch, mode="simulate"), batch()
+    method.single_train_step(given, 1)
+    assert method.student.prepared == [(method.cuda_generator, "data")]
+    ((x_t, times),) = method.student.seen
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(method.avd.draw_times(8, torch.device("cpu"), generator=generator), times)
+    noise = torch.randn(x_t.shape, generator=generator)
+    per_frame = times.repeat_interleave(x_t.shape[1])
+    torch.testing.assert_close(x_t, method.student.add_noise(given["clips"], noise, per_frame))
+
+
 def terms(steps):
     return HostTerms(
         AVDConfig(timesteps=steps, motion=None), rectified_flow(), lambda x, t, b: x, lambda b: b, layout="BFCHW"
@@ -138,7 +253,8 @@ def terms(steps):
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 def test_a_checkpoint_of_other_steps_does_not_become_this_runs(tmp_path):
     saved = terms(STEPS)
-    saved(torch.randn(2, 3, 4, 2, 2))
+    with torch.no_grad():
+        saved(torch.randn(2, 3, 4, 2, 2))
     dcp.save({"avd": _CopiedState(saved)}, checkpoint_id=tmp_path)
     same, other = terms(STEPS), terms([1000, 760, 500, 250])
     dcp.load({"avd": _CopiedState(same)}, checkpoint_id=tmp_path)

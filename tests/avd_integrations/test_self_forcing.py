@@ -1,5 +1,6 @@
 """What of the adapter of CausVid's family needs none of its hosts. The hosts themselves: tests/hosts."""
 
+import logging
 import types
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 from torch import nn
 
 from avd_core import AVDConfig, MotionConfig, RegressionConfig
-from avd_integrations import rectified_flow
 from avd_integrations.self_forcing import with_avd
 
 STEPS = (1000, 757, 522)
@@ -36,6 +36,7 @@ class Generator(nn.Module):
         flow = self.factor * noisy_image_or_video + conditional_dict["prompt_embeds"].mean()
         nearest = (self.scheduler.timesteps - timestep[..., None]).abs().argmin(-1)
         x_0 = noisy_image_or_video - self.scheduler.sigmas[nearest][..., None, None, None] * flow
+        x_0 = x_0.type_as(noisy_image_or_video)
         return x_0 if self.returns == "x_0" else (flow, x_0)
 
 
@@ -89,7 +90,7 @@ def step(dmd, clean_latent=None):
     )
 
 
-CLIPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+CLIPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(7))  # no seed that a test's noise has
 
 
 def test_both_kinds_of_wrappers_give_the_same_loss():
@@ -102,16 +103,64 @@ def test_both_kinds_of_wrappers_give_the_same_loss():
     torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
 
 
-def test_the_way_to_velocity_and_back_on_the_hosts_lookup_of_noise_levels():
+@pytest.mark.parametrize("returns", ["x_0", "flow and x_0"])
+def test_the_regressions_gradient_reaches_the_student(returns):
+    def loss_at(factor):
+        torch.manual_seed(3)  # the same times and noise
+        dmd = build(AVDConfig(motion=None), returns=returns)
+        dmd.generator.factor.data.fill_(factor)
+        return step(dmd, CLIPS)[0], dmd.generator.factor
+
+    loss, factor = loss_at(0.3)
+    loss.backward()
+    # The first weights are 1, so the loss is a parabola in the factor, whose central differences are exact.
+    expected = (loss_at(0.4)[0] - loss_at(0.2)[0]).item() / 0.2
+    assert abs(expected) > 0.1
+    assert factor.grad.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_noise_levels_are_those_of_the_hosts_table():
     path = build().avd.parametrisation
     noise = torch.randn_like(CLIPS)
-    for step_ in STEPS:
-        times = torch.full((2,), float(step_))
-        x_t = path.add_noise(CLIPS, noise, times)
-        torch.testing.assert_close(path.x_0(noise - CLIPS, x_t, times), CLIPS, rtol=1e-5, atol=1e-5)
-        # The nearest entry of the host's table, not t / 1000, which differs by up to half a gap of the table.
-        gap = (path.flow_sigma(times) - rectified_flow().flow_sigma(times)).abs().max()
-        assert gap < 2e-3
+    times = torch.tensor([1000.0, 757.0, 522.0])
+    entries = [5 * u / (1 + 4 * u) for u in (1.0, 0.384, 0.179)]  # the nearest ones
+    alpha, sigma = path.coefficients(times)
+    assert sigma.tolist() == pytest.approx(entries, rel=1e-6)
+    assert alpha.tolist() == pytest.approx([1 - entry for entry in entries], rel=1e-6)
+    assert abs(entries[1] - 0.757) > 5e-5  # and not the times themselves
+    x_t = path.add_noise(CLIPS, noise, times[1:])
+    first, second = entries[1:]
+    expected = torch.stack([(1 - first) * CLIPS[0] + first * noise[0], (1 - second) * CLIPS[1] + second * noise[1]])
+    torch.testing.assert_close(x_t, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(path.x_0(noise - CLIPS, x_t, times[1:]), CLIPS, rtol=1e-5, atol=1e-5)
+
+
+def in_bfloat16(dmd):
+    dmd.dtype = torch.bfloat16
+
+
+def test_velocities_out_of_half_precision_are_in_float32():
+    dmd = build(change=in_bfloat16)
+    outputs = []
+    dmd.generator.register_forward_hook(lambda generator, given, output: outputs.append(output))
+    times = torch.tensor([757.0, 522.0])
+    clips, noise = CLIPS.bfloat16(), torch.randn_like(CLIPS).bfloat16()
+    path = dmd.avd.parametrisation
+    x_t = path.add_noise(clips, noise, times)
+    velocity = dmd._avd_velocity(x_t, times, {"text": {"prompt_embeds": torch.zeros(2, 1)}})
+    (x_0,) = outputs
+    assert x_t.dtype == x_0.dtype == torch.bfloat16
+    sigma = path.coefficients(times)[1].view(2, 1, 1, 1, 1)
+    torch.testing.assert_close(velocity, (x_t.float() - x_0.float()) / sigma, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["clips", "clean_latent"])
+def test_clips_come_to_the_hosts_device_and_precision(own):
+    dmd = build(clips=[(CLIPS, ["a", "b"])] if own else None, change=in_bfloat16)
+    dmd.device = "meta"
+    clips = dmd._avd_batch(SHAPE, {}, None if own else CLIPS)["clips"]
+    assert clips.device.type == "meta"
+    assert clips.dtype == torch.bfloat16
 
 
 def test_the_steps_are_the_hosts():
@@ -185,11 +234,30 @@ def test_the_cache_comes_from_the_trainers_checkpoint(tmp_path):
     torch.save({"generator": {}, "avd": dmd.avd.state_dict()}, path)
     cache = dmd.avd.objective.regression.cache
     torch.testing.assert_close(build(checkpoint=path).avd.objective.regression.cache.means, cache.means)
-    torch.save({"generator": {}}, path)
-    assert not build(checkpoint=path).avd.objective.regression.cache.seen.any()
-    torch.save({"avd": dmd.avd.state_dict()}, path)
     with pytest.raises(RuntimeError, match="is for the grid"):
         build(checkpoint=path, steps=(1000, 900, 500))
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "reason"),
+    [
+        ({"generator": {}}, {}, "has no key 'avd'"),
+        (
+            {"generator": {}, "config": types.SimpleNamespace()},
+            {},
+            "cannot be read without unpickling classes, which is not done here",
+        ),
+        ({"generator": {}}, {"_use_new_zipfile_serialization": False}, "is no file in the zip format of torch.save"),
+    ],
+    ids=["no key", "classes", "not a zip"],
+)
+def test_a_checkpoint_without_a_cache_to_read_says_why(tmp_path, caplog, content, options, reason):
+    path = tmp_path / "model.pt"
+    torch.save(content, path, **options)
+    with caplog.at_level(logging.WARNING):
+        dmd = build(checkpoint=path)
+    assert not dmd.avd.objective.regression.cache.seen.any()
+    assert [record.getMessage() for record in caplog.records] == [f"{path} {reason}: the cache starts empty."]
 
 
 def test_other_classes_and_moved_versions_are_refused_by_name():

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from page_lines import code_blocks
+from page_lines import MOST_LINES, code_blocks
 from without_gpu import declare_torchvision_operators, stand_in_for_wandb
 
 declare_torchvision_operators()
@@ -102,7 +102,9 @@ def video_config(folder, max_iter):
 
 def lines_of_the_page(block=0):
     """The user's code, as docs/hosts/fastgen.md gives it."""
-    return code_blocks("fastgen.md", "python")[block]
+    lines = code_blocks("fastgen.md", "python")[block]
+    assert len(lines.splitlines()) <= MOST_LINES
+    return lines
 
 
 def train(config, checkpointer=None):

@@ -26,11 +26,12 @@ from fastvideo_tiny import (
     TinyWan,
     run_training_from_config,
 )
-from helpers import ReferenceCache, mean, reference_motion, reference_regression, reference_sample_losses
-from page_lines import code_blocks
+from helpers import ReferenceCache, mean, reference_motion, reference_sample_losses, reference_weights
+from page_lines import MOST_LINES, code_blocks
 from without_gpu import free_port
 
 LINES = code_blocks("fastvideo.md", "yaml")[0]
+assert len(LINES.splitlines()) <= MOST_LINES
 SHIFT = 5.0
 
 
@@ -105,7 +106,7 @@ def regression_calls(calls):
 
 
 def observations(calls, positions):
-    """``(times, velocities, targets)`` of each regression, checked against the data and the scheduler."""
+    """``(times, velocities, targets, gradient)`` of each regression, checked against the data and the scheduler."""
     found = []
     for (noising, prediction), position in zip(regression_calls(calls), positions, strict=True):
         clips, times = clips_by_hand(position), prediction.times.tolist()
@@ -117,7 +118,8 @@ def observations(calls, positions):
         torch.testing.assert_close(
             prediction.noisy.double(), (1 - sigma) * clips + sigma * noise, rtol=0.02, atol=0.02
         )  # bfloat16
-        found.append((times, prediction.output.tolist(), (noise - clips).tolist()))
+        (gradient,) = prediction.gradients
+        found.append((times, prediction.output.double(), noise - clips, gradient.double()))
     return found
 
 
@@ -144,11 +146,15 @@ def check(metrics, steps, cache, accumulation=1, interval=1, first=0):
         seen = observations(calls, positions)
         assert len(seen) == accumulation
         terms, losses = [], []
-        for times, velocities, targets in seen:
-            own = reference_sample_losses(velocities, targets)
+        for times, velocities, targets, gradient in seen:
+            own = reference_sample_losses(velocities.tolist(), targets.tolist())
             means = [cache.read(t, loss) for t, loss in zip(times, own, strict=True)]
-            terms.append(reference_regression(velocities, targets, means))
+            weights = reference_weights(own, means, sharpness=3.0, weight=2.0)
+            terms.append(mean([weight * loss for weight, loss in zip(weights, own, strict=True)]))
             losses += list(zip(times, own, strict=True))
+            shape = (-1, 1, 1, 1, 1)
+            by_hand = torch.tensor(weights).view(shape) * 2 * (velocities - targets) / targets.numel() / accumulation
+            assert_close_gradient(gradient, by_hand)
         cache.iterate(losses)
         motion = motions(calls)
         close(logged["avd/regression/loss"], mean(terms))
@@ -156,6 +162,22 @@ def check(metrics, steps, cache, accumulation=1, interval=1, first=0):
         close(logged["generator_loss"], logged["avd/matching_loss"] + mean(terms) + mean(motion))
         assert mean(terms) > 0.1
     return updates
+
+
+def assert_close_gradient(gradient, by_hand):
+    torch.testing.assert_close(gradient, by_hand, rtol=0.02, atol=0.01 * by_hand.abs().max().item())  # bfloat16
+
+
+def check_motion_gradient(calls, plain_calls):
+    """Of a step with the terms and the same step without them: the sample has what is added."""
+    (sample,), (plain_sample,) = ([c for name, c in step if name == "predict_x0"] for step in (calls, plain_calls))
+    assert torch.equal(sample.x_0, plain_sample.x_0)
+    (gradient,), (plain_gradient,) = sample.gradients, plain_sample.gradients
+    x = sample.x_0.double().requires_grad_()
+    unclipped = -((x - x.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
+    assert unclipped > 0.6, f"{unclipped.item()} is at the floor"
+    (by_hand,) = torch.autograd.grad(0.05 * unclipped, x)
+    assert_close_gradient((gradient - plain_gradient).double(), by_hand)
 
 
 def check_cache(method, cache):
@@ -177,10 +199,10 @@ def data_latent(folder):
     method, metrics, steps = train(folder)
     assert check(metrics, steps, cache) == 4
     check_cache(method, cache)
-    plain, plain_metrics, _ = train(folder, lines=None)
+    plain, plain_metrics, plain_steps = train(folder, lines=None)
     assert type(plain).__name__ == "DMD2Method"
     close(metrics[0]["avd/matching_loss"], plain_metrics[0]["generator_loss"], 1e-6)
-    assert any(m["avd/motion/unclipped"] > 0.6 for m in metrics)
+    check_motion_gradient(steps[0], plain_steps[0])
     method, _, _ = train(folder, steps=1)
     plain, _, _ = train(folder, steps=1, lines=None)
     untouched, _, _ = train(folder, steps=0)
@@ -287,9 +309,9 @@ def _rank(rank, port, folder, answers):
     shared = str(folder.parent / "output")
     method, _, steps = train(folder, world=2, output_dir=shared, training_state_checkpointing_steps=2)
     losses = [
-        list(zip(times, reference_sample_losses(velocities, targets), strict=True))
+        list(zip(times, reference_sample_losses(velocities.tolist(), targets.tolist()), strict=True))
         for step, calls in enumerate(steps)
-        for times, velocities, targets in observations(calls, [step])
+        for times, velocities, targets, _ in observations(calls, [step])
     ]
     again, _, _ = train(folder, world=2, output_dir=shared, resume_from_checkpoint=f"{shared}/checkpoint-2")
     answers.put((rank, (losses, _means(method), _means(again))))

@@ -76,7 +76,7 @@ class Clips:
 
 
 class TinyWan(WanModel):
-    """Records what the student is called with where there is gradient."""
+    """Records what the student is called with where there is gradient, and the gradient that its answers are given."""
 
     log = []
 
@@ -109,18 +109,29 @@ class TinyWan(WanModel):
 
     def predict_noise(self, noisy_latents, timestep, batch, **options):
         output = super().predict_noise(noisy_latents, timestep, batch, **options)
-        self._record("predict_noise", noisy=noisy_latents, times=timestep, output=output, options=options)
+        self._record(
+            "predict_noise", noisy=noisy_latents, times=timestep, output=output, options=options,
+            gradients=_watched(output),
+        )  # fmt: skip
         return output
 
     def predict_x0(self, *args, **options):
         x_0 = super().predict_x0(*args, **options)
-        self._record("predict_x0", x_0=x_0)
+        self._record("predict_x0", x_0=x_0, gradients=_watched(x_0))
         return x_0
 
     def _record(self, call, **values):
         if self.vae is not None and torch.is_grad_enabled():
             kept = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
             self.log.append((call, SimpleNamespace(**kept)))
+
+
+def _watched(tensor):
+    """A list that gets the tensor's gradient when a run goes back."""
+    gradients = []
+    if tensor.requires_grad:
+        tensor.register_hook(gradients.append)
+    return gradients
 
 
 class History(Callback):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from by_hand import RegressionByHand
-from helpers import reference_motion
+from helpers import reference_motion, reference_sample_losses, reference_weights
 from page_lines import with_lines
 from without_gpu import declare_torchvision_operators, free_port, stand_in_for_wandb
 
@@ -52,7 +52,7 @@ def edit(scratch, script, blocks):
 
 
 class Wan(nn.Module):
-    """A pointwise transformer, so to say; notes what the student saw and said with gradient."""
+    """A pointwise transformer, so to say; notes what the student saw and said with gradient, and that gradient."""
 
     seen = []
 
@@ -74,7 +74,9 @@ class Wan(nn.Module):
         shift = t.reshape(len(x), 1, -1, 1, 1).float() / 1000 + context.mean()
         flow = self.layer(x) + 0.1 * shift
         if torch.is_grad_enabled() and not caches.get("kv_cache"):
-            self.seen.append((x.detach(), t.detach(), flow.detach(), context.detach()))
+            gradients = []  # the trainer's own backward() brings it
+            flow.register_hook(gradients.append)
+            self.seen.append((x.detach(), t.detach(), flow.detach(), context.detach(), gradients))
         return flow
 
 
@@ -115,19 +117,29 @@ class ByHand(RegressionByHand):
         self.sigmas, self.timesteps, self.steps = scheduler.sigmas.double(), scheduler.timesteps.double(), steps
 
     def regression(self, clips, seen, context):
-        x_t, times, flow, text = seen
+        x_t, times, flow, text, (gradient,) = seen
         assert torch.equal(text, context), "the student was told another text than the clips'"
-        x_t, flow = x_t.transpose(1, 2).double(), flow.transpose(1, 2).double()
+        x_t, flow, gradient = (x.transpose(1, 2).double() for x in (x_t, flow, gradient))
         times = times.double().reshape(len(x_t), -1)
         assert torch.equal(times, times[:, :1].expand_as(times))
-        targets = []
-        for clip, x, time in zip(clips.double(), x_t, times[:, 0].tolist(), strict=True):
+        times, targets = times[:, 0].tolist(), []
+        for clip, x, time in zip(clips.double(), x_t, times, strict=True):
             assert min(abs(time - step) for step in self.steps) < 1e-3
             sigma = self.sigmas[(self.timesteps - time).abs().argmin()]
             noise = (x - (1 - sigma) * clip) / sigma
             assert abs(noise.std() - 1) < 0.15, "what was added is no standard normal noise"
             targets.append(noise - clip)
-        return self(flow, torch.stack(targets), times[:, 0].tolist())
+        target = torch.stack(targets)
+        self.check_gradient(gradient, flow, target, times)
+        return self(flow, target, times)
+
+    def check_gradient(self, gradient, flow, target, times):
+        """What the velocity was given, before the cache moves: weights are constants in Eq. 5."""
+        losses = reference_sample_losses(flow.tolist(), target.tolist())
+        usual = [self.cache.read(time, loss) for time, loss in zip(times, losses, strict=True)]
+        weights = torch.tensor(reference_weights(losses, usual, self.sharpness, weight=2.0)).view(-1, 1, 1, 1, 1)
+        expected = weights * 2 * (flow - target) / flow.numel()
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
     @staticmethod
     def motion(video, added_gradient):
