@@ -59,7 +59,9 @@ def run_in_host(checkout: Callable[[str], Path], tmp_path: Path) -> RunInHost:
             text=True,
             timeout=280,
         )
-        assert result.returncode == 0, f"{host}: {program} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}{hint}"
+        assert result.returncode == 0, (
+            f"{host}: {program} failed:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}{hint}"
+        )
         report: dict[str, Any] = json.loads(result.stdout.strip().splitlines()[-1])
         return report
 

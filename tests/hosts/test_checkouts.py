@@ -35,4 +35,6 @@ def test_packages_are_the_ones_it_was_proven_with(checkout, name):
     found = {f"{p.name}=={p.version}" for p in importlib.metadata.distributions(path=[str(folder)])}
     normal = {entry.lower().replace("_", "-") for entry in found}
     missing = {entry.lower() for entry in HOSTS[name]["packages"]} - normal
-    assert not missing, f"{folder} has not {', '.join(sorted(missing))}: delete it, and run tests/hosts/prepare.py again"
+    assert not missing, (
+        f"{folder} has not {', '.join(sorted(missing))}: delete it, and run tests/hosts/prepare.py again"
+    )
