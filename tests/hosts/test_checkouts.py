@@ -22,8 +22,8 @@ def test_the_host_is_at_what_it_was_proven_on(checkout, name):
             ["git", "-C", str(folder), "rev-parse", "HEAD"], check=True, capture_output=True, text=True
         ).stdout.strip()
     assert version == expected, (
-        f"{folder} is at {version or 'no release'}, the adapter was proven on {expected}. If the other tests pass, put the new one "
-        "into tests/hosts/hosts.toml, the adapter's PROVEN_ON, docs/hosts.md and the host's page."
+        f"{folder} is at {version or 'no release'}, the adapter was proven on {expected}. If the other tests "
+        "pass, put the new one into tests/hosts/hosts.toml, the adapter's PROVEN_ON, docs/hosts.md and the host's page."
     )
 
 
@@ -35,6 +35,4 @@ def test_packages_are_the_ones_it_was_proven_with(checkout, name):
     found = {f"{p.name}=={p.version}" for p in importlib.metadata.distributions(path=[str(folder)])}
     normal = {entry.lower().replace("_", "-") for entry in found}
     missing = {entry.lower() for entry in HOSTS[name]["packages"]} - normal
-    assert not missing, (
-        f"{folder} has not {', '.join(sorted(missing))}: delete it, and run tests/hosts/prepare.py again"
-    )
+    assert not missing, f"{folder} has no {', '.join(sorted(missing))}: delete it, and run tests/hosts/prepare.py again"
