@@ -14,7 +14,7 @@ def check_number(
 ) -> None:
     """A finite option within its range."""
     if not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
+        raise TypeError(f"{name} must be a number, got {value!r}. For a tensor of one pass its .item().")
     if not (math.isfinite(value) and value > above and at_least <= value < below):
         bounds = {"above": above, "at least": at_least, "below": below}
         wanted = " and ".join(f"{word} {bound:g}" for word, bound in bounds.items() if math.isfinite(bound))

@@ -97,10 +97,10 @@ class LossMeanCache(nn.Module):
         self._tolerance = max((abs(s) for s in steps), default=abs(grid[0]) / 2 or math.inf)
         self._range = (min(grid), max(grid))
         self.register_buffer("timesteps", torch.tensor(grid, dtype=torch.float32))
-        self.register_buffer("means", torch.zeros(len(grid)))
+        self.register_buffer("means", torch.zeros(len(grid), dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(len(grid), dtype=torch.bool))
         # Sums and counts of the running iteration: [2, K].
-        self.register_buffer("pending", torch.zeros(2, len(grid)))
+        self.register_buffer("pending", torch.zeros(2, len(grid), dtype=torch.float32))
 
     @classmethod
     def uniform(cls, low: float, high: float, bins: int, decay: float = 0.95, **options: Any) -> Self:
@@ -142,10 +142,10 @@ class LossMeanCache(nn.Module):
             raise ValueError(f"losses must have shape [B], one per sample, got {list(losses.shape)}.")
         check_timesteps(timesteps, losses)
         check_same_device("the cache", self.means, "losses", losses)
-        if self.timesteps.dtype != torch.float32:
+        if not self.timesteps.dtype == self.means.dtype == self.pending.dtype == torch.float32:
             raise TypeError(
-                f"The cache's buffers must be float32, and something has cast them to {self.timesteps.dtype}, in which "
-                "the grid and a decay near 1 are lost. FSDP's MixedPrecision(buffer_dtype=...) does so: set it to "
+                "The cache's buffers must be float32, and something has cast them in place, to a dtype in which the "
+                "grid and a decay near 1 are lost. FSDP's MixedPrecision(buffer_dtype=...) does so: set it to "
                 "torch.float32, or keep the cache out of the wrapped module."
             )
         self._check_range(timesteps)

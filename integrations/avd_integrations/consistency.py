@@ -100,10 +100,10 @@ class PhasedConsistencyTerms(nn.Module):
         Raises:
             TypeError, ValueError: As there, and where ``prediction`` has another shape than ``x_t``.
         """
-        if prediction.shape != x_t.shape:
+        if not isinstance(prediction, Tensor) or prediction.shape != x_t.shape:
+            found = list(prediction.shape) if isinstance(prediction, Tensor) else type(prediction).__name__
             raise ValueError(
-                f"prediction must have the shape of x_t, {list(x_t.shape)}, got {list(prediction.shape)}: nothing is "
-                "broadcast here."
+                f"prediction must have the shape of x_t, {list(x_t.shape)}, got {found}: nothing is broadcast here."
             )
         if self.first_index_steps:
             end_index = torch.where(index[0] == self.first_index, index, end_index)
@@ -233,8 +233,6 @@ def dcm_terms(
 
 def _config(timesteps: Tensor, regression: RegressionConfig | None, motion: MotionConfig | None) -> AVDConfig:
     """The points at which the host noises clips are the grid of the cache."""
-    if regression is None and motion is None:
-        raise ValueError("regression and motion are both None: nothing to compute.")
     return AVDConfig(timesteps=tuple(timesteps.tolist()), regression=regression, motion=motion)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -13,7 +12,10 @@ from torch import Tensor
 from avd_core import FlowMatchingSchedule
 
 Coefficients = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Times ``[B]`` in the host's unit to ``(alpha, sigma)``, each ``[B]``, of ``x_t = alpha x_0 + sigma noise``."""
+"""Times ``[B]`` in the host's unit to ``(alpha, sigma)``, each ``[B]``, of ``x_t = alpha x_0 + sigma noise``.
+
+Times are float64, on the clips' device, and once on the CPU, when :class:`HostTerms` looks at its few steps.
+"""
 
 Prediction = Literal["velocity", "x_0", "noise", "v"]
 
@@ -142,14 +144,18 @@ def variance_preserving(alphas_cumprod: Tensor, prediction: Prediction = "noise"
     if not isinstance(alphas_cumprod, Tensor):
         raise TypeError(f"alphas_cumprod must be the scheduler's tensor of it, got {type(alphas_cumprod).__name__}.")
     table = alphas_cumprod.detach().double()
-
     # A copy for each device, as a copy in every call would make the host wait for a GPU.
-    @cache
-    def table_on(device: torch.device) -> Tensor:
-        return table.to(device)
+    tables = {table.device: table}
 
     def coefficients(times: Tensor) -> tuple[Tensor, Tensor]:
-        alpha_squared = table_on(times.device)[times.long()]
+        if times.device not in tables:
+            tables[times.device] = table.to(times.device)
+        index = times.long()
+        # Looked at on the CPU only, where it costs nothing.
+        look = times.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and not bool(((index == times) & (index >= 0) & (index < len(table))).all()):
+            raise IndexError(f"times must be whole numbers from 0 to {len(table) - 1}, got {times.tolist()[:4]}")
+        alpha_squared = tables[times.device][index]
         return alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
 
     return Parametrisation(coefficients, prediction)
@@ -183,8 +189,11 @@ def check_times(parametrisation: Parametrisation, timesteps: Sequence[float]) ->
     times = torch.tensor(timesteps, dtype=torch.float64, device="cpu")
     try:
         found = parametrisation.coefficients(times)
-    except IndexError as error:
-        raise ValueError(f"timesteps {list(timesteps)} are not on the host's path: {error}.") from error
+    except (IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"The host's path cannot be looked up at timesteps {list(timesteps)}, given as {times.dtype} on the CPU: "
+            f"{error}. They must be in the unit that coefficients takes, and its tables be brought to times.device."
+        ) from error
     if not (isinstance(found, tuple) and len(found) == 2 and all(_is_like(part, times) for part in found)):
         raise TypeError("coefficients must return (alpha, sigma), a tensor [B] each for times [B].")
     alpha, sigma = (part.detach().double().cpu() for part in found)
@@ -199,7 +208,10 @@ def check_times(parametrisation: Parametrisation, timesteps: Sequence[float]) ->
     elif flow_sigma.max() < 0.01:
         reason = "all of them are clean clips, nearly"
     elif parametrisation.prediction == "noise" and bool((alpha <= slack).any()):
-        reason = "at pure noise (alpha 0) a prediction of the noise says nothing of the clip: leave that time out"
+        reason = (
+            "at pure noise (alpha 0) a prediction of the noise says nothing of the clip: leave that time out, or "
+            "predict something else"
+        )
     if reason:
         raise ValueError(
             f"timesteps {list(timesteps)} have alpha {_short(alpha)} and sigma {_short(sigma)} on the host's path, and "

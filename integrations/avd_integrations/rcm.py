@@ -113,7 +113,7 @@ def model_class() -> type:
                 if name == _DMD and regression is not None:
                     yield _REGRESSION, self._avd_regression_step, False
                 yield name, closure, is_last
-            self._avd_context = None
+            self._avd_context = None  # clips and embeddings of this step
             if self.is_student_phase(iteration) and iteration >= self.config.tangent_warmup and _DMD not in names:
                 raise _HOST.moved(
                     f"{_CLASS}.training_step_closures gave {names} and no {_DMD!r} at iteration {iteration}"
@@ -141,7 +141,7 @@ def model_class() -> type:
             self, condition: Any, x_B_C_T_H_W_size: Any, n_steps: int, with_grad: bool = False
         ) -> tuple[Tensor, Any]:
             x_0, trajectory = super().backward_simulation(condition, x_B_C_T_H_W_size, n_steps, with_grad=with_grad)
-            self._avd_samples = x_0 if with_grad else None  # the host's results have it without gradient
+            self._avd_samples = x_0  # the host's results have it without gradient
             return x_0, trajectory
 
         def _student_dmd_step(self, ctx: Any, iteration: int) -> tuple[dict[str, Any], Tensor]:
@@ -152,7 +152,7 @@ def model_class() -> type:
                 motion = self.avd.on_samples(self._avd_samples)
                 return output_batch | named(motion.metrics), loss + motion.loss
             finally:
-                self._avd_samples = None
+                self._avd_samples = None  # and the graph behind it
 
         def on_before_zero_grad(self, optimizer: Any, scheduler: Any, iteration: int) -> None:
             super().on_before_zero_grad(optimizer, scheduler, iteration)

@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avd_core import AVDConfig, AVDObjective, LossOutput
+from avd_core._checks import check_number
 from avd_integrations.parametrisation import Parametrisation, check_times
 
 Layout = Literal["BCFHW", "BFCHW", "BCHW"]
@@ -46,9 +47,10 @@ class HostTerms(nn.Module):
 
     Raises:
         TypeError: If ``config`` or ``parametrisation`` is something else.
-        ValueError: If the motion term is on for images, or counts its frames in another dimension; if
-            ``gradient_ratio`` is set, for which the matching term would have to be known here; for an unknown layout,
-            a ``loss_scale`` that is not positive, or ``timesteps`` that are not on the path: in another unit, say.
+        ValueError: If both terms are left out; if the motion term is on for images, or counts its frames in another
+            dimension; if ``gradient_ratio`` is set, for which the matching term would have to be known here; for an
+            unknown layout, a ``loss_scale`` that is not positive, or ``timesteps`` that are not on the path: in another
+            unit, say.
     """
 
     def __init__(
@@ -63,6 +65,9 @@ class HostTerms(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = AVDObjective(config)
+        config = self.objective.config
+        if config.regression is None and config.motion is None:
+            raise ValueError("regression and motion are both None: there is nothing to compute.")
         if not isinstance(parametrisation, Parametrisation):
             raise TypeError(
                 "parametrisation must be a Parametrisation, such as rectified_flow() returns, got "
@@ -70,8 +75,8 @@ class HostTerms(nn.Module):
             )
         if layout not in get_args(Layout):
             raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, got {layout!r}.")
-        if not callable(loss_scale) and not (isinstance(loss_scale, (int, float)) and loss_scale > 0):
-            raise ValueError(f"loss_scale must be a positive number or a function of a shape, got {loss_scale!r}.")
+        if not callable(loss_scale):
+            check_number("loss_scale", loss_scale, above=0)
         if layout == "BCHW" and config.motion is not None:
             raise ValueError(
                 "The motion term is the variance along frames, and images have none. Leave it out with motion=None, or "
@@ -120,6 +125,9 @@ class HostTerms(nn.Module):
         The motion term's sample is the ``x_0`` in that prediction. Arguments are those of :meth:`on_prediction`, and
         the result is that of :meth:`forward`.
         """
+        self._check_prediction(output, x_t, clips, noise)
+        if self.objective.motion is not None:
+            self._check_frames("clips", clips)
         parts = []
         output, x_t = _at_least_float32(output), _at_least_float32(x_t)
         if self.objective.regression is not None:
@@ -167,10 +175,7 @@ class HostTerms(nn.Module):
         Raises:
             TypeError, ValueError: As :meth:`forward`.
         """
-        given = {"output, the student's prediction,": output, "x_t": x_t, "clips": clips, "noise": noise}
-        for name, tensor in given.items():
-            self._check_tensor(name, tensor, like=clips)
-        self._check_gradient("The prediction", output)
+        self._check_prediction(output, x_t, clips, noise)
         # In half precision the difference of two near velocities would be mostly rounding.
         output, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (output, x_t, clips, noise))
         prediction = self.parametrisation.velocity(output, x_t, times)
@@ -205,12 +210,22 @@ class HostTerms(nn.Module):
                 "AVDConfig(motion=None)."
             )
         self._check_tensor("x_0", x_0)
-        if "F" in self.layout and x_0.shape[self.layout.index("F")] < 2:
-            raise ValueError(
-                f"The motion term needs at least 2 frames, and x_0 has shape {list(x_0.shape)} in layout {self.layout}."
-            )
+        self._check_frames("x_0", x_0)
         self._check_gradient("x_0", x_0)
         return x_0
+
+    def _check_frames(self, name: str, tensor: Tensor) -> None:
+        if "F" in self.layout and tensor.shape[self.layout.index("F")] < 2:
+            raise ValueError(
+                f"The motion term needs at least 2 frames, and {name} has shape {list(tensor.shape)} in layout "
+                f"{self.layout}."
+            )
+
+    def _check_prediction(self, output: Any, x_t: Any, clips: Any, noise: Any) -> None:
+        given = {"clips": clips, "output, the student's prediction,": output, "x_t": x_t, "noise": noise}
+        for name, tensor in given.items():
+            self._check_tensor(name, tensor, like=clips)
+        self._check_gradient("The prediction", output)
 
     def _check_tensor(self, name: str, tensor: Any, like: Tensor | None = None) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -238,8 +253,6 @@ class HostTerms(nn.Module):
 
 
 def _sum(parts: list[LossOutput]) -> LossOutput:
-    if not parts:
-        raise ValueError("AVDConfig leaves out both the regression and the motion term: nothing to compute.")
     loss = torch.stack([part.loss for part in parts]).sum()
     return LossOutput(loss, {name: value for part in parts for name, value in part.metrics.items()})
 

@@ -276,13 +276,25 @@ def test_the_cache_moves_with_its_module():
     assert {buffer.dtype for buffer in cache.buffers()} == {torch.float32, torch.bool}
 
 
-def test_buffers_that_were_cast_in_place_are_refused():
+@pytest.mark.parametrize("names", [("timesteps", "means", "pending"), ("means",), ("pending",)])
+def test_buffers_that_were_cast_in_place_are_refused(names):
     """As FSDP casts the buffers of what it wraps."""
     cache = LossMeanCache(GRID)
-    for buffer in cache.buffers():
+    for name in names:
+        buffer = cache.get_buffer(name)
         buffer.data = buffer.to(torch.bfloat16)
-    with pytest.raises(TypeError, match=r"something has cast them to torch.bfloat16.*buffer_dtype"):
+    with pytest.raises(TypeError, match=r"something has cast them .*buffer_dtype"):
         record(cache, [(1000, 1.0)])
+
+
+def test_buffers_are_float32_whatever_the_default_is():
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        cache = LossMeanCache(GRID)
+    finally:
+        torch.set_default_dtype(before)
+    assert {buffer.dtype for buffer in cache.buffers()} == {torch.float32, torch.bool}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])

@@ -161,7 +161,7 @@ def test_images_have_no_motion_term():
     ],
 )
 def test_nothing_to_compute_is_refused_when_the_terms_are_made(make):
-    with pytest.raises(ValueError, match="regression and motion are both None: nothing to compute"):
+    with pytest.raises(ValueError, match="regression and motion are both None: there is nothing to compute"):
         make()
 
 

@@ -183,8 +183,15 @@ ZERO_SNR = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero term
         (rectified_flow(prediction="x_0"), (1000, 0), "a sampler's last time, 0, is no step"),
         (trigflow(), (1000, 900, 757, 522), "alpha must be at least 0"),
         (trigflow(), (1.5, 0.0), "a sampler's last time"),
-        (variance_preserving(ZERO_SNR, "v"), (0.999, 0.749, 0.5), "noise must rise or fall"),
-        (variance_preserving(ZERO_SNR, "v"), (1000, 500), "not on the host's path: index 1000"),
+        (
+            variance_preserving(ZERO_SNR, "v"),
+            (0.999, 0.749, 0.5),
+            r"whole numbers from 0 to 999, got \[0.999, .* unit that coefficients takes",
+        ),
+        (variance_preserving(ZERO_SNR, "v"), (1000, 500), "whole numbers from 0 to 999"),
+        (variance_preserving(ZERO_SNR, "v"), (500, -1), "whole numbers from 0 to 999"),
+        (Parametrisation(lambda t: (1 - t.round(), t.round())), (0.9, 0.8, 0.7), "noise must rise or fall"),
+        (Parametrisation(lambda t: (t, t.to("meta") + t)), (0.9, 0.8), "tables be brought to times.device"),
         (variance_preserving(ZERO_SNR), (999, 499), "a prediction of the noise says nothing of the clip"),
         (Parametrisation(lambda t: (t, 1 - t)), (1.0, 0.5), "sigma above 0"),
     ],
@@ -214,3 +221,10 @@ def test_coefficients_are_a_pair_of_tensors(coefficients):
 )
 def test_times_of_real_hosts_are_taken(parametrisation, timesteps):
     check_times(parametrisation, timesteps)
+    with torch.device("meta"):  # as hosts that build their models there
+        check_times(parametrisation, timesteps)
+
+
+def test_a_path_may_have_parameters():
+    shift = torch.tensor(0.1, requires_grad=True)
+    check_times(Parametrisation(lambda t: (1 - t + shift, t)), (0.9, 0.5))

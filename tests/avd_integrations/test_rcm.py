@@ -161,6 +161,22 @@ def test_the_regression_comes_with_distribution_matching(host):
         take(model, 1)
 
 
+def test_ranks_that_share_a_sample_share_its_time_and_noise(host):
+    """What ``sync`` returns is what the student sees."""
+    seen = []
+
+    def denoise(self, xt_B_C_T_H_W, time, condition, net_type="teacher"):
+        seen.append((xt_B_C_T_H_W, time))
+        return original(self, xt_B_C_T_H_W, time, condition, net_type)
+
+    original, host.T2VDistillModel_rCM.denoise = host.T2VDistillModel_rCM.denoise, denoise
+    host.T2VDistillModel_rCM.sync = lambda self, times, noise: (torch.full_like(times, 1.4), torch.zeros_like(noise))
+    take(rcm.avd_model(configuration()), 1)
+    ((x_t, times),) = seen
+    torch.testing.assert_close(x_t, math.cos(1.4) * CLIPS)
+    assert times.tolist() == pytest.approx([1.4, 1.4])
+
+
 def test_closures_give_a_loss_per_sample_in_the_hosts_scale(host):
     model = rcm.avd_model(configuration(), {"motion": {"floor": -20}})  # not a constant
     _, results = take(model, 1)

@@ -209,10 +209,14 @@ def test_without_clips_the_regression_says_what_to_do():
     assert not any(name.startswith("avd/regression") for name in log)
 
 
-def test_terms_that_are_left_out_leave_the_hosts_loss():
-    loss, log = step(build(AVDConfig(regression=None, motion=None)), CLIPS)
-    assert loss == 0
-    assert set(log) == {"timestep"}
+@pytest.mark.parametrize("left_out", ["regression", "motion"])
+def test_a_term_that_is_left_out_is_not_in_the_loss(left_out):
+    loss, log = step(build(AVDConfig(**{left_out: None})), CLIPS)
+    (other,) = {"regression", "motion"} - {left_out}
+    torch.testing.assert_close(loss.float(), log[f"avd/{other}/loss"])  # the host's own is 0
+    assert not any(name.startswith(f"avd/{left_out}") for name in log)
+    with pytest.raises(ValueError, match="both None"):
+        build(AVDConfig(regression=None, motion=None))
 
 
 def test_frames_that_the_host_masks_get_no_gradient():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from avd_core import AVDConfig, AVDObjective, FlowMatchingSchedule, LossMeanCache, MotionConfig, RegressionConfig
-from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow
+from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow, variance_preserving
 from helpers import GRID
 
 CLIPS = torch.randn(3, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -139,7 +139,9 @@ def test_parts_that_are_left_out_need_nothing():
     assert not student.seen
     host(AVDConfig(motion=None))[1]({"clips": CLIPS})
     with pytest.raises(ValueError, match="nothing to compute"):
-        host(AVDConfig(motion=None, regression=None))[1]({})
+        host(AVDConfig(motion=None, regression=None))
+    # Without the regression the few steps are not looked at.
+    host(AVDConfig(regression=None), rectified_flow(1))
     with pytest.raises(ValueError, match="nothing to draw"):
         host(AVDConfig(regression=None))[1].draw_times(1, torch.device("cpu"))
 
@@ -193,8 +195,6 @@ def test_a_ready_prediction_gives_both_terms_and_runs_nothing():
     for left_out in ({"motion": None}, {"regression": None}):
         part = HostTerms(AVDConfig(**left_out), path).from_prediction(output, x_t, CLIPS, noise, times)
         assert not any(name.startswith(next(iter(left_out))) for name in part.metrics)
-    with pytest.raises(ValueError, match="nothing to compute"):
-        HostTerms(AVDConfig(motion=None, regression=None), path).from_prediction(output, x_t, CLIPS, noise, times)
 
 
 @pytest.mark.parametrize("given", [{}, {"predict": Student()}, {"clips": lambda batch: batch}])
@@ -271,14 +271,45 @@ def test_wrong_input_is_refused_before_anything_is_recorded(call, error, message
     assert not caches
 
 
+@pytest.mark.parametrize("config", [AVDConfig(), AVDConfig(regression=None)], ids=["both", "motion"])
 @pytest.mark.parametrize("which", ["output", "x_t", "clips", "noise"])
-def test_nothing_is_broadcast(which):
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t[:, :1], ValueError, "nothing is broadcast here"),
+        (lambda t: (t, t), TypeError, "must be a floating-point torch.Tensor of latents, got tuple"),
+        (lambda t: t.long(), TypeError, "got torch.int64"),
+    ],
+    ids=["shape", "tuple", "integer"],
+)
+def test_a_ready_prediction_is_looked_at_first(config, which, change, error, message):
     given = {name: torch.randn_like(CLIPS, requires_grad=True) for name in ("output", "x_t", "clips", "noise")}
-    given[which] = given[which][:, :1]
-    terms = HostTerms(AVDConfig(), rectified_flow())
-    for call in (terms.on_prediction, terms.from_prediction):
-        with pytest.raises(ValueError, match="nothing is broadcast here"):
+    given[which] = change(given[which])
+    terms = HostTerms(config, rectified_flow())
+    calls = (terms.on_prediction, terms.from_prediction) if config.regression is not None else (terms.from_prediction,)
+    for call in calls:
+        with pytest.raises(error, match=message):
             call(**given, times=torch.tensor([900.0, 757.0, 522.0]))
+
+
+def test_one_frame_is_refused_before_the_regression_is_recorded():
+    still = [torch.randn(3, 4, 1, 2, 2, requires_grad=True) for _ in range(4)]
+    terms = HostTerms(AVDConfig(), rectified_flow())
+    with pytest.raises(ValueError, match="at least 2 frames, and clips"):
+        terms.from_prediction(*still, torch.tensor([900.0, 757.0, 522.0]))
+    assert not terms.objective.regression.cache.seen.any()
+
+
+@pytest.mark.parametrize("path", [rectified_flow(), trigflow(), variance_preserving(torch.linspace(0.99, 0.01, 1000))])
+def test_the_terms_compile_in_one_graph(path):
+    steps = (1.5, 1.0) if path.prediction == "v" else (900, 500)
+    terms = HostTerms(AVDConfig(timesteps=steps), path)
+    output, x_t, noise = (torch.randn_like(CLIPS, requires_grad=True) for _ in range(3))
+    given = (output, x_t.detach(), CLIPS, noise.detach(), torch.tensor([steps[0], steps[1], steps[1]]))
+    expected = terms.from_prediction(*given).loss
+    terms.objective.regression.cache.reset()
+    compiled = torch.compile(terms.from_prediction, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given).loss, expected)
 
 
 def test_metrics_can_be_looked_at_without_gradient():
@@ -291,8 +322,8 @@ def test_metrics_can_be_looked_at_without_gradient():
     ("options", "error", "message"),
     [
         ({"layout": "BTCHW"}, ValueError, "layout must be one of BCFHW, BFCHW, BCHW, got 'BTCHW'"),
-        ({"loss_scale": -1}, ValueError, "loss_scale must be a positive number"),
-        ({"loss_scale": "sum"}, ValueError, "loss_scale must be a positive number or a function of a shape, got 'sum'"),
+        ({"loss_scale": -1}, ValueError, "loss_scale must be a finite number above 0"),
+        ({"loss_scale": "sum"}, TypeError, "loss_scale must be a number, got 'sum'"),
         ({"parametrisation": rectified_flow}, TypeError, r"such as rectified_flow\(\) returns, got function"),
         ({"config": {"motion": None}}, TypeError, "config must be an AVDConfig, got dict"),
         ({"parametrisation": rectified_flow(1)}, ValueError, r"alpha \[-999.0, .* Give them in the unit"),
