@@ -25,8 +25,7 @@ assert "self.sync" in calls(model["_make_training_ctx"])
 assert {"self.get_context_parallel_group", "broadcast"} <= set(calls(model["sync"]))
 assert ast.unparse(model["_make_training_ctx"].body[-1]) == "return (x0_B_C_T_H_W, condition, uncondition)"
 
-# The trainer sums a closure's losses, accumulates batches by dividing, and says so after each
-# optimizer step.
+# The trainer sums a closure's losses, accumulates batches by dividing, and says so after each optimizer step.
 step = ast.unparse(trainer["training_step"])
 assert "loss_i.sum() / self.config.trainer.grad_accum_iter" in step
 assert "for name, closure, is_last_closure in closures_iter" in step
