@@ -5,7 +5,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from unittest import mock
 
-import torch
+from torch import library
 
 
 def stand_in_for_wandb(folder):
@@ -22,7 +22,7 @@ def declare_torchvision_operators():
         import torchvision  # noqa: F401
     except RuntimeError:
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
+            library.define(f"torchvision::{name}", "(Tensor x) -> Tensor")
 
 
 def free_port():
