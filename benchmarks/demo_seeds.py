@@ -1,8 +1,9 @@
-"""The demo over several seeds: is AVD closer to the real clips than DMD alone?
+"""The demo over several seeds: what its four measures say of AVD and of DMD alone.
 
     .venv/bin/python benchmarks/demo_seeds.py --output runs/seeds
 
-Writes benchmarks/results/demo-seeds.json. The seeds that are reported were never looked at while values were chosen.
+Writes benchmarks/results/demo-seeds.json. ``avd_closer`` in it compares with one draw of the real clips;
+docs/tiny-preset.md says what these measures cannot see.
 """
 
 import json

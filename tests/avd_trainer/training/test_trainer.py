@@ -110,10 +110,10 @@ def test_no_forward_is_run_whose_output_nobody_uses(make_trainer: MakeTrainer, o
     assert counts["teacher", True] == 0
 
 
-def test_an_update_costs_at_most_two_thirds_of_the_released_code(make_trainer: MakeTrainer) -> None:
+def test_an_update_costs_thirty_five_and_a_half_forwards(make_trainer: MakeTrainer) -> None:
     """Forward equivalents per sample, a backward pass counted as two, averaged over the steps a rollout may stop at.
 
-    The released code's 53 are at five online updates, four few steps and the same rules for what is run.
+    At five online updates and four few steps. docs/method.md compares them with the released code's 47, part by part.
     """
     costs = []
     for last in range(4):
@@ -123,7 +123,6 @@ def test_an_update_costs_at_most_two_thirds_of_the_released_code(make_trainer: M
         first_step(trainer)
         costs.append(sum(count * (3 if graph else 1) for (_, graph), count in counts.items()) / 2)
     assert sum(costs) / 4 == 35.5
-    assert sum(costs) / 4 <= 0.67 * 53
 
 
 def test_without_regression_no_real_clip_is_run(make_trainer: MakeTrainer) -> None:
