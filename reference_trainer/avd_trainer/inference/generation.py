@@ -26,12 +26,11 @@ from avd_core import (
 )
 from avd_trainer.data.encode import BATCH, WAN_FPS, HashTextEncoder, TextEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.wan import WanCodec
+from avd_trainer.models.codecs.wan import WanCodec, wan_latent_shape
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
-from avd_trainer.planning.memory import wan_latent_shape
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT, INTERPOLATOR, PARTS, LatentSpace, few_steps, load_interpolator
 from avd_trainer.training.kinds import kind_of_run
