@@ -7,20 +7,24 @@ gives, so that a method with other roles needs another description and nothing e
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import CheckpointConfig, LoRAConfig, ShapesData, ShardsData, VideosData
 from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shards import ShardDataset
+from avd_trainer.methods.avd import AVDMethodConfig
+from avd_trainer.methods.base import MethodConfig
+from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.models.roles import Average, Built, Frozen, Trained
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.weights import BUNDLED, open_weights
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.config import TrainConfig
 
 WAN_SIZE = "832x480x81"
 """Of clips that are not there yet."""
@@ -32,7 +36,10 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
 }
+
 _COMMON = {"attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096, "in_channels": 16, "patch_size": [1, 2, 2]}
+
+_TITLES = {"online": "online model"}
 
 LatentShape = tuple[int, int, int, int]
 """``(C, F, H, W)``."""
@@ -197,14 +204,13 @@ def describe(
     Raises:
         UserError: If the clip does not fit the model, or the batch or ``parallel.replicate`` the number of GPUs.
     """
-    regression = config.objective.regression
     run = Run(
         roles=tuple(_roles(config)),
-        calls=tuple(_calls(config)),
+        calls=tuple(_calls(config.method)),
         steps=config.max_steps,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
-        can_accumulate=regression is None or regression.order == "weight_first",
+        can_accumulate=_can_accumulate(config.method),
         precision=config.precision,
         checkpointing=config.parallel.activation_checkpointing,
         replicate=config.parallel.replicate,
@@ -220,7 +226,7 @@ def describe(
     return run
 
 
-def find_architecture(teacher: str) -> dict[str, Any]:
+def find_architecture(teacher: str | None) -> dict[str, Any]:
     """The architecture of a teacher that is on this machine, or of a known one on the Hugging Face hub.
 
     Args:
@@ -229,6 +235,8 @@ def find_architecture(teacher: str) -> dict[str, Any]:
     Raises:
         UserError: If it is neither.
     """
+    if teacher is None:
+        raise UserError("this run has no teacher, and a plan is of methods that distil one. Choose another --method.")
     if teacher in _ARCHITECTURES and not Path(teacher).exists():
         return _COMMON | _ARCHITECTURES[teacher]
     if not teacher.startswith(BUNDLED) and not Path(teacher.partition("#")[0]).exists():
@@ -258,32 +266,49 @@ def find_text_length(config: TrainConfig) -> int:
     return ShardDataset(data.path).text_length if data.path.exists() else WAN_TEXT_LENGTH
 
 
-def _roles(config: TrainConfig) -> list[Role]:
-    # Adapters are of the teacher's weights, so a student with weights of its own cannot have any.
-    student_setting = "student_lora" if config.student_weights is None else None
-    return [
-        Role("teacher", "teacher"),
-        Role("student", "student", True, config.student_lora, averaged=True, adapter_setting=student_setting),
-        Role("online", "online model", True, config.online_lora, adapter_setting="online_lora"),
-    ]
+def _roles(config: TrainConfig) -> Iterator[Role]:
+    roles = config.method.roles(config.student_weights)
+    averaged = {role.of for role in roles.values() if isinstance(role, Average)}
+    for name, role in roles.items():
+        if isinstance(role, Built):
+            raise UserError(
+                f"method {config.method.kind} builds its own {name}, and a plan is of methods that distil a teacher. "
+                "Choose one of those with --method."
+            )
+        if isinstance(role, Frozen):
+            yield Role(name, name)
+        if isinstance(role, Trained):
+            # Adapters are of the teacher's weights, so a model with weights of its own cannot have any.
+            setting = f"method.{name}.lora" if role.weights is None else None
+            yield Role(name, _TITLES.get(name, name), True, role.lora, name in averaged, setting)
 
 
-def _calls(config: TrainConfig) -> list[Call]:
-    """Algorithm 1, counted: ``tests/avd_trainer/planning/test_description.py`` holds it against a trainer."""
+def _calls(method: MethodConfig) -> list[Call]:
+    """How often each model is asked; ``tests/avd_trainer/planning/test_description.py`` counts it in a trainer."""
+    if not isinstance(method, DMDMethodConfig):
+        raise UserError(f"how often method {method.kind} asks its models is not known here. Plan avd or dmd.")
     # A sample is finished at each of the few steps equally often; the steps before it are run without gradient.
-    before = (len(config.objective.timesteps) - 1) / 2
-    # The first online update takes the generator's samples.
-    own_samples = config.online_updates - 1
+    before = (len(method.few_steps) - 1) / 2
+    # The first online update takes the student's samples.
+    own_samples = method.online_updates - 1
     calls = [
         Call("student", before + own_samples * (before + 1)),
         Call("student", 1, backward=True),
-        Call("teacher", 1, guidance_scale=config.guidance_scale, beside="student"),
+        Call("teacher", 1, guidance_scale=method.guidance_scale, beside="student"),
         Call("online", 1, beside="student"),
-        Call("online", config.online_updates, backward=True),
+        Call("online", method.online_updates, backward=True),
     ]
-    if config.objective.regression is not None:
+    if isinstance(method, AVDMethodConfig) and method.regression is not None:
         calls.append(Call("student", 1, backward=True))  # on real clips
     return calls
+
+
+def _can_accumulate(method: MethodConfig) -> bool:
+    try:
+        method.check_accumulation()
+    except ValueError:
+        return False
+    return True
 
 
 def _check_shape(shape: Sequence[int], architecture: Mapping[str, Any]) -> LatentShape:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.planning.changes import Change, find_changes
 from avd_trainer.planning.description import (
@@ -20,6 +19,7 @@ from avd_trainer.planning.disk import DiskPlan, plan_disk
 from avd_trainer.planning.duration import TimePlan, assumed_speed, plan_time
 from avd_trainer.planning.measure import measure_speed
 from avd_trainer.planning.memory import GB, Phase, plan_memory, worst
+from avd_trainer.training.config import TrainConfig
 
 CLIPS = 10_000
 """Assumed where the data is not there yet."""

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from avd_trainer.planning.disk import DiskPlan
 from avd_trainer.planning.duration import TimePlan
@@ -16,15 +17,13 @@ from avd_trainer.planning.plan import Plan
 
 def render(plan: Plan) -> RenderableType:
     """Memory by part and phase with the verdict, what to change, time, and disk."""
-    return Group(_memory(plan), _sheet("Time", _time(plan.time)), _sheet("Disk", _disk(plan.disk)), *plan.notes)
+    lines = [Text(line) for line in (*_verdict(plan), "")]
+    return Group(_memory(plan), *lines, _sheet("Time", _time(plan.time)), _sheet("Disk", _disk(plan.disk)), *plan.notes)
 
 
 def _memory(plan: Plan) -> Table:
     table = Table(
         title=f"GB on each of {plan.run.gpus} GPU(s) of {plan.gpu_memory:g} GB",
-        caption="\n".join(_verdict(plan)),
-        caption_justify="left",
-        caption_style="",
         show_footer=True,
     )
     table.add_column("", footer="together")
