@@ -98,6 +98,11 @@ class TrainConfig(Section):
                 "micro_batch_size and objective.regression.order=update_first exclude each other: the cache would be "
                 "needed before the step's losses are known"
             )
+        if not self.objective.balance.sync_ranks or (regression is not None and not regression.sync_ranks):
+            raise ValueError(
+                "objective.regression.sync_ranks and objective.balance.sync_ranks must be true: a run's checkpoints hold "
+                "one cache and one ratio, not one per rank"
+            )
         if self.prompts is not None and not isinstance(self.data, ShardsData):
             raise ValueError("prompts need data of kind shards, whose text embeddings are of the same encoder")
         return self

@@ -13,7 +13,7 @@ from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_times
 
 schedule = FlowMatchingSchedule()
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x_t [B, C, F, H, W], timesteps [B], text [B, L, D])`` to a velocity ``[B, C, F, H, W]``."""
 
 DrawNoise = Callable[[Sequence[int]], Tensor]
@@ -40,7 +40,7 @@ class Rollout(NamedTuple):
 
 
 def guided_velocity(
-    model: Denoiser, x_t: Tensor, timesteps: Tensor, text: Tensor, unconditional: Tensor, guidance_scale: float
+    model: VelocityFunction, x_t: Tensor, timesteps: Tensor, text: Tensor, unconditional: Tensor, guidance_scale: float
 ) -> Tensor:
     """Classifier-free guidance in one forward of twice the batch; with scale 1 a plain forward.
 
@@ -56,7 +56,7 @@ def guided_velocity(
 
 
 def few_step_rollout(
-    model: Denoiser,
+    model: VelocityFunction,
     text: Tensor,
     shape: Sequence[int],
     timesteps: Sequence[float],
@@ -94,7 +94,7 @@ def few_step_rollout(
 
 @torch.no_grad()
 def sample_teacher(
-    model: Denoiser,
+    model: VelocityFunction,
     text: Tensor,
     unconditional: Tensor,
     shape: Sequence[int],
@@ -132,5 +132,5 @@ def sample_teacher(
     return x_t
 
 
-def _predict(model: Denoiser, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
+def _predict(model: VelocityFunction, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
     return Rollout(x_t, model(x_t, x_t.new_full((len(x_t),), timestep), text), timestep)

@@ -17,7 +17,7 @@ from avd_trainer.data.sources import TrainingData, load_clips
 from avd_trainer.data.video_files import enlarge, save_gif, tile
 from avd_trainer.evaluation.clip_metrics import ClipMetrics, evaluate
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import Denoiser, DrawNoise, few_step_rollout, sample_teacher
+from avd_trainer.models.samplers import DrawNoise, VelocityFunction, few_step_rollout, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
@@ -81,7 +81,7 @@ def run_demo(config: TrainConfig, output: Path, ranks: Ranks) -> dict[str, ClipM
             raise UserError(
                 f"The demo was stopped; {output / name} goes on with `avd train {output / name}/config.yaml`."
             )
-        student: Denoiser = VelocityModel(load_transformer(str(output / name / "student")))
+        student: VelocityFunction = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
             latents[name] = few_step_rollout(student, text, shape, config.objective.timesteps, _same_noise(samples)).x_0
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from avd_core import (
     AVDObjective,
     Callback,
-    CallbackList,
     CollapseMonitor,
     DistributionMatchingLoss,
     EMACallback,
     LatentStatistics,
+    NamedCallbacks,
     NonFiniteGuard,
     shift_timesteps,
     temporal_variance,
@@ -83,7 +83,7 @@ class Trainer:
 
         self.student_optimizer = adamw(self.student.named_parameters(), config.student_optimizer)
         self.online_optimizer = adamw(self.online.named_parameters(), config.online_optimizer)
-        self.matching = DistributionMatchingLoss(config.matching_weight)
+        self.matching = DistributionMatchingLoss(weight=config.matching_weight)
         self.objective = _build_objective(config, accumulating=len(self._rows) > 1).to(ranks.device)
 
         self.ema = EMACallback(self.student.parameters(), config.ema_decay)
@@ -100,7 +100,7 @@ class Trainer:
             decay = 0.95 ** len(self.few_steps)
             self.monitor = CollapseMonitor(_measure(data.clips), regression_weight=weight, decay=decay)
             callbacks["monitor"] = self.monitor
-        self.callbacks = CallbackList(callbacks)
+        self.callbacks = NamedCallbacks(callbacks)
         # A step updates the online model several times; its guard stops the run after the same number of steps.
         self.online_guard = NonFiniteGuard(config.max_skipped_steps * config.online_updates, name="online model")
 
@@ -221,10 +221,10 @@ class Trainer:
             x_t = schedule.add_noise(x_0.detach(), draws.normal(self.latent_shape), timesteps)
             scale = self.config.guidance_scale
             real = guided_velocity(self.teacher, x_t, timesteps, text, self.unconditional, scale)
-            fake = self.online(x_t, timesteps, text)
+            online = self.online(x_t, timesteps, text)
             real_x_0 = schedule.velocity_to_x_0(real, x_t, timesteps)
-            fake_x_0 = schedule.velocity_to_x_0(fake, x_t, timesteps)
-        loss, metrics = self.matching(x_0, real_x_0, fake_x_0)
+            online_x_0 = schedule.velocity_to_x_0(online, x_t, timesteps)
+        loss, metrics = self.matching(x_0, real_x_0, online_x_0)
         return loss, {f"matching/{name}": value for name, value in metrics.items()} | {"matching/loss": loss.detach()}
 
     def _regress(
@@ -248,9 +248,7 @@ class Trainer:
 
     def _step_student(self, metrics: Metrics, finished: Sequence[Tensor] | None) -> bool:
         """The optimizer's step, if the callbacks agree; ``finished`` are samples of the last of the few steps."""
-        regression = self.objective.regression
-        if regression is not None and not regression.cache.auto_update:
-            regression.cache.update()
+        self.objective.update()
         # Examples of earlier steps are blurred by nature and would look like a collapse.
         seen = metrics if finished is None else metrics | {"x_0": torch.cat(list(finished))}
         stepped = self.callbacks.before_step(self.step, seen)
