@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from avd_core import (
     Callback,
-    CallbackList,
     CollapseMonitor,
     EMACallback,
     LatentStatistics,
+    NamedCallbacks,
     NonFiniteGuard,
     temporal_variance,
 )
@@ -111,7 +111,7 @@ class Trainer:
         if ranks.first and options is not None:
             self.monitor = CollapseMonitor(_measure(data.clips), **options)
             callbacks[self.main_role]["monitor"] = self.monitor
-        self.callbacks = {name: CallbackList(named) for name, named in callbacks.items()}
+        self.callbacks = {name: NamedCallbacks(named) for name, named in callbacks.items()}
 
     def run(self) -> Iterator[Metrics]:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
