@@ -100,8 +100,8 @@ class TrainConfig(Section):
             )
         if not self.objective.balance.sync_ranks or (regression is not None and not regression.sync_ranks):
             raise ValueError(
-                "objective.regression.sync_ranks and objective.balance.sync_ranks must be true: a run's checkpoints hold "
-                "one cache and one ratio, not one per rank"
+                "objective.regression.sync_ranks and objective.balance.sync_ranks must be true: a run's checkpoints "
+                "hold one cache and one ratio, not one per rank"
             )
         if self.prompts is not None and not isinstance(self.data, ShardsData):
             raise ValueError("prompts need data of kind shards, whose text embeddings are of the same encoder")
