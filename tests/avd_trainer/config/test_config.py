@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+from avd_trainer.config.run import TeacherConfig
 
 from avd_core import AVDConfig, MotionConfig
 from avd_trainer.config.loading import ConfigError, load_config, presets, save_config
-from avd_trainer.config.run import TeacherConfig, TrainConfig
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("name", presets(TrainConfig))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from avd_core import AVDObjective, DistributionMatchingLoss, NonFiniteError
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import load_data
@@ -20,6 +19,7 @@ from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.draws import SampleDraws
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
