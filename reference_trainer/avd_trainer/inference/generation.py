@@ -210,7 +210,8 @@ def choose_rates(
     if max(chosen) > 1 and student.interpolator is None:
         raise UserError(
             f"{student.folder} has no interpolator, which half rate needs. Train one with `avd train "
-            "PRESET --method frame_interpolation` and export the run again with `avd export --interpolator`, or pass --full-rate."
+            "PRESET --method frame_interpolation` and export the run again with `avd export --interpolator`, or pass "
+            "--full-rate."
         )
     return chosen
 

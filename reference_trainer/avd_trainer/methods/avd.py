@@ -6,13 +6,13 @@ You et al. 2026, Eq. 9: ``L_G = L_matching + w_reg w_{t,s} L_reg + w_temp L_temp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from avd_core import AVDConfig, AVDObjective, LossOutput, MotionConfig, RegressionConfig
+from avd_core import AVDConfig, AVDObjective, BalanceConfig, LossOutput, MotionConfig, RegressionConfig
 from avd_trainer.methods.base import Batches, Loss, Setting, Turn
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.models.roles import Model
@@ -32,6 +32,8 @@ class AVDMethodConfig(DMDMethodConfig):
     """The clipped temporal variance of samples, Eq. 8; None leaves it out."""
     gradient_ratio: float | None = Field(default=None, gt=0)
     """Ratio of the regression's gradient to the matching term's to hold. Paper: None, a constant weight."""
+    balance: BalanceConfig = BalanceConfig()
+    """How that ratio is measured."""
 
     @property
     def objective(self) -> AVDConfig:
@@ -45,6 +47,7 @@ class AVDMethodConfig(DMDMethodConfig):
             regression=regression,
             motion=self.motion,
             gradient_ratio=self.gradient_ratio,
+            balance=self.balance,
         )
 
     @model_validator(mode="after")
@@ -55,6 +58,11 @@ class AVDMethodConfig(DMDMethodConfig):
             raise ValueError("motion.frame_dim must be 2: this trainer's latents are [B, C, F, H, W]")
         if self.gradient_ratio is not None and self.regression is None:
             raise ValueError("gradient_ratio needs a regression whose gradient it could hold")
+        if not self.balance.sync_ranks or (self.regression is not None and not self.regression.sync_ranks):
+            raise ValueError(
+                "regression.sync_ranks and balance.sync_ranks must be true: a run's checkpoints hold one cache and one "
+                "ratio, not one per rank"
+            )
         return self
 
     def check_accumulation(self) -> None:
@@ -68,7 +76,7 @@ class AVDMethodConfig(DMDMethodConfig):
 class AVD(DMD):
     """Distribution matching with adaptive regression and clipped temporal variance; see :class:`AVDMethodConfig`."""
 
-    Config = AVDMethodConfig
+    Config: ClassVar[type[AVDMethodConfig]] = AVDMethodConfig
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
@@ -103,9 +111,8 @@ class AVD(DMD):
         yield Loss(loss, metrics | {"regression/timesteps": timesteps})
 
     def after(self, turn: Turn, *, accepted: bool) -> None:
-        regression = self.objective.regression
-        if turn.role == "student" and regression is not None and not regression.cache.auto_update:
-            regression.cache.update()
+        if turn.role == "student":
+            self.objective.update()
 
     def monitor_options(self) -> dict[str, Any] | None:
         weight = None if self.config.regression is None else self.config.regression.weight

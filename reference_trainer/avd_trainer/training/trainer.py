@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from avd_core import (
     Callback,
-    CallbackList,
     CollapseMonitor,
     EMACallback,
     LatentStatistics,
+    NamedCallbacks,
     NonFiniteGuard,
     temporal_variance,
 )
@@ -24,7 +24,7 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.registry import load_method
 from avd_trainer.models.roles import Average, Built, Trained, load_models, trained_parameters
-from avd_trainer.runtime.draws import Draws
+from avd_trainer.runtime.draws import Draws, seed_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.config import TrainConfig
@@ -111,7 +111,7 @@ class Trainer:
         if ranks.first and options is not None:
             self.monitor = CollapseMonitor(_measure(data.clips), **options)
             callbacks[self.main_role]["monitor"] = self.monitor
-        self.callbacks = {name: CallbackList(named) for name, named in callbacks.items()}
+        self.callbacks = {name: NamedCallbacks(named) for name, named in callbacks.items()}
 
     def run(self) -> Iterator[Metrics]:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
@@ -216,7 +216,7 @@ class Trainer:
         """This rank's part of each turn's batch, micro-batch by micro-batch, from the current step on."""
         config = self.config
         data: CaptionedExamples = getattr(self.data, name)
-        order = ShuffledOrder(len(data), 2 * config.seed + ("prompts", "clips").index(name))
+        order = ShuffledOrder(len(data), seed_of(config.seed, "order", name))
         done = sum(self._reads_per_step(step)[name] for step in range(1, self.step + 1))
         left = sum(self._reads_per_step(step)[name] for step in range(self.step + 1, config.max_steps + 1))
         batches = indices_by_micro_batch(order, range(done, done + left), config.batch_size, self.micro_batches)

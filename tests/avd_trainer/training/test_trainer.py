@@ -176,8 +176,8 @@ def test_a_step_is_that_of_the_plain_algorithm(make_trainer: MakeTrainer, clips:
     with torch.no_grad():
         conditional, without = teacher(x_t, timesteps, text["prompts"]), teacher(x_t, timesteps, text["prompts"] * 0)
         real = x_t - sigma * (without + config.guidance_scale * (conditional - without))
-        fake = x_t - sigma * online(x_t, timesteps, text["prompts"])
-    matching, _ = DistributionMatchingLoss()(x_0, real, fake)
+        online_x_0 = x_t - sigma * online(x_t, timesteps, text["prompts"])
+    matching, _ = DistributionMatchingLoss()(x_0, real, online_x_0)
     chosen = torch.tensor(config.objective.timesteps)[(4 * draws["regression"].uniform()).long()]
     noise = draws["regression"].normal(shape)
     level = (chosen / 1000).view(2, 1, 1, 1, 1)
