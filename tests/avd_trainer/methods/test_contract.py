@@ -152,7 +152,7 @@ def test_two_ranks_follow_the_curve_of_one(
 
 
 def curve_with_a_bad_loss(config: TrainConfig, data: TrainingData) -> tuple[list[float], bool]:
-    """Whether each step was skipped, and whether all weights are finite at the end; the last rank's loss is NaN in 2."""
+    """Whether steps were skipped, and whether weights are finite at the end; the last rank's loss of step 2 is NaN."""
     with join_ranks() as ranks:
         trainer = Trainer(config, data, ranks)
         losses = trainer.method.losses
