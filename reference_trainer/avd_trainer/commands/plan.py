@@ -30,8 +30,8 @@ def plan(
     """Say what a run needs on each GPU, part by part, and what to change if it does not fit. Loads no weights."""
     with readable_errors():
         # A preset can be planned before there is data: clips are then of Wan2.1's size.
-        replace = {} if data is None else shards_of(data)
-        config = load_config(TrainConfig, preset, overrides_of(set_, None), replace, shards_of(Path("none")))
+        replace = shards_of(data) if data else {}
+        config = load_config(TrainConfig, preset, overrides_of(set_, None), replace, shards_of([Path("none")]))
         from avd_trainer.planning.memory import (
             find_architecture,
             find_latent_shape,

@@ -34,8 +34,8 @@ class TrainConfig(Section):
     student_weights: str | None = None
     """Weights that the student starts from, for example another distiller's ``model.pt``; None: the teacher's."""
     codec: str | None = None
-    """A diffusers Wan pipeline (folder or hub id) whose VAE decodes the sample clips; None: the teacher's, where it is
-    one."""
+    """A diffusers Wan pipeline (folder or hub id) whose VAE decodes the sample clips; None: the one that encoded the
+    data, or else the teacher's."""
     data: Annotated[ShapesData | VideosData | ShardsData, Field(discriminator="kind")]
     """Real clips with captions: the regression's data."""
     prompts: ShardsData | None = None

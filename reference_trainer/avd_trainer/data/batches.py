@@ -1,35 +1,18 @@
-"""Examples by index, and batches of them, read ahead of need."""
+"""Batches of examples, read ahead of need."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from avd_trainer.data.shards import Example
+from avd_trainer.data.examples import Example, Examples
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.signals import SIGNALS
-
-
-class Examples(Protocol):
-    """Examples by index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def __getitem__(self, index: int) -> Example:
-        """A sample."""
-
-
-class CaptionedExamples(Examples, Protocol):
-    """Captioned samples, with the text embedding of the negative prompt."""
-
-    def unconditional(self) -> Tensor:
-        """``[L, D]``."""
 
 
 class Batch(NamedTuple):
@@ -45,10 +28,10 @@ class Batch(NamedTuple):
 
 
 def read_batches(data: Examples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
-    """Read the samples of each list of indices, ahead of need where there are workers."""
+    """Read the examples of each list of indices, ahead of need where there are workers."""
     loader = DataLoader(
         _Reporting(data),
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
@@ -85,6 +68,7 @@ def _collate(items: list[Example | UserError]) -> Batch | UserError:
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return errors[0]
-    samples = [item for item in items if isinstance(item, Example)]
-    latents = [sample.latent for sample in samples if sample.latent is not None]
-    return Batch(torch.stack(latents) if latents else torch.empty(0), torch.stack([sample.text for sample in samples]))
+    examples = [item for item in items if isinstance(item, Example)]
+    latents = [example.latent for example in examples if example.latent is not None]
+    text = torch.stack([example.text for example in examples])
+    return Batch(torch.stack(latents) if latents else torch.empty(0), text)

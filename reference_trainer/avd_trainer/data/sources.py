@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import ShapesData, ShardsData, VideosData
-from avd_trainer.data.batches import CaptionedExamples
+from avd_trainer.data.examples import CaptionedExamples
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import load_videos, video_files
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.latent_space import LATENT_SPACES, latent_space_of
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
+
+DataSection = ShapesData | VideosData | ShardsData
 
 # Seeds from here on are for clips that nothing trains on.
 HELD_OUT = 1_000_000
@@ -28,21 +31,20 @@ class TrainingData(NamedTuple):
         prompts: Prompts, for the matching term.
         workers: Processes that read ahead.
         fingerprint: What a resumed run must find again; None for data that the configuration determines.
+        encoding: How clips became latents, where that is known.
     """
 
     clips: CaptionedExamples
     prompts: CaptionedExamples
     workers: int = 0
     fingerprint: dict[str, Any] | None = None
+    encoding: Encoding | None = None
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """``(C, F, H, W)``."""
         latent = self.clips[0].latent
-        if latent is None:
-            raise UserError(
-                "data holds prompts only; the regression needs clips. Encode videos with `avd data encode`."
-            )
+        assert latent is not None  # prompts alone are refused when they are opened
         return tuple(latent.shape)
 
 
@@ -53,36 +55,64 @@ class Clips(NamedTuple):
     held_out: CaptionedLatents
 
 
-def load_data(config: TrainConfig, text_dim: int, channels: int) -> TrainingData:
+def load_data(
+    data: DataSection, prompts: ShardsData | None, *, teacher: str, text_dim: int, channels: int
+) -> TrainingData:
     """Open what a run trains on.
 
     Args:
-        config: The run.
-        text_dim: Width of the text embeddings that the models expect.
-        channels: Latent channels that they expect.
+        data: Which clips.
+        prompts: Which prompts; None for the captions of the clips.
+        teacher: Whom the data has to fit, by the name that it is loaded by.
+        text_dim: Width of the text embeddings that it expects.
+        channels: Latent channels that it expects.
 
     Raises:
-        UserError: If it is missing, damaged, or does not fit the models.
+        UserError: If it is missing, damaged, or does not fit the teacher.
     """
-    if isinstance(config.data, ShardsData):
-        data = _open_shards(config.data, config.prompts)
+    if isinstance(data, ShardsData):
+        found = _open_shards(data, prompts)
     else:
-        clips = load_clips(config.data, BlockDCTCodec(), held_out=False).train
+        clips = load_clips(data, BlockDCTCodec(), held_out=False).train
         memory = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, text_dim))
-        data = TrainingData(memory, memory)
-    widths = {name: part[0].text.shape[-1] for name, part in (("data", data.clips), ("prompts", data.prompts))}
+        found = TrainingData(memory, memory, encoding=assumed_encoding(data, teacher))
+    widths = {name: part[0].text.shape[-1] for name, part in (("data", found.clips), ("prompts", found.prompts))}
     for name, width in widths.items():
         if width != text_dim:
             raise UserError(
                 f"{name} has text embeddings of width {width}, the teacher expects {text_dim}. Encode the captions "
                 "with the teacher's own text encoder (`avd data encode --model TEACHER`)."
             )
-    if data.latent_shape[0] != channels:
+    if found.latent_shape[0] != channels:
         raise UserError(
-            f"data has {data.latent_shape[0]} latent channels, the teacher expects {channels}. Encode the videos with "
+            f"data has {found.latent_shape[0]} latent channels, the teacher expects {channels}. Encode the videos with "
             "the teacher's own VAE (`avd data encode --model TEACHER`)."
         )
-    return data
+    _check_latent_space(found.encoding, teacher)
+    return found
+
+
+def open_clips(data: ShardsData) -> ShardDataset:
+    """Open shards that hold clips.
+
+    Raises:
+        UserError: If they hold prompts only; otherwise as :class:`ShardDataset`.
+    """
+    clips = ShardDataset(*data.path)
+    if not clips.has_latents:
+        raise UserError(
+            f"data.path {', '.join(map(str, data.path))} holds prompts only, and clips are needed. Encode videos with "
+            "`avd data encode`."
+        )
+    return clips
+
+
+def assumed_encoding(data: DataSection, teacher: str) -> Encoding:
+    """How clips became latents where the data itself does not say: as the teacher's do, or else as Wan's.
+
+    Clips that are encoded when a run starts are in the block DCT's space, whoever the teacher is.
+    """
+    return Encoding((latent_space_of(teacher) or "wan") if isinstance(data, ShardsData) else "block-dct")
 
 
 def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_out: bool = True) -> Clips:
@@ -104,11 +134,19 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
 
 
-def _open_shards(config: ShardsData, prompts: ShardsData | None) -> TrainingData:
-    clips = ShardDataset(config.path)
-    if not clips.has_latents:
-        raise UserError(f"data.path {config.path} holds prompts only. Encode videos with `avd data encode`.")
-    prompt_data = clips if prompts is None else ShardDataset(prompts.path)
+def _open_shards(data: ShardsData, prompts: ShardsData | None) -> TrainingData:
+    clips = open_clips(data)
+    prompt_data = clips if prompts is None else ShardDataset(*prompts.path)
     fingerprint = {"data": clips.fingerprint(), "prompts": prompt_data.fingerprint()}
-    workers = config.workers if prompts is None else max(config.workers, prompts.workers)
-    return TrainingData(clips, prompt_data, workers, fingerprint)
+    workers = data.workers if prompts is None else max(data.workers, prompts.workers)
+    return TrainingData(clips, prompt_data, workers, fingerprint, clips.encoding)
+
+
+def _check_latent_space(encoding: Encoding | None, teacher: str) -> None:
+    space = latent_space_of(teacher)
+    if space is not None and encoding is not None and encoding.latent_space != space:
+        raise UserError(
+            f"data is encoded by {encoding}, and the teacher {teacher} makes latents of {LATENT_SPACES[space]}: its "
+            "channels mean other things. Encode the videos with the teacher's own codec (`avd data encode --model "
+            f"{'tiny' if space == 'block-dct' else 'TEACHER'}`) and pass them by --data."
+        )

@@ -86,7 +86,13 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module = load_transformer(config.teacher)
-    data = load_data(config, module.config.text_dim, module.config.in_channels)
+    data = load_data(
+        config.data,
+        config.prompts,
+        teacher=config.teacher,
+        text_dim=module.config.text_dim,
+        channels=module.config.in_channels,
+    )
     dtype = DTYPES[config.precision]
     prepare(module, {}, dtype)
     teacher = VelocityModel(module.to(device), dtype=dtype)

@@ -24,8 +24,9 @@ from avd_core import (
     interpolate_linearly,
     step_rates,
 )
-from avd_trainer.data.encode import BATCH, WAN_FPS, HashTextEncoder, TextEncoder
+from avd_trainer.data.encode import BATCH, WAN_FORMAT, HashTextEncoder, TextEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.codecs.wan import WanCodec
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
@@ -33,7 +34,7 @@ from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transform
 from avd_trainer.models.weights import open_weights
 from avd_trainer.planning.memory import wan_latent_shape
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.training.export import ABOUT, INTERPOLATOR, PARTS, LatentSpace, few_steps, load_interpolator
+from avd_trainer.training.export import ABOUT, INTERPOLATOR, PARTS, few_steps, load_interpolator
 from avd_trainer.training.kinds import kind_of_run
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class About(NamedTuple):
 
     latent_space: LatentSpace | None = None
     clip: Shape | None = None
-    fps: float = WAN_FPS
+    fps: float = WAN_FORMAT.fps
 
 
 class Sample(NamedTuple):
@@ -141,7 +142,7 @@ def read_about(folder: Path) -> About:
     if not path.is_file():
         return About()
     content = _read_json(path)
-    latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FPS)
+    latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FORMAT.fps)
     for name, value, fits, expected in (
         ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct"),
         ("clip", clip, clip is None or _is_shape(clip), "four positive integers, [C, F, H, W]"),

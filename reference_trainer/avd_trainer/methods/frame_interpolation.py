@@ -22,11 +22,12 @@ from avd_core import LatentFrameInterpolator, NonFiniteGuard, interpolate_linear
 from avd_trainer.config.loading import validate
 from avd_trainer.config.run import InterpolatorConfig
 from avd_trainer.config.sections import ShardsData
-from avd_trainer.data.batches import Batch, Examples, read_batches
+from avd_trainer.data.batches import Batch, read_batches
+from avd_trainer.data.examples import Example, Examples
 from avd_trainer.data.in_memory import InMemoryData
 from avd_trainer.data.order import ShuffledOrder
-from avd_trainer.data.shards import Example, ShardDataset
-from avd_trainer.data.sources import load_clips
+from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.data.sources import load_clips, open_clips
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
@@ -201,7 +202,7 @@ def load_interpolator_data(config: InterpolatorConfig) -> InterpolatorData:
     """Open what an interpolator is trained on; captions are not read.
 
     Held out are a further set of shapes, the last quarter of each video, or the last ``config.evaluation.clips``
-    samples of a data set.
+    examples of a data set.
 
     Raises:
         UserError: If data is missing or damaged, has prompts only, or too few clips to hold some out.
@@ -210,17 +211,13 @@ def load_interpolator_data(config: InterpolatorConfig) -> InterpolatorData:
         clips = load_clips(config.data, BlockDCTCodec())
         embed = HashTextEmbedding(TEXT_LENGTH, 2)  # data sets carry text; nobody looks at this one
         return InterpolatorData(InMemoryData(clips.train, embed), InMemoryData(clips.held_out, embed))
-    shards = ShardDataset(config.data.path)
-    if not shards.has_latents:
-        raise UserError(
-            f"data.path {config.data.path} holds prompts only; an interpolator learns from clips. Encode videos with "
-            "`avd data encode`."
-        )
+    shards = open_clips(config.data)
     count = len(shards) - config.evaluation.clips
     if count < 1:
         raise UserError(
-            f"data.path {config.data.path} holds {len(shards)} clips, of which the last {config.evaluation.clips} "
-            "would be held out: none is left to train on. Encode more videos, or lower evaluation.clips."
+            f"data.path {', '.join(map(str, config.data.path))} holds {len(shards)} clips, of which the last "
+            f"{config.evaluation.clips} would be held out: none is left to train on. Encode more videos, or lower "
+            "evaluation.clips."
         )
     return InterpolatorData(
         _Part(shards, range(count)), _Part(shards, range(count, len(shards))), config.data.workers, shards

@@ -20,17 +20,20 @@ from torch import Tensor
 from avd_core import FlowMatchingSchedule, LatentFrameInterpolator
 from avd_trainer.config.loading import validate
 from avd_trainer.config.run import TrainConfig
-from avd_trainer.config.sections import LoRAConfig, ShardsData
+from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.sources import assumed_encoding
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.transformer import adapter_names, empty_transformer
-from avd_trainer.models.weights import BUNDLED, load_into, open_weights
+from avd_trainer.models.weights import load_into, open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.checkpoint import list_checkpoints, read_state, read_tensors
 from avd_trainer.training.kinds import kind_of_run
+from avd_trainer.training.sample_clips import frames_per_second
 
 Result = TypeVar("Result")
 
 Weights = Literal["ema", "student"]
-LatentSpace = Literal["wan", "block-dct"]
 
 ABOUT = "export.json"
 """In an export: of which run, step and weights it is; in a pipeline's also what it was trained on."""
@@ -77,8 +80,8 @@ def export_pipeline(
 
     The folder has ``transformer`` (a LoRA student merged into its base), ``scheduler`` with the run's timesteps, the
     parts that decode clips and read prompts, copied file by file from the first that has them of ``pipeline``, the
-    run's ``codec`` and its ``teacher``, and with an interpolator ``interpolator``. Holds one transformer in memory, on
-    the CPU.
+    run's ``codec``, the pipeline that encoded its data and its ``teacher``, and with an interpolator ``interpolator``.
+    Holds one transformer in memory, on the CPU.
 
     Args:
         run: The folder of a run that has saved a checkpoint; the run may be going on.
@@ -96,8 +99,8 @@ def export_pipeline(
 
     def write(checkpoint: _Checkpoint, folder: Path) -> ExportedPipeline:
         config, architecture = checkpoint.config, checkpoint.architecture
-        latent_space = _latent_space(config)
-        sources = _sources(config, latent_space, pipeline)
+        encoding = checkpoint.encoding
+        sources = _sources(config, encoding, pipeline)
         if interpolator is not None:
             load_interpolator(interpolator, architecture["in_channels"]).save_pretrained(folder / INTERPOLATOR)
         parts = _find_parts(sources)
@@ -111,14 +114,14 @@ def export_pipeline(
         )
         _write_json(folder / MODEL_INDEX, _model_index(parts, interpolator is not None))
         about = {
-            "latent_space": latent_space,
+            "latent_space": encoding.latent_space,
             "clip": checkpoint.state["latent_shape"],
-            "fps": config.samples.fps,
+            "fps": frames_per_second(config.samples, encoding),
             "timesteps": timesteps,
         }
         _write_json(folder / ABOUT, checkpoint.about(run, weights) | about)
         missing = tuple(name for name in PARTS if name not in parts)
-        return ExportedPipeline(latent_space, missing, grid_error(scheduler, timesteps))
+        return ExportedPipeline(encoding.latent_space, missing, grid_error(scheduler, timesteps))
 
     return _export(run, output, step, write)
 
@@ -185,6 +188,12 @@ class _Checkpoint(NamedTuple):
     def architecture(self) -> dict[str, Any]:
         architecture: dict[str, Any] = self.state["architecture"]
         return architecture
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the run's clips became latents; checkpoints of earlier releases do not say it."""
+        saved = self.state.get("encoding")
+        return assumed_encoding(self.config.data, self.config.teacher) if saved is None else Encoding(**saved)
 
     def about(self, run: Path, weights: Weights) -> dict[str, Any]:
         return {"run": str(run), "step": self.state["step"], "weights": weights, "version": self.state["version"]}
@@ -270,23 +279,16 @@ def _read_adapter(checkpoint: _Checkpoint, lora: LoRAConfig, weights: Weights) -
     return tensors
 
 
-def _latent_space(config: TrainConfig) -> LatentSpace:
-    # Clips that are encoded at the start are in the block DCT's, whoever the teacher is; and it is all that the bundled
-    # teacher knows.
-    shards = isinstance(config.data, ShardsData)
-    return "wan" if shards and not config.teacher.startswith(BUNDLED) else "block-dct"
-
-
-def _sources(config: TrainConfig, latent_space: LatentSpace, pipeline: str | None) -> list[str]:
+def _sources(config: TrainConfig, encoding: Encoding, pipeline: str | None) -> list[str]:
     """Where the parts of the pipeline may be, best first."""
-    if latent_space == "block-dct":
+    if encoding.latent_space == "block-dct":
         if pipeline is not None:
             raise UserError(
                 f"--pipeline {pipeline} has the parts for Wan2.1's latents, but this run was trained on those of the "
                 "tiny preset, which need none. Leave --pipeline out."
             )
         return []
-    return [source for source in (pipeline, config.codec, config.teacher) if source is not None]
+    return [source for source in (pipeline, config.codec, encoding.codec, config.teacher) if source is not None]
 
 
 def _find_parts(sources: Sequence[str]) -> dict[str, Path]:

@@ -17,7 +17,7 @@ from avd_core import __version__
 from avd_trainer.config.loading import ConfigError, save_config
 from avd_trainer.config.run import InterpolatorConfig, TrainConfig
 from avd_trainer.config.sections import ShardsData
-from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
 from avd_trainer.methods.flow_matching import TeacherTrainer
 from avd_trainer.methods.frame_interpolation import (
     InterpolatorData,
@@ -199,16 +199,33 @@ class _Distillation:
     def __init__(self, config: TrainConfig, folder: Path, ranks: Ranks, data: TrainingData | None) -> None:
         with open_weights(config.teacher) as weights:
             self._architecture = weights.config
-        data = data or load_data(config, self._architecture["text_dim"], self._architecture["in_channels"])
+        data = data or load_data(
+            config.data,
+            config.prompts,
+            teacher=config.teacher,
+            text_dim=self._architecture["text_dim"],
+            channels=self._architecture["in_channels"],
+        )
+        self._encoding = data.encoding or assumed_encoding(config.data, config.teacher)
         self.trainer = Trainer(config, load_models(config, ranks), data, ranks)
         self._folder = folder
-        self._samples = SampleWriter(config, folder / "samples", ranks.device) if ranks.first else None
+        self._samples: SampleWriter | None = None
+        if ranks.first:
+            self._samples = SampleWriter(
+                config.samples,
+                self._encoding,
+                codec=config.codec,
+                teacher=config.teacher,
+                folder=folder / "samples",
+                device=ranks.device,
+            )
 
     def about(self) -> dict[str, Any]:
         trainer = self.trainer
         return {
             "architecture": self._architecture,
             "latent_shape": trainer.latent_shape,
+            "encoding": self._encoding._asdict(),
             "data": trainer.data.fingerprint,
         }
 

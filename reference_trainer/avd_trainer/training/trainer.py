@@ -22,7 +22,8 @@ from avd_core import (
     temporal_variance,
 )
 from avd_trainer.config.run import TrainConfig
-from avd_trainer.data.batches import Batch, CaptionedExamples, read_batches
+from avd_trainer.data.batches import Batch, read_batches
+from avd_trainer.data.examples import CaptionedExamples
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.roles import Models

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder, encode_prompts, encode_videos
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, ClipFormat, HashTextEncoder, encode_prompts, encode_videos
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import decode_frames
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
@@ -30,9 +30,11 @@ def write_video(path: Path, frames: int, *, rate: int = 16, width: int = 64, hei
     return path
 
 
-def encode(folder: Path, output: Path, **changes: int | float) -> ShardDataset:
-    values = {"frames": 9, "height": 32, "width": 48} | changes
-    encode_videos(folder, output, CODEC, TEXT, negative_prompt="", **values)  # type: ignore[arg-type]
+FORMAT = ClipFormat(frames=9, height=32, width=48, fps=16)
+
+
+def encode(folder: Path, output: Path, **changes: float) -> ShardDataset:
+    encode_videos(folder, output, CODEC, TEXT, FORMAT._replace(**changes), negative_prompt="")
     return ShardDataset(output)
 
 
@@ -143,7 +145,7 @@ def test_what_gives_no_clip_is_named_and_left_out(tmp_path: Path, caplog: pytest
     assert set(dataset.column("caption")) == {"good"}
     assert "short.mp4: it has 8 frames at 16 fps, a clip takes 9" in caplog.text
     assert "Left out still.mp4, clip 0: it does not move" in caplog.text
-    assert "broken.mp4 after 0 clip(s)" in caplog.text
+    assert "broken.mp4: Invalid data found when processing input\n" in caplog.text
 
 
 def test_a_clip_whose_latent_is_not_finite_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,7 +155,7 @@ def test_a_clip_whose_latent_is_not_finite_is_left_out(tmp_path: Path, caplog: p
             return latent * 1e6 if video[0, 0, 0].mean() > 0.2 else latent  # beyond float16
 
     write_video(tmp_path / "clip.mp4", 27)
-    encode_videos(tmp_path, tmp_path / "data", Overflowing(), TEXT, frames=9, height=32, width=32, negative_prompt="")
+    encode_videos(tmp_path, tmp_path / "data", Overflowing(), TEXT, FORMAT, negative_prompt="")
     assert list(ShardDataset(tmp_path / "data").column("source")) == ["clip.mp4, clip 0"]
     assert "clip 1: its latent is not finite" in caplog.text
 
