@@ -104,12 +104,15 @@ def encode(
 ) -> None:
     """Cut your own videos into clips and encode them with their captions."""
     with readable_errors():
-        from avd_trainer.data.encode import TINY_FORMAT, WAN_FORMAT, encode_videos
+        from avd_trainer.data.encode import TINY_FORMAT, WAN_FORMAT, ClipFormat, encode_videos
         from avd_trainer.data.videos import video_files
 
-        given = {"frames": frames, "height": height, "width": width, "fps": fps}
-        clip_format = (TINY_FORMAT if model == TINY else WAN_FORMAT)._replace(
-            **{name: value for name, value in given.items() if value is not None}
+        default = TINY_FORMAT if model == TINY else WAN_FORMAT
+        clip_format = ClipFormat(
+            frames=default.frames if frames is None else frames,
+            height=default.height if height is None else height,
+            width=default.width if width is None else width,
+            fps=default.fps if fps is None else fps,
         )
         clip_format.check()
         files = len(video_files(videos))

@@ -33,8 +33,8 @@ def write_video(path: Path, frames: int, *, rate: int = 16, width: int = 64, hei
 FORMAT = ClipFormat(frames=9, height=32, width=48, fps=16)
 
 
-def encode(folder: Path, output: Path, **changes: float) -> ShardDataset:
-    encode_videos(folder, output, CODEC, TEXT, FORMAT._replace(**changes), negative_prompt="")
+def encode(folder: Path, output: Path, clip_format: ClipFormat = FORMAT) -> ShardDataset:
+    encode_videos(folder, output, CODEC, TEXT, clip_format, negative_prompt="")
     return ShardDataset(output)
 
 
@@ -90,7 +90,7 @@ def test_motion_keeps_its_speed_at_another_frame_rate(
 def test_clips_have_wans_frame_rate_or_the_one_asked_for(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4", 54, rate=48)
     assert len(encode(tmp_path, tmp_path / "wan")) == 2
-    assert len(encode(tmp_path, tmp_path / "all", fps=48)) == 6
+    assert len(encode(tmp_path, tmp_path / "all", FORMAT._replace(fps=48))) == 6
 
 
 def test_frames_are_covered_and_their_centre_is_cut_out(tmp_path: Path) -> None:
@@ -168,12 +168,20 @@ def test_a_folder_that_gives_no_clip_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"frames": 8}, {"frames": 1}, {"height": 24}, {"width": 40}, {"width": 0}, {"fps": 0.0}]
+    "wrong",
+    [
+        FORMAT._replace(frames=8),
+        FORMAT._replace(frames=1),
+        FORMAT._replace(height=24),
+        FORMAT._replace(width=40),
+        FORMAT._replace(width=0),
+        FORMAT._replace(fps=0.0),
+    ],
 )
-def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, changes: dict[str, int]) -> None:
+def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, wrong: ClipFormat) -> None:
     write_video(tmp_path / "clip.mp4", 9)
     with pytest.raises(UserError, match=r"Clips need 1 \+ 4 n frames"):
-        encode(tmp_path, tmp_path / "data", **changes)
+        encode(tmp_path, tmp_path / "data", wrong)
 
 
 def test_a_full_disk_is_not_taken_for_a_broken_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

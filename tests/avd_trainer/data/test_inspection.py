@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from avd_core import temporal_variance
+from avd_trainer.data.examples import Example
 from avd_trainer.data.inspection import DataReport, inspect
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
@@ -73,7 +74,12 @@ def test_sampled_rows_are_spread_and_no_others_are_read(tmp_path: Path, monkeypa
             writer.add(torch.full(SHAPE, float(row)), torch.zeros(1, 1), "", "")
     read: list[int] = []
     get = ShardDataset.__getitem__
-    monkeypatch.setattr(ShardDataset, "__getitem__", lambda self, row: read.append(row) or get(self, row))
+
+    def note(dataset: ShardDataset, row: int) -> Example:
+        read.append(row)
+        return get(dataset, row)
+
+    monkeypatch.setattr(ShardDataset, "__getitem__", note)
     report = inspect(tmp_path / "data", latents=4)
     assert read[:4] == [7, 22, 37, 52]
     assert len(read) == 4 + 3  # and a few captions
@@ -83,7 +89,7 @@ def test_sampled_rows_are_spread_and_no_others_are_read(tmp_path: Path, monkeypa
 def test_prompts_have_no_statistics(tmp_path: Path) -> None:
     report = report_of(tmp_path / "data", None)
     assert report.latent_shape is None
-    assert report.latent_mean is report.latent_std is report.channel_means is report.temporal_loss is None
+    assert (report.latent_mean, report.latent_std, report.channel_means, report.temporal_loss) == (None,) * 4
     assert (report.measured, report.latent_dtypes, report.warnings) == (0, (), ())
 
 
@@ -96,7 +102,7 @@ def test_latents_that_are_not_finite_are_counted_and_left_out(tmp_path: Path) ->
     assert report.latent_mean == pytest.approx(float(latents[[0, 2, 3, 5]].mean()), abs=1e-6)
     assert any("2 of 6 latents hold NaN" in warning for warning in report.warnings)
     report = report_of(tmp_path / "worse", torch.full((6, *SHAPE), math.nan))
-    assert report.latent_mean is report.channel_stds is report.temporal_loss is None
+    assert (report.latent_mean, report.channel_stds, report.temporal_loss) == (None,) * 3
 
 
 @pytest.mark.parametrize(("scale", "warns"), [(0.3, True), (1.0, False), (2.3, True)])

@@ -47,7 +47,12 @@ def test_an_epoch_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A permutation of a large data set takes time: positions that go forth, and back by an epoch, share it."""
     drawn: list[int] = []
     randperm = torch.randperm
-    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(1) or randperm(*args, **kwargs))
+
+    def count(length: int, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(length)
+        return randperm(length, generator=generator)
+
+    monkeypatch.setattr(torch, "randperm", count)
     order = ShuffledOrder(10, 0)
     for position in (0, 5, 9, 12, 8, 19, 9, 10):
         order[position]
