@@ -30,7 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from avd_trainer.config.sections import LoRAConfig, ShapesData, ShardsData, VideosData
 from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import guided_velocity
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
@@ -203,8 +203,8 @@ def find_latent_shape(config: TrainConfig) -> tuple[int, int, int, int]:
     """The size ``(C, F, H, W)`` of a run's clips; where the data is not there yet, that of Wan2.1's 832x480x81."""
     data = config.data
     if isinstance(data, ShardsData):
-        latent = ShardDataset(data.path)[0].latent if data.path.exists() else None
-        return tuple(latent.shape) if latent is not None else wan_latent_shape("832x480x81")
+        shape = ShardDataset(*data.path).latent_shape if all(path.exists() for path in data.path) else None
+        return wan_latent_shape("832x480x81") if shape is None else shape
     assert isinstance(data, ShapesData | VideosData)  # videos are brought to the size of shapes
     return tuple(encode_shapes(MovingShapes(1, 0), BlockDCTCodec()).latents.shape[1:])
 
@@ -214,7 +214,7 @@ def find_text_length(config: TrainConfig) -> int:
     data = config.prompts or config.data
     if not isinstance(data, ShardsData):
         return TEXT_LENGTH
-    return ShardDataset(data.path).text_length if data.path.exists() else 512
+    return ShardDataset(*data.path).text_length if all(path.exists() for path in data.path) else 512
 
 
 def wan_latent_shape(size: str) -> tuple[int, int, int, int]:
