@@ -35,7 +35,13 @@ def ranks() -> Iterator[Ranks]:
 def data() -> TrainingData:
     config = load_config(TrainConfig, "tiny", ["data.clips=32"])
     architecture = find_architecture(config.teacher)
-    return load_data(config, architecture["text_dim"], architecture["in_channels"])
+    return load_data(
+        config.data,
+        config.prompts,
+        teacher=config.teacher,
+        text_dim=architecture["text_dim"],
+        channels=architecture["in_channels"],
+    )
 
 
 @pytest.mark.parametrize("name", UPDATES)

@@ -24,7 +24,7 @@ from avd_core import interpolate_linearly, kept_frames, raise_frame_rate
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, read_prompts
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
 from avd_trainer.inference.generation import (
     WAN_SIZE,
@@ -35,6 +35,7 @@ from avd_trainer.inference.generation import (
     read_about,
     read_timesteps,
 )
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel, load_transformer
@@ -44,7 +45,6 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.studies.figures import COLORS
-from avd_trainer.training.pipeline_export import LatentSpace
 
 PAPER_TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)
 TINY_SIZE = "64x64x33"
@@ -434,7 +434,7 @@ def _read_text(data: ShardDataset, dim: int, count: int, *, guided: bool) -> tup
     """Text embeddings ``[N, L, D]`` of a data set, and the unconditional one, ``[L, D]``."""
     if data.text_dim != dim:
         raise UserError(
-            f"{data.folder} has text embeddings of width {data.text_dim}, the model expects {dim}. Pass data that was "
+            f"--data has text embeddings of width {data.text_dim}, the model expects {dim}. Pass data that was "
             "encoded with the model's own text encoder."
         )
     text = torch.stack([data[row].text for row in range(min(count, len(data)))])

@@ -24,8 +24,9 @@ from avd_core import (
     interpolate_linearly,
     step_rates,
 )
-from avd_trainer.data.encode import BATCH, WAN_FPS, HashTextEncoder, TextEncoder
+from avd_trainer.data.encode import BATCH, WAN_FORMAT, HashTextEncoder, TextEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.codecs.wan import WanCodec, wan_latent_shape
 from avd_trainer.models.schedulers import few_steps
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
@@ -35,7 +36,7 @@ from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT
 from avd_trainer.training.folder import method_of_run
-from avd_trainer.training.pipeline_export import INTERPOLATOR, PARTS, LatentSpace, load_interpolator
+from avd_trainer.training.pipeline_export import INTERPOLATOR, PARTS, load_interpolator
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class About(NamedTuple):
 
     latent_space: LatentSpace | None = None
     clip: Shape | None = None
-    fps: float = WAN_FPS
+    fps: float = WAN_FORMAT.fps
 
 
 class Sample(NamedTuple):
@@ -142,7 +143,7 @@ def read_about(folder: Path) -> About:
     if not path.is_file():
         return About()
     content = _read_json(path)
-    latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FPS)
+    latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FORMAT.fps)
     for name, value, fits, expected in (
         ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct"),
         ("clip", clip, clip is None or _is_shape(clip), "four positive integers, [C, F, H, W]"),

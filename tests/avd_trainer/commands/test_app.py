@@ -43,7 +43,8 @@ def test_train_leaves_the_averaged_student_for_diffusers(tmp_path: Path) -> None
     # The same run by hand: what is saved are its averaged weights.
     config = load_config(TrainConfig, str(output / "config.yaml"))
     with join_ranks() as ranks:
-        trainer = Trainer(config, load_models(config, ranks), load_data(config, 32, 16), ranks)
+        data = load_data(config.data, None, teacher=config.teacher, text_dim=32, channels=16)
+        trainer = Trainer(config, load_models(config, ranks), data, ranks)
         list(trainer.run())
         raw, averaged = (
             torch.cat([value.full_tensor().flatten() for value in trainer.state_tensors()[name].values()])  # type: ignore[attr-defined]
@@ -139,7 +140,8 @@ def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
     calibration = json.loads(file.read_text())
     assert (calibration["teacher"]["samples"], calibration["real"]["samples"]) == (4, 4)
     config = load_config(TrainConfig, "tiny", ["data.clips=8"])
-    clips = torch.stack([load_data(config, 32, 16).clips[index].latent for index in (0, 2, 4, 6)])  # type: ignore[arg-type]
+    data = load_data(config.data, None, teacher=config.teacher, text_dim=32, channels=16)
+    clips = torch.stack([data.clips[index].latent for index in (0, 2, 4, 6)])  # type: ignore[arg-type]
     assert calibration["real"]["temporal_loss"] == pytest.approx(derive_floor(clips), rel=1e-5)
 
 

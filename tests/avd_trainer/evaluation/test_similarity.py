@@ -18,7 +18,7 @@ from avd_trainer.commands.app import app
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import ShardWriter
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import HELD_OUT
 from avd_trainer.evaluation.similarity import (
     Prediction,

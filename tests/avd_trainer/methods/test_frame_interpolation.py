@@ -20,10 +20,11 @@ from avd_trainer.commands.app import app
 from avd_trainer.commands.train import train_interpolator
 from avd_trainer.config.loading import ConfigError, load_config, presets, save_config
 from avd_trainer.config.sections import ShapesData
+from avd_trainer.data.examples import Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.order import ShuffledOrder
-from avd_trainer.data.shards import Example, ShardWriter
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import HELD_OUT, Clips
 from avd_trainer.methods import frame_interpolation as interpolator_module
 from avd_trainer.methods.frame_interpolation import (

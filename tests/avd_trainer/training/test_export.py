@@ -21,6 +21,7 @@ from avd_core import LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
+from avd_trainer.data.schema import Encoding
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.roles import load_models
 from avd_trainer.models.samplers import few_step_rollout
@@ -250,13 +251,13 @@ WanRun = Callable[..., Path]
 def wan_run(make_config: MakeConfig, clips: CaptionedLatents, tmp_path: Path, ranks: Ranks, wan: Path) -> WanRun:
     """Two steps on clips in Wan's latents, whose shards are gone by the time of the export."""
 
-    def make(**changes: Any) -> Path:
+    def make(encoding: Encoding | None = None, **changes: Any) -> Path:
         config = make_config(
             **{"teacher": str(wan), "data": {"kind": "shards", "path": str(tmp_path / "gone")}, "online_updates": 1,
                "max_steps": 2, "logging": {"tensorboard": False}} | changes
         )  # fmt: skip
         memory = InMemoryData(clips, HashTextEmbedding(4, 16))
-        train(config, tmp_path / "run", ranks, data=TrainingData(memory, memory))
+        train(config, tmp_path / "run", ranks, data=TrainingData(memory, memory, encoding=encoding))
         return tmp_path / "run"
 
     return make
@@ -424,6 +425,29 @@ def test_parts_of_a_pipeline_on_the_hub(
     with pytest.raises(UserError, match=r"downloaded \(ConnectionError: no network\)\. Pass --pipeline FOLDER"):
         export_pipeline(run, tmp_path / "new", pipeline="a/c")
     assert "new" not in os.listdir(tmp_path)
+
+
+def test_parts_and_frame_rate_are_those_of_what_encoded_the_data(wan_run: WanRun, wan: Path, tmp_path: Path) -> None:
+    run = wan_run(Encoding("wan", str(wan), 24.0), teacher=str(wan / "transformer"))
+    assert export_pipeline(run, tmp_path / "out").missing == ()
+    assert contents(tmp_path / "out" / "vae").items() <= contents(wan / "vae").items()
+    assert read_json(tmp_path / "out" / "export.json")["fps"] == 24.0
+
+
+def test_the_latent_space_is_the_datas_and_not_guessed_by_the_teacher(wan_run: WanRun, tmp_path: Path) -> None:
+    run = wan_run(Encoding("block-dct"))
+    assert export_pipeline(run, tmp_path / "out").latent_space == "block-dct"
+
+
+def test_a_checkpoint_that_does_not_say_the_latent_space_is_exported_by_its_teachers(
+    wan_run: WanRun, tmp_path: Path
+) -> None:
+    run = wan_run()
+    for path in (run / "checkpoints").glob("*/state.json"):
+        state = read_json(path)
+        del state["encoding"]
+        path.write_text(json.dumps(state))
+    assert export_pipeline(run, tmp_path / "out").latent_space == "wan"
 
 
 def test_a_tiny_run_needs_no_parts(run: Path, wan: Path, tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from safetensors import safe_open
 
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import ConfigError, load_config, save_config
-from avd_trainer.data.batches import Batch, CaptionedExamples, read_batches
+from avd_trainer.data.batches import Batch, read_batches
+from avd_trainer.data.examples import CaptionedExamples
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
-from avd_trainer.data.shards import Example, ShardWriter
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
