@@ -119,7 +119,7 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 def test_keys_of_a_configuration_exist(page: str) -> None:
     known = set(keys(TrainConfig))
     for code in inline_code(page):
-        named = re.match(r"([a-z_]+)((\.(?!(?:py|json|jsonl|md|yaml|txt)\b)[a-z_]+)+)(=|$)", code)
+        named = re.match(r"([a-z_]+)((\.(?!(?:py|json|jsonl|md|yaml|txt|gif)\b)[a-z_]+)+)(=|$)", code)
         if named and (named[4] or named[1] in TrainConfig.model_fields):
             assert named[1] + named[2] in known, code
 
