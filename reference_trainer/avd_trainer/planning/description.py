@@ -19,15 +19,14 @@ from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.base import MethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
 from avd_trainer.models.roles import Average, Built, Frozen, Trained
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
-from avd_trainer.models.weights import BUNDLED, open_weights
+from avd_trainer.models.weight_files import BUNDLED
+from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.config import TrainConfig
 
-WAN_SIZE = "832x480x81"
-"""Of clips that are not there yet."""
 WAN_TEXT_LENGTH = 512
 """Tokens of a prompt where the data is not there yet."""
 
