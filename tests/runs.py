@@ -138,7 +138,6 @@ def assert_same_tensors(actual: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
-
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run's folder."""
     return [step for step, _ in list_checkpoints(folder / "checkpoints")]

@@ -26,6 +26,7 @@ from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, read_prompts
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shards import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.evaluation.colors import COLORS
 from avd_trainer.inference.generation import (
     WAN_SIZE,
     About,
@@ -43,7 +44,6 @@ from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
-from avd_trainer.studies.figures import COLORS
 from avd_trainer.training.pipeline_export import LatentSpace
 
 PAPER_TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)

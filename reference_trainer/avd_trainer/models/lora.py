@@ -32,8 +32,8 @@ def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> No
     missing = [target for target in lora.target_modules if not any(layer.endswith(f".{target}") for layer in layers)]
     if missing:
         raise UserError(
-            f"method.{name}.lora.target_modules: the model has no layers whose names end in {' or '.join(missing)}. Choose "
-            f"among {', '.join(LoRAConfig().target_modules)}."
+            f"method.{name}.lora.target_modules: the model has no layers whose names end in {' or '.join(missing)}. "
+            f"Choose among {', '.join(LoRAConfig().target_modules)}."
         )
     before = set(model.parameters())
     options = LoraConfig(
