@@ -63,10 +63,14 @@ def load_config(
     try:
         config = _read(source, method)
         config.pop(COMMAND, None)
-        for key, value in {**(missing or {}), **config, **(replace or {})}.items():
+        for key, value in {
+            **(missing or {}),
+            **{str(key): value for key, value in config.items()},
+            **(replace or {}),
+        }.items():
             config[key] = value
-        config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides or [])))
-        values = OmegaConf.to_container(config, resolve=True)
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides or [])))
+        values = OmegaConf.to_container(merged, resolve=True)
     except ConfigError:
         raise
     except (OmegaConfBaseException, YAMLError, ValueError) as error:

@@ -6,7 +6,7 @@ You et al. 2026, Eq. 9: ``L_G = L_matching + w_reg w_{t,s} L_reg + w_temp L_temp
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -76,7 +76,7 @@ class AVDMethodConfig(DMDMethodConfig):
 class AVD(DMD):
     """Distribution matching with adaptive regression and clipped temporal variance; see :class:`AVDMethodConfig`."""
 
-    Config = AVDMethodConfig
+    Config: ClassVar[type[AVDMethodConfig]] = AVDMethodConfig
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)

@@ -7,7 +7,7 @@ several of the online model, which learns to denoise the student's samples. Equa
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ class DMDMethodConfig(DistillationConfig):
 class DMD(Method):
     """Distribution matching; see :class:`DMDMethodConfig`."""
 
-    Config = DMDMethodConfig
+    Config: ClassVar[type[DMDMethodConfig]] = DMDMethodConfig
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)

@@ -37,7 +37,10 @@ def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> No
         )
     before = set(model.parameters())
     options = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.target_modules), init_lora_weights=False
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions
+        target_modules=list(lora.target_modules),
+        init_lora_weights=False,
     )
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():

@@ -44,4 +44,5 @@ def closest_scheduler(timesteps: Sequence[float]) -> FlowMatchLCMScheduler:
 def grid_error(scheduler: FlowMatchLCMScheduler, timesteps: Sequence[float]) -> float:
     """The most by which a timestep that a scheduler samples at is off a student's."""
     scheduler.set_timesteps(len(timesteps))
-    return max(abs(found - wanted) for found, wanted in zip(scheduler.timesteps.tolist(), timesteps, strict=True))
+    found: list[float] = scheduler.timesteps.tolist()
+    return max(abs(own - wanted) for own, wanted in zip(found, timesteps, strict=True))

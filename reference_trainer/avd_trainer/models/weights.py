@@ -200,15 +200,19 @@ class _InSafetensors:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(self._name).get_shape())
+        return tuple(self._slice.get_shape())
 
     @property
     def dtype(self) -> torch.dtype:
         return self[(slice(0),) if self.shape else ()].dtype
 
     def __getitem__(self, slices: tuple[slice, ...]) -> Tensor:
-        part: Tensor = self._file.get_slice(self._name)[slices]
+        part: Tensor = self._slice[slices]
         return part
+
+    @property
+    def _slice(self) -> Any:
+        return self._file.get_slice(self._name)  # type: ignore[no-untyped-call]
 
 
 def _locate(source: str) -> tuple[Path, str]:

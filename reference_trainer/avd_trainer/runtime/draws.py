@@ -1,8 +1,8 @@
-"""Random numbers that belong to a sample, not to a process.
+"""Random numbers that belong to a sample and have a name.
 
 Every number is a function of the seed, what it is for, the step, and the sample's place in the global batch. So a run
-gives the same curve on one rank or many, and a resumed run draws what an uninterrupted one would have drawn, with
-nothing to save.
+gives the same curve on one rank or many, a resumed run draws what an uninterrupted one would have drawn, with nothing
+to save, and a method that draws one number more shifts no other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ Key = tuple[int | str, ...]
 
 
 class Draws:
-    """Random numbers of the samples of a batch, each from its own stream.
+    """Random numbers of the samples of a batch: a stream for each name and sample.
+
+    A name that is drawn from again goes on in its stream.
 
     Args:
         key: What the numbers are for: seed, role, step, and so on.
@@ -45,19 +47,17 @@ class Draws:
 
     def shared_integer(self, name: str, below: int) -> int:
         """A uniform integer in [0, below) that is the same for all samples, and so on every rank."""
-        role = {"student": "generator"}.get(str(self._key[1]), self._key[1])
-        return int(torch.randint(below, (), generator=_generator((self._key[0], role, *self._key[2:], "last"))))
+        return int(torch.randint(below, (), generator=torch.Generator().manual_seed(seed_of(*self._key, name))))
 
     def _of(self, name: str) -> list[torch.Generator]:
-        purpose = "regression" if name.startswith("regression") else self._key[1]
-        purpose = {"student": "generator"}.get(str(purpose), purpose)
-        if purpose not in self._streams:
-            key = (self._key[0], purpose, *self._key[2:])
-            self._streams[purpose] = [_generator((*key, place), self.device) for place in self._samples]
-        return self._streams[purpose]
+        if name not in self._streams:
+            self._streams[name] = [
+                torch.Generator(self.device).manual_seed(seed_of(*self._key, name, place)) for place in self._samples
+            ]
+        return self._streams[name]
 
 
-def _generator(key: Key, device: torch.device | str = "cpu") -> torch.Generator:
+def seed_of(*key: int | str) -> int:
+    """A seed in [0, 2^56) for what a key names; no two keys have anything in common."""
     # Python's own hash() differs between processes.
-    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")
-    return torch.Generator(device).manual_seed(seed)
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")

@@ -108,7 +108,7 @@ class _Bar(Progress):
 
 def peak_memory() -> int:
     """Bytes: the most that tensors took on the GPU if one is in use, otherwise the most that the process held."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else 1024 * held  # macOS counts in bytes, Linux in KiB

@@ -117,10 +117,13 @@ def join_ranks(replicate: int = 1, timeout_minutes: float = 30.0) -> Iterator[Ra
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     timeout = timedelta(minutes=timeout_minutes)
-    # Alone, ranks need no address: a store in memory does, and no port is taken.
-    meeting = {} if size > 1 else {"store": dist.HashStore(), "rank": rank, "world_size": size}
     try:
-        dist.init_process_group(backend, timeout=timeout, **meeting)
+        if size > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            # Alone, a rank needs no address: a store in memory does, and no port is taken.
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"The {size} ranks of this run did not find each other: {error}. Start them by torchrun."

@@ -52,7 +52,7 @@ def save_report(
         latent_std: Standard deviation of the real latents.
     """
     figure = plt.figure(figsize=(15, 13), layout="constrained")
-    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(4.8, 2.7, 5.0))
+    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(4.8, 2.7, 5.0))  # type: ignore[misc]
     _draw_sheets(sheets, videos, metrics, captions)
     _draw_bars(bars, metrics)
     _draw_curves(curves, histories, metrics, timesteps, floor, latent_std)
@@ -123,7 +123,7 @@ def _draw_curves(
             (matching, "matching/loss"),
             (online, "online/loss"),
         ):
-            axis.plot(_smooth(read_series(history, metric)), color=COLORS[name], label=TITLES[name])
+            axis.plot(_smooth(_scalars(history, metric)), color=COLORS[name], label=TITLES[name])
     spread.axhline(latent_std, color=COLORS["real"], linestyle=":", label="Real")
     motion.axhline(metrics["real"].temporal_loss, color=COLORS["real"], linestyle=":", label="Real")
     if floor is not None:
@@ -145,15 +145,27 @@ def _draw_curves(
 def _draw_by_timestep(axis: Axes, history: Path, name: str, timesteps: Sequence[float], title: str) -> None:
     axis.set_title(title, fontsize=10)
     means: dict[float, dict[int, float]] = {timestep: {} for timestep in timesteps}
-    steps = zip(read_series(history, "regression/timesteps"), read_series(history, name), strict=True)
+    steps = zip(_lists(history, "regression/timesteps"), _lists(history, name), strict=True)
     for number, (drawn, values) in enumerate(steps, start=1):
         # Times were float32 on their way here.
-        nearest = [min(timesteps, key=lambda t, own=own: abs(t - own)) for own in drawn]
+        nearest = [_nearest(own, timesteps) for own in drawn]
         for timestep in set(nearest):
             own_values = [value for t, value in zip(nearest, values, strict=True) if t == timestep]
             means[timestep][number] = sum(own_values) / len(own_values)
     for color, (timestep, curve) in zip(cycle(STEP_COLORS), means.items(), strict=False):
-        axis.plot(curve.keys(), _smooth(list(curve.values())), color=color, label=f"t = {timestep:g}")
+        axis.plot(list(curve), _smooth(list(curve.values())), color=color, label=f"t = {timestep:g}")
+
+
+def _scalars(history: Path, name: str) -> list[float]:
+    return [value for value in read_series(history, name) if isinstance(value, float)]
+
+
+def _lists(history: Path, name: str) -> list[list[float]]:
+    return [value for value in read_series(history, name) if isinstance(value, list)]
+
+
+def _nearest(timestep: float, timesteps: Sequence[float]) -> float:
+    return min(timesteps, key=lambda candidate: abs(candidate - timestep))
 
 
 def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:

@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, is_lost_rank
@@ -85,7 +88,7 @@ class Checkpoints:
         alone = self._ranks.size == 1
         if alone:
             _expect_no_dist()
-        self._writing = dcp.async_save(
+        writing = async_save(
             _flat(tensors),
             storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True),
             process_group=self._ranks.background,
@@ -93,7 +96,9 @@ class Checkpoints:
             # with more of them than cores, OpenMP stops spinning, and every later step takes 1.4 times as long.
             no_dist=alone,
         )
-        self._writing.add_done_callback(lambda done: self._finish(done, part, target))
+        assert isinstance(writing, Future)
+        self._writing = writing
+        writing.add_done_callback(lambda done: self._finish(done, part, target))
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -219,8 +224,8 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
         _check_complete(flat, reader, files)
-        dcp.load(flat, storage_reader=reader, no_dist=alone)
-    except (OSError, SafetensorError, dcp.CheckpointException, RuntimeError, KeyError, ValueError) as error:
+        load(flat, storage_reader=reader, no_dist=alone)
+    except (OSError, SafetensorError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
             raise  # no fault of the files
         raise _damaged(checkpoint, checkpoint, error) from error
@@ -247,7 +252,8 @@ def _check_complete(tensors: Mapping[str, Tensor], reader: HuggingFaceStorageRea
     """A missing file leaves holes in sharded tensors, which loading would pass over in silence."""
     stored = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
-        found = sum(chunk.sizes.numel() for chunk in stored[name].chunks) if name in stored else 0
+        entry = stored.get(name)
+        found = sum(chunk.sizes.numel() for chunk in entry.chunks) if isinstance(entry, TensorStorageMetadata) else 0
         if found != tensor.numel():
             raise ValueError(
                 f"its files ({', '.join(file.name for file in files)}) hold {found} of the {tensor.numel()} numbers of "
@@ -263,7 +269,7 @@ def _damaged(checkpoint: Path, path: Path, error: BaseException) -> UserError:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, dcp.CheckpointException):
+    if isinstance(error, CheckpointException):
         reasons = {str(_root(failure)) or type(failure).__name__ for failure, *_ in error.failures.values()}
         return "; ".join(sorted(reasons))
     return str(error) or type(error).__name__

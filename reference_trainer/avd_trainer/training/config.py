@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from functools import reduce
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -92,5 +92,5 @@ class TrainConfig(Section):
     @property
     def few_steps(self) -> tuple[float, ...] | None:
         """The student's timesteps; None for methods without a student."""
-        steps: Any = getattr(self.method, "few_steps", None)
+        steps: tuple[float, ...] | None = getattr(self.method, "few_steps", None)
         return steps

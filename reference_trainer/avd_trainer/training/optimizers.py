@@ -123,7 +123,7 @@ def mean_over_micro_batches(parts: Sequence[Metrics]) -> Metrics:
 def mean_over_ranks(metrics: Metrics, ranks: Ranks) -> Metrics:
     """Means of scalars, and lists put together, over all ranks. A collective."""
     flat = torch.cat([value.detach().float().flatten() for value in metrics.values()])
-    by_rank = ranks.gather(flat).split([value.numel() for value in metrics.values()], dim=1)
+    by_rank = torch.split(ranks.gather(flat), [value.numel() for value in metrics.values()], dim=1)
     return {
         name: part.mean() if value.ndim == 0 else part.flatten()
         for (name, value), part in zip(metrics.items(), by_rank, strict=True)

@@ -24,7 +24,7 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.registry import load_method
 from avd_trainer.models.roles import Average, Built, Trained, load_models, trained_parameters
-from avd_trainer.runtime.draws import Draws
+from avd_trainer.runtime.draws import Draws, seed_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.config import TrainConfig
@@ -216,7 +216,7 @@ class Trainer:
         """This rank's part of each turn's batch, micro-batch by micro-batch, from the current step on."""
         config = self.config
         data: CaptionedExamples = getattr(self.data, name)
-        order = ShuffledOrder(len(data), 2 * config.seed + ("prompts", "clips").index(name))
+        order = ShuffledOrder(len(data), seed_of(config.seed, "order", name))
         done = sum(self._reads_per_step(step)[name] for step in range(1, self.step + 1))
         left = sum(self._reads_per_step(step)[name] for step in range(self.step + 1, config.max_steps + 1))
         batches = indices_by_micro_batch(order, range(done, done + left), config.batch_size, self.micro_batches)

@@ -107,7 +107,8 @@ class WanCodec(nn.Module):
             )
         centered = 2.0 * video.to(self.vae.device, torch.float32) - 1.0
         posterior = self.vae.encode(centered.to(self.vae.dtype)).latent_dist
-        return (posterior.mode().float() - self.mean) / self.std
+        latents: Tensor = (posterior.mode().float() - self.mean) / self.std
+        return latents
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
