@@ -45,9 +45,10 @@ from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT, load_clips
 from avd_trainer.evaluation.clip_metrics import evaluate
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import empty_transformer, load_transformer
-from avd_trainer.planning.memory import find_architecture, wan_latent_shape
+from avd_trainer.planning.description import find_architecture
 from avd_trainer.training.config import TrainConfig
 from environment import environment
 

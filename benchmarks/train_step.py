@@ -25,14 +25,18 @@ import psutil
 import torch
 import typer
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.shards import Example
 from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import VelocityModel, empty_transformer
-from avd_trainer.planning.memory import find_architecture, meta_models, plan, wan_latent_shape
+from avd_trainer.planning.description import Run, describe, find_architecture
+from avd_trainer.planning.duration import PEAK_TFLOPS
+from avd_trainer.planning.memory import plan_memory, worst
+from avd_trainer.planning.meta_models import meta_models
+from avd_trainer.planning.operations import forward_operations, training_operations
 from avd_trainer.runtime.progress import peak_memory
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import run as runs
@@ -44,18 +48,6 @@ from environment import environment
 RESULTS = Path(__file__).parent / "results"
 SOAK_EVERY = 50
 TEXT_LENGTH = 512
-
-# Dense bfloat16 TFLOP/s by NVIDIA's data sheets ("A100 Tensor Core GPU", "H100 Tensor Core GPU", "H200 Tensor Core
-# GPU"; the latter two state them with sparsity, which is twice as many). The longest name that the device's own begins
-# with counts; the plain ones are SXM.
-PEAK_TFLOPS = {
-    "NVIDIA A100": 312.0,
-    "NVIDIA H100": 989.5,
-    "NVIDIA H100 PCIe": 756.5,
-    "NVIDIA H100 NVL": 835.5,
-    "NVIDIA H200": 989.5,
-    "NVIDIA H200 NVL": 835.5,
-}
 
 Calls = Counter[tuple[str, bool]]
 
@@ -136,8 +128,8 @@ def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[
         seconds = [_timed(steps, ranks) for _ in range(updates)]
         peak = peak_memory()
         text_length = len(data.prompts[0].text)
-    forecast = plan(config, architecture, data.latent_shape, gpus=1, gpu_memory=80, text_length=text_length)
-    costs = sample_flops(config, architecture, data.latent_shape, text_length)
+    run = describe(config, architecture, data.latent_shape, gpus=1, text_length=text_length)
+    costs = example_operations(run)
     flops = sum(count * costs[role, gradient] for (role, gradient), count in calls.items())
     return {
         "preset": preset,
@@ -152,7 +144,7 @@ def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[
         "samples_per_second": round(config.batch_size * updates / sum(seconds), 3),
         "peak_memory_gib": round(peak / 2**30, 2),
         "peak_memory_of": "tensors on the GPU" if ranks.device.type == "cuda" else "the whole process",
-        "planned_tensors_gib": round(forecast.peak.allocated / 2**30, 2),
+        "planned_tensors_gib": round(worst(plan_memory(run)).allocated / 2**30, 2),
         "samples_run": {f"{role}{', with backward' if grad else ''}": n for (role, grad), n in sorted(calls.items())},
         "model_tflop_per_update": round(flops / updates / 1e12, 3),
         "tflops": round(flops / sum(seconds) / 1e12, 4),
@@ -195,23 +187,14 @@ def save_random_weights(architecture: dict[str, Any], folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def sample_flops(
-    config: TrainConfig, architecture: dict[str, Any], latent_shape: tuple[int, ...], text_length: int
-) -> dict[tuple[str, bool], int]:
-    """FLOPs of one sample by role, without and with backward; nothing that is computed twice counts twice."""
-    parallel = config.parallel.model_copy(update={"activation_checkpointing": False})
-    models = meta_models(config.model_copy(update={"parallel": parallel}), architecture)
-    shapes = [(1, *latent_shape), (1,), (1, text_length, architecture["text_dim"])]
+def example_operations(run: Run) -> dict[tuple[str, bool], int]:
+    """Operations of one example by role, without and with backward; nothing that is computed twice counts twice."""
+    size = (run.latent_shape, run.text_length)
     costs = {}
-    for role, model in models.items():
-        inputs = [torch.empty(shape, device="meta") for shape in shapes]
-        run = model.build_gathered(role)
-        for backward in (False, True) if role != "teacher" else (False,):
-            with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-                velocity = run(*inputs)
-                if backward:
-                    velocity.backward(torch.empty_like(velocity))
-            costs[role, backward] = _without_recomputation(counter)
+    for role, model in meta_models(run).items():
+        costs[role, False] = forward_operations(model, role, *size)
+        if role != "teacher":
+            costs[role, True] = training_operations(model, role, *size, recomputation=False)
     return costs
 
 
@@ -256,13 +239,6 @@ def _timed(steps: Iterator[Metrics], ranks: Ranks) -> float:
     if ranks.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def _without_recomputation(counter: FlopCounterMode) -> int:
-    # The backward kernel of flash attention computes the scores again: one of its five products.
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    counts = counter.get_flop_counts()["Global"]
-    return int(sum(counts.values()) - counts.get(backward, 0) / 5)
 
 
 def _utilisation(flops_per_second: float, config: TrainConfig, device: torch.device) -> dict[str, Any]:

@@ -21,9 +21,28 @@ def plan(
     size: Annotated[
         str | None, typer.Option(metavar="WxHxF", help="Size of a clip, where there is no --data: 832x480x81.")
     ] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Number of clips, where there is no --data.")] = 10_000,
+    peak_tflops: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001,
+            help="Peak of a GPU in TFLOP/s, dense, in the run's precision. Default: an H100 SXM's by its data sheet, "
+            "989.5 in bfloat16, 67 in float32.",
+        ),
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="Share of that peak that is reached. Default: 0.4, an assumption."),
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time a few blocks on this machine's GPU in place of assuming its speed.")
+    ] = False,
     set_: Overrides = None,
 ) -> None:
-    """Say what a run needs on each GPU, part by part, and what to change if it does not fit. Loads no weights."""
+    """Say what a run needs: memory on each GPU and what to change if it does not fit, time, and disk.
+
+    Loads no weights.
+    """
     with readable_errors():
         from avd_trainer.config.loading import load_config
         from avd_trainer.training.config import TrainConfig
@@ -33,21 +52,17 @@ def plan(
         config = load_config(
             TrainConfig, preset, overrides_of(set_, None), replace, shards_of(Path("none")), method=method
         )
-        from avd_trainer.planning.memory import (
-            find_architecture,
-            find_latent_shape,
-            find_text_length,
-            render,
-            wan_latent_shape,
-        )
-        from avd_trainer.planning.memory import plan as make_plan
+        from avd_trainer.planning.plan import make_plan
+        from avd_trainer.planning.render import render
 
-        result = make_plan(
+        made = make_plan(
             config,
-            find_architecture(config.teacher),
-            find_latent_shape(config) if size is None else wan_latent_shape(size),
             gpus=gpus,
             gpu_memory=gpu_memory,
-            text_length=find_text_length(config),
+            size=size,
+            clips=clips,
+            peak_tflops=peak_tflops,
+            utilisation=utilisation,
+            measure=measure,
         )
-        Console().print(render(result))
+        Console().print(render(made), highlight=False)

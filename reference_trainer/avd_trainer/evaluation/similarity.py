@@ -36,10 +36,10 @@ from avd_trainer.inference.generation import (
     read_about,
     read_timesteps,
 )
+from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
-from avd_trainer.planning.memory import wan_latent_shape
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_json

@@ -26,13 +26,12 @@ from avd_core import (
 )
 from avd_trainer.data.encode import BATCH, WAN_FPS, HashTextEncoder, TextEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.wan import WanCodec
+from avd_trainer.models.codecs.wan import WanCodec, wan_latent_shape
 from avd_trainer.models.schedulers import few_steps
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
-from avd_trainer.planning.memory import wan_latent_shape
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT
 from avd_trainer.training.folder import method_of_run

@@ -1,0 +1,114 @@
+"""What a run writes and reads: clips, checkpoints, the student."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch.utils.flop_counter import FlopCounterMode
+
+from avd_trainer.planning.description import Run
+from avd_trainer.planning.meta_models import META, trained_shapes
+
+LATENT_BYTES = 2
+"""Of a latent's number: ``avd data`` stores float16."""
+TEXT_BYTES = 2
+"""Of a text embedding's number: bfloat16, where that loses nothing, as with UMT5."""
+
+
+class DiskPlan(NamedTuple):
+    """Bytes on disk, and what encoding costs.
+
+    Attributes:
+        clips: Number of clips; 0 where none are stored.
+        latent: Of a clip.
+        text: Of its text embedding, at most: a caption that fills all tokens. A prompt takes as much.
+        stored: Of the clips that are there; None where they are yet to be encoded.
+        encoding: Operations that the VAE takes to encode a clip; None where there is nothing to encode.
+        checkpoint: Of one.
+        checkpoints: How many there are at most at once, the one in writing included.
+        student: Of what the run leaves, in float32.
+    """
+
+    clips: int
+    latent: int
+    text: int
+    stored: int | None
+    encoding: int | None
+    checkpoint: int
+    checkpoints: int
+    student: int
+
+    @property
+    def data(self) -> int:
+        """Of all clips: what is there, or what will be at most."""
+        return self.clips * (self.latent + self.text) if self.stored is None else self.stored
+
+    @property
+    def together(self) -> int:
+        """Of all of it."""
+        return self.data + self.checkpoint * self.checkpoints + self.student
+
+
+def plan_disk(run: Run, clips: int) -> DiskPlan:
+    """What a run takes on disk.
+
+    Args:
+        run: The run.
+        clips: How many clips there will be, where they are not there yet.
+    """
+    there = bool(run.clip_folders) and all(folder.exists() for folder in run.clip_folders)
+    trained = trained_shapes(run)
+    numbers = {name: sum(math.prod(shape.shape) for shape in shapes) for name, shapes in trained.items()}
+    averaged = sum(numbers[role.name] for role in run.trained if role.averaged)
+    # Weights and two moments each, a number of steps for each parameter, and the averages; all in float32.
+    checkpoint = 4 * (3 * sum(numbers.values()) + sum(map(len, trained.values())) + averaged)
+    encodes = bool(run.clip_folders) and not there and run.latent_shape[0] == 16
+    return DiskPlan(
+        clips=0 if not run.clip_folders else clips,
+        latent=LATENT_BYTES * math.prod(run.latent_shape),
+        text=TEXT_BYTES * run.text_length * int(json.loads(run.architecture)["text_dim"]),
+        stored=sum(map(_size, run.clip_folders)) if there else None,
+        encoding=vae_operations(run.latent_shape) if encodes else None,
+        checkpoint=checkpoint,
+        checkpoints=most_checkpoints(run),
+        student=4 * averaged,
+    )
+
+
+def most_checkpoints(run: Run) -> int:
+    """The most checkpoints that are on disk at once, the one in writing included."""
+    saved = {*range(run.checkpoint.every, run.steps + 1, run.checkpoint.every), run.steps}
+    kept = {step for step in saved if run.checkpoint.keep_every and step % run.checkpoint.keep_every == 0}
+    return len(kept) + min(len(saved - kept), run.checkpoint.keep_latest + 1)
+
+
+def vae_operations(latent_shape: tuple[int, int, int, int]) -> int:
+    """Operations that Wan2.1's VAE takes to encode a clip with latents ``(16, F, H, W)``, counted on the meta device.
+
+    It takes the first frame alone and then four frames at a time, so from the third group on each takes the same.
+    """
+    _, frames, height, width = latent_shape
+    if frames <= 3:
+        return _encode(frames, height, width)
+    two, three = _encode(2, height, width), _encode(3, height, width)
+    return three + (frames - 3) * (three - two)
+
+
+@cache
+def _encode(frames: int, height: int, width: int) -> int:
+    with torch.device(META):
+        vae = AutoencoderKLWan()
+    video = torch.empty(1, 3, 1 + 4 * (frames - 1), 8 * height, 8 * width, device=META)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(video)
+    return int(counter.get_total_flops())
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())

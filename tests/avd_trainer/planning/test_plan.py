@@ -1,0 +1,66 @@
+"""The plan as a person sees it."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from avd_trainer.commands.app import app
+from avd_trainer.config.loading import load_config
+from avd_trainer.planning.memory import GB
+from avd_trainer.planning.plan import Plan, make_plan
+from avd_trainer.planning.render import render
+from avd_trainer.training.config import TrainConfig
+
+
+def tiny_plan(*overrides: str, gpu_memory: float = 80.0) -> Plan:
+    return make_plan(load_config(TrainConfig, "tiny", list(overrides)), gpu_memory=gpu_memory)
+
+
+def rendered(plan: Plan) -> str:
+    console = Console(width=160, file=io.StringIO(), record=True)
+    console.print(render(plan))
+    return console.export_text()
+
+
+def test_a_plan_that_fits_names_no_changes() -> None:
+    plan = tiny_plan()
+    assert plan.fits
+    assert plan.changes == ()
+    assert tiny_plan(gpu_memory=plan.worst.needed / GB).fits
+
+
+def test_the_plan_shows_parts_verdict_changes_time_and_disk() -> None:
+    text = rendered(tiny_plan(gpu_memory=0.5))
+    for words in (
+        "frozen weights",
+        "online update",
+        "does not fit",
+        "--set method.online.lora.rank=64",
+        "1 GPU(s) of 0.5 GB",
+        "200 updates",
+        "computed, at an assumed utilisation of 0.4",
+        "checkpoint",
+        "none on disk",
+    ):
+        assert words in text
+    assert "It fits" in rendered(tiny_plan())
+
+
+def plan_command(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", "tiny", *arguments])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_the_speed_of_a_gpu_can_be_said() -> None:
+    assert "assumed utilisation of 0.5 of 312 TFLOP/s" in plan_command("--peak-tflops", "312", "--utilisation", "0.5")
+
+
+def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    printed = plan_command("--measure")
+    assert "There is no GPU here to measure: times are computed." in printed
+    assert "assumed utilisation" in printed
