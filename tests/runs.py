@@ -14,9 +14,11 @@ from torch import Tensor
 
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
+from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.roles import Model, load_models
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
+from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.config import TrainConfig
@@ -82,6 +84,11 @@ def load_models_of(config: TrainConfig, ranks: Ranks) -> dict[str, Model]:
         parallel=config.parallel,
         seed=config.seed,
     )
+
+
+def order_of(name: str, count: int = 10, seed: int = 0) -> ShuffledOrder:
+    """In which order the engine reads ``prompts`` or ``clips``, of which there are so many."""
+    return ShuffledOrder(count, seed_of(seed, "order", name))
 
 
 def first_step(trainer: Trainer) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from avd_core import AVDConfig, MotionConfig
+from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_trainer.config.loading import load_config, presets
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.sources import HELD_OUT
@@ -31,7 +31,9 @@ def test_the_wan_presets_have_the_papers_values(name: str, kind: str) -> None:
     method: Any = config.method
     assert config.teacher == f"Wan-AI/Wan2.1-T2V-{name.removeprefix('wan2.1-').upper()}-Diffusers"
     if kind == "avd":
-        assert method.objective == AVDConfig(motion=MotionConfig(sync_ranks=False))
+        # A step is one iteration of the cache, however many micro-batches it has: the engine asks for its update.
+        regression = RegressionConfig(auto_update=False)
+        assert method.objective == AVDConfig(regression=regression, motion=MotionConfig(sync_ranks=False))
     assert (method.guidance_scale, method.matching_weight, method.online_updates) == (5, 1, 5)
     assert (config.batch_size, config.micro_batch_size, config.max_gradient_norm) == (24, 1, 10)
     assert (method.score_timesteps.shift, method.score_timesteps.low, method.score_timesteps.high) == (5, 20, 980)

@@ -23,7 +23,8 @@ from avd_trainer.training.trainer import Trainer
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
 FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]
-SMALL = [*FEW_STEPS, *FEW_SAMPLES, "--set", "data.clips=16", "--set", "data.held_out=8"]
+SMALL = [*FEW_STEPS, "--set", "data.clips=16", "--set", "data.held_out=8"]
+SMALL_DEMO = [*SMALL, *FEW_SAMPLES]
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -123,14 +124,14 @@ def test_a_mistake_is_answered_with_a_message(tmp_path: Path, arguments: Sequenc
 
 def test_an_output_that_cannot_be_written_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    status, printed = run("demo", "--output", tmp_path / "file", *SMALL)
+    status, printed = run("demo", "--output", tmp_path / "file", *SMALL_DEMO)
     assert status == 2
     assert "cannot be written to" in printed
 
 
 def test_the_demo_takes_no_folder_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("precious")
-    status, printed = run("demo", "--output", tmp_path, *SMALL)
+    status, printed = run("demo", "--output", tmp_path, *SMALL_DEMO)
     assert status == 2
     assert "holds something that is no earlier demo" in printed
     assert (tmp_path / "metrics.json").read_text() == "precious"
@@ -200,7 +201,7 @@ def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]
 def test_the_demo_writes_its_pictures_and_numbers_and_can_be_repeated(tmp_path: Path) -> None:
     results = []
     for _ in range(2):
-        status, _ = run("demo", "--output", tmp_path, *SMALL)
+        status, _ = run("demo", "--output", tmp_path, *SMALL_DEMO)
         assert status == 0
         results.append((check_demo(tmp_path), (tmp_path / "report.png").stat().st_mtime_ns))
     (first, written), (again, written_again) = results

@@ -13,14 +13,13 @@ from torch import Tensor
 from avd_core import AVDObjective, DistributionMatchingLoss
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.in_memory import CaptionedLatents
-from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import load_data
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
-from runs import MakeTrainer, first_step, step_gradients
+from runs import MakeTrainer, first_step, order_of, step_gradients
 
 StopAt = Callable[[int], None]
 
@@ -115,7 +114,7 @@ def test_a_step_is_that_of_the_plain_algorithm(
     method: Any = trainer.config.method
     student, teacher, online = (VelocityModel(load_transformer(str(trainer.config.teacher))) for _ in range(3))
     student.module.requires_grad_(True)
-    order = {name: ShuffledOrder(10, seed).batch(0, 2) for name, seed in (("prompts", 0), ("clips", 1))}
+    order = {name: order_of(name).batch(0, 2) for name in ("prompts", "clips")}
     text = {name: torch.stack([trainer.data.clips[i].text for i in index]) for name, index in order.items()}
     draws = Draws((0, "student", 1, 0), range(2), torch.device("cpu"))
     shape = clips.latents.shape[1:]

@@ -21,7 +21,6 @@ from avd_trainer.config.sections import ShapesData
 from avd_trainer.data import sources as sources_module
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.shards import Example, ShardWriter
 from avd_trainer.data.sources import HELD_OUT, Clips, TrainingData, load_data
 from avd_trainer.methods import frame_interpolation as interpolation_module
@@ -35,7 +34,7 @@ from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
 from helpers import randn
 from launches import on_ranks
-from runs import EMBED, curve, files, in_memory, outcome, saved_steps, tiny_config, weights
+from runs import EMBED, curve, files, in_memory, order_of, outcome, saved_steps, tiny_config, weights
 
 ROLE = "interpolator"
 CPU = torch.device("cpu")
@@ -136,7 +135,7 @@ def test_steps_are_those_of_the_plain_algorithm(ranks: Ranks, micro_batch_size: 
     network = LatentFrameInterpolator(4, (8, 8, 8))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
-    order = ShuffledOrder(10, 2 * 3 + 1)
+    order = order_of("clips", seed=3)
     for step, loss in enumerate(losses, start=1):
         clips = torch.stack([data.clips[i].latent for i in order.batch(4 * (step - 1), 4)])  # type: ignore[misc]
         expected = F.mse_loss(network(clips[:, :, ::2])[:, :, 1::2], clips[:, :, 1::2])
@@ -154,7 +153,7 @@ def test_steps_are_those_of_the_plain_algorithm(ranks: Ranks, micro_batch_size: 
 def test_a_clip_that_is_not_finite_costs_its_step_only(ranks: Ranks) -> None:
     data = make_data()
     trainer = Trainer(make_config(max_steps=3), data, ranks)
-    order = ShuffledOrder(10, 1)
+    order = order_of("clips")
     bad = set(order.batch(4, 4)) - set(order.batch(8, 4))  # read in the second step, and not in the third
     data.clips.clips.latents[bad.pop()] = torch.nan  # type: ignore[attr-defined]
     seen = [(metrics["skipped"].item(), weights(trainer.models[ROLE])) for metrics in trainer.run()]

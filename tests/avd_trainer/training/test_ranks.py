@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from avd_core import NonFiniteError
-from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
-from runs import LORA, MakeConfig, weights
+from runs import LORA, MakeConfig, order_of, weights
 
 CURVE = (
     "loss", "matching/loss", "regression/loss", "motion/loss", "online/loss", "gradient_norm",
@@ -112,7 +111,7 @@ def run_with_bad_clips(config: TrainConfig, data: TrainingData, bad: list[int]) 
 def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfig, data: TrainingData) -> None:
     config = make_config(method={"online_updates": 1}, max_steps=3, **PLAIN)
     # The clip that the last rank reads in the second step, and nobody in the others.
-    bad = [ShuffledOrder(len(data.clips), seed=1)[3]]
+    bad = [order_of("clips")[3]]
     alone = run_with_bad_clips(config, copy.deepcopy(data), bad)
     for rank in on_ranks(2, run_with_bad_clips, config, data, bad):
         assert rank.skipped == alone.skipped == [0, 1, 0]
@@ -125,7 +124,7 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfi
 
 def test_a_run_that_stays_bad_on_one_rank_ends_on_all(make_config: MakeConfig, data: TrainingData) -> None:
     config = make_config(method={"online_updates": 1}, max_steps=5, max_skipped_steps=2, **PLAIN)
-    bad = ShuffledOrder(len(data.clips), seed=1).batch(3, 3)[::2]
+    bad = order_of("clips").batch(3, 3)[::2]
     for rank in on_ranks(2, run_with_bad_clips, config, data, bad):
         assert rank.skipped == [0, 1]  # the third step is not over
         assert "Step 3 of the student is not finite" in rank.error
