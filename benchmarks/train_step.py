@@ -27,7 +27,7 @@ import typer
 from torch import Tensor
 
 from avd_trainer.config.loading import load_config
-from avd_trainer.data.shards import Example
+from avd_trainer.data.examples import Example
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.models.roles import Model
@@ -165,7 +165,13 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
     if preset == "tiny":
         config = load_config(TrainConfig, preset, [*overrides, "data.clips=32"])
         architecture = find_architecture(config.teacher)
-        data = load_data(config.data, None, text_dim=architecture["text_dim"], channels=architecture["in_channels"])
+        data = load_data(
+            config.data,
+            config.prompts,
+            teacher=config.teacher,
+            text_dim=architecture["text_dim"],
+            channels=architecture["in_channels"],
+        )
         return Prepared(config, data, architecture)
     replace = {"data": {"kind": "shards", "path": "random"}}
     config = load_config(TrainConfig, preset, [*overrides, "batch_size=1", "micro_batch_size=1"], replace)

@@ -79,4 +79,4 @@ class FusedRMSNorm(torch.autograd.Function):
 
 def fuse_rms_norm(patch: pytest.MonkeyPatch) -> None:
     """Compute as a GPU does; PyTorch has that kernel for GPUs alone."""
-    patch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight, eps))
+    patch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight, eps))  # type: ignore[no-untyped-call]

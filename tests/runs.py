@@ -15,7 +15,7 @@ from torch import Tensor
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.order import ShuffledOrder
-from avd_trainer.data.sources import TrainingData
+from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.models.roles import Model, load_models
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.draws import seed_of
@@ -71,6 +71,19 @@ def in_memory(latents: CaptionedLatents | Tensor, embed: HashTextEmbedding = EMB
 def both(clips: InMemoryData) -> TrainingData:
     """What a run reads, with the captions of its clips as prompts."""
     return TrainingData(clips, clips)
+
+
+def load_data_of(config: TrainConfig) -> TrainingData:
+    """What a run reads, as ``avd train`` loads it."""
+    architecture = config.method.transformer_config(config.teacher) or {}
+    return load_data(
+        config.data,
+        config.prompts,
+        teacher=config.teacher,
+        text_dim=architecture.get("text_dim") if config.method.needs_text else None,
+        channels=architecture.get("in_channels"),
+        held_out=config.method.held_out_clips,
+    )
 
 
 def load_models_of(config: TrainConfig, ranks: Ranks) -> dict[str, Model]:

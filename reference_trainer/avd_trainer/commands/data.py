@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
 TINY = "tiny"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new data set.")]
 Model = Annotated[
@@ -41,13 +44,13 @@ NegativePrompt = Annotated[
 @data_app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a data set.")],
-    samples: Annotated[int, typer.Option(min=1, help="Latents to read for the statistics.")] = 256,
+    latents: Annotated[int, typer.Option(min=1, help="How many latents to read for the statistics.")] = 256,
 ) -> None:
-    """Print schema, counts, latent statistics and the temporal loss of a data set, and what looks wrong."""
+    """Print schema, codec, counts, latent statistics and the temporal loss of a data set, and what looks wrong."""
     with readable_errors():
         from avd_trainer.data.inspection import inspect
 
-        _print_report(inspect(path, samples))
+        _print_report(inspect(path, latents))
 
 
 @data_app.command()
@@ -65,6 +68,7 @@ def import_lmdb(
         from avd_trainer.data.lmdb_import import count_rows, import_lmdb
 
         rows = count_rows(path)
+        _check(model, output)
         text = _text_encoder(model)
         with ProgressBar("rows", rows) as bar:
             written = import_lmdb(
@@ -83,18 +87,36 @@ def encode(
     videos: Annotated[Path, typer.Option(help="Folder of videos, searched recursively.")],
     output: Output,
     model: Model,
-    frames: Annotated[int, typer.Option(help="Frames per clip, 1 + 4 n.")] = 81,
-    height: Annotated[int, typer.Option(help="Height in pixels, a multiple of 16.")] = 480,
-    width: Annotated[int, typer.Option(help="Width in pixels, a multiple of 16.")] = 832,
-    fps: Annotated[float, typer.Option(help="Frames per second of the clips; Wan2.1's are 16.")] = 16.0,
+    frames: Annotated[
+        int | None,
+        typer.Option(help="Frames per clip, 1 + 4 n. Default: Wan2.1's 81; for tiny 33."),
+    ] = None,
+    height: Annotated[
+        int | None,
+        typer.Option(help="Height in pixels, a multiple of 16. Default: 480; for tiny 64."),
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(help="Width in pixels, a multiple of 16. Default: 832; for tiny 64."),
+    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second of the clips. Default: Wan2.1's 16.")] = None,
     negative_prompt: NegativePrompt = None,
 ) -> None:
     """Cut your own videos into clips and encode them with their captions."""
     with readable_errors():
-        from avd_trainer.data.encode import encode_videos
+        from avd_trainer.data.encode import TINY_FORMAT, WAN_FORMAT, ClipFormat, encode_videos
         from avd_trainer.data.videos import video_files
 
+        default = TINY_FORMAT if model == TINY else WAN_FORMAT
+        clip_format = ClipFormat(
+            frames=default.frames if frames is None else frames,
+            height=default.height if height is None else height,
+            width=default.width if width is None else width,
+            fps=default.fps if fps is None else fps,
+        )
+        clip_format.check()
         files = len(video_files(videos))
+        _check(model, output)
         codec, text = _video_encoder(model), _text_encoder(model)
         with ProgressBar("videos", files) as bar:
             written = encode_videos(
@@ -102,10 +124,7 @@ def encode(
                 output,
                 codec,
                 text,
-                frames=frames,
-                height=height,
-                width=width,
-                fps=fps,
+                clip_format,
                 negative_prompt=_negative_prompt(negative_prompt, model),
                 on_file=bar.advance,
             )
@@ -124,10 +143,23 @@ def encode_prompts(
         from avd_trainer.data.encode import encode_prompts, read_prompts
 
         prompts = len(read_prompts(file))
+        _check(model, output)
         text = _text_encoder(model)
         with ProgressBar("prompts", prompts) as bar:
             written = encode_prompts(file, output, text, _negative_prompt(negative_prompt, model), bar.advance)
         _say_written(written, "prompts", output)
+
+
+def _check(model: str, output: Path) -> None:
+    """What a person can get wrong and would learn of only after the models are loaded."""
+    from avd_trainer.data.shard_writing import expect_no_shards
+
+    if model != TINY and not Path(model).is_dir() and not HUB_ID.fullmatch(model):
+        raise UserError(
+            f"--model {model} is no folder and no hub id. Pass tiny, or a Wan pipeline in diffusers' layout such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    expect_no_shards(output)
 
 
 def _text_encoder(model: str) -> TextEncoder:
@@ -189,7 +221,7 @@ def _print_report(report: DataReport) -> None:
 
 def _lines(report: DataReport) -> list[tuple[str, str]]:
     lines = [
-        ("samples", f"{report.rows} in {report.files} file(s), {report.bytes / 2**20:.1f} MiB"),
+        ("examples", f"{report.rows} in {report.files} file(s), {report.bytes / 2**20:.1f} MiB"),
         ("sources", f"{report.sources}"),
         (
             "text",
@@ -205,9 +237,10 @@ def _lines(report: DataReport) -> list[tuple[str, str]]:
         return [*lines, ("latents", "none: prompts only")]
     lines += [
         ("latents", f"{list(report.latent_shape)} (C, F, H, W), {' and '.join(report.latent_dtypes)}"),
+        ("codec", "not recorded" if report.encoding is None else str(report.encoding)),
         (
             "statistics of",
-            f"{report.sampled} latents: {report.not_finite} not finite, {report.standing_still} standing still",
+            f"{report.measured} latents: {report.not_finite} not finite, {report.standing_still} standing still",
         ),
     ]
     if report.latent_mean is not None and report.channel_means is not None and report.channel_stds is not None:

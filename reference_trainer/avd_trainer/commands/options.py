@@ -18,9 +18,15 @@ Method = Annotated[
     str | None, typer.Option(help="Which method's values of the preset: one of those that avd methods lists.")
 ]
 MaxSteps = Annotated[int | None, typer.Option(help="Number of updates, in place of the preset's.")]
-Data = Annotated[Path | None, typer.Option(help="Folder of encoded clips (see avd data), used as the real clips.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option(help="Folder of encoded clips (see avd data), used as the real clips. Repeatable: all are joined."),
+]
 Prompts = Annotated[
-    Path | None, typer.Option(help="Folder of encoded prompts, in place of the captions of the real clips.")
+    list[Path] | None,
+    typer.Option(
+        help="Folder of encoded prompts, in place of the captions of the real clips. Repeatable: all are joined."
+    ),
 ]
 Run = Annotated[Path, typer.Argument(help="The --output folder of an avd train run.")]
 Overrides = Annotated[
@@ -35,33 +41,33 @@ def train_config(
     preset: str,
     method: str | None,
     videos: Path | None,
-    data: Path | None,
-    prompts: Path | None,
+    data: list[Path] | None,
+    prompts: list[Path] | None,
     max_steps: int | None,
     set_: list[str] | None,
 ) -> TrainConfig:
     """The configuration of a preset with what options replace in it."""
     overrides = clips_of(videos, data)
-    if prompts is not None:
-        overrides["prompts"] = {"path": str(prompts)}
+    if prompts:
+        overrides["prompts"] = {"path": [str(path) for path in prompts]}
     from avd_trainer.config.loading import load_config
     from avd_trainer.training.config import TrainConfig
 
     return load_config(TrainConfig, preset, overrides_of(set_, max_steps), overrides, method=method)
 
 
-def clips_of(videos: Path | None, data: Path | None) -> dict[str, Any]:
+def clips_of(videos: Path | None, data: list[Path] | None) -> dict[str, Any]:
     """The ``data`` section that ``--videos`` or ``--data`` asks for, if any."""
-    if videos is not None and data is not None:
+    if videos is not None and data:
         raise UserError("--videos and --data exclude each other: the real clips are either encoded already or not.")
     if videos is not None:
         return {"data": {"kind": "videos", "path": str(videos)}}
-    return {} if data is None else shards_of(data)
+    return shards_of(data) if data else {}
 
 
-def shards_of(data: Path) -> dict[str, Any]:
+def shards_of(data: list[Path]) -> dict[str, Any]:
     """The ``data`` section of encoded clips."""
-    return {"data": {"kind": "shards", "path": str(data)}}
+    return {"data": {"kind": "shards", "path": [str(path) for path in data]}}
 
 
 def overrides_of(set_: list[str] | None, max_steps: int | None) -> list[str]:

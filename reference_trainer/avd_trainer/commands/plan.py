@@ -48,9 +48,9 @@ def plan(
         from avd_trainer.training.config import TrainConfig
 
         # A preset can be planned before there is data: clips are then of Wan2.1's size.
-        replace = {} if data is None else shards_of(data)
+        replace = shards_of(data) if data else {}
         config = load_config(
-            TrainConfig, preset, overrides_of(set_, None), replace, shards_of(Path("none")), method=method
+            TrainConfig, preset, overrides_of(set_, None), replace, shards_of([Path("none")]), method=method
         )
         from avd_trainer.planning.plan import make_plan
         from avd_trainer.planning.render import render

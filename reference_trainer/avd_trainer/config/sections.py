@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _as_sequence(value: object) -> object:
+    return [value] if isinstance(value, str | Path) else value
 
 
 class Section(BaseModel):
@@ -39,8 +43,8 @@ class ShardsData(Section):
     """Encoded clips in Parquet shards, as ``avd data`` makes them."""
 
     kind: Literal["shards"] = "shards"
-    path: Path
-    """The folder of a data set."""
+    path: Annotated[tuple[Path, ...], BeforeValidator(_as_sequence), Field(min_length=1)]
+    """The folder of a data set, or a list of several that are joined."""
     workers: int = Field(default=2, ge=0)
     """Processes per rank that read ahead; 0 reads in the training process."""
 
@@ -123,8 +127,8 @@ class SamplesConfig(Section):
     """Steps between two looks; None for none."""
     count: int = Field(default=4, ge=1)
     """Number of prompts: the first of the data."""
-    fps: float = Field(default=16.0, gt=0)
-    """Frames per second of the files. Wan2.1: 16."""
+    fps: float | None = Field(default=None, gt=0)
+    """Frames per second of the files; None: those of the data, or Wan2.1's 16 where it does not say."""
 
 
 class WandbConfig(Section):

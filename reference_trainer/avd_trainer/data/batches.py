@@ -1,59 +1,18 @@
-"""Examples by index, and batches of them, read ahead of need."""
+"""Batches of examples, read ahead of need."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from avd_trainer.data.shards import Example
+from avd_trainer.data.examples import Example, Examples
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.signals import SIGNALS
-
-
-class Examples(Protocol):
-    """Examples by index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def __getitem__(self, index: int) -> Example:
-        """A sample."""
-
-
-class CaptionedExamples(Examples, Protocol):
-    """Captioned samples, with the text embedding of the negative prompt."""
-
-    def unconditional(self) -> Tensor:
-        """``[L, D]``."""
-
-
-class PartOfData(Dataset[Example]):
-    """Some examples of a data set.
-
-    Args:
-        whole: The data set.
-        places: Which.
-        text: Whether to read captions' embeddings, which are as large as clips and would be copied along.
-    """
-
-    def __init__(self, whole: CaptionedExamples, places: range, *, text: bool = True) -> None:
-        self.whole, self._places, self._text = whole, places, text
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __getitem__(self, index: int) -> Example:
-        example = self.whole[self._places[index]]
-        return example if self._text else example._replace(text=torch.empty(0))
-
-    def unconditional(self) -> Tensor:
-        """That of the whole."""
-        return self.whole.unconditional()
 
 
 class Batch(NamedTuple):
@@ -73,10 +32,10 @@ class Batch(NamedTuple):
 
 
 def read_batches(data: Examples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
-    """Read the samples of each list of indices, ahead of need where there are workers."""
+    """Read the examples of each list of indices, ahead of need where there are workers."""
     loader = DataLoader(
         _Reporting(data),
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
@@ -113,6 +72,7 @@ def _collate(items: list[Example | UserError]) -> Batch | UserError:
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return errors[0]
-    samples = [item for item in items if isinstance(item, Example)]
-    latents = [sample.latent for sample in samples if sample.latent is not None]
-    return Batch(torch.stack(latents) if latents else torch.empty(0), torch.stack([sample.text for sample in samples]))
+    examples = [item for item in items if isinstance(item, Example)]
+    latents = [example.latent for example in examples if example.latent is not None]
+    text = torch.stack([example.text for example in examples])
+    return Batch(torch.stack(latents) if latents else torch.empty(0), text)

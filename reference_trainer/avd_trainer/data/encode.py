@@ -6,21 +6,53 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.shards import ShardWriter
-from avd_trainer.data.videos import caption_of, decode_frames, stands_still, video_files
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_writing import ShardWriter
+from avd_trainer.data.videos import caption_of, decode_frames, reason, stands_still, video_files
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Frames per second of Wan2.1's training data and samples (`sample_fps`): 81 frames are 5 seconds.
-WAN_FPS = 16.0
+
+class ClipFormat(NamedTuple):
+    """Size of a clip.
+
+    Attributes:
+        frames: Number of them, ``1 + 4 n``.
+        height: In pixels, a multiple of 16.
+        width: In pixels, a multiple of 16.
+        fps: Frames per second.
+    """
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+    def check(self) -> None:
+        """Raise a :class:`UserError` if no codec and transformer of Wan's geometry can take it."""
+        frames, height, width, fps = self
+        # The VAE's strides are 4 in time and 8 in space, the transformer's patch is 2 x 2 latents.
+        if frames < 5 or (frames - 1) % 4 or height < 16 or height % 16 or width < 16 or width % 16 or fps <= 0:
+            raise UserError(
+                "Clips need 1 + 4 n frames with n >= 1, a height and a width that are multiples of 16, and fps above "
+                f"0; got {frames} frames of height {height} and width {width} at {fps:g} fps. Wan2.1's are 81, 480, "
+                "832 and 16, the tiny preset's 33, 64, 64 and 16."
+            )
+
+
+WAN_FORMAT = ClipFormat(81, 480, 832, fps=16.0)
+"""Wan2.1's training data and samples; 16 is its ``sample_fps``, so 81 frames are 5 seconds."""
+TINY_FORMAT = ClipFormat(33, 64, 64, fps=16.0)
+"""What the tiny preset's teacher was trained on, for two seconds."""
 
 # What Wan2.1 takes where no negative prompt is given: `sample_neg_prompt` in wan/configs/shared_config.py of
 # https://github.com/Wan-Video/Wan2.1; CausVid, Self-Forcing and the released AVD code distil with the same one.
@@ -39,7 +71,17 @@ BATCH = 8
 
 
 class VideoEncoder(Protocol):
-    """What makes latents of videos, such as a VAE."""
+    """What makes latents of videos, such as a VAE.
+
+    Attributes:
+        latent_space: Whose latents they are.
+        source: Folder or hub id of the pipeline that it is a part of, if it is of one.
+    """
+
+    @property
+    def latent_space(self) -> LatentSpace: ...
+    @property
+    def source(self) -> str | None: ...
 
     def encode(self, video: Tensor, /) -> Tensor:
         """``[B, 3, F, H, W]`` in [0, 1] to normalised latents ``[B, C, f, h, w]``."""
@@ -77,53 +119,47 @@ def encode_videos(
     output: Path,
     codec: VideoEncoder,
     text: TextEncoder,
+    clip_format: ClipFormat,
     *,
-    frames: int,
-    height: int,
-    width: int,
     negative_prompt: str,
-    fps: float = WAN_FPS,
     on_file: Callable[[], None] = lambda: None,
 ) -> int:
     """Cut a folder of videos into clips and encode them with their captions.
 
-    Each video is brought to ``fps`` and cut into clips that follow each other without overlap; what is left at its end
-    is dropped. A frame is resized to cover ``height`` x ``width`` and its centre is cut out. The caption is the content
-    of the ``.txt`` file beside the video, or else the file's name. Latents are stored in float16. A file that cannot be
-    read or is shorter than a clip, and a clip that does not move, are logged and left out.
+    Each video is brought to the format's frame rate and cut into clips that follow each other without overlap; what is
+    left at its end is dropped. A frame is resized to cover the format's height and width, and its centre is cut out.
+    The caption is the content of the ``.txt`` file beside the video, or else the file's name. Latents are stored in
+    float16. A file that cannot be read or is shorter than a clip, and a clip that does not move, are logged and left
+    out.
 
     Args:
         folder: Searched recursively.
         output: Folder of the new data set.
         codec: Encodes the clips.
         text: Embeds the captions.
-        frames: Frames per clip, ``1 + 4 n``; Wan2.1's 81.
-        height: In pixels, a multiple of 16; Wan2.1's 480.
-        width: In pixels, a multiple of 16; Wan2.1's 832.
+        clip_format: Of all clips.
         negative_prompt: Embedded for the unconditional prediction of classifier-free guidance.
-        fps: Frames per second of the clips.
         on_file: Called after each file.
 
     Returns:
         Clips that were written.
 
     Raises:
-        UserError: If a number is not of that form, there is no video, none gave a clip, or the output cannot be
+        UserError: If the format is none, there is no video, none gave a clip, or the output cannot be
             written.
     """
-    # The VAE's strides are 4 in time and 8 in space, the transformer's patch is 2 x 2 latents.
-    if frames < 5 or (frames - 1) % 4 or height < 16 or height % 16 or width < 16 or width % 16 or fps <= 0:
-        raise UserError(
-            "Clips need 1 + 4 n frames with n >= 1, a height and a width that are multiples of 16, and fps above 0; "
-            f"got {frames} frames of height {height} and width {width} at {fps} fps. Wan2.1's are 81, 480, 832 and 16."
-        )
+    clip_format.check()
     paths = video_files(folder)
-    with ShardWriter(output, text_length=text.length, text_dim=text.dim) as writer, torch.no_grad():
+    encoding = Encoding(codec.latent_space, codec.source, clip_format.fps)
+    with (
+        ShardWriter(output, text_length=text.length, text_dim=text.dim, encoding=encoding) as writer,
+        torch.no_grad(),
+    ):
         writer.set_unconditional(text([negative_prompt])[0], negative_prompt)
         for path in paths:
             caption = caption_of(path)
             embedding = text([caption])[0]
-            for number, clip in enumerate(_clips(path, frames, height, width, fps)):
+            for number, clip in enumerate(_clips(path, clip_format)):
                 source = f"{path.relative_to(folder)}, clip {number}"
                 if stands_still(clip):
                     logger.warning("Left out %s: it does not move.", source)
@@ -189,8 +225,9 @@ def read_prompts(file: Path) -> Sequence[tuple[int, str]]:
     return prompts
 
 
-def _clips(path: Path, frames: int, height: int, width: int, fps: float) -> Iterator[Tensor]:
+def _clips(path: Path, clip_format: ClipFormat) -> Iterator[Tensor]:
     """``[frames, 3, height, width]`` uint8 each; what cannot be decoded is logged."""
+    frames, height, width, fps = clip_format
     found = 0
     try:
         decoded = decode_frames(path, height, width, fps)
@@ -198,7 +235,10 @@ def _clips(path: Path, frames: int, height: int, width: int, fps: float) -> Iter
             yield torch.stack(clip)
             found += 1
     except (FFmpegError, OSError, ValueError) as error:
-        logger.warning("Skipped %s after %d clip(s): %s", path, found, error)
+        if found:
+            logger.warning("Left out the rest of %s, which gave %d clip(s): %s", path, found, reason(error))
+        else:
+            logger.warning("Left out %s: %s", path, reason(error))
     else:
         if not found:
-            logger.warning("Skipped %s: it has %d frames at %g fps, a clip takes %d.", path, len(clip), fps, frames)
+            logger.warning("Left out %s: it has %d frames at %g fps, a clip takes %d.", path, len(clip), fps, frames)

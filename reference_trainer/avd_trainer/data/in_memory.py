@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from avd_trainer.data.examples import Example
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import Example
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 

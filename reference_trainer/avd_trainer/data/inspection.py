@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core import temporal_variance
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_reading import ShardDataset
 
 # Of the latents' variance the share along frames below which a clip stands still.
 STILL = 0.01
@@ -33,6 +34,8 @@ class DataReport(BaseModel):
     """Size of all shards."""
     latent_shape: tuple[int, ...] | None
     """``(C, F, H, W)``; None for prompts alone."""
+    encoding: Encoding | None
+    """How clips became latents; None for prompts alone, and where the data does not say."""
     latent_dtypes: tuple[str, ...]
     """How latents are stored."""
     text_length: int
@@ -55,7 +58,7 @@ class DataReport(BaseModel):
     """A few captions, evenly spread."""
     unconditional_prompt: str | None
     """Prompt of the unconditional text embedding; None if the data set has no such embedding."""
-    sampled: int
+    measured: int
     """Rows whose latents were read for what follows."""
     not_finite: int
     """Of these, rows with NaN or infinity, which the figures below leave out."""
@@ -75,33 +78,34 @@ class DataReport(BaseModel):
     """What looks wrong, in words."""
 
 
-def inspect(path: Path, samples: int = 256) -> DataReport:
+def inspect(path: Path, latents: int = 256) -> DataReport:
     """Describe a data set.
 
-    Small columns are read in full; latents of at most ``samples`` evenly spread rows, one at a time.
+    Small columns are read in full; latents of at most ``latents`` evenly spread rows, one at a time.
 
     Args:
         path: Folder of the data set.
-        samples: Rows whose latents are read, at least 1.
+        latents: Rows whose latents are read, at least 1.
 
     Raises:
         UserError: As :class:`ShardDataset`, or if a row that is read is damaged.
     """
-    if samples < 1:
-        raise ValueError(f"inspect needs samples >= 1, got {samples}.")
+    if latents < 1:
+        raise ValueError(f"inspect needs latents >= 1, got {latents}.")
     dataset = ShardDataset(path)
-    fingerprint = dataset.fingerprint()
+    (files,) = dataset.fingerprint()
     tokens = np.fromiter(dataset.column("text_tokens"), dtype=np.int64)
     statistics = _LatentStatistics()
-    for row in _spread(len(dataset), samples) if dataset.has_latents else ():
+    for row in _spread(len(dataset), latents) if dataset.has_latents else ():
         latent = dataset[row].latent
         assert latent is not None
         statistics.add(latent)
     report = DataReport(
-        files=len(fingerprint),
+        files=len(files),
         rows=len(dataset),
-        bytes=sum(entry["bytes"] for entry in fingerprint),
+        bytes=sum(entry["bytes"] for entry in files),
         latent_shape=dataset.latent_shape,
+        encoding=dataset.encoding,
         latent_dtypes=tuple(sorted({name for name in dataset.column("dtype") if name is not None})),
         text_length=dataset.text_length,
         text_dim=dataset.text_dim,
@@ -113,7 +117,7 @@ def inspect(path: Path, samples: int = 256) -> DataReport:
         empty_captions=sum(not caption.strip() for caption in dataset.column("caption")),
         captions=tuple(dataset[row].caption for row in _spread(len(dataset), 3)),
         unconditional_prompt=dataset.unconditional_prompt() if dataset.has_unconditional else None,
-        sampled=statistics.sampled,
+        measured=statistics.measured,
         not_finite=statistics.not_finite,
         standing_still=statistics.standing_still,
         latent_mean=statistics.mean,
@@ -130,7 +134,7 @@ class _LatentStatistics:
     """Sums over latents that come one at a time."""
 
     def __init__(self) -> None:
-        self.sampled = self.not_finite = self.standing_still = 0
+        self.measured = self.not_finite = self.standing_still = 0
         self._count = 0
         # Per clip: mean and mean square of each channel, and the temporal variance.
         self._sums: tuple[Tensor, Tensor] | None = None
@@ -138,7 +142,7 @@ class _LatentStatistics:
 
     def add(self, latent: Tensor) -> None:
         """Count ``[C, F, H, W]`` in."""
-        self.sampled += 1
+        self.measured += 1
         if not latent.isfinite().all():
             self.not_finite += 1
             return
@@ -189,21 +193,32 @@ def _spread(length: int, count: int) -> list[int]:
     return [(2 * number + 1) * length // (2 * count) for number in range(count)]
 
 
+def _is_unit(std: float) -> bool:
+    low, high = UNIT_SCALE
+    return low <= std <= high
+
+
 def _warnings(report: DataReport) -> Iterator[str]:
     if report.not_finite:
         yield (
-            f"{report.not_finite} of {report.sampled} latents hold NaN or infinity. Encode those clips again; bfloat16 "
-            "or float32 in the VAE avoids overflow."
+            f"{report.not_finite} of {report.measured} latents hold NaN or infinity. Encode those clips again; "
+            "bfloat16 or float32 in the VAE avoids overflow."
         )
-    if report.latent_std is not None and not UNIT_SCALE[0] <= report.latent_std <= UNIT_SCALE[1]:
+    # The tiny preset's codec is scaled for its shapes, and gives natural footage several times that.
+    scaled_for_footage = report.encoding is None or report.encoding.latent_space != "block-dct"
+    if scaled_for_footage and report.latent_std is not None and not _is_unit(report.latent_std):
         yield (
             f"The latents have a standard deviation of {report.latent_std:.2f}, expected about 1: they may not be "
-            "normalised, (z - mean) / std with the VAE's latents_mean and latents_std. (The tiny preset's codec gives "
-            "natural footage several times that, and nothing is wrong.)"
+            "normalised, (z - mean) / std with the VAE's latents_mean and latents_std."
+        )
+    if report.latent_shape is not None and report.encoding is None:
+        yield (
+            "The data does not say which codec made its latents; training takes them for the teacher's. Data sets of "
+            "`avd data encode` say it."
         )
     if report.standing_still:
         yield (
-            f"{report.standing_still} of {report.sampled} clips stand still. A student learns that too: leave out "
+            f"{report.standing_still} of {report.measured} clips stand still. A student learns that too: leave out "
             "clips with little optical flow."
         )
     if report.empty_captions:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from avd_trainer.data.encode import TextEncoder
-from avd_trainer.data.shards import ShardWriter
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,12 @@ def import_lmdb(
         UserError: If the package lmdb is not installed, or the LMDB is missing, truncated, of another layout, or lacks
             a row.
     """
-    with _opened(path) as parts, ShardWriter(output, text_length=text.length, text_dim=text.dim) as writer:
+    # All three code bases encode by Wan2.1's VAE; how many frames per second, the LMDB does not say.
+    encoding = Encoding("wan")
+    with (
+        _opened(path) as parts,
+        ShardWriter(output, text_length=text.length, text_dim=text.dim, encoding=encoding) as writer,
+    ):
         writer.set_unconditional(text([negative_prompt])[0], negative_prompt)
         for part in parts:
             for start in range(0, part.rows, BATCH):

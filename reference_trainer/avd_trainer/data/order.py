@@ -14,7 +14,7 @@ class ShuffledOrder:
     number of ranks, also a number that changes on resuming, reads the same sequence.
 
     Args:
-        length: Number of samples.
+        length: Number of examples.
         seed: Orders of two seeds have nothing in common.
 
     Raises:
@@ -28,7 +28,7 @@ class ShuffledOrder:
         self._permutations: dict[int, Tensor] = {}
 
     def __getitem__(self, position: int) -> int:
-        """The index of the sample at ``position``, any integer from 0."""
+        """The index of the example at ``position``, any integer from 0."""
         if position < 0:
             raise IndexError(f"Positions start at 0, got {position}.")
         epoch, within = divmod(position, self.length)

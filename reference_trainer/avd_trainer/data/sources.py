@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from avd_trainer.config.sections import DataSection, ShapesData, ShardsData, VideosData
-from avd_trainer.data.batches import CaptionedExamples, Examples, PartOfData
+from avd_trainer.data.examples import CaptionedExamples, Examples, PartOfData
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import load_videos, video_files
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.latent_space import LATENT_SPACES, latent_space_of
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -28,6 +30,7 @@ class TrainingData(NamedTuple):
         prompts: Prompts, for the matching term.
         workers: Processes that read ahead.
         fingerprint: What a resumed run must find again; None for data that the configuration determines.
+        encoding: How clips became latents, where that is known.
         held_out: Clips that training never sees, where any were asked for.
     """
 
@@ -35,6 +38,7 @@ class TrainingData(NamedTuple):
     prompts: CaptionedExamples
     workers: int = 0
     fingerprint: dict[str, Any] | None = None
+    encoding: Encoding | None = None
     held_out: Examples | None = None
 
     def check_fingerprint(self, saved: Mapping[str, Any]) -> None:
@@ -52,10 +56,7 @@ class TrainingData(NamedTuple):
     def latent_shape(self) -> tuple[int, ...]:
         """``(C, F, H, W)``."""
         latent = self.clips[0].latent
-        if latent is None:
-            raise UserError(
-                "data holds prompts only; the regression needs clips. Encode videos with `avd data encode`."
-            )
+        assert latent is not None  # prompts alone are refused when they are opened
         return tuple(latent.shape)
 
 
@@ -70,6 +71,7 @@ def load_data(
     data: DataSection,
     prompts: ShardsData | None,
     *,
+    teacher: str | None,
     text_dim: int | None,
     channels: int | None,
     held_out: int = 0,
@@ -79,13 +81,14 @@ def load_data(
     Args:
         data: Which clips.
         prompts: Which prompts; None for the captions of the clips.
+        teacher: Whom the data has to fit, by the name that it is loaded by; None where there is none.
         text_dim: Width of the text embeddings that the models expect; None where captions are not read.
         channels: Latent channels that they expect; None for any.
         held_out: How many clips evaluation wants: so many of the last of data on disk, and the held-out clips of shapes
             and videos.
 
     Raises:
-        UserError: If it is missing, damaged, too little, or does not fit the models.
+        UserError: If it is missing, damaged, too little, or does not fit the teacher.
     """
     if isinstance(data, ShardsData):
         found = _open_shards(data, prompts, held_out, text=text_dim is not None)
@@ -93,7 +96,8 @@ def load_data(
         clips = load_clips(data, BlockDCTCodec(), held_out=held_out > 0)
         embed = HashTextEmbedding(TEXT_LENGTH, text_dim or 2)  # where captions are not read, nobody looks at theirs
         memory = InMemoryData(clips.train, embed)
-        found = TrainingData(memory, memory, held_out=InMemoryData(clips.held_out, embed) if held_out else None)
+        rest = InMemoryData(clips.held_out, embed) if held_out else None
+        found = TrainingData(memory, memory, encoding=assumed_encoding(data, teacher), held_out=rest)
     widths = {name: part[0].text.shape[-1] for name, part in (("data", found.clips), ("prompts", found.prompts))}
     for name, width in widths.items():
         if text_dim is not None and width != text_dim:
@@ -106,7 +110,34 @@ def load_data(
             f"data has {found.latent_shape[0]} latent channels, the teacher expects {channels}. Encode the videos with "
             "the teacher's own VAE (`avd data encode --model TEACHER`)."
         )
+    if teacher is not None:
+        _check_latent_space(found.encoding, teacher)
     return found
+
+
+def open_clips(data: ShardsData) -> ShardDataset:
+    """Open shards that hold clips.
+
+    Raises:
+        UserError: If they hold prompts only; otherwise as :class:`ShardDataset`.
+    """
+    clips = ShardDataset(*data.path)
+    if not clips.has_latents:
+        raise UserError(
+            f"data.path {', '.join(map(str, data.path))} holds prompts only, and clips are needed. Encode videos with "
+            "`avd data encode`."
+        )
+    return clips
+
+
+def assumed_encoding(data: DataSection, teacher: str | None) -> Encoding:
+    """How clips became latents where the data itself does not say: as the teacher's do, or else as Wan's.
+
+    Clips that are encoded when a run starts are in the block DCT's space, whoever the teacher is.
+    """
+    if not isinstance(data, ShardsData):
+        return Encoding("block-dct")
+    return Encoding((None if teacher is None else latent_space_of(teacher)) or "wan")
 
 
 def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_out: bool = True) -> Clips:
@@ -129,21 +160,28 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
 
 
 def _open_shards(data: ShardsData, prompts: ShardsData | None, held_out: int, *, text: bool) -> TrainingData:
-    clips = ShardDataset(data.path)
-    if not clips.has_latents:
-        raise UserError(
-            f"data.path {data.path} holds prompts only, and clips are needed. Encode videos with `avd data encode`."
-        )
-    prompt_data = clips if prompts is None else ShardDataset(prompts.path)
+    clips = open_clips(data)
+    prompt_data = clips if prompts is None else ShardDataset(*prompts.path)
     fingerprint = {"data": clips.fingerprint(), "prompts": prompt_data.fingerprint()}
     workers = data.workers if prompts is None else max(data.workers, prompts.workers)
     if not held_out:
-        return TrainingData(clips, prompt_data, workers, fingerprint)
+        return TrainingData(clips, prompt_data, workers, fingerprint, clips.encoding)
     count = len(clips) - held_out
     if count < 1:
         raise UserError(
-            f"data.path {data.path} holds {len(clips)} clips, of which the last {held_out} would be held out: none is "
-            "left to train on. Encode more videos, or lower method.held_out."
+            f"data.path {', '.join(map(str, data.path))} holds {len(clips)} clips, of which the last {held_out} would "
+            "be held out: none is left to train on. Encode more videos, or lower method.held_out."
         )
     train, rest = (PartOfData(clips, places, text=text) for places in (range(count), range(count, len(clips))))
-    return TrainingData(train, train if prompts is None else prompt_data, workers, fingerprint, rest)
+    own_prompts = train if prompts is None else prompt_data
+    return TrainingData(train, own_prompts, workers, fingerprint, clips.encoding, rest)
+
+
+def _check_latent_space(encoding: Encoding | None, teacher: str) -> None:
+    space = latent_space_of(teacher)
+    if space is not None and encoding is not None and encoding.latent_space != space:
+        raise UserError(
+            f"data is encoded by {encoding}, and the teacher {teacher} makes latents of {LATENT_SPACES[space]}: its "
+            "channels mean other things. Encode the videos with the teacher's own codec (`avd data encode --model "
+            f"{'tiny' if space == 'block-dct' else 'TEACHER'}`) and pass them by --data."
+        )

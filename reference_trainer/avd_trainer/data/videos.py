@@ -68,7 +68,7 @@ def load_videos(
         try:
             video = _decode(path, frames * MAX_CLIPS_PER_FILE, size)
         except (FFmpegError, OSError, ValueError) as error:
-            logger.warning("Skipped %s: %s", path, error)
+            logger.warning("Left out %s: %s", path, reason(error))
         else:
             cut = min(len(video) - 2, round(0.75 * len(video)))
             for part, shots in zip(parts, (video[:cut], video[cut:]), strict=True):
@@ -128,6 +128,11 @@ def decode_frames(path: Path, height: int, width: int, fps: float | None = None)
         frames = container.decode(video=0)
         for frame in frames if fps is None else _at_rate(frames, fps):
             yield _fit(frame, height, width)
+
+
+def reason(error: Exception) -> str:
+    """Why a video could not be decoded, without FFmpeg's number and the file's name."""
+    return (error.strerror if isinstance(error, FFmpegError | OSError) else None) or str(error)
 
 
 def stands_still(video: Tensor) -> bool:

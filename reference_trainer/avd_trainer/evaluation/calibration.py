@@ -93,7 +93,13 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         )
     module = load_transformer(config.teacher)
     architecture = module.config
-    data = load_data(config.data, config.prompts, text_dim=architecture.text_dim, channels=architecture.in_channels)
+    data = load_data(
+        config.data,
+        config.prompts,
+        teacher=config.teacher,
+        text_dim=architecture.text_dim,
+        channels=architecture.in_channels,
+    )
     dtype = DTYPES[config.precision]
     prepare(module, {}, dtype)
     teacher = VelocityModel(module.to(device), dtype=dtype)

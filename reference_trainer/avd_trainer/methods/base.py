@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from avd_core import LossOutput
 from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, Section
-from avd_trainer.data.batches import Batch, Examples
+from avd_trainer.data.batches import Batch
+from avd_trainer.data.examples import Examples
 from avd_trainer.models.roles import Average, Frozen, Model, Roles, Trained
 from avd_trainer.models.samplers import Sampler
 from avd_trainer.models.weights import open_weights

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from avd_core import LatentFrameInterpolator, interpolate_linearly, repeat_frames
 from avd_trainer.config.sections import OptimizerConfig
-from avd_trainer.data.batches import Examples
+from avd_trainer.data.examples import Examples
 from avd_trainer.methods.base import Batches, Loss, Method, MethodConfig, Setting, Turn
 from avd_trainer.models.roles import Built, Model, Roles
 from avd_trainer.runtime.draws import Draws

@@ -14,20 +14,19 @@ from typing import Any, Literal, NamedTuple
 from avd_trainer.config.sections import CheckpointConfig, LoRAConfig, ShapesData, ShardsData, VideosData
 from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.base import MethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
 from avd_trainer.models.roles import Average, Built, Frozen, Trained
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
-from avd_trainer.models.weights import BUNDLED, open_weights
+from avd_trainer.models.weight_files import BUNDLED
+from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.config import TrainConfig
 
-WAN_SIZE = "832x480x81"
-"""Of clips that are not there yet."""
 WAN_TEXT_LENGTH = 512
 """Tokens of a prompt where the data is not there yet."""
 
@@ -216,7 +215,7 @@ def describe(
         replicate=config.parallel.replicate,
         sampled=0 if config.samples.every is None else config.samples.count,
         checkpoint=config.checkpoint,
-        clip_folders=(config.data.path,) if isinstance(config.data, ShardsData) else (),
+        clip_folders=config.data.path if isinstance(config.data, ShardsData) else (),
         architecture=json.dumps(dict(architecture), sort_keys=True),
         latent_shape=_check_shape(latent_shape, architecture),
         text_length=text_length,
@@ -252,7 +251,7 @@ def find_latent_shape(config: TrainConfig) -> tuple[int, ...]:
     """The size ``(C, F, H, W)`` of a run's clips; where the data is not there yet, that of Wan2.1's 832x480x81."""
     data = config.data
     if isinstance(data, ShardsData):
-        latent = ShardDataset(data.path)[0].latent if data.path.exists() else None
+        latent = ShardDataset(*data.path)[0].latent if _there(data) else None
         return wan_latent_shape(WAN_SIZE) if latent is None else tuple(latent.shape)
     assert isinstance(data, ShapesData | VideosData)  # videos are brought to the size of shapes
     return tuple(encode_shapes(MovingShapes(1, 0), BlockDCTCodec()).latents.shape[1:])
@@ -263,7 +262,7 @@ def find_text_length(config: TrainConfig) -> int:
     data = config.prompts or config.data
     if not isinstance(data, ShardsData):
         return TEXT_LENGTH
-    return ShardDataset(data.path).text_length if data.path.exists() else WAN_TEXT_LENGTH
+    return ShardDataset(*data.path).text_length if _there(data) else WAN_TEXT_LENGTH
 
 
 def _roles(config: TrainConfig) -> Iterator[Role]:
@@ -320,3 +319,7 @@ def _check_shape(shape: Sequence[int], architecture: Mapping[str, Any]) -> Laten
         )
     channels, frames, height, width = shape
     return channels, frames, height, width
+
+
+def _there(data: ShardsData) -> bool:
+    return all(path.exists() for path in data.path)

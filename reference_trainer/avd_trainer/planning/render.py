@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import timedelta
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -13,6 +12,9 @@ from avd_trainer.planning.disk import DiskPlan
 from avd_trainer.planning.duration import TimePlan
 from avd_trainer.planning.memory import GB, PARTS
 from avd_trainer.planning.plan import Plan
+
+SHORT_UPDATE = 1.0
+"""Seconds of an update below which operations say little about its time."""
 
 
 def render(plan: Plan) -> RenderableType:
@@ -60,13 +62,15 @@ def _sheet(title: str, rows: Iterator[tuple[str, str]]) -> Table:
 def _time(time: TimePlan) -> Iterator[tuple[str, str]]:
     forward, training = time.operations
     yield "an update", _duration(time.seconds_per_update)
-    yield f"{time.updates:,} updates", f"{_duration(3600 * time.hours)}, {time.gpus * time.hours:,.1f} GPU hours"
+    yield f"{time.updates:,} updates", f"{_duration(3600 * time.hours)}, {time.gpus * time.hours:,.3g} GPU hours"
     yield (
         "operations of a GPU in an update",
         f"{(forward + training) / 1e12:,.3g} TFLOP, of which {training / 1e12:,.3g} in passes with a backward pass",
     )
     yield "where from", time.speed.source
     yield "not in it", "sample clips, checkpoints, start"
+    if time.seconds_per_update < SHORT_UPDATE:
+        yield "", "an update this short waits for kernels to start rather than for arithmetic: expect many times that"
 
 
 def _disk(disk: DiskPlan) -> Iterator[tuple[str, str]]:
@@ -88,9 +92,9 @@ def _disk(disk: DiskPlan) -> Iterator[tuple[str, str]]:
     if disk.encoding is not None:
         yield (
             "encoding the clips",
-            f"{disk.encoding / 1e12:,.3g} TFLOP a clip by the VAE, {disk.clips * disk.encoding / 1e15:,.3g} PFLOP in "
-            "all. How long that takes nobody has measured: encode 20 videos first, `avd data encode` shows its rate",
+            f"{disk.encoding / 1e12:,.3g} TFLOP a clip by the VAE, in float32",
         )
+        yield "", "no time is given, as none was measured: encode 20 videos first, `avd data encode` shows its rate"
 
 
 def _gb(size: int) -> str:
@@ -106,6 +110,8 @@ def _bytes(size: int) -> str:
 
 
 def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return str(timedelta(seconds=round(seconds)))
+    """In the unit that leaves a number between 2 and some hundred."""
+    for unit, scale in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds:.3g} s"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import matplotlib
 
+from avd_trainer.evaluation.palette import COLORS, STEP_COLORS
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -19,11 +21,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from avd_trainer.evaluation.clip_metrics import ClipMetrics
-from avd_trainer.evaluation.colors import COLORS
 from avd_trainer.training.metrics_log import read_series
 
 TITLES = {"real": "Real", "teacher": "Teacher", "dmd": "DMD alone", "avd": "AVD"}
-STEP_COLORS = ("#1b2a49", "#2b6cb0", "#3f9b8f", "#b08d2b", "#8a4fa3", "#777777")
 
 CLIPS_PER_SHEET = 3
 FRAMES_PER_CLIP = 5

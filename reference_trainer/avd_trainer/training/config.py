@@ -41,8 +41,8 @@ class TrainConfig(Section):
     student_weights: str | None = None
     """Weights that the student starts from, for example another distiller's ``model.pt``; None: the teacher's."""
     codec: str | None = None
-    """A diffusers Wan pipeline (folder or hub id) whose VAE decodes the sample clips; None: the teacher's, where it is
-    one."""
+    """A diffusers Wan pipeline (folder or hub id) whose VAE decodes the sample clips; None: the one that encoded the
+    data, or else the teacher's."""
     data: DataSection
     """Real clips with captions."""
     prompts: ShardsData | None = None

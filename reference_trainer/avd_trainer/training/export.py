@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from avd_trainer.config.loading import validate
 from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.data.schema import Encoding
 from avd_trainer.methods.base import DistillationConfig
 from avd_trainer.methods.registry import load_method
 from avd_trainer.models.roles import Average, Built, Trained, build_whole
@@ -128,6 +129,11 @@ class SavedRun(NamedTuple):
         """Keyword arguments of its transformers."""
         architecture: dict[str, Any] = self.state["architecture"]
         return architecture
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the run's clips became latents."""
+        return Encoding(**self.state["encoding"])
 
     @property
     def lora(self) -> LoRAConfig | None:

@@ -7,21 +7,21 @@ import re
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import diffusers
 import torch
 
 from avd_core import LatentFrameInterpolator
-from avd_trainer.config.sections import ShardsData
+from avd_trainer.data.schema import Encoding
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import GRID, closest_scheduler, grid_error
-from avd_trainer.models.weights import BUNDLED
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import ABOUT, SavedRun, Weights, replace_export, write_json_in, write_transformer
 from avd_trainer.training.folder import method_of_run
+from avd_trainer.training.sample_clips import frames_per_second
 
-LatentSpace = Literal["wan", "block-dct"]
 INTERPOLATOR = "interpolator"
 MODEL_INDEX = "model_index.json"
 
@@ -63,8 +63,8 @@ def export_pipeline(
 
     The folder has ``transformer`` (a LoRA student merged into its base), ``scheduler`` with the run's timesteps, the
     parts that decode clips and read prompts, copied file by file from the first that has them of ``pipeline``, the
-    run's ``codec`` and its ``teacher``, and with an interpolator ``interpolator``. Holds one transformer in memory, on
-    the CPU.
+    run's ``codec``, the pipeline that encoded its data and its ``teacher``, and with an interpolator ``interpolator``.
+    Holds one transformer in memory, on the CPU.
 
     Args:
         run: The folder of a run that has saved a checkpoint; the run may be going on.
@@ -82,8 +82,8 @@ def export_pipeline(
 
     def write(checkpoint: SavedRun, folder: Path) -> ExportedPipeline:
         config, architecture = checkpoint.config, checkpoint.architecture
-        latent_space = _latent_space(config)
-        sources = _sources(config, latent_space, pipeline)
+        encoding = checkpoint.encoding
+        sources = _sources(config, encoding, pipeline)
         if interpolator is not None:
             load_interpolator(interpolator, architecture["in_channels"]).save_pretrained(folder / INTERPOLATOR)
         parts = _find_parts(sources)
@@ -97,14 +97,14 @@ def export_pipeline(
         )
         write_json_in(folder / MODEL_INDEX, _model_index(parts, interpolator is not None))
         about = {
-            "latent_space": latent_space,
+            "latent_space": encoding.latent_space,
             "clip": checkpoint.state["latent_shape"],
-            "fps": config.samples.fps,
+            "fps": frames_per_second(config.samples, encoding),
             "timesteps": timesteps,
         }
         write_json_in(folder / ABOUT, checkpoint.about(run, weights) | about)
         missing = tuple(name for name in PARTS if name not in parts)
-        return ExportedPipeline(latent_space, missing, grid_error(scheduler, timesteps))
+        return ExportedPipeline(encoding.latent_space, missing, grid_error(scheduler, timesteps))
 
     return replace_export(run, output, step, write)
 
@@ -138,23 +138,16 @@ def load_interpolator(source: Path, channels: int) -> LatentFrameInterpolator:
     return interpolator
 
 
-def _latent_space(config: TrainConfig) -> LatentSpace:
-    # Clips that are encoded at the start are in the block DCT's, whoever the teacher is; and it is all that the bundled
-    # teacher knows.
-    shards = isinstance(config.data, ShardsData)
-    return "wan" if shards and not (config.teacher or "").startswith(BUNDLED) else "block-dct"
-
-
-def _sources(config: TrainConfig, latent_space: LatentSpace, pipeline: str | None) -> list[str]:
+def _sources(config: TrainConfig, encoding: Encoding, pipeline: str | None) -> list[str]:
     """Where the parts of the pipeline may be, best first."""
-    if latent_space == "block-dct":
+    if encoding.latent_space == "block-dct":
         if pipeline is not None:
             raise UserError(
                 f"--pipeline {pipeline} has the parts for Wan2.1's latents, but this run was trained on those of the "
                 "tiny preset, which need none. Leave --pipeline out."
             )
         return []
-    return [source for source in (pipeline, config.codec, config.teacher) if source is not None]
+    return [source for source in (pipeline, config.codec, encoding.codec, config.teacher) if source is not None]
 
 
 def _find_parts(sources: Sequence[str]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from avd_core import __version__
 from avd_trainer.config.loading import save_config
-from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import write_json
 from avd_trainer.runtime.progress import ProgressBar
@@ -83,14 +83,23 @@ class _Run:
         data = data or load_data(
             config.data,
             config.prompts,
+            teacher=config.teacher,
             text_dim=self.architecture["text_dim"] if self.architecture and method.needs_text else None,
             channels=self.architecture["in_channels"] if self.architecture else None,
             held_out=method.held_out_clips,
         )
+        self.encoding = data.encoding or assumed_encoding(config.data, config.teacher)
         self.trainer = Trainer(config, data, ranks)
         self.samples: SampleWriter | None = None
         if self.trainer.method.sampler is not None and ranks.first:
-            self.samples = SampleWriter(config, folder / "samples", ranks.device)
+            self.samples = SampleWriter(
+                config.samples,
+                self.encoding,
+                codec=config.codec,
+                teacher=config.teacher,
+                folder=folder / "samples",
+                device=ranks.device,
+            )
         options = config.checkpoint
         self.checkpoints = Checkpoints(
             folder / CHECKPOINTS, ranks, keep_latest=options.keep_latest, keep_every=options.keep_every
@@ -152,6 +161,7 @@ class _Run:
             "config": self.config.model_dump(mode="json"),
             "architecture": self.architecture,
             "latent_shape": trainer.latent_shape,
+            "encoding": self.encoding._asdict(),
             "data": trainer.data.fingerprint,
             **trainer.state(),
         }

@@ -18,7 +18,8 @@ from avd_core import (
     NonFiniteGuard,
     temporal_variance,
 )
-from avd_trainer.data.batches import Batch, CaptionedExamples, read_batches
+from avd_trainer.data.batches import Batch, read_batches
+from avd_trainer.data.examples import CaptionedExamples
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from avd_core import derive_floor
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config
-from avd_trainer.data.sources import load_data
 from avd_trainer.methods.registry import list_methods
 from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
+from runs import load_data_of
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
 FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]
@@ -46,7 +46,7 @@ def test_train_leaves_the_averaged_student_for_diffusers(tmp_path: Path) -> None
     # The same run by hand: what is saved are its averaged weights.
     config = load_config(TrainConfig, str(output / "config.yaml"))
     with join_ranks() as ranks:
-        trainer = Trainer(config, load_data(config.data, None, text_dim=32, channels=16), ranks)
+        trainer = Trainer(config, load_data_of(config), ranks)
         list(trainer.run())
         raw, averaged = (
             torch.cat([value.full_tensor().flatten() for value in trainer.state_tensors()[name].values()])  # type: ignore[attr-defined]
@@ -162,7 +162,7 @@ def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
     calibration = json.loads(file.read_text())
     assert (calibration["teacher"]["samples"], calibration["real"]["samples"]) == (4, 4)
     config = load_config(TrainConfig, "tiny", ["data.clips=8"])
-    real = load_data(config.data, None, text_dim=32, channels=16).clips
+    real = load_data_of(config).clips
     clips = torch.stack([real[index].latent for index in (0, 2, 4, 6)])  # type: ignore[misc]
     assert calibration["real"]["temporal_loss"] == pytest.approx(derive_floor(clips), rel=1e-5)
 

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import tiny_pipeline
 from avd_trainer.commands.data import data_app
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_reading import ShardDataset
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -49,9 +50,23 @@ def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> N
     assert not dataset.unconditional().any()
     status, said = run("inspect", tmp_path / "data")
     assert status == 0
-    for part in ("2 in 1 file(s)", "[16, 2, 4, 6] (C, F, H, W), float16", "24 tokens x 32", "caption: red circle"):
+    for part in (
+        "2 in 1 file(s)",
+        "the tiny preset's block DCT, 16 frames per second",
+        "[16, 2, 4, 6] (C, F, H, W), float16",
+        "24 tokens x 32",
+        "caption: red circle",
+    ):
         assert part in said
     assert "temporal loss" in said
+
+
+def test_a_folder_that_holds_data_is_refused_before_a_model_is_loaded(tmp_path: Path, videos: Path) -> None:
+    run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "tiny", *SMALL)
+    again = ("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "not/there", *SMALL)
+    status, said = run(*again)
+    assert status == 2
+    assert "holds shards already" in said
 
 
 def test_the_tiny_text_embedding_fits_the_bundled_teacher(tmp_path: Path) -> None:
@@ -89,6 +104,7 @@ def test_a_wan_pipeline_encodes(tmp_path: Path, videos: Path) -> None:
     assert dataset[0].text.any()
     assert set(dataset.column("text_dtype")) == {"bfloat16"}
     assert dataset.unconditional_prompt() == WAN_NEGATIVE_PROMPT
+    assert dataset.encoding == Encoding("wan", str(pipeline), 16.0)
 
 
 def test_an_lmdb_is_imported(tmp_path: Path) -> None:
@@ -103,6 +119,7 @@ def test_an_lmdb_is_imported(tmp_path: Path) -> None:
     assert "3 clips are in" in said
     dataset = ShardDataset(tmp_path / "data")
     assert dataset.latent_shape == (16, 2, 4, 4)
+    assert dataset.encoding == Encoding("wan")
     latent = dataset[2].latent
     assert latent is not None
     assert (latent == 2).all()
@@ -122,7 +139,14 @@ def test_warnings_are_printed(tmp_path: Path) -> None:
         (("encode", "--videos", "{}", "-o", "{}/data", "--model", "tiny"), "holds no video files"),
         (("encode-prompts", "{}/missing.txt", "-o", "{}/data", "--model", "tiny"), "cannot be read"),
         (("encode-prompts", "{}/prompts.txt", "-o", "{}/prompts.txt/data", "--model", "tiny"), "cannot be written"),
-        (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "{}/missing"), "cannot be loaded"),
+        (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "{}/missing"), "is no folder and no hub id"),
+        (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "{}"), "cannot be loaded"),
+        (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "tinny"), "--model tinny is no folder"),
+        (("encode", "--videos", "{}", "-o", "{}", "--model", "tiny", "--frames", "6"), "got 6 frames of height 64"),
+        (
+            ("encode", "--videos", "{}", "-o", "{}", "--model", "{}", "--fps", "0"),
+            "81 frames of height 480",
+        ),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:

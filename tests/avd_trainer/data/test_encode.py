@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder, encode_prompts, encode_videos
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, ClipFormat, HashTextEncoder, encode_prompts, encode_videos
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import decode_frames
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
@@ -30,9 +30,11 @@ def write_video(path: Path, frames: int, *, rate: int = 16, width: int = 64, hei
     return path
 
 
-def encode(folder: Path, output: Path, **changes: int | float) -> ShardDataset:
-    values = {"frames": 9, "height": 32, "width": 48} | changes
-    encode_videos(folder, output, CODEC, TEXT, negative_prompt="", **values)  # type: ignore[arg-type]
+FORMAT = ClipFormat(frames=9, height=32, width=48, fps=16)
+
+
+def encode(folder: Path, output: Path, clip_format: ClipFormat = FORMAT) -> ShardDataset:
+    encode_videos(folder, output, CODEC, TEXT, clip_format, negative_prompt="")
     return ShardDataset(output)
 
 
@@ -88,7 +90,7 @@ def test_motion_keeps_its_speed_at_another_frame_rate(
 def test_clips_have_wans_frame_rate_or_the_one_asked_for(tmp_path: Path) -> None:
     write_video(tmp_path / "clip.mp4", 54, rate=48)
     assert len(encode(tmp_path, tmp_path / "wan")) == 2
-    assert len(encode(tmp_path, tmp_path / "all", fps=48)) == 6
+    assert len(encode(tmp_path, tmp_path / "all", FORMAT._replace(fps=48))) == 6
 
 
 def test_frames_are_covered_and_their_centre_is_cut_out(tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_what_gives_no_clip_is_named_and_left_out(tmp_path: Path, caplog: pytest
     assert set(dataset.column("caption")) == {"good"}
     assert "short.mp4: it has 8 frames at 16 fps, a clip takes 9" in caplog.text
     assert "Left out still.mp4, clip 0: it does not move" in caplog.text
-    assert "broken.mp4 after 0 clip(s)" in caplog.text
+    assert "broken.mp4: Invalid data found when processing input\n" in caplog.text
 
 
 def test_a_clip_whose_latent_is_not_finite_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,7 +155,7 @@ def test_a_clip_whose_latent_is_not_finite_is_left_out(tmp_path: Path, caplog: p
             return latent * 1e6 if video[0, 0, 0].mean() > 0.2 else latent  # beyond float16
 
     write_video(tmp_path / "clip.mp4", 27)
-    encode_videos(tmp_path, tmp_path / "data", Overflowing(), TEXT, frames=9, height=32, width=32, negative_prompt="")
+    encode_videos(tmp_path, tmp_path / "data", Overflowing(), TEXT, FORMAT, negative_prompt="")
     assert list(ShardDataset(tmp_path / "data").column("source")) == ["clip.mp4, clip 0"]
     assert "clip 1: its latent is not finite" in caplog.text
 
@@ -166,12 +168,20 @@ def test_a_folder_that_gives_no_clip_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"frames": 8}, {"frames": 1}, {"height": 24}, {"width": 40}, {"width": 0}, {"fps": 0.0}]
+    "wrong",
+    [
+        FORMAT._replace(frames=8),
+        FORMAT._replace(frames=1),
+        FORMAT._replace(height=24),
+        FORMAT._replace(width=40),
+        FORMAT._replace(width=0),
+        FORMAT._replace(fps=0.0),
+    ],
 )
-def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, changes: dict[str, int]) -> None:
+def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, wrong: ClipFormat) -> None:
     write_video(tmp_path / "clip.mp4", 9)
     with pytest.raises(UserError, match=r"Clips need 1 \+ 4 n frames"):
-        encode(tmp_path, tmp_path / "data", **changes)
+        encode(tmp_path, tmp_path / "data", wrong)
 
 
 def test_a_full_disk_is_not_taken_for_a_broken_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from avd_trainer.data.encode import HashTextEncoder
 from avd_trainer.data.lmdb_import import count_rows, import_lmdb
-from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.runtime.errors import UserError
 
 TEXT = HashTextEncoder(6, 4)

@@ -24,15 +24,9 @@ from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config, save_config
 from avd_trainer.data.video_files import save_clip, save_grid
 from avd_trainer.inference import generation
-from avd_trainer.inference.generation import (
-    Student,
-    choose_rates,
-    choose_shape,
-    clip_name,
-    decode_clips,
-    embed_prompts,
-    open_student,
-)
+from avd_trainer.inference.choices import choose_rates, choose_shape
+from avd_trainer.inference.generation import clip_name, decode_clips, embed_prompts
+from avd_trainer.inference.students import Student, open_student
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import few_step_rollout, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding

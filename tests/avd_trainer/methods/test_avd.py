@@ -13,13 +13,12 @@ from torch import Tensor
 from avd_core import AVDObjective, DistributionMatchingLoss
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.in_memory import CaptionedLatents
-from avd_trainer.data.sources import load_data
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
-from runs import MakeTrainer, first_step, order_of, step_gradients
+from runs import MakeTrainer, first_step, load_data_of, order_of, step_gradients
 
 StopAt = Callable[[int], None]
 
@@ -171,7 +170,7 @@ def test_a_cache_that_waits_for_its_update_gets_one_per_step(make_trainer: MakeT
 def test_the_first_steps_of_the_tiny_preset_follow_the_golden_curve(ranks: Ranks) -> None:
     """If these numbers change, so has the method: understand why, then rewrite the file from what is printed."""
     config = load_config(TrainConfig, "tiny", ["max_steps=4", "data.clips=16"])
-    data = load_data(config.data, config.prompts, text_dim=32, channels=16)
+    data = load_data_of(config)
     names = ("loss", "matching/loss", "regression/loss", "motion/loss", "online/loss", "gradient_norm")
     curve = [{name: metrics[name].item() for name in names} for metrics in Trainer(config, data, ranks).run()]
     print(json.dumps(curve, indent=1))

@@ -14,7 +14,7 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import SHAPE_COLORS, MovingShapes
-from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.data.sources import TrainingData
 from avd_trainer.evaluation.clip_metrics import energy_distance
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import sample_teacher, schedule
@@ -25,7 +25,7 @@ from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
-from runs import ARCHITECTURE, LATENT_SHAPE, MakeConfig, MakeTrainer, order_of, weights
+from runs import ARCHITECTURE, LATENT_SHAPE, MakeConfig, MakeTrainer, load_data_of, order_of, weights
 from runs import EMBED as TINY_EMBED
 
 CLIPS = 72
@@ -86,8 +86,7 @@ def test_steps_are_those_of_the_plain_algorithm(
 def test_training_a_teacher_lowers_its_loss(ranks: Ranks) -> None:
     changes = ["max_steps=60", "data.clips=16", "batch_size=8", "method.architecture.num_layers=1"]
     config = load_config(TrainConfig, "tiny", changes, method="flow_matching")
-    data = load_data(config.data, None, text_dim=32, channels=16)
-    losses = [metrics["loss"].item() for metrics in Trainer(config, data, ranks).run()]
+    losses = [metrics["loss"].item() for metrics in Trainer(config, load_data_of(config), ranks).run()]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 

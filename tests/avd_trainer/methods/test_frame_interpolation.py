@@ -19,22 +19,25 @@ from avd_trainer.commands.app import app
 from avd_trainer.config.loading import ConfigError, load_config, presets
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data import sources as sources_module
+from avd_trainer.data.batches import Batch
+from avd_trainer.data.examples import Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.shards import Example, ShardWriter
-from avd_trainer.data.sources import HELD_OUT, Clips, TrainingData, load_data
+from avd_trainer.data.shard_writing import ShardWriter
+from avd_trainer.data.sources import HELD_OUT, Clips, TrainingData
 from avd_trainer.methods import frame_interpolation as interpolation_module
-from avd_trainer.methods.base import Setting
+from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.frame_interpolation import FrameInterpolation, split_frames
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
-from helpers import randn
+from helpers import flatten, mean, randn
 from launches import on_ranks
-from runs import EMBED, curve, files, in_memory, order_of, outcome, saved_steps, tiny_config, weights
+from runs import EMBED, curve, files, in_memory, load_data_of, order_of, outcome, saved_steps, tiny_config, weights
 
 ROLE = "interpolator"
 CPU = torch.device("cpu")
@@ -56,11 +59,6 @@ def make_data(latents: Tensor | None = None, held_out: int = 3) -> TrainingData:
         latents = randn(1, 13, 4, 5, 4, 4, dtype=torch.float32)
     train, rest = in_memory(latents[:-held_out]), in_memory(latents[-held_out:])
     return TrainingData(train, train, held_out=rest)
-
-
-def load(config: TrainConfig) -> TrainingData:
-    """Data as a run of this method loads it."""
-    return load_data(config.data, None, text_dim=None, channels=None, held_out=config.method.held_out_clips)
 
 
 def method_of(module: nn.Module, channels: int = 4) -> FrameInterpolation:
@@ -121,6 +119,21 @@ class Doubling(nn.Module):
         clips = repeat_frames(kept)
         clips[:, :, 1::2] *= 2
         return clips
+
+
+@pytest.mark.parametrize("frames", [5, 6])
+def test_the_loss_is_the_mean_squared_error_of_inserted_frames_alone(frames: int) -> None:
+    clips = randn(0, 2, 3, frames, 4, 4)
+    by_hand = [
+        (2 * before - missing) ** 2
+        for clip in clips.tolist()
+        for channel in clip
+        for place in (1, 3)
+        for before, missing in zip(flatten(channel[place - 1]), flatten(channel[place]), strict=True)
+    ]
+    batch = {"clips": Batch(clips, torch.empty(0))}
+    (loss,) = method_of(Doubling()).losses(Turn(ROLE, ("clips",)), batch, Draws((0, ROLE), range(2), CPU))
+    assert loss.value.item() == pytest.approx(mean(by_hand), rel=1e-12)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
@@ -193,7 +206,7 @@ def test_errors_are_those_of_all_inserted_frames(monkeypatch: pytest.MonkeyPatch
 
 def test_shapes_held_out_are_of_another_seed() -> None:
     config = make_config(data={"kind": "shapes", "clips": 3, "held_out": 2, "seed": 5})
-    data = load(config)
+    data = load_data_of(config)
     assert data.held_out is not None
     for part, shapes in ((data.clips, MovingShapes(3, 5)), (data.held_out, MovingShapes(2, HELD_OUT + 5))):
         expected = encode_shapes(shapes, BlockDCTCodec()).latents
@@ -203,7 +216,7 @@ def test_shapes_held_out_are_of_another_seed() -> None:
 def test_of_videos_the_part_that_loading_holds_out_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Clips(*(CaptionedLatents(randn(i, 2, 4, 3, 4, 4), ["", ""]) for i in range(2)))
     monkeypatch.setattr(sources_module, "load_clips", lambda config, codec, held_out: parts)
-    data = load(make_config(data={"kind": "videos", "path": "anywhere"}))
+    data = load_data_of(make_config(data={"kind": "videos", "path": "anywhere"}))
     for part, expected in ((data.clips, parts.train), (data.held_out, parts.held_out)):
         assert part is not None
         assert torch.equal(torch.stack([part[i].latent for i in range(2)]), expected.latents)  # type: ignore[misc]
@@ -213,7 +226,7 @@ def test_the_last_samples_of_a_data_set_are_never_trained_on(tmp_path: Path, ran
     latents = randn(1, 10, 4, 5, 4, 4, dtype=torch.float32)
     shards = write_shards(tmp_path / "shards", in_memory(latents))
     config = make_config({"held_out": 3}, data=section(shards), batch_size=7, max_steps=2)
-    data = load(config)
+    data = load_data_of(config)
     trainer = Trainer(config, data, ranks)
     read = []
     forward = trainer.models[ROLE].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))  # type: ignore[attr-defined]
@@ -246,6 +259,22 @@ def test_a_data_set_that_would_be_held_out_whole_is_refused(
 ) -> None:
     config = make_config({"held_out": count}, data=section(shards))
     refuse(config, tmp_path, ranks, rf"shards holds 10 clips, of which the last {count} would be held out")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 2, 4, 4), r"clips of 2 latent frame\(s\); an interpolator learns from at least 3.*Encode longer clips"),
+        ((4, 1, 4, 4), r"clips of 1 latent frame\(s\)"),
+        ((4, 3, 2, 8), r"latents 2 high and 8 wide.*at least 4 of each"),
+    ],
+)
+def test_clips_that_are_too_short_or_too_small_are_refused(
+    tmp_path: Path, ranks: Ranks, shape: tuple[int, ...], message: str
+) -> None:
+    shards = write_shards(tmp_path / "shards", in_memory(randn(0, 3, *shape, dtype=torch.float32)))
+    config = make_config({"held_out": 1}, data=section(shards))
+    refuse(config, tmp_path, ranks, message)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +422,7 @@ def test_the_command_leaves_a_network_for_the_datas_channels(shards: Path, tmp_p
     # The weights of the last step, which is what was measured.
     with safe_open(next((output / "checkpoints" / "step-00000002").glob("*.safetensors")), framework="pt") as file:
         assert torch.equal(interpolator.output.weight, file.get_tensor("interpolator/output.weight"))
-    held_out = load(load_config(TrainConfig, str(output / "config.yaml"))).held_out
+    held_out = load_data_of(load_config(TrainConfig, str(output / "config.yaml"))).held_out
     assert held_out is not None
     assert method_of(interpolator).evaluate(interpolator, held_out).model_dump() == evaluation
 

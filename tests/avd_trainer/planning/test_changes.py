@@ -47,7 +47,7 @@ def needed_again(change: Change, file: Path) -> int:
 def test_the_least_number_of_gpus_that_is_enough_is_found(
     batch_size: int, gpus: int, settings: tuple[str, ...]
 ) -> None:
-    one = {"micro_batch_size": 1}
+    one: dict[str, Any] = {"micro_batch_size": 1}
     gpu_memory = peak(gpus=gpus, batch_size=max(batch_size, gpus), **one).needed / GB
     changes = find_changes(described(batch_size=batch_size, **one), gpu_memory)
     (more,) = (change for change in changes if change.run.gpus > 1)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from avd_trainer.data.shards import ShardWriter
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.planning.description import describe, find_architecture
 from avd_trainer.planning.disk import most_checkpoints, plan_disk, vae_operations
 from avd_trainer.runtime.ranks import Ranks

@@ -5,15 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from avd_trainer.config.sections import ArchitectureConfig
-from avd_trainer.models.transformer import build_transformer
+from avd_trainer.models.transformer import VelocityModel, build_transformer
 from avd_trainer.planning.activations import training_activations
 from avd_trainer.planning.description import describe, find_architecture
 from avd_trainer.planning.memory import plan_memory, worst
 from avd_trainer.planning.meta_models import meta_models
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.trainer import Trainer
 from planned_runs import (
     ADAPTERS,
     NOT_CHECKPOINTED,
@@ -28,6 +30,12 @@ from planned_runs import (
     peak,
     trainer_of,
 )
+
+
+def frozen_weights(trainer: Trainer) -> list[Tensor]:
+    teacher = trainer.models["teacher"]
+    assert isinstance(teacher, VelocityModel)
+    return [parameter for parameter in teacher.module.parameters() if not parameter.requires_grad]
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("1.3B", 1_418_996_800), ("14B", 14_288_491_584)])
@@ -51,7 +59,7 @@ def test_what_stays_is_what_a_trainer_holds_to_the_byte(
     run = describe(own, find_architecture(small_teacher), SMALL_SHAPE, gpus=1, text_length=SMALL_TEXT[0])
     planned = worst(plan_memory(run))
     state = {owner: nbytes(tensors.values()) for owner, tensors in trainer.state_tensors().items()}
-    frozen = [p for p in trainer.models["teacher"].module.parameters() if not p.requires_grad]
+    frozen = frozen_weights(trainer)
     assert planned.frozen_weights == nbytes(frozen)
     assert planned.trained_weights == state["student"] + state["online"]
     assert planned.optimizer == state["student_optimizer"] + state["online_optimizer"]
@@ -133,7 +141,7 @@ def test_a_step_on_the_cpu_takes_what_is_planned(
     trainer = trainer_of(own, ranks, SMALL_SHAPE, SMALL_TEXT)
     steps = trainer.run()
     next(steps)  # allocates what stays
-    frozen = [p for p in trainer.models["teacher"].module.parameters() if not p.requires_grad]
+    frozen = frozen_weights(trainer)
     held = nbytes(frozen) + sum(nbytes(tensors.values()) for tensors in trainer.state_tensors().values())
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         next(steps)

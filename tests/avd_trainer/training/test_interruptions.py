@@ -15,8 +15,9 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from avd_trainer.data.batches import read_batches
+from avd_trainer.data.examples import Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
-from avd_trainer.data.shards import Example, ShardWriter
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks

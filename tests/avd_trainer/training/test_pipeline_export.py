@@ -21,6 +21,7 @@ from avd_core import LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
 from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.data.schema import Encoding
 from avd_trainer.models.samplers import few_step_rollout
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
@@ -59,7 +60,7 @@ WanRun = Callable[..., Path]
 def wan_run(make_config: MakeConfig, clips: CaptionedLatents, tmp_path: Path, ranks: Ranks, wan: Path) -> WanRun:
     """Two steps on clips in Wan's latents, whose shards are gone by the time of the export."""
 
-    def make(method: dict[str, Any] | None = None, **changes: Any) -> Path:
+    def make(method: dict[str, Any] | None = None, encoding: Encoding | None = None, **changes: Any) -> Path:
         values = {
             "teacher": str(wan),
             "data": {"kind": "shards", "path": str(tmp_path / "gone")},
@@ -67,7 +68,8 @@ def wan_run(make_config: MakeConfig, clips: CaptionedLatents, tmp_path: Path, ra
             "logging": {"tensorboard": False},
         }
         config = make_config(method={"online_updates": 1, **(method or {})}, **values | changes)
-        train(config, tmp_path / "run", ranks, data=both(in_memory(clips, EMBED_WAN)))
+        data = both(in_memory(clips, EMBED_WAN))
+        train(config, tmp_path / "run", ranks, data=data._replace(encoding=encoding))
         return tmp_path / "run"
 
     return make
@@ -210,6 +212,29 @@ def test_parts_of_a_pipeline_on_the_hub(
     with pytest.raises(UserError, match=r"downloaded \(ConnectionError: no network\)\. Pass --pipeline FOLDER"):
         export_pipeline(run, tmp_path / "new", pipeline="a/c")
     assert "new" not in os.listdir(tmp_path)
+
+
+def test_parts_and_frame_rate_are_those_of_what_encoded_the_data(wan_run: WanRun, wan: Path, tmp_path: Path) -> None:
+    run = wan_run(encoding=Encoding("wan", str(wan), 24.0), teacher=str(wan / "transformer"))
+    assert export_pipeline(run, tmp_path / "out").missing == ()
+    assert files(tmp_path / "out" / "vae").items() <= files(wan / "vae").items()
+    assert read_json(tmp_path / "out" / "export.json")["fps"] == 24.0
+
+
+def test_the_latent_space_is_the_datas_and_not_guessed_by_the_teacher(wan_run: WanRun, tmp_path: Path) -> None:
+    run = wan_run(encoding=Encoding("block-dct"))
+    assert export_pipeline(run, tmp_path / "out").latent_space == "block-dct"
+
+
+def test_a_checkpoint_that_does_not_say_the_latent_space_is_exported_by_its_teachers(
+    wan_run: WanRun, tmp_path: Path
+) -> None:
+    run = wan_run()
+    for path in (run / "checkpoints").glob("*/state.json"):
+        state = read_json(path)
+        del state["encoding"]
+        path.write_text(json.dumps(state))
+    assert export_pipeline(run, tmp_path / "out").latent_space == "wan"
 
 
 def test_a_tiny_run_needs_no_parts(run: Path, wan: Path, tmp_path: Path) -> None:

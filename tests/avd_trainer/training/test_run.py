@@ -18,9 +18,10 @@ import torch
 from safetensors import safe_open
 
 from avd_trainer.commands.app import app
-from avd_trainer.data.batches import Batch, CaptionedExamples, read_batches
+from avd_trainer.data.batches import Batch, read_batches
+from avd_trainer.data.examples import CaptionedExamples, Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
-from avd_trainer.data.shards import Example, ShardWriter
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from avd_trainer.models.codecs.latent_space import LatentSpace
+
 SPATIAL_STRIDE = 8
 TEMPORAL_STRIDE = 4
 
@@ -52,6 +54,8 @@ class BlockDCTCodec(nn.Module):
     basis_rest: Tensor
 
     channels = len(COEFFICIENTS)
+    latent_space: LatentSpace = "block-dct"
+    source: None = None
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,12 +10,15 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
+from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.pipeline_parts import part_not_loaded
 from avd_trainer.runtime.errors import UserError
 
 if TYPE_CHECKING:
     pass
 
+WAN_SIZE = "832x480x81"
+"""What Wan2.1 was trained on, as ``WIDTHxHEIGHTxFRAMES``."""
 PATCH_SIZE = 2
 """Latent pixels per token and side in Wan's transformers; a video's sides divide by the codec's stride times this."""
 
@@ -31,6 +34,7 @@ class WanCodec(nn.Module):
 
     Args:
         vae: The autoencoder.
+        source: Where it came from: a folder or hub id, for those who need it again.
         tiling: Also cut frames into overlapping tiles of 256 x 256 pixels. Saves memory at some loss: latents of tiles
             are blended and differ from those of the whole.
 
@@ -38,13 +42,17 @@ class WanCodec(nn.Module):
         temporal_stride: Frames per latent frame after the first, 4.
         spatial_stride: Pixels per latent pixel and side, 8.
         channels: Latent channels, 16.
+        source: As given.
     """
+
+    latent_space: LatentSpace = "wan"
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, vae: AutoencoderKLWan, *, tiling: bool = False) -> None:
+    def __init__(self, vae: AutoencoderKLWan, *, source: str | None = None, tiling: bool = False) -> None:
         super().__init__()
+        self.source = source
         self.vae = vae.eval().requires_grad_(False)
         self.vae.enable_slicing()
         if tiling:
@@ -82,7 +90,9 @@ class WanCodec(nn.Module):
             vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", use_safetensors=True, torch_dtype=dtype)
         except Exception as error:
             raise part_not_loaded(source, "vae", error) from error
-        return cls(vae.to(device), tiling=tiling)
+        # A folder is to be found again from anywhere.
+        found = str(Path(source).resolve()) if Path(source).is_dir() else source
+        return cls(vae.to(device), source=found, tiling=tiling)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:

@@ -1,0 +1,228 @@
+"""Writing a data set shard by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from avd_trainer.data.schema import (
+    DTYPE_NAMES,
+    DTYPES,
+    UNCONDITIONAL,
+    UNFINISHED,
+    Encoding,
+    describe_shape,
+    schema_with,
+    to_bytes,
+)
+from avd_trainer.runtime.errors import UserError
+
+ROW_GROUP_BYTES = 2**20
+"""A row group is read as a whole, so a larger one would cost more per random read; a smaller one, a larger footer."""
+
+
+class ShardWriter:
+    """Writes a data set; a context manager.
+
+    Shards are written under temporary names and renamed on leaving: only then is their number known, and what was left
+    by an error or a killed process is never taken for a data set.
+
+    Args:
+        folder: Made if need be; must hold no Parquet files yet.
+        text_length: L, the most tokens that a text embedding may have.
+        text_dim: D, the width of a token.
+        encoding: How clips became latents, which later steps go by; None for prompts, or where nobody knows.
+        rows_per_shard: 256 latents of Wan2.1 at 832 x 480 x 81 are about 1.3 GB in float16.
+        name: The first part of the shards' names.
+
+    Raises:
+        UserError: If the folder holds Parquet files, cannot be written or the disk is full, or if no row was added.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        text_length: int,
+        text_dim: int,
+        encoding: Encoding | None = None,
+        rows_per_shard: int = 256,
+        name: str = "data",
+    ) -> None:
+        if text_length < 1 or text_dim < 1 or rows_per_shard < 1:
+            raise ValueError(
+                f"ShardWriter needs text_length, text_dim and rows_per_shard >= 1, got {text_length}, {text_dim} and "
+                f"{rows_per_shard}."
+            )
+        self.folder, self.name, self.rows_per_shard = folder, name, rows_per_shard
+        self.text_length, self.text_dim = text_length, text_dim
+        self.rows = 0
+        self._schema = schema_with(text_length, text_dim, encoding)
+        self._latent_shape: tuple[int, ...] | None = None
+        self._unconditional: tuple[Tensor, str] | None = None
+        self._group: list[dict[str, Any]] = []
+        self._writer: pq.ParquetWriter | None = None
+        self._files: list[Path] = []
+
+    def __enter__(self) -> Self:
+        with _writable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            expect_no_shards(self.folder)
+            for left in self.folder.glob(f"*{UNFINISHED}"):
+                left.unlink()
+        return self
+
+    def add(self, latent: Tensor | None, text: Tensor, caption: str, source: str) -> None:
+        """Add a row.
+
+        Args:
+            latent: ``[C, F, H, W]`` float32, float16 or bfloat16, stored so; of one shape for all rows. None for a
+                prompt.
+            text: ``[l, D]`` of the same dtypes, with ``l <= L``: only the tokens in use. Stored in bfloat16 where that
+                loses nothing, as for an encoder that computes in it.
+            caption: What ``text`` embeds.
+            source: Where the row comes from.
+
+        Raises:
+            UserError: If the latent has another shape than those before, or the disk is full.
+            ValueError: If a tensor has another rank, width or dtype.
+        """
+        text = self._checked_text(text)
+        shape = None if latent is None else tuple(latent.shape)
+        if latent is not None and (latent.ndim != 4 or latent.dtype not in DTYPE_NAMES):
+            raise ValueError(
+                f"A latent must be [C, F, H, W] in {', '.join(DTYPES)}, got {list(latent.shape)} in {latent.dtype}."
+            )
+        if self.rows == 0:
+            self._latent_shape = shape
+        elif shape != self._latent_shape:
+            raise UserError(
+                f"{source}: all rows of a data set have the same latent shape; those before have "
+                f"{describe_shape(self._latent_shape)}, this one has {describe_shape(shape)}. Write it to a "
+                "data set of its own."
+            )
+        self._group.append(
+            {
+                "latent": None if latent is None else to_bytes(latent),
+                "shape": shape,
+                "dtype": None if latent is None else DTYPE_NAMES[latent.dtype],
+                "text_embedding": to_bytes(text),
+                "text_dtype": DTYPE_NAMES[text.dtype],
+                "text_tokens": len(text),
+                "caption": caption,
+                "source": source,
+            }
+        )
+        self.rows += 1
+        ends_shard = self.rows % self.rows_per_shard == 0
+        if ends_shard or sum(map(_row_bytes, self._group)) >= ROW_GROUP_BYTES:
+            self._write_group()
+        if ends_shard:
+            self._end_shard()
+
+    def set_unconditional(self, text: Tensor, prompt: str) -> None:
+        """Set the text embedding ``[l, D]`` of classifier-free guidance's unconditional prediction, and its prompt."""
+        self._unconditional = self._checked_text(text).contiguous(), prompt
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        except BaseException:
+            self._discard()
+            raise
+        if kind is not None:
+            self._discard()
+
+    def _checked_text(self, text: Tensor) -> Tensor:
+        if (
+            text.ndim != 2
+            or len(text) > self.text_length
+            or text.shape[1] != self.text_dim
+            or text.dtype not in DTYPE_NAMES
+        ):
+            raise ValueError(
+                f"A text embedding must be [l <= {self.text_length}, {self.text_dim}] in {', '.join(DTYPES)}, got "
+                f"{list(text.shape)} in {text.dtype}."
+            )
+        text = text.detach().cpu()
+        narrow = text.bfloat16()
+        return narrow if torch.equal(narrow.float(), text.float()) else text
+
+    def _write_group(self) -> None:
+        if not self._group:
+            return
+        with _writable(self.folder):
+            if self._writer is None:
+                self._files.append(self.folder / f"{self.name}-{len(self._files):05d}{UNFINISHED}")
+                self._writer = pq.ParquetWriter(
+                    self._files[-1],
+                    self._schema,
+                    compression="none",
+                    use_dictionary=False,
+                    write_statistics=False,
+                    write_page_checksum=True,
+                )
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._group, schema=self._schema))
+        self._group = []
+
+    def _end_shard(self) -> None:
+        if self._writer is not None:
+            with _writable(self.folder):
+                self._writer.close()
+            self._writer = None
+
+    def _publish(self) -> None:
+        self._write_group()
+        self._end_shard()
+        if not self._files:
+            raise UserError(f"{self.folder}: there was nothing to write.")
+        shards = len(self._files)
+        finals = [self.folder / f"{self.name}-{index:05d}-of-{shards:05d}.parquet" for index in range(shards)]
+        with _writable(self.folder):
+            if self._unconditional is not None:
+                text, prompt = self._unconditional
+                finals.insert(0, self.folder / UNCONDITIONAL)
+                self._files.insert(0, self.folder / f"{UNCONDITIONAL}{UNFINISHED}")
+                save_file({"text_embedding": text}, self._files[0], metadata={"prompt": prompt})
+            for index, final in enumerate(finals):
+                self._files[index] = self._files[index].rename(final)
+
+    def _discard(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):  # the disk that was full still is
+                self._writer.close()
+        for path in self._files:
+            path.unlink(missing_ok=True)
+
+
+def expect_no_shards(folder: Path) -> None:
+    """Raise a :class:`UserError` if a folder is not free for a new data set; also before models are loaded for it."""
+    if found := next(folder.glob("*.parquet"), None):
+        raise UserError(f"{folder} holds shards already ({found.name}). Choose a new folder.")
+
+
+def _row_bytes(row: Mapping[str, Any]) -> int:
+    return len(row["latent"] or b"") + len(row["text_embedding"])
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} cannot be written: {error}. Free some space there, or choose another folder."
+        ) from error

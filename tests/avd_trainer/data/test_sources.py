@@ -1,0 +1,88 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from avd_trainer.config.sections import DataSection, ShapesData, ShardsData
+from avd_trainer.data.schema import Encoding
+from avd_trainer.data.shard_writing import ShardWriter
+from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
+from avd_trainer.models.codecs.latent_space import latent_space_of
+from avd_trainer.runtime.errors import UserError
+
+BUNDLED = "bundled:tiny"
+
+
+def write(folder: Path, *, channels: int = 16, text_dim: int = 6, encoding: Encoding | None = None) -> ShardsData:
+    """Two clips; without channels two prompts."""
+    with ShardWriter(folder, text_length=4, text_dim=text_dim, encoding=encoding) as writer:
+        for row in range(2):
+            latent = torch.full((channels, 3, 4, 4), float(row)) if channels else None
+            writer.add(latent, torch.zeros(1, text_dim), f"{folder.name} {row}", "")
+    return ShardsData(path=(folder,))
+
+
+def load(data: DataSection, prompts: ShardsData | None = None, teacher: str = "someone/else") -> TrainingData:
+    return load_data(data, prompts, teacher=teacher, text_dim=6, channels=16)
+
+
+@pytest.fixture
+def wan(tmp_path: Path) -> str:
+    """As much of a pipeline as says whose latents its transformer makes."""
+    (tmp_path / "pipeline" / "vae").mkdir(parents=True)
+    return str(tmp_path / "pipeline")
+
+
+def test_a_section_takes_one_folder_or_several() -> None:
+    assert ShardsData.model_validate({"path": "a"}).path == (Path("a"),)
+    assert ShardsData.model_validate({"path": ["a", "b"]}).path == (Path("a"), Path("b"))
+    with pytest.raises(ValueError, match="at least 1 item"):
+        ShardsData.model_validate({"path": []})
+
+
+def test_several_data_sets_of_clips_and_of_prompts_are_joined(tmp_path: Path) -> None:
+    clips, prompts = (
+        ShardsData(path=tuple(write(tmp_path / f"{kind}{n}", channels=channels).path[0] for n in range(2)))
+        for kind, channels in (("clips", 16), ("prompts", 0))
+    )
+    data = load(clips, prompts)
+    assert [data.clips[row].caption for row in range(4)] == ["clips0 0", "clips0 1", "clips1 0", "clips1 1"]
+    assert [data.prompts[row].caption for row in (1, 2)] == ["prompts0 1", "prompts1 0"]
+    assert data.fingerprint is not None
+    assert [len(data.fingerprint[name]) for name in ("data", "prompts")] == [2, 2]
+
+
+def test_data_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="data has text embeddings of width 5, the teacher expects 6"):
+        load(write(tmp_path / "narrow", text_dim=5))
+    with pytest.raises(UserError, match="prompts has text embeddings of width 7"):
+        load(write(tmp_path / "data"), write(tmp_path / "prompts", text_dim=7))
+    with pytest.raises(UserError, match="data has 8 latent channels, the teacher expects 16"):
+        load(write(tmp_path / "few", channels=8))
+    with pytest.raises(UserError, match=r"none holds prompts only"):
+        load(write(tmp_path / "none", channels=0))
+
+
+def test_whose_latents_a_teacher_makes_is_known_by_what_lies_beside_it(wan: str, tmp_path: Path) -> None:
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "Wan2.1_VAE.pth").touch()
+    assert latent_space_of(BUNDLED) == "block-dct"
+    assert latent_space_of(wan) == latent_space_of(str(tmp_path / "original")) == "wan"
+    assert latent_space_of("someone/else") is None
+    assert latent_space_of(str(tmp_path)) is None
+
+
+def test_latents_of_another_space_are_refused_where_that_is_known(tmp_path: Path, wan: str) -> None:
+    tiny = write(tmp_path / "tiny", encoding=Encoding("block-dct"))
+    for data in (tiny, ShapesData(clips=2)):
+        with pytest.raises(UserError, match=r"block DCT, and the teacher .*Wan's VAE.*--model TEACHER"):
+            load(data, teacher=wan)
+    assert load(tiny).encoding == load(tiny, teacher=BUNDLED).encoding == Encoding("block-dct")
+    assert load(write(tmp_path / "old"), teacher=wan).encoding is None
+
+
+def test_data_that_does_not_say_it_is_taken_for_the_teachers(wan: str) -> None:
+    shards = ShardsData(path=(Path("data"),))
+    for teacher, space in ((BUNDLED, "block-dct"), (wan, "wan"), ("someone/else", "wan")):
+        assert assumed_encoding(shards, teacher).latent_space == space
+        assert assumed_encoding(ShapesData(), teacher).latent_space == "block-dct"
