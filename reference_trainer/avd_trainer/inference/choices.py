@@ -9,11 +9,13 @@ import torch
 from avd_core import (
     step_rates,
 )
-from avd_trainer.inference.generation import Rates, Shape
-from avd_trainer.inference.students import Student
+from avd_trainer.inference.students import Shape, Student
 from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.runtime.errors import UserError
+
+Rates = tuple[int, ...]
+"""For each step, on one frame of how many it runs."""
 
 
 def choose_rates(

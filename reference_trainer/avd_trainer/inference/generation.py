@@ -20,7 +20,8 @@ from avd_core import (
     interpolate_linearly,
 )
 from avd_trainer.data.encode import BATCH, HashTextEncoder, TextEncoder
-from avd_trainer.inference.students import Student
+from avd_trainer.inference.choices import Rates
+from avd_trainer.inference.students import Shape, Student
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.codecs.wan import WanCodec
@@ -30,8 +31,6 @@ from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
-Shape = tuple[int, int, int, int]
-Rates = tuple[int, ...]
 
 
 class Sample(NamedTuple):

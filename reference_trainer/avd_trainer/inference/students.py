@@ -14,7 +14,6 @@ from avd_core import (
     LatentFrameInterpolator,
 )
 from avd_trainer.data.encode import WAN_FORMAT
-from avd_trainer.inference.generation import Shape
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps
 from avd_trainer.models.weights import open_weights
@@ -22,6 +21,9 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT
 from avd_trainer.training.folder import method_of_run
 from avd_trainer.training.pipeline_export import INTERPOLATOR, PARTS, load_interpolator
+
+Shape = tuple[int, int, int, int]
+"""``(C, F, H, W)`` of latents."""
 
 
 class Student(NamedTuple):
