@@ -27,7 +27,7 @@ from avd_trainer.models.samplers import few_step_rollout, sample_teacher, schedu
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
-from avd_trainer.runtime.draws import SampleDraws
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
@@ -229,10 +229,10 @@ def test_the_bundled_model_is_measured_and_the_numbers_can_be_recomputed(tmp_pat
     module = load_transformer("bundled:tiny")
     model = VelocityModel(module)
     text = HashTextEmbedding(TEXT_LENGTH, module.config.text_dim)(captions(3))
-    draws = SampleDraws((5, "similarity"), range(3), torch.device("cpu"))
+    draw = Draws((5, "similarity"), range(3), torch.device("cpu")).named("trajectory")
     predictions: list[Prediction] = []
     for timestep in GRID:
-        noise, timesteps = draws.normal((16, 9, 8, 8)), torch.full((3,), timestep)
+        noise, timesteps = draw((16, 9, 8, 8)), torch.full((3,), timestep)
         x_t = schedule.add_noise(predictions[-1].x_0, noise, timesteps) if predictions else noise
         x_0 = schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
         predictions.append(Prediction(timestep, x_0))
@@ -355,7 +355,7 @@ def test_guidance_of_a_pipeline_is_away_from_wans_negative_prompt(tmp_path: Path
     predictions: list[Prediction] = []
     sample_teacher(
         VelocityModel(load_transformer(str(pipeline))), text[:2], text[2], (16, 3, 4, 4),
-        SampleDraws((0, "similarity"), range(2), torch.device("cpu")).normal, steps=2, guidance_scale=4.0,
+        Draws((0, "similarity"), range(2), torch.device("cpu")).named("trajectory"), steps=2, guidance_scale=4.0,
         on_prediction=lambda timestep, x_0: predictions.append(Prediction(timestep, x_0)),
     )  # fmt: skip
     expected = [step.mean for step in measure([predictions]).report.steps]
