@@ -241,7 +241,7 @@ def find_latent_shape(config: TrainConfig) -> tuple[int, ...]:
     """The size ``(C, F, H, W)`` of a run's clips; where the data is not there yet, that of Wan2.1's 832x480x81."""
     data = config.data
     if isinstance(data, ShardsData):
-        latent = ShardDataset(*data.path)[0].latent if _there(data) else None
+        latent = ShardDataset(*data.path)[0].latent if are_there(data.path) else None
         return wan_latent_shape(WAN_SIZE) if latent is None else tuple(latent.shape)
     assert isinstance(data, ShapesData | VideosData)  # videos are brought to the size of shapes
     return tuple(encode_shapes(MovingShapes(1, 0), BlockDCTCodec()).latents.shape[1:])
@@ -252,7 +252,12 @@ def find_text_length(config: TrainConfig) -> int:
     data = config.prompts or config.data
     if not isinstance(data, ShardsData):
         return TEXT_LENGTH
-    return ShardDataset(*data.path).text_length if _there(data) else WAN_TEXT_LENGTH
+    return ShardDataset(*data.path).text_length if are_there(data.path) else WAN_TEXT_LENGTH
+
+
+def are_there(folders: Sequence[Path]) -> bool:
+    """Whether data was made already: all of its folders exist."""
+    return bool(folders) and all(folder.exists() for folder in folders)
 
 
 def _roles(config: TrainConfig) -> Iterator[Role]:
@@ -286,7 +291,3 @@ def _check_shape(shape: Sequence[int], architecture: Mapping[str, Any]) -> Laten
         )
     channels, frames, height, width = shape
     return channels, frames, height, width
-
-
-def _there(data: ShardsData) -> bool:
-    return all(path.exists() for path in data.path)

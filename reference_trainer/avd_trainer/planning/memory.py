@@ -6,7 +6,6 @@ PyTorch's allocator, is computed; docs/memory.md says how.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 
@@ -179,7 +178,7 @@ def _scattered(model: MetaModel, role: str) -> int:
 
 def _step_data(run: Run) -> int:
     share, micro = run.batches
-    text = 4 * run.text_length * int(json.loads(run.architecture)["text_dim"])
+    text = 4 * run.text_length * run.text_dim
     latent = 4 * math.prod(run.latent_shape)
     # The step's samples and their prompts; the clips' prompts, and the negative one.
     return share * (text + latent) + micro * text + text + micro * LATENTS_IN_FLIGHT * latent
