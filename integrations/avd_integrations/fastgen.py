@@ -218,8 +218,8 @@ def fastgen_terms(
         t = grid.to(x_t.device)[_nearest(times, grid)]
         # The trainer has left its autocast by now, and the student shall compute as in FastGen's own step.
         with model.autocast():
-            output: Tensor = model.net(x_t, t, condition=condition, fwd_pred_type=host_prediction)
-        return output
+            predicted: Tensor = model.net(x_t, t, condition=condition, fwd_pred_type=host_prediction)
+        return predicted
 
     return HostTerms(
         config,
