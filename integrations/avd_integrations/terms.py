@@ -258,7 +258,7 @@ class HostTerms(nn.Module):
 
     def _check_noising(self, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> None:
         """Once it has told something, never again: it waits for the device."""
-        if self._looks_left and not (torch.compiler.is_compiling() or x_t.is_meta):
+        if self._looks_left and not torch.compiler.is_compiling():
             tells = check_noising(self.parametrisation, x_t=x_t, clips=clips, noise=noise, times=times)
             self._looks_left = 0 if tells else self._looks_left - 1
 

@@ -54,7 +54,7 @@ class AVDHooks:
     - ``loss_dict["total_loss"]`` becomes the sum; the trainer divides it by its accumulation rounds and scales it.
 
     Scalars are added to ``loss_dict``, which FastGen averages and logs: ``avd/regression/loss``, ``.../weights``,
-    ``.../sample_losses``, ``.../means``, and ``avd/motion/loss``, ``.../unclipped``, ``.../variance``.
+    ``.../sample_losses``, ``.../means``, and ``avd/motion/loss``, ``.../temporal_loss``, ``.../variance``.
 
     The state, saved by FastGen with its own under the callback's name, is that of :class:`avd_core.AVDObjective`.
 
