@@ -6,11 +6,15 @@ The parts, for a training loop of your own:
 - :class:`ClippedTemporalVarianceLoss`: keeps generated clips moving. :func:`derive_floor` fits it to a latent space.
 - :class:`DistributionMatchingLoss`: the DMD term, for loops that have none.
 - :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
-- :class:`GradientBalance`: measures or holds the ratio of the regression to distribution matching.
+- :class:`GradientBalance`: measures or holds the ratio of the regression's gradient to distribution matching's.
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
 - :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
   :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
-- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`.
+- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`; several of them as one:
+  :class:`NamedCallbacks`.
+
+Every loss returns a :class:`LossOutput`, whose ``scalars()`` go to any logger. Options are given by keyword, and have
+the same names, order and defaults in a loss, its function and its configuration.
 
 After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Temporal Collapse in Few-Step Generation"
 (CVPR 2026), whose equation numbers the docstrings use.
@@ -20,15 +24,15 @@ from avd_core.balance import GradientBalance
 from avd_core.cache import LossMeanCache
 from avd_core.callbacks import (
     Callback,
-    CallbackList,
     CollapseFinding,
     CollapseMonitor,
     EMACallback,
     LatentStatistics,
+    NamedCallbacks,
     NonFiniteError,
     NonFiniteGuard,
 )
-from avd_core.config import AVDConfig, MotionConfig, RegressionConfig
+from avd_core.config import AVDConfig, BalanceConfig, MotionConfig, RegressionConfig
 from avd_core.interpolation import LatentFrameInterpolator, interpolate_linearly, repeat_frames
 from avd_core.matching import DistributionMatchingLoss, distribution_matching_loss
 from avd_core.motion import (
@@ -54,8 +58,8 @@ __all__ = [
     "AVDConfig",
     "AVDObjective",
     "AdaptiveRegressionLoss",
+    "BalanceConfig",
     "Callback",
-    "CallbackList",
     "ClippedTemporalVarianceLoss",
     "CollapseFinding",
     "CollapseMonitor",
@@ -69,6 +73,7 @@ __all__ = [
     "LossMeanCache",
     "LossOutput",
     "MotionConfig",
+    "NamedCallbacks",
     "NonFiniteError",
     "NonFiniteGuard",
     "RegressionConfig",

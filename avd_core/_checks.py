@@ -1,11 +1,12 @@
-"""Checks of what users pass in. They look at shapes, dtypes and devices only, never at values, so they never wait for a
-GPU."""
+"""Checks of what users pass in. They look at shapes, dtypes and devices, never at values, so they never wait for a GPU;
+:class:`RangeCheck` does both, once."""
 
 from __future__ import annotations
 
 import math
 from numbers import Real
 
+import torch
 from torch import Tensor
 
 
@@ -53,13 +54,52 @@ def check_batched(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}.")
 
 
+def check_gradient(name: str, tensor: Tensor, training: bool) -> None:
+    """What a term is to train has a gradient, in training mode and where gradients are enabled."""
+    if training and torch.is_grad_enabled() and not tensor.requires_grad:
+        raise ValueError(
+            f"{name} has no gradient, so its term could change nothing. Pass it as it is before anything detaches it, "
+            "and run the student with gradient. For a look at the metrics use torch.no_grad()."
+        )
+
+
 def check_timesteps(timesteps: Tensor, samples: Tensor) -> None:
     """``timesteps`` is ``[B]`` for ``samples`` ``[B, ...]``, on the same device, integer or floating."""
     if not isinstance(timesteps, Tensor):
         raise TypeError(f"timesteps must be a torch.Tensor of shape [B], got {type(timesteps).__name__}.")
-    if timesteps.ndim != 1 or timesteps.shape[0] != samples.shape[0]:
-        raise ValueError(
-            f"timesteps must have shape [{samples.shape[0]}], one per sample, got {list(timesteps.shape)}. "
-            "For one timestep shared by the batch use timesteps.expand(batch_size)."
-        )
+    batch, shape = samples.shape[0], list(timesteps.shape)
+    if shape != [batch]:
+        raise ValueError(f"timesteps must have shape [{batch}], one per sample, got {shape}.{_remedy(shape, batch)}")
     check_same_device("timesteps", timesteps, "the samples", samples)
+
+
+def _remedy(shape: list[int], batch: int) -> str:
+    if shape in ([], [1]):
+        return f" For one timestep shared by the batch use timesteps.expand({batch})."
+    if shape == [batch] + [1] * (len(shape) - 1):
+        return " Use timesteps.flatten()."
+    if len(shape) > 1:
+        return (
+            " Times of single frames are not taken: a sample has one weight and one noise level. Where its frames "
+            "share one time pass timesteps[:, 0]."
+        )
+    return ""
+
+
+class RangeCheck:
+    """Finds timesteps outside a range.
+
+    Values are looked at in every call on a CPU, where that costs nothing, and elsewhere in the first call only, which
+    waits for the device. Never in compiled code, and never on the meta device, which has none.
+    """
+
+    def __init__(self) -> None:
+        self._passed = False
+
+    def outside(self, timesteps: Tensor, low: float, high: float) -> list[float]:
+        """Up to four values of ``timesteps`` outside ``[low, high]``; NaN is outside too."""
+        if torch.compiler.is_compiling() or timesteps.is_meta or (self._passed and timesteps.device.type != "cpu"):
+            return []
+        found: list[float] = timesteps[~((timesteps >= low) & (timesteps <= high))].tolist()
+        self._passed = not found
+        return found[:4]

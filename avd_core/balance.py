@@ -24,10 +24,15 @@ class GradientBalance(nn.Module):
     losses and E a running mean over calls and ranks, so one extreme sample moves it little. Both gradients stop at the
     outputs: no pass through the generator is added.
 
+    Each call in training mode measures both gradients and moves the means before the ratio is taken; a call whose
+    gradients are not finite is left out. In evaluation mode the ratio is that of the means so far. The state is two
+    buffers: ``means`` ``[2]``, the means of the squared gradient norms (regression, matching), and ``calls``, how many
+    they are of.
+
     Args:
         target: The ratio to hold, positive, or None to leave the loss alone. (The paper has a constant weight.)
         decay: Decay of the running means per call in training mode, in [0, 1).
-        sync_ranks: Whether the means run over all ranks; a collective.
+        sync_ranks: Whether the means run over all ranks; a collective. Otherwise each rank holds a ratio of its own.
         process_group: The ranks; None is the default group.
     """
 
@@ -36,8 +41,8 @@ class GradientBalance(nn.Module):
 
     def __init__(
         self,
-        target: float | None = None,
         *,
+        target: float | None = None,
         decay: float = 0.9,
         sync_ranks: bool = True,
         process_group: ProcessGroup | None = None,
@@ -50,7 +55,6 @@ class GradientBalance(nn.Module):
         self.decay = decay
         self.sync_ranks = sync_ranks
         self.process_group = process_group
-        # Running means of the squared gradient norms (regression, matching).
         self.register_buffer("means", torch.zeros(2))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -11,10 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from avd_core._checks import check_floating, check_number, check_same_device, check_timesteps
+from avd_core._checks import RangeCheck, check_floating, check_number, check_same_device, check_timesteps
 from avd_core._distributed import sum_over_ranks, world_size
 
+logger = logging.getLogger(__name__)
+
 CacheOrder = Literal["weight_first", "update_first"]
+
+# More micro-batches than any optimizer step has: a video model's forward takes seconds, so these would take an hour.
+_FORGOTTEN = 1000
 
 
 class LossMeanCache(nn.Module):
@@ -33,8 +39,11 @@ class LossMeanCache(nn.Module):
     - *Several ranks*: nothing to do, sums and counts are added over ranks before they are divided. All ranks must
       call equally often. ``sync_ranks=False`` keeps a cache per process.
     - *Gradient accumulation*: construct with ``auto_update=False`` and call :meth:`update` once per optimizer step.
-      All micro-batches of the step are then weighted by the same means. Keep the cache out of modules that DDP wraps,
-      which would overwrite the running iteration of all ranks but the first, or pass it ``broadcast_buffers=False``.
+      All micro-batches of the step are then weighted by the same means. A warning is logged once if a thousand calls
+      pass without :meth:`update`, as their means would stay empty for good. (Several calls per optimizer step with
+      ``auto_update=True`` cannot be noticed here: each of them counts as an iteration.) Keep the cache out of modules
+      that DDP wraps, which would overwrite the running iteration of all ranks but the first, or pass it
+      ``broadcast_buffers=False``.
 
     In evaluation mode (``cache.eval()``) means are read and never changed, like the statistics of a batch norm.
 
@@ -66,8 +75,8 @@ class LossMeanCache(nn.Module):
     def __init__(
         self,
         timesteps: Sequence[float],
-        decay: float = 0.95,
         *,
+        decay: float = 0.95,
         order: CacheOrder = "weight_first",
         auto_update: bool = True,
         sync_ranks: bool = True,
@@ -96,6 +105,9 @@ class LossMeanCache(nn.Module):
         # Far outside the grid means another unit (sigma in place of t, say), not a nearest entry.
         self._tolerance = max((abs(s) for s in steps), default=abs(grid[0]) / 2 or math.inf)
         self._range = (min(grid), max(grid))
+        self._range_check = RangeCheck()
+        self._recorded = 0  # calls since the last update(), counted here as the host must not wait for the buffers
+        self._warned = False
         self.register_buffer("timesteps", torch.tensor(grid, dtype=torch.float32))
         self.register_buffer("means", torch.zeros(len(grid), dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(len(grid), dtype=torch.bool))
@@ -103,20 +115,19 @@ class LossMeanCache(nn.Module):
         self.register_buffer("pending", torch.zeros(2, len(grid), dtype=torch.float32))
 
     @classmethod
-    def uniform(cls, low: float, high: float, bins: int, decay: float = 0.95, **options: Any) -> Self:
+    def uniform(cls, low: float, high: float, bins: int, **options: Any) -> Self:
         """A cache over ``bins`` equal parts of ``[low, high]``, for distillers that draw time continuously.
 
         Args:
             low: Lower end of the range, for example 0.
             high: Upper end, for example 1 for sigma, 1000 for timesteps, pi/2 for TrigFlow.
             bins: Number of parts, at least 1. With 20 and a decay of 0.95 a mean covers about 400 samples at batch 1.
-            decay: As in the constructor.
-            options: The constructor's other options.
+            options: The constructor's.
         """
         if not (bins >= 1 and math.isfinite(low) and math.isfinite(high) and low < high):
             raise ValueError(f"uniform needs low < high and bins >= 1, got low={low}, high={high}, bins={bins}.")
         width = (high - low) / bins
-        cache = cls([low + (i + 0.5) * width for i in range(bins)], decay, **options)
+        cache = cls([low + (i + 0.5) * width for i in range(bins)], **options)
         cache._tolerance = width
         return cache
 
@@ -134,8 +145,9 @@ class LossMeanCache(nn.Module):
 
         Raises:
             TypeError: If ``losses`` is not floating, or if something has changed the dtype of the cache's own buffers.
-            ValueError: If shapes or devices differ, or (checked on the CPU only, where looking costs nothing) a
-                timestep lies outside the grid by more than the grid's widest gap.
+            ValueError: If shapes or devices differ, or a timestep lies outside the grid by more than the grid's widest
+                gap. The values are looked at in every call on a CPU, where that costs nothing, and elsewhere in the
+                first call only, which waits for the device.
         """
         check_floating("losses", losses)
         if losses.ndim != 1:
@@ -177,11 +189,13 @@ class LossMeanCache(nn.Module):
         self.means.copy_(torch.where(observed, moved, self.means))
         self.seen.logical_or_(observed)
         self.pending.zero_()
+        self._recorded = 0
 
     def reset(self) -> None:
         """Forget everything, as if newly constructed."""
         for buffer in (self.means, self.seen, self.pending):
             buffer.zero_()
+        self._recorded = 0
 
     def extra_repr(self) -> str:
         entries = len(self.timesteps)
@@ -202,16 +216,26 @@ class LossMeanCache(nn.Module):
         self.pending.add_((values.unsqueeze(2) * one_hot).sum(dim=1))
         if self.auto_update:
             self.update()
+        elif not torch.compiler.is_compiling():  # where each count would be compiled anew
+            self._count()
+
+    def _count(self) -> None:
+        self._recorded += 1
+        if self._recorded == _FORGOTTEN and not self._warned:
+            self._warned = True
+            logger.warning(
+                "The cache has recorded the losses of %d calls since its last update(): with auto_update=False the "
+                "means change in update() only. Call it once per optimizer step, or construct the cache with "
+                "auto_update=True where each step has one call.",
+                self._recorded,
+            )
 
     def _check_range(self, timesteps: Tensor) -> None:
-        if timesteps.device.type != "cpu" or torch.compiler.is_compiling():
-            return
         low, high = self._range
-        outside = ~((timesteps >= low - self._tolerance) & (timesteps <= high + self._tolerance))  # NaN is outside too
-        if bool(outside.any()):
+        outside = self._range_check.outside(timesteps, low - self._tolerance, high + self._tolerance)
+        if outside:
             raise ValueError(
-                f"timesteps {timesteps[outside].tolist()[:4]} lie outside the cache's grid [{low:g}, {high:g}]. "
-                "Pass them in the grid's unit (for example sigma * 1000), or build the grid in yours."
+                f"timesteps {outside} lie outside the cache's grid [{low:g}, {high:g}]. {_unit_hint(outside, high)}"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -238,3 +262,13 @@ class LossMeanCache(nn.Module):
             )
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _unit_hint(outside: Sequence[float], high: float) -> str:
+    if not all(map(math.isfinite, outside)):
+        return "They must be finite."
+    if high > 1 and all(0 <= time <= 1 for time in outside):
+        return "Multiply times in [0, 1] by the timestep of pure noise (often 1000), or build the grid in their unit."
+    if high <= 1 and all(time > 1 for time in outside):
+        return "Divide them by the timestep of pure noise (often 1000), or build the grid in their unit."
+    return "Pass them in the grid's unit, or build the grid in theirs."

@@ -27,6 +27,8 @@ class RegressionConfig(_Section):
     """Paper: ``weight_first``. Released code: ``update_first``."""
     auto_update: bool = True
     """Whether each call is an iteration. False with gradient accumulation, see :class:`LossMeanCache`."""
+    sync_ranks: bool = True
+    """Whether all ranks share one cache, as the paper has it. Released code: one per process."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -46,8 +48,19 @@ class MotionConfig(_Section):
     """``eps`` of Eq. 8."""
     frame_dim: Literal[1, 2] = 2
     """Dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``."""
-    sync_ranks: bool = False
-    """Whether the expectation runs over the samples of all ranks."""
+    channels: int | None = Field(default=None, ge=1)
+    """Channels of the latent space, to refuse samples in another layout. None does not look."""
+    sync_ranks: bool = True
+    """Whether the expectation of Eq. 8 runs over the samples of all ranks. Released code: over those of each."""
+
+
+class BalanceConfig(_Section):
+    """How :class:`GradientBalance` measures the ratio of gradients; ``AVDConfig.gradient_ratio`` is what it holds."""
+
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running means per call. Ours: the paper has no such measurement."""
+    sync_ranks: bool = True
+    """Whether the means run over all ranks."""
 
 
 class AVDConfig(_Section):
@@ -66,6 +79,8 @@ class AVDConfig(_Section):
     gradient_ratio: float | None = Field(default=None, gt=0)
     """Ratio of the regression's gradient to the matching term's to hold by :class:`GradientBalance`. Paper: None, a
     constant weight."""
+    balance: BalanceConfig = BalanceConfig()
+    """How that ratio is measured."""
 
     @model_validator(mode="after")
     def _check_grid(self) -> Self:
@@ -83,8 +98,11 @@ class AVDConfig(_Section):
 
     @classmethod
     def released_code(cls) -> Self:
-        """The released code's: ``w_reg`` 1, cache updated before the weight is taken, floor 0.8."""
+        """The released code's: ``w_reg`` 1, cache updated before the weight is taken, floor 0.8, variance of each rank.
+
+        Its cache is one per process, which no checkpoint can hold; here it stays one for all ranks.
+        """
         return cls(
             regression=RegressionConfig(weight=1.0, order="update_first"),
-            motion=MotionConfig(floor=0.8),
+            motion=MotionConfig(floor=0.8, sync_ranks=False),
         )

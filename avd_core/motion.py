@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from avd_core._checks import check_batched, check_floating, check_number
+from avd_core._checks import check_batched, check_floating, check_gradient, check_number
 from avd_core._distributed import sum_over_ranks, world_size
 from avd_core.output import LossOutput
 
@@ -28,55 +28,70 @@ class ClippedTemporalVarianceLoss(nn.Module):
     1.5. For another latent space take :func:`derive_floor` on samples of its teacher.
 
     Example:
-        >>> motion = ClippedTemporalVarianceLoss(floor=0.6, eps=1e-6, weight=0.05, frame_dim=2)
-        >>> loss, metrics = motion(0.1 * torch.randn(1, 16, 21, 60, 104))  # [B, C, F, H, W]
+        >>> motion = ClippedTemporalVarianceLoss(weight=0.05, floor=0.6, channels=16)
+        >>> x_0 = 0.1 * torch.randn(1, 16, 21, 60, 104)  # [B, C, F, H, W]
+        >>> loss, metrics = motion(x_0.requires_grad_())
         >>> sorted(metrics)
-        ['unclipped', 'variance']
+        ['temporal_loss', 'variance']
     """
 
     def __init__(
         self,
+        *,
+        weight: float = 0.05,
         floor: float = 0.6,
         eps: float = 1e-6,
-        weight: float = 0.05,
-        frame_dim: int = 2,
-        *,
-        sync_ranks: bool = False,
+        frame_dim: int | None = None,
+        channels: int | None = None,
+        sync_ranks: bool = True,
         process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        _check_options(floor, eps, weight)
+        _check_options(weight, floor, eps)
+        self.weight = weight
         self.floor = floor
         self.eps = eps
-        self.weight = weight
         self.frame_dim = frame_dim
+        self.channels = channels
         self.sync_ranks = sync_ranks
         self.process_group = process_group
 
     def forward(self, x_0: Tensor) -> LossOutput:
-        """Compute the loss of generated samples; see :func:`clipped_temporal_variance_loss`."""
+        """Compute the loss of generated samples; see :func:`clipped_temporal_variance_loss`.
+
+        Raises:
+            TypeError, ValueError: As there; also in training mode, if ``x_0`` has no gradient.
+        """
+        self.check_inputs(x_0)
         return clipped_temporal_variance_loss(
             x_0,
-            self.floor,
-            self.eps,
-            self.weight,
-            self.frame_dim,
+            weight=self.weight,
+            floor=self.floor,
+            eps=self.eps,
+            frame_dim=self.frame_dim,
+            channels=self.channels,
             sync_ranks=self.sync_ranks,
             process_group=self.process_group,
         )
 
+    def check_inputs(self, x_0: Tensor) -> None:
+        """Raise what :meth:`forward` would, without computing anything."""
+        _find_frames(x_0, self.frame_dim, self.channels)
+        check_gradient("x_0", x_0, self.training)
+
     def extra_repr(self) -> str:
-        return f"floor={self.floor}, eps={self.eps}, weight={self.weight}, frame_dim={self.frame_dim}"
+        return f"weight={self.weight}, floor={self.floor}, eps={self.eps}, frame_dim={self.frame_dim}"
 
 
 def clipped_temporal_variance_loss(
     x_0: Tensor,
+    *,
+    weight: float = 0.05,
     floor: float = 0.6,
     eps: float = 1e-6,
-    weight: float = 0.05,
-    frame_dim: int = 2,
-    *,
-    sync_ranks: bool = False,
+    frame_dim: int | None = None,
+    channels: int | None = None,
+    sync_ranks: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> LossOutput:
     r"""Negative log of the mean temporal variance, clipped from below (You et al. 2026, Eq. 8 with truncation).
@@ -90,42 +105,46 @@ def clipped_temporal_variance_loss(
     Args:
         x_0: ``[B, C, F, H, W]`` generated clean samples, floating, with gradient. Any other shape with at least two
             dimensions works too, as long as ``frame_dim`` names the frames.
+        weight: ``w_temp`` of Eq. 9, at least 0. The paper's is 0.05.
         floor: Where the loss stops falling, in nats. A larger floor asks for less motion. The paper's is 0.6.
         eps: Added to the variance, positive. The paper's is 1e-6.
-        weight: ``w_temp`` of Eq. 9, at least 0. The paper's is 0.05.
-        frame_dim: The dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``.
-        sync_ranks: Take the expectation over the samples of all ranks; a collective. Gradients are scaled so that their
-            average over ranks, as DDP and FSDP2 compute it, is the gradient of one process with the whole batch.
+        frame_dim: The dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``. None is 2 for five
+            dimensions; with any other number of them it has to be said.
+        channels: How many channels the latent space has, to be told when the layout is another: looked for in the
+            first dimension after the batch's that is not that of frames. None does not look.
+        sync_ranks: Take the expectation over the samples of all ranks, as in Eq. 8; a collective. Gradients are scaled
+            so that their average over ranks, as DDP and FSDP2 compute it, is the gradient of one process with the whole
+            batch. Without it each rank has a loss of its own samples alone, clipped by itself.
         process_group: The ranks of ``sync_ranks``; None is the default group.
 
     Returns:
-        LossOutput: ``loss`` scalar; metrics ``variance`` (the expectation) and ``unclipped`` (the loss without weight
-        and floor), scalars.
+        LossOutput: ``loss`` scalar; metrics ``variance`` (the expectation) and ``temporal_loss`` (the loss
+        without weight and floor), scalars.
 
     Raises:
         TypeError: If ``x_0`` is not floating.
-        ValueError: If there are fewer than two frames, ``x_0`` is empty, ``frame_dim`` is the batch dimension or out of
-            range, or an option is out of its range.
+        ValueError: If there are fewer than two frames, ``x_0`` is empty, ``frame_dim`` is the batch dimension, out of
+            range or missing, there are other than ``channels`` channels, or an option is out of its range.
     """
-    _check_options(floor, eps, weight)
-    variance = temporal_variance(x_0, frame_dim)
+    _check_options(weight, floor, eps)
+    variance = _temporal_variance(x_0, _find_frames(x_0, frame_dim, channels))
     if sync_ranks and (ranks := world_size(process_group)) > 1:
         variance = _mean_over_ranks(variance, x_0.numel(), ranks, process_group)
-    unclipped = -torch.log(variance + eps)
+    temporal_loss = -torch.log(variance + eps)
     # Not clamp(): its gradient is 1 at the floor. An infinite variance must reach whoever guards against it.
-    clipped = (unclipped <= floor) & unclipped.isfinite()
-    loss = weight * torch.where(clipped, torch.full_like(unclipped, floor), unclipped)
-    return LossOutput(loss, {"variance": variance.detach(), "unclipped": unclipped.detach()})
+    clipped = (temporal_loss <= floor) & temporal_loss.isfinite()
+    loss = weight * torch.where(clipped, torch.full_like(temporal_loss, floor), temporal_loss)
+    return LossOutput(loss, {"variance": variance.detach(), "temporal_loss": temporal_loss.detach()})
 
 
-def temporal_variance(x_0: Tensor, frame_dim: int = 2) -> Tensor:
+def temporal_variance(x_0: Tensor, *, frame_dim: int | None = None) -> Tensor:
     """``E[Var_t(x)]``: the population variance along frames, averaged over everything else.
 
     Differentiable once. Beyond the gradient it needs 1/F of the input for the means and 1/16 for temporaries.
 
     Args:
-        x_0: Floating, at least two dimensions, batch first.
-        frame_dim: The dimension of frames, not the first.
+        x_0: ``[B, C, F, H, W]``, or any other shape of at least two dimensions, batch first; floating.
+        frame_dim: The dimension of frames, as in :func:`clipped_temporal_variance_loss`.
 
     Returns:
         Scalar, float32 at least.
@@ -133,15 +152,25 @@ def temporal_variance(x_0: Tensor, frame_dim: int = 2) -> Tensor:
     Raises:
         TypeError, ValueError: As :func:`clipped_temporal_variance_loss`.
     """
-    check_frames(x_0, frame_dim)
-    variance: Tensor = _TemporalVariance.apply(x_0, frame_dim % x_0.ndim)  # type: ignore[no-untyped-call]
+    return _temporal_variance(x_0, _find_frames(x_0, frame_dim, None))
+
+
+def _temporal_variance(x_0: Tensor, frame_dim: int) -> Tensor:
+    variance: Tensor = _TemporalVariance.apply(x_0, frame_dim)  # type: ignore[no-untyped-call]
     return variance
 
 
-def check_frames(x_0: Tensor, frame_dim: int) -> None:
-    """Raise what :func:`temporal_variance` would, without computing anything."""
+def _find_frames(x_0: Tensor, frame_dim: int | None, channels: int | None) -> int:
+    """The dimension of frames, counted from 0, of samples that are as they should be."""
     check_floating("x_0", x_0)
     check_batched("x_0", x_0)
+    if frame_dim is None:
+        if x_0.ndim != 5:
+            raise ValueError(
+                f"x_0 must be [B, C, F, H, W], got shape {list(x_0.shape)}. Say where the frames of another layout are "
+                "with frame_dim; images have none."
+            )
+        frame_dim = 2
     if not -x_0.ndim < frame_dim < x_0.ndim or frame_dim == 0:
         raise ValueError(
             f"frame_dim must name a dimension of x_0 {list(x_0.shape)} other than the batch's, got {frame_dim}."
@@ -152,17 +181,37 @@ def check_frames(x_0: Tensor, frame_dim: int) -> None:
             f"The temporal variance needs at least 2 frames, got {frames} in dimension {frame_dim} of "
             f"{list(x_0.shape)}. Images have no motion to measure; for [B, F, C, H, W] pass frame_dim=1."
         )
+    frame_dim %= x_0.ndim
+    if channels is not None:
+        _check_channels(x_0, frame_dim, channels)
+    return frame_dim
 
 
-def derive_floor(x_0: Tensor, frame_dim: int = 2, *, margin: float = 0.0) -> float:
+def _check_channels(x_0: Tensor, frame_dim: int, channels: int) -> None:
+    channel_dim = 2 if frame_dim == 1 else 1
+    found = x_0.shape[channel_dim] if channel_dim < x_0.ndim else None
+    if found != channels:
+        swapped = x_0.shape[frame_dim] == channels
+        raise ValueError(
+            f"channels={channels} are expected in dimension {channel_dim} of x_0 {list(x_0.shape)}, which has "
+            f"{'no such dimension' if found is None else found}. "
+            + (
+                f"Frames and channels look swapped: pass frame_dim={channel_dim}."
+                if swapped
+                else "Is it in another layout or latent space?"
+            )
+        )
+
+
+def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = None) -> float:
     """A floor for another latent space, from samples that move as they should.
 
     Args:
         x_0: Samples of the teacher (or real latents), ``[B, C, F, H, W]``; a few dozen suffice.
-        frame_dim: The dimension of frames.
         margin: How far below the samples' temporal loss the floor lies, in nats. With 0 the term stops acting once the
             student moves as much as the samples do. The paper's 0.6 lies 0.9 below the 1.5 of its teacher: it asks for
             up to ``exp(0.9)`` = 2.5 times the teacher's variance.
+        frame_dim: The dimension of frames, as in :func:`clipped_temporal_variance_loss`.
 
     Returns:
         ``-log(E[Var_t(x_0)]) - margin``. Waits for the device.
@@ -170,7 +219,7 @@ def derive_floor(x_0: Tensor, frame_dim: int = 2, *, margin: float = 0.0) -> flo
     Raises:
         ValueError: If the samples do not move or are not finite; otherwise as :func:`temporal_variance`.
     """
-    variance = float(temporal_variance(x_0.detach(), frame_dim))
+    variance = float(temporal_variance(x_0.detach(), frame_dim=frame_dim))
     if not (variance > 0 and math.isfinite(variance)):
         raise ValueError(f"derive_floor needs samples that move, got a temporal variance of {variance}.")
     return -math.log(variance) - margin
@@ -226,7 +275,7 @@ def _mean_over_ranks(variance: Tensor, count: int, ranks: int, group: ProcessGro
     return total / total_count + (variance - own) * share
 
 
-def _check_options(floor: float, eps: float, weight: float) -> None:
+def _check_options(weight: float, floor: float, eps: float) -> None:
+    check_number("weight", weight, at_least=0)
     check_number("floor", floor)
     check_number("eps", eps, above=0)
-    check_number("weight", weight, at_least=0)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from avd_core._checks import check_floating
 from avd_core.balance import GradientBalance
 from avd_core.cache import LossMeanCache
 from avd_core.config import AVDConfig
-from avd_core.motion import ClippedTemporalVarianceLoss, check_frames
+from avd_core.motion import ClippedTemporalVarianceLoss
 from avd_core.output import LossOutput
 from avd_core.regression import AdaptiveRegressionLoss
 
@@ -17,7 +18,7 @@ class AVDObjective(nn.Module):
     """Adaptive regression and clipped temporal variance, to be added to the loss that a distiller has already.
 
     ``L_G = L_matching + w_reg w_{t,s} L_reg + w_temp L_temp`` (You et al. 2026, Eq. 9); this module gives the second
-    and third term. It has no parameters; its state is the cache, so save it with the rest of the run.
+    and third term. It has no parameters; its state is the cache and the balance, so save it with the rest of the run.
 
     Args:
         config: Hyperparameters; None is the paper's. A part that is None there is left out here.
@@ -25,16 +26,19 @@ class AVDObjective(nn.Module):
     Attributes:
         regression: The regression loss with its ``cache``, or None.
         motion: The temporal variance loss, or None.
-        balance: Measures, or holds, the regression's gradient relative to distribution matching; None without
-            regression.
+        balance: The :class:`GradientBalance` of the regression and distribution matching. Always
+            there; it takes part in calls that pass ``matching_loss`` and ``matching_output``, where it measures the
+            ratio, and holds it if ``config.gradient_ratio`` is set.
 
     Example:
         >>> objective = AVDObjective()
-        >>> x_0 = torch.randn(1, 16, 3, 8, 8)                                    # generated
-        >>> prediction, target = torch.randn(2, 1, 16, 3, 8, 8).unbind()         # velocities of real clips
-        >>> loss, metrics = objective(x_0, prediction, target, torch.tensor([757]))
+        >>> x_0 = torch.randn(1, 16, 3, 8, 8, requires_grad=True)             # generated
+        >>> prediction = torch.randn(1, 16, 3, 8, 8, requires_grad=True)      # velocities of real clips
+        >>> target = torch.randn(1, 16, 3, 8, 8)
+        >>> timesteps = objective.timesteps[torch.randint(4, (1,))]
+        >>> loss, metrics = objective(x_0, prediction, target, timesteps)
         >>> sorted(metrics)  # doctest: +NORMALIZE_WHITESPACE
-        ['motion/loss', 'motion/unclipped', 'motion/variance',
+        ['motion/loss', 'motion/temporal_loss', 'motion/variance',
          'regression/loss', 'regression/means', 'regression/sample_losses', 'regression/weights']
     """
 
@@ -49,12 +53,21 @@ class AVDObjective(nn.Module):
         self.config = config
         self.regression: AdaptiveRegressionLoss | None = None
         self.motion: ClippedTemporalVarianceLoss | None = None
-        self.balance = GradientBalance(config.gradient_ratio)
+        self.balance = GradientBalance(target=config.gradient_ratio, **config.balance.model_dump())
         if (r := config.regression) is not None:
-            cache = LossMeanCache(config.timesteps, r.decay, order=r.order, auto_update=r.auto_update)
-            self.regression = AdaptiveRegressionLoss(cache, r.sharpness, r.weight)
-        if (m := config.motion) is not None:
-            self.motion = ClippedTemporalVarianceLoss(m.floor, m.eps, m.weight, m.frame_dim, sync_ranks=m.sync_ranks)
+            cache = LossMeanCache(
+                config.timesteps, decay=r.decay, order=r.order, auto_update=r.auto_update, sync_ranks=r.sync_ranks
+            )
+            self.regression = AdaptiveRegressionLoss(cache, weight=r.weight, sharpness=r.sharpness)
+        if config.motion is not None:
+            self.motion = ClippedTemporalVarianceLoss(**config.motion.model_dump())
+
+    @property
+    def timesteps(self) -> Tensor:
+        """``[K]`` float32: the few steps of the configuration, on this module's device, to be drawn from by index."""
+        if self.regression is not None:
+            return self.regression.cache.timesteps
+        return torch.tensor(self.config.timesteps, dtype=torch.float32, device=self.balance.means.device)
 
     def forward(
         self,
@@ -85,7 +98,8 @@ class AVDObjective(nn.Module):
             with each term's own weighted ``loss`` among them.
 
         Raises:
-            ValueError: If an argument of a part that is switched on is missing; otherwise as the parts do.
+            ValueError: If an argument of a part that is switched on is missing; if ``x_0`` has other than five
+                dimensions; in training mode, if ``x_0`` or ``prediction`` has no gradient; otherwise as the parts do.
         """
         # All checks come first: a call that fails must not leave its losses in the cache.
         self._check_inputs(x_0, prediction, target, timesteps, matching_loss, matching_output)
@@ -112,8 +126,7 @@ class AVDObjective(nn.Module):
         """
         if self.motion is None:
             raise ValueError("AVDConfig leaves out the motion term: there is nothing to compute on samples.")
-        if x_0 is None:
-            raise ValueError(_MISSING_SAMPLES)
+        self._check_samples(x_0)
         return _prefixed("motion", self.motion(x_0))
 
     def on_clips(
@@ -144,6 +157,14 @@ class AVDObjective(nn.Module):
         output = _prefixed("regression", LossOutput(loss, metrics))
         return LossOutput(output.loss, balance | output.metrics)
 
+    def update(self) -> None:
+        """End the optimizer step: once per step, on every rank (a collective where ranks are synchronised).
+
+        Does something with ``RegressionConfig(auto_update=False)`` only, so a loop can call it in any case.
+        """
+        if self.regression is not None and not self.regression.cache.auto_update:
+            self.regression.cache.update()
+
     def _check_inputs(
         self,
         x_0: Tensor | None,
@@ -162,9 +183,22 @@ class AVDObjective(nn.Module):
         else:
             _check_matching(matching_loss, matching_output)
         if self.motion is not None:
-            if x_0 is None:
-                raise ValueError(_MISSING_SAMPLES)
-            check_frames(x_0, self.motion.frame_dim)
+            self._check_samples(x_0)
+
+    def _check_samples(self, x_0: Tensor | None) -> None:
+        if x_0 is None:
+            raise ValueError(
+                "The motion term needs x_0, the generated samples. Pass them, or leave the part out with "
+                "AVDConfig(motion=None)."
+            )
+        if self.motion is not None:
+            check_floating("x_0", x_0)
+            if x_0.ndim != 5:
+                raise ValueError(
+                    f"x_0 must be [B, C, F, H, W], or [B, F, C, H, W] with frame_dim=1, got shape {list(x_0.shape)}. "
+                    "Images have no motion: leave the part out with AVDConfig(motion=None)."
+                )
+            self.motion.check_inputs(x_0)
 
     def _check_clips(
         self,
@@ -189,11 +223,6 @@ class AVDObjective(nn.Module):
             self.regression.check_inputs(prediction, target, timesteps)
         if matching_loss is not None and matching_output is not None:
             self.balance.check_inputs(None, prediction, matching_loss, matching_output)
-
-
-_MISSING_SAMPLES = (
-    "The motion term needs x_0, the generated samples. Pass them, or leave the part out with AVDConfig(motion=None)."
-)
 
 
 def _check_matching(matching_loss: Tensor | None, matching_output: Tensor | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -12,9 +13,22 @@ class LossOutput(NamedTuple):
 
     Attributes:
         loss: Scalar, float32 at least, already multiplied by the loss's weight: add it to your total.
-        metrics: Detached tensors on the loss's device. Reading one (``.item()``) waits for the device; storing it does
-            not.
+        metrics: Detached tensors on the loss's device, scalars or one value per sample ``[B]``. Reading one waits for
+            the device; storing it does not.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+    def scalars(self) -> dict[str, float]:
+        """The metrics as Python numbers, for any logger: what has one value per sample is averaged over the samples.
+
+        NaN stays NaN. Waits for the device, once for all of them: call it in steps that are logged.
+
+        >>> LossOutput(torch.tensor(1.0), {"weights": torch.tensor([0.5, 1.5])}).scalars()
+        {'weights': 1.0}
+        """
+        if not self.metrics:
+            return {}
+        values: list[float] = torch.stack([value.mean() for value in self.metrics.values()]).tolist()
+        return dict(zip(self.metrics, values, strict=True))

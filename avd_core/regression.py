@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from avd_core._checks import (
     check_batched,
     check_floating,
+    check_gradient,
     check_number,
     check_same_device,
     check_same_shape,
@@ -30,26 +31,26 @@ class AdaptiveRegressionLoss(nn.Module):
 
     Args:
         cache: The means, shared with nobody else.
-        sharpness: ``k`` of Eq. 7, at least 0; 0 switches the adaptation off. The paper's is 3.0.
         weight: ``w_reg`` of Eq. 9, at least 0. A sample of average loss has half of it. The paper's is 2.0.
+        sharpness: ``k`` of Eq. 7, at least 0; 0 switches the adaptation off. The paper's is 3.0.
 
     Example:
         >>> cache = LossMeanCache(timesteps=(1000, 900, 757, 522), decay=0.95)
-        >>> regression = AdaptiveRegressionLoss(cache, sharpness=3.0, weight=2.0)
+        >>> regression = AdaptiveRegressionLoss(cache, weight=2.0, sharpness=3.0)
         >>> prediction = torch.randn(2, 16, 3, 8, 8, requires_grad=True)
         >>> loss, metrics = regression(prediction, torch.randn(2, 16, 3, 8, 8), torch.tensor([1000, 522]))
         >>> metrics["weights"]
         tensor([1., 1.])
     """
 
-    def __init__(self, cache: LossMeanCache, sharpness: float = 3.0, weight: float = 2.0) -> None:
+    def __init__(self, cache: LossMeanCache, *, weight: float = 2.0, sharpness: float = 3.0) -> None:
         super().__init__()
         if not isinstance(cache, LossMeanCache):
             raise TypeError(f"cache must be a LossMeanCache, got {type(cache).__name__}.")
-        _check_options(sharpness, weight)
+        _check_options(weight, sharpness)
         self.cache = cache
-        self.sharpness = sharpness
         self.weight = weight
+        self.sharpness = sharpness
 
     def forward(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> LossOutput:
         """Compute the loss and, in training mode, record it in the cache.
@@ -64,12 +65,13 @@ class AdaptiveRegressionLoss(nn.Module):
 
         Raises:
             TypeError: For tensors that are not floating.
-            ValueError: For shapes or devices that differ, an empty batch, timesteps that are not ``[B]``.
+            ValueError: For shapes or devices that differ, an empty batch, timesteps that are not ``[B]`` or that the
+                cache refuses; in training mode, if ``prediction`` has no gradient.
         """
         self.check_inputs(prediction, target, timesteps)
         sample_losses = _sample_losses(prediction, target)
         means = self.cache(timesteps, sample_losses.detach())
-        return _weigh(sample_losses, means, self.sharpness, self.weight)
+        return _weigh(sample_losses, means, self.weight, self.sharpness)
 
     def check_inputs(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> None:
         """Raise what :meth:`forward` would, without computing or recording anything."""
@@ -77,13 +79,14 @@ class AdaptiveRegressionLoss(nn.Module):
         check_batched("prediction", prediction)
         check_timesteps(timesteps, prediction)
         check_same_device("the cache", self.cache.means, "prediction", prediction)
+        check_gradient("prediction", prediction, self.training)
 
     def extra_repr(self) -> str:
-        return f"sharpness={self.sharpness}, weight={self.weight}"
+        return f"weight={self.weight}, sharpness={self.sharpness}"
 
 
 def adaptive_regression_loss(
-    prediction: Tensor, target: Tensor, means: Tensor, sharpness: float = 3.0, weight: float = 2.0
+    prediction: Tensor, target: Tensor, means: Tensor, *, weight: float = 2.0, sharpness: float = 3.0
 ) -> LossOutput:
     r"""Weighted mean squared error (You et al. 2026, Eq. 5 and 7).
 
@@ -98,8 +101,8 @@ def adaptive_regression_loss(
         prediction: ``[B, ...]``, floating.
         target: ``[B, ...]``, same shape and device.
         means: ``[B]``, the mean loss :math:`\bar L_b` that each sample is compared with (:class:`LossMeanCache`).
-        sharpness: :math:`k`, at least 0.
         weight: :math:`w_\mathrm{reg}`, at least 0.
+        sharpness: :math:`k`, at least 0.
 
     Returns:
         LossOutput: ``loss`` scalar; metrics ``weights`` [B] in (0, weight), ``sample_losses`` [B] unweighted, ``means``
@@ -109,14 +112,14 @@ def adaptive_regression_loss(
         TypeError: For tensors that are not floating.
         ValueError: For shapes or devices that differ, an empty batch, or options below 0.
     """
-    _check_options(sharpness, weight)
+    _check_options(weight, sharpness)
     check_same_shape("prediction", prediction, "target", target)
     check_batched("prediction", prediction)
     check_floating("means", means)
     if means.shape != prediction.shape[:1]:
         raise ValueError(f"means must have shape [{prediction.shape[0]}], one per sample, got {list(means.shape)}.")
     check_same_device("means", means, "prediction", prediction)
-    return _weigh(_sample_losses(prediction, target), means, sharpness, weight)
+    return _weigh(_sample_losses(prediction, target), means, weight, sharpness)
 
 
 def _sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
@@ -127,13 +130,13 @@ def _sample_losses(prediction: Tensor, target: Tensor) -> Tensor:
     return errors.sum(dim=1) / errors.shape[1]
 
 
-def _weigh(sample_losses: Tensor, means: Tensor, sharpness: float, weight: float) -> LossOutput:
+def _weigh(sample_losses: Tensor, means: Tensor, weight: float, sharpness: float) -> LossOutput:
     losses, means = sample_losses.detach(), means.detach()
     weights = weight * torch.sigmoid(sharpness * (means - losses))  # Eq. 7: 1 - sigmoid(x) = sigmoid(-x)
     loss = (weights * sample_losses).mean()
     return LossOutput(loss, {"weights": weights, "sample_losses": losses, "means": means})
 
 
-def _check_options(sharpness: float, weight: float) -> None:
-    check_number("sharpness", sharpness, at_least=0)
+def _check_options(weight: float, sharpness: float) -> None:
     check_number("weight", weight, at_least=0)
+    check_number("sharpness", sharpness, at_least=0)

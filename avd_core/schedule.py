@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from avd_core._checks import check_floating, check_number, check_same_shape, check_timesteps
+from avd_core._checks import RangeCheck, check_floating, check_number, check_same_shape, check_timesteps
 
 
 class FlowMatchingSchedule:
@@ -20,6 +20,10 @@ class FlowMatchingSchedule:
     Tensors may have any shape ``[B, ...]``; ``timesteps`` is ``[B]``, integer or floating. Results have the dtype of
     the tensors that come in; ``sigma`` itself is computed in float32 at least.
 
+    Timesteps outside ``[0, num_train_timesteps]``, in another unit say, raise ValueError. They are looked at in every
+    call on a CPU, where that costs nothing, and elsewhere in the first call only, which waits for the device: so make
+    one schedule and keep it.
+
     Args:
         num_train_timesteps: The timestep of pure noise. 1000 for Wan2.1; 1 for code that counts time in [0, 1].
     """
@@ -27,12 +31,20 @@ class FlowMatchingSchedule:
     def __init__(self, num_train_timesteps: float = 1000) -> None:
         check_number("num_train_timesteps", num_train_timesteps, above=0)
         self.num_train_timesteps = num_train_timesteps
+        self._range_check = RangeCheck()
 
     def sigma(self, timesteps: Tensor, like: Tensor) -> Tensor:
         """Noise level of each sample, shaped ``[B, 1, ...]`` to broadcast against ``like``, float32 at least."""
         check_timesteps(timesteps, like)
+        top = self.num_train_timesteps
+        # What rounding in half precision can add to a time is no other unit.
+        if outside := self._range_check.outside(timesteps, -0.01 * top, 1.01 * top):
+            raise ValueError(
+                f"timesteps {outside} lie outside [0, {top:g}]. Pass them in that unit, or say which timestep is pure "
+                "noise in yours with FlowMatchingSchedule(num_train_timesteps=...)."
+            )
         dtype = torch.promote_types(like.dtype, torch.float32)
-        return (timesteps.to(dtype) / self.num_train_timesteps).view(-1, *[1] * (like.ndim - 1))
+        return (timesteps.to(dtype) / top).view(-1, *[1] * (like.ndim - 1))
 
     def add_noise(self, x_0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """``x_t = (1 - sigma) x_0 + sigma noise``."""

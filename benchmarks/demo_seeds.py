@@ -1,8 +1,9 @@
-"""The demo over several seeds: is AVD closer to the real clips than DMD alone?
+"""The demo over several seeds: what its four measures say of AVD and of DMD alone.
 
     .venv/bin/python benchmarks/demo_seeds.py --output runs/seeds
 
-Writes benchmarks/results/demo-seeds.json. The seeds that are reported were never looked at while values were chosen.
+Writes benchmarks/results/demo-seeds.json. ``avd_closer`` in it compares with one draw of the real clips;
+docs/tiny-preset.md says what these measures cannot see.
 """
 
 import json
@@ -13,10 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
-from avd_trainer.config import TrainConfig, load_config
-from avd_trainer.demo import run_demo
-from avd_trainer.distributed import join_ranks
-from avd_trainer.evaluation import ClipMetrics
+from avd_trainer.config.loading import load_config
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.evaluation.clip_metrics import ClipMetrics
+from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.studies.demo import run_demo
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "demo-seeds.json"

@@ -38,15 +38,17 @@ from avd_core import (
 )
 from avd_core.sampling import Denoiser, Interpolator
 from avd_integrations.diffusers import frame_positions
-from avd_trainer.config import ShapesData, TrainConfig, load_config
-from avd_trainer.data.codec import BlockDCTCodec
-from avd_trainer.data.latents import CaptionedLatents, encode_shapes
-from avd_trainer.data.shapes import MovingShapes
+from avd_trainer.config.loading import load_config
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.config.sections import ShapesData
+from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
+from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT, load_clips
-from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
-from avd_trainer.evaluation import evaluate
-from avd_trainer.models import empty_transformer, load_transformer
-from avd_trainer.plan import find_architecture, wan_latent_shape
+from avd_trainer.evaluation.clip_metrics import evaluate
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.models.transformer import empty_transformer, load_transformer
+from avd_trainer.planning.memory import find_architecture, wan_latent_shape
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results"

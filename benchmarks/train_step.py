@@ -27,15 +27,18 @@ import typer
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from avd_trainer import runs
-from avd_trainer.config import TrainConfig, load_config
-from avd_trainer.data.shards import Sample
+from avd_trainer.config.loading import load_config
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.data.shards import Example
 from avd_trainer.data.sources import TrainingData, load_data
-from avd_trainer.distributed import Ranks, join_ranks
-from avd_trainer.models import VelocityModel, empty_transformer, load_models
-from avd_trainer.plan import find_architecture, meta_models, plan, wan_latent_shape
-from avd_trainer.progress import peak_memory
-from avd_trainer.trainer import Metrics, Trainer
+from avd_trainer.models.roles import load_models
+from avd_trainer.models.transformer import VelocityModel, empty_transformer
+from avd_trainer.planning.memory import find_architecture, meta_models, plan, wan_latent_shape
+from avd_trainer.runtime.progress import peak_memory
+from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training import run as runs
+from avd_trainer.training.optimizers import Metrics
+from avd_trainer.training.trainer import Trainer
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,12 +70,12 @@ class RandomClips:
 
     def __init__(self, latent_shape: tuple[int, ...], text_shape: tuple[int, int]) -> None:
         self.text_shape = text_shape
-        self._sample = Sample(torch.randn(latent_shape), torch.randn(text_shape), caption="", source="")
+        self._sample = Example(torch.randn(latent_shape), torch.randn(text_shape), caption="", source="")
 
     def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Example:
         return self._sample
 
     def unconditional(self) -> Tensor:

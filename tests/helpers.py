@@ -106,12 +106,12 @@ def reference_motion(x_BCFHW: list[Any], floor: float = 0.6, eps: float = 1e-6, 
     return weight * max(-math.log(reference_temporal_variance(x_BCFHW) + eps), floor)
 
 
-def reference_matching_gradients(x_0: list[Any], real: list[Any], fake: list[Any], eps: float) -> list[list[float]]:
+def reference_matching_gradients(x_0: list[Any], real: list[Any], online: list[Any], eps: float) -> list[list[float]]:
     """g of Eq. 4 for each sample."""
     gradients = []
-    for x, r, f in zip(map(flatten, x_0), map(flatten, real), map(flatten, fake), strict=True):
+    for x, r, o in zip(map(flatten, x_0), map(flatten, real), map(flatten, online), strict=True):
         normalizer = max(mean([abs(a - b) for a, b in zip(x, r, strict=True)]), eps)
-        gradients.append([(b - a) / normalizer for a, b in zip(r, f, strict=True)])
+        gradients.append([(b - a) / normalizer for a, b in zip(r, o, strict=True)])
     return gradients
 
 

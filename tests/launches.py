@@ -21,7 +21,7 @@ import torch
 from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["avd_trainer.runs", "pytest"])
+_context.set_forkserver_preload(["avd_trainer.training.run", "pytest"])
 
 
 class Launch:

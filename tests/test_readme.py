@@ -39,8 +39,8 @@ def test_the_ten_lines_add_the_losses_to_a_loop() -> None:
 
 def test_the_losses_stand_alone() -> None:
     scope: dict[str, Any] = {"timesteps": torch.tensor([1000, 522])}
-    for name in ("prediction", "target", "x_0", "real_x_0", "fake_x_0"):
-        scope[name] = torch.randn(2, 16, 5, 4, 4)
+    for name in ("prediction", "target", "x_0", "real_x_0", "online_x_0"):
+        scope[name] = torch.randn(2, 16, 5, 4, 4, requires_grad=name in ("prediction", "x_0"))
     exec(BLOCKS[1], scope)
     assert scope["loss"] > 0
 

@@ -42,7 +42,7 @@ class Callback:
         """Restore what :meth:`state_dict` gave."""
 
 
-class CallbackList(Callback):
+class NamedCallbacks(Callback):
     """Several callbacks as one, asked in order.
 
     Args:

@@ -33,9 +33,9 @@ class LatentStatistics:
 
     @classmethod
     @torch.no_grad()
-    def measure(cls, x_0: Tensor, frame_dim: int = 2) -> Self:
+    def measure(cls, x_0: Tensor, *, frame_dim: int = 2) -> Self:
         """Measure samples ``[B, C, F, H, W]`` (``frame_dim=1``: ``[B, F, C, H, W]``), a few dozen of them."""
-        variance = temporal_variance(x_0, frame_dim)
+        variance = temporal_variance(x_0, frame_dim=frame_dim)
         return cls(float(variance), tuple(_channel_std(x_0, frame_dim).tolist()))
 
 
@@ -198,7 +198,7 @@ class CollapseMonitor(Callback):
                     "Measure the reference in the same latent space and with the same frame_dim."
                 )
             self._channel_std = self._channel_std.to(std.device)  # copies once
-            signals["variance"] = temporal_variance(x_0, self.frame_dim) / self.reference.temporal_variance
+            signals["variance"] = temporal_variance(x_0, frame_dim=self.frame_dim) / self.reference.temporal_variance
             signals["saturation"] = (std / self._channel_std).mean()
         if self.regression_weight and (weights := metrics.get("regression/weights")) is not None:
             signals["weight"] = weights.mean() / self.regression_weight

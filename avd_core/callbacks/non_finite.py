@@ -68,7 +68,7 @@ class NonFiniteGuard(Callback):
         watched = {key: metrics[key] for key in self._keys if key in metrics}
         if not watched:
             raise ValueError(f"NonFiniteGuard needs one of the metrics {list(self._keys)}, got {sorted(metrics)}.")
-        bad = torch.stack([(~_whole(value).isfinite()).any().float() for value in watched.values()])
+        bad = torch.stack([(~_gather_full(value).isfinite()).any().float() for value in watched.values()])
         if self.sync_ranks and world_size(self.process_group) > 1:
             bad = sum_over_ranks(bad, self.process_group)
         ranks_by_key = {key: int(count) for key, count in zip(watched, bad.tolist(), strict=True) if count}
@@ -95,7 +95,7 @@ class NonFiniteGuard(Callback):
         self.skipped, self.consecutive = int(state_dict["skipped"]), int(state_dict["consecutive"])
 
 
-def _whole(value: Tensor) -> Tensor:
+def _gather_full(value: Tensor) -> Tensor:
     """Gradient norms of FSDP2 models are sharded; every rank takes part in putting them together."""
-    whole: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return whole
+    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
+    return full

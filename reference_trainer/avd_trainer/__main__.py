@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line, or say what to install."""
     try:
-        from avd_trainer.cli import app
+        from avd_trainer.commands.app import app
     except ModuleNotFoundError as error:
         sys.exit(f'avd needs {error.name}: pip install "avd-core[trainer]"')
     app()

@@ -52,7 +52,7 @@ def test_with_a_target_the_gradients_have_this_ratio(seed, target):
     output = randn(seed, 3, dtype=torch.float32).requires_grad_()
     other = randn(seed + 1, 3, dtype=torch.float32).requires_grad_()
     matching_loss = (other**2).sum()
-    loss, metrics = GradientBalance(target)((output**4).sum(), output, matching_loss, other)
+    loss, metrics = GradientBalance(target=target)((output**4).sum(), output, matching_loss, other)
     held, matching = torch.autograd.grad(loss, output)[0], torch.autograd.grad(matching_loss, other)[0]
     assert (held.norm() / matching.norm()).item() == pytest.approx(target, rel=1e-4)
     assert (metrics["scale"] * metrics["gradient_ratio"]).item() == pytest.approx(target, rel=1e-5)
@@ -62,7 +62,7 @@ def test_the_scale_is_a_constant_of_the_loss():
     # A scale with a gradient would let the student lower its loss by making its gradient large.
     weight = torch.tensor(3.0, requires_grad=True)
     output, other = weight * torch.ones(2), torch.ones(2, requires_grad=True)
-    loss, metrics = GradientBalance(0.5)((output**3).sum(), output, other.sum(), other)
+    loss, metrics = GradientBalance(target=0.5)((output**3).sum(), output, other.sum(), other)
     assert not any(value.requires_grad for value in metrics.values())
     expected = metrics["scale"] * 2 * 3 * weight.detach() ** 2
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
@@ -82,7 +82,7 @@ def test_both_losses_can_be_passed_to_backward_afterwards():
     generator = nn.Linear(3, 2)
     regression_output, matching_output = generator(randn(0, 4, 3).float()), generator(randn(1, 4, 3).float())
     losses = regression_output.square().mean(), matching_output.abs().mean()
-    loss, _ = GradientBalance(1.0)(losses[0], regression_output, losses[1], matching_output)
+    loss, _ = GradientBalance(target=1.0)(losses[0], regression_output, losses[1], matching_output)
     (loss + losses[1]).backward()
     assert generator.weight.grad.isfinite().all()
 
@@ -92,14 +92,14 @@ def test_no_pass_through_the_generator_is_added():
     weight = torch.ones(2, requires_grad=True)
     weight.register_hook(passes.append)
     outputs = [2 * weight, 3 * weight]
-    loss, _ = GradientBalance(1.0)(outputs[0].sum(), outputs[0], outputs[1].sum(), outputs[1])
+    loss, _ = GradientBalance(target=1.0)(outputs[0].sum(), outputs[0], outputs[1].sum(), outputs[1])
     assert not passes
     loss.backward()
     assert len(passes) == 1
 
 
 def test_evaluation_mode_reads_only():
-    balance = GradientBalance(2.0)
+    balance = GradientBalance(target=2.0)
     assert call(balance.eval(), torch.ones(2), torch.ones(2)).metrics["scale"].item() == 1.0  # nothing measured yet
     call(balance.train(), 2 * torch.ones(2), torch.ones(2))
     before = state_of(balance)
@@ -109,7 +109,7 @@ def test_evaluation_mode_reads_only():
 
 
 def test_a_restart_changes_nothing():
-    balance, restarted = GradientBalance(1.0), GradientBalance(1.0)
+    balance, restarted = GradientBalance(target=1.0), GradientBalance(target=1.0)
     for i in range(3):
         call(balance, randn(i, 3), randn(i + 10, 3))
     restarted.load_state_dict(state_of(balance))
@@ -126,7 +126,7 @@ def test_a_restart_changes_nothing():
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("measured", [False, True])
 def test_gradients_that_are_not_finite_never_enter_a_mean(bad, side, measured):
-    balance = GradientBalance(1.0)
+    balance = GradientBalance(target=1.0)
     if measured:
         call(balance, 2 * torch.ones(2), torch.ones(2))
     before = state_of(balance)
@@ -141,7 +141,7 @@ def test_gradients_that_are_not_finite_never_enter_a_mean(bad, side, measured):
 
 def test_a_loss_that_is_not_finite_stays_visible():
     output, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    assert GradientBalance(1.0)(output.sum() * math.nan, output, other.sum(), other).loss.isnan()
+    assert GradientBalance(target=1.0)(output.sum() * math.nan, output, other.sum(), other).loss.isnan()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
@@ -149,7 +149,7 @@ def test_a_loss_that_is_not_finite_stays_visible():
 def test_a_term_without_gradient_leaves_the_loss_alone(size, side):
     # A matching term at weight zero, say: there is nothing to be in a ratio to.
     some, none = size * torch.ones(3), torch.zeros(3)
-    loss, metrics = call(GradientBalance(1.0), *((none, some) if side == "regression" else (some, none)))
+    loss, metrics = call(GradientBalance(target=1.0), *((none, some) if side == "regression" else (some, none)))
     assert metrics["scale"].item() == 1.0
     assert loss.item() == 5.0
 
@@ -205,13 +205,13 @@ def test_a_loss_that_was_not_computed_from_its_output_is_refused(name, wrong):
 
 
 def test_before_the_first_call_the_ratio_is_unknown():
-    metrics = GradientBalance(0.5).eval()(**arguments()).metrics
+    metrics = GradientBalance(target=0.5).eval()(**arguments()).metrics
     assert metrics["gradient_ratio"].isnan()
     assert metrics["scale"] == 1
 
 
 def test_evaluation_mode_needs_no_gradients():
-    balance = GradientBalance(0.5)
+    balance = GradientBalance(target=0.5)
     call(balance, torch.ones(2), torch.ones(2))
     with torch.no_grad():
         loss, metrics = balance.eval()(**arguments())

@@ -38,7 +38,7 @@ def assert_means(cache, expected, rtol=1e-5, atol=1e-4):
 
 @given(iterations, st.sampled_from([0.0, 0.5, 0.95]))
 def test_means_and_returned_values_are_the_reference(batches, decay):
-    cache, reference = LossMeanCache(GRID, decay), ReferenceCache(decay)
+    cache, reference = LossMeanCache(GRID, decay=decay), ReferenceCache(decay)
     for batch in batches:
         expected = [reference.read(timestep, loss) for timestep, loss in batch]
         torch.testing.assert_close(record(cache, batch), torch.tensor(expected), rtol=1e-5, atol=1e-4)
@@ -121,6 +121,35 @@ def test_an_update_without_losses_changes_nothing():
     assert_same_state(state_of(cache), before)
 
 
+def forgotten(caplog):
+    return [record.message for record in caplog.records if "since its last update()" in record.message]
+
+
+def test_a_forgotten_update_is_told_once(caplog):
+    cache = LossMeanCache(GRID, auto_update=False)
+    for _ in range(999):
+        record(cache, [(900, 1.0)])
+    assert not forgotten(caplog)
+    for _ in range(1500):
+        record(cache, [(900, 1.0)])
+    assert len(forgotten(caplog)) == 1
+    assert "Call it once per optimizer step" in forgotten(caplog)[0]
+    cache.update()
+    for _ in range(1500):
+        record(cache, [(900, 1.0)])
+    assert len(forgotten(caplog)) == 1
+
+
+@pytest.mark.parametrize("kind", ["updated", "automatic", "evaluated"])
+def test_nothing_is_told_where_updates_come_or_are_not_needed(caplog, kind):
+    cache = LossMeanCache(GRID, auto_update=kind == "automatic").train(kind != "evaluated")
+    for call in range(2100):
+        record(cache, [(900, 1.0)])
+        if kind == "updated" and call % 900 == 0:
+            cache.update()
+    assert not forgotten(caplog)
+
+
 def test_evaluation_mode_reads_only():
     cache = LossMeanCache(GRID)
     record(cache, [(900, 2.0)])
@@ -135,7 +164,7 @@ def test_evaluation_mode_reads_only():
 
 def test_update_first_shrinks_the_deviation_by_the_decay():
     # The released code's order: with k = 3 and a decay of 0.95 its sharpness is effectively 2.85.
-    paper, released = LossMeanCache(GRID, 0.95), LossMeanCache(GRID, 0.95, order="update_first")
+    paper, released = LossMeanCache(GRID, decay=0.95), LossMeanCache(GRID, decay=0.95, order="update_first")
     for loss in (4.0, 5.5, 2.0, 9.0):
         deviation = loss - record(paper, [(757, loss)]).item()
         assert loss - record(released, [(757, loss)]).item() == pytest.approx(0.95 * deviation, abs=1e-5)
@@ -236,7 +265,7 @@ def test_uniform_puts_a_time_into_its_part_of_the_range(low, width, bins, data):
 
 
 def test_uniform_passes_options_on_and_covers_both_ends():
-    cache = LossMeanCache.uniform(0, 1, 4, 0.5, auto_update=False)
+    cache = LossMeanCache.uniform(0, 1, 4, decay=0.5, auto_update=False)
     assert cache.timesteps.tolist() == [0.125, 0.375, 0.625, 0.875]
     assert (cache.decay, cache.auto_update) == (0.5, False)
     record(cache, [(0.0, 1.0), (1.0, 2.0)])
@@ -259,7 +288,7 @@ def test_uniform_passes_options_on_and_covers_both_ends():
     ids=["to", "half", "bfloat16", "double", "type"],
 )
 def test_buffers_keep_their_dtype_and_values_when_the_model_is_converted(convert):
-    cache = LossMeanCache((1000, 757.3), 0.95)
+    cache = LossMeanCache((1000, 757.3), decay=0.95)
     record(cache, [(1000, 1.001)])  # Neither number is a bfloat16.
     before = state_of(cache)
     model = nn.Sequential(nn.Linear(2, 2), AdaptiveRegressionLoss(cache))
@@ -388,7 +417,8 @@ def test_uniform_refuses_an_empty_range(arguments):
         ([900], torch.ones(1), TypeError, "timesteps must be a torch.Tensor"),
         (torch.tensor([900]), torch.tensor(1.0), ValueError, r"shape \[B\]"),
         (torch.tensor([[900]]), torch.ones(1, 1), ValueError, r"shape \[B\]"),
-        (torch.tensor(900), torch.ones(1), ValueError, r"shape \[1\].*expand"),
+        (torch.tensor(900), torch.ones(1), ValueError, r"shape \[1\].*expand\(1\)"),
+        (torch.full((1, 3), 900), torch.ones(1), ValueError, r"got \[1, 3\]\. Times of single frames are not taken"),
         (torch.tensor([900]), torch.ones(2), ValueError, r"shape \[2\].*got \[1\]"),
         (torch.tensor([[900], [900]]), torch.ones(2), ValueError, r"shape \[2\]"),
         (torch.tensor([900], device="meta"), torch.ones(1), ValueError, r"meta.*cpu.*\.to\(device\)"),
@@ -403,25 +433,34 @@ def test_wrong_input_is_refused_before_anything_changes(timesteps, values, error
     assert_same_state(state_of(cache), before)
 
 
-@pytest.mark.parametrize(
-    ("cache", "timestep"),
-    [
-        (LossMeanCache(GRID), 0.757),  # sigma where t is meant
-        (LossMeanCache((1.0, 0.9, 0.757, 0.522)), 757),  # t where sigma is meant
-        (LossMeanCache.uniform(0, 1, 20), 500),
-        (LossMeanCache(GRID), -1000),
-        (LossMeanCache(GRID), math.inf),
-        (LossMeanCache(GRID), math.nan),
-    ],
-)
+ANOTHER_UNIT = {
+    "sigma for t": (GRID, 0.757, "Multiply times in"),
+    "t for sigma": ((1.0, 0.9, 0.757, 0.522), 757, "Divide them by"),
+    "t for a range of sigma": ([0.1, 0.2, 0.9], 500, "Divide them by"),
+    "t for TrigFlow": ((1.57, 1.0, 0.5), 500, "Pass them in the grid's unit"),
+    "negative": (GRID, -1000, "Pass them in the grid's unit"),
+    "infinite": (GRID, math.inf, "They must be finite"),
+    "infinite for sigma": ((1.0, 0.5), math.inf, "They must be finite"),
+    "not a number": (GRID, math.nan, "They must be finite"),
+}
+
+
+@pytest.mark.parametrize("case", ANOTHER_UNIT)
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_timesteps_in_another_unit_are_refused_on_the_cpu(cache, timestep, order):
+def test_timesteps_in_another_unit_are_refused(case, order):
+    grid, timestep, hint = ANOTHER_UNIT[case]
+    cache = LossMeanCache(grid)
     good = cache.timesteps[0].item()
     timesteps = torch.tensor([timestep, good] if order == "first" else [good, timestep])
     before = state_of(cache)
-    with pytest.raises(ValueError, match=r"outside the cache's grid.*unit"):
+    with pytest.raises(ValueError, match=rf"outside the cache's grid.*\]\. {hint}"):
         cache(timesteps, torch.ones(2))
     assert_same_state(state_of(cache), before)
+
+
+def test_a_range_refuses_times_in_another_unit_too():
+    with pytest.raises(ValueError, match="outside the cache's grid"):
+        LossMeanCache.uniform(0, 1, 20)(torch.tensor([500.0]), torch.ones(1))
 
 
 def test_repr_names_the_options():

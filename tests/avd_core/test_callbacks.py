@@ -14,10 +14,10 @@ from torch import nn
 
 from avd_core import (
     Callback,
-    CallbackList,
     CollapseMonitor,
     EMACallback,
     LatentStatistics,
+    NamedCallbacks,
     NonFiniteError,
     NonFiniteGuard,
 )
@@ -66,12 +66,12 @@ FACTORIES = {
     "EMACallback without warmup": lambda model: EMACallback(model.parameters(), decay=0.9, warmup=False),
     "CollapseMonitor": make_monitor,
     "NonFiniteGuard": lambda model: NonFiniteGuard(max_consecutive=5),
-    "CallbackList": lambda model: CallbackList(
+    "NamedCallbacks": lambda model: NamedCallbacks(
         {
             "guard": NonFiniteGuard(max_consecutive=5),
             "ema": EMACallback(model.parameters()),
             "monitor": make_monitor(model),
-            "inner": CallbackList({"guard": NonFiniteGuard(max_consecutive=7)}),
+            "inner": NamedCallbacks({"guard": NonFiniteGuard(max_consecutive=7)}),
         }
     ),
 }
@@ -162,7 +162,7 @@ def test_going_on_after_a_restart_gives_the_same_as_not_stopping(name, stop):
         assert whole.callback.findings
 
 
-# --- CallbackList
+# --- NamedCallbacks
 
 
 class Recorder(Callback):
@@ -180,25 +180,25 @@ class Recorder(Callback):
 def test_a_list_asks_every_callback_in_order_even_after_a_refusal():
     # An answer can be a collective: a callback that is asked on one rank and not on another would wait forever.
     log = []
-    callbacks = CallbackList({"a": Recorder(log, "a"), "b": Recorder(log, "b", False), "c": Recorder(log, "c")})
+    callbacks = NamedCallbacks({"a": Recorder(log, "a"), "b": Recorder(log, "b", False), "c": Recorder(log, "c")})
     assert callbacks.before_step(7, {}) is False
     callbacks.after_step(7, {})
     assert log == [(hook, name, 7) for hook in ("before", "after") for name in "abc"]
 
 
 def test_an_empty_list_lets_every_step_pass():
-    assert CallbackList({}).before_step(0, {}) is True
+    assert NamedCallbacks({}).before_step(0, {}) is True
 
 
 def test_a_list_refuses_what_is_no_callback():
     with pytest.raises(TypeError, match="callback 'print' must be a Callback, got builtin_function_or_method"):
-        CallbackList({"print": print})
+        NamedCallbacks({"print": print})
 
 
 def test_a_list_refuses_the_state_of_other_callbacks():
-    saved = CallbackList({"guard": NonFiniteGuard()}).state_dict()
+    saved = NamedCallbacks({"guard": NonFiniteGuard()}).state_dict()
     with pytest.raises(ValueError, match=r"\['guard'\].*\['monitor'\].*Construct the same callbacks"):
-        CallbackList({"monitor": make_monitor(None)}).load_state_dict(saved)
+        NamedCallbacks({"monitor": make_monitor(None)}).load_state_dict(saved)
 
 
 # --- EMACallback

@@ -3,13 +3,21 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from avd_core import AVDConfig, AVDObjective, MotionConfig, RegressionConfig
+from avd_core import AVDConfig, AVDObjective, BalanceConfig, MotionConfig, RegressionConfig
 
 PAPER = {
     "timesteps": (1000, 900, 757, 522),
-    "regression": {"weight": 2.0, "sharpness": 3.0, "decay": 0.95, "order": "weight_first", "auto_update": True},
-    "motion": {"weight": 0.05, "floor": 0.6, "eps": 1e-6, "frame_dim": 2, "sync_ranks": False},
+    "regression": {
+        "weight": 2.0,
+        "sharpness": 3.0,
+        "decay": 0.95,
+        "order": "weight_first",
+        "auto_update": True,
+        "sync_ranks": True,
+    },
+    "motion": {"weight": 0.05, "floor": 0.6, "eps": 1e-6, "frame_dim": 2, "channels": None, "sync_ranks": True},
     "gradient_ratio": None,
+    "balance": {"decay": 0.9, "sync_ranks": True},
 }
 
 
@@ -18,11 +26,11 @@ def test_the_defaults_are_the_papers():
     assert AVDConfig.paper() == AVDConfig()
 
 
-def test_the_released_code_departs_in_three_values():
+def test_the_released_code_departs_in_four_values():
     expected = {
         **PAPER,
         "regression": {**PAPER["regression"], "weight": 1.0, "order": "update_first"},
-        "motion": {**PAPER["motion"], "floor": 0.8},
+        "motion": {**PAPER["motion"], "floor": 0.8, "sync_ranks": False},
     }
     assert AVDConfig.released_code().model_dump() == expected
 
@@ -38,7 +46,7 @@ def test_parts_may_be_given_as_dictionaries():
     assert config.motion is None
 
 
-@pytest.mark.parametrize("model", [AVDConfig, RegressionConfig, MotionConfig])
+@pytest.mark.parametrize("model", [AVDConfig, RegressionConfig, MotionConfig, BalanceConfig])
 def test_every_field_is_described(model):
     for name, field in model.model_fields.items():
         assert field.description, f"{model.__name__}.{name} has no docstring"
@@ -57,7 +65,9 @@ def test_every_field_is_described(model):
         (MotionConfig, {"weight": -1}, "weight"),
         (MotionConfig, {"floor": math.nan}, "floor"),
         (MotionConfig, {"eps": 0}, "eps"),
+        (MotionConfig, {"channels": 0}, "channels"),
         (MotionConfig, {"treshold": 0.6}, "treshold"),
+        (BalanceConfig, {"decay": 1}, "decay"),
         (AVDConfig, {"timesteps": ()}, "timesteps"),
         (AVDConfig, {"timesteps": (1000, 522, 757)}, "strictly falling or strictly rising"),
         (AVDConfig, {"timesteps": (1000, 1000)}, "strictly falling or strictly rising"),

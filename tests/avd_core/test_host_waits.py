@@ -1,10 +1,12 @@
 """A forward that waits for the GPU stalls the whole loop. None of them may; callbacks say when they do."""
 
 import contextlib
+import math
 import warnings
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import avd_core
 from avd_core import (
@@ -17,6 +19,7 @@ from avd_core import (
     NonFiniteGuard,
     shift_timesteps,
 )
+from avd_core._checks import RangeCheck
 from helpers import LOSSES, NoHostWait
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -24,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 def balance_call(device):
     outputs = [torch.randn(2, 3, device=device, requires_grad=True) for _ in range(2)]
-    return GradientBalance(0.5).to(device), [outputs[0].square().sum(), outputs[0], outputs[1].sum(), outputs[1]]
+    return GradientBalance(target=0.5).to(device), [outputs[0].square().sum(), outputs[0], outputs[1].sum(), outputs[1]]
 
 
 def schedule_calls(device):
@@ -34,6 +37,44 @@ def schedule_calls(device):
     schedule.velocity_to_x_0(x, x, t)
     schedule.x_0_to_velocity(x, x, t)
     shift_timesteps(t, 5.0)
+
+
+class Looks(TorchFunctionMode):
+    """Counts how often values are brought to the host, on any device."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += func in {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__float__}
+        return func(*args, **(kwargs or {}))
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor with values that says it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_timesteps_elsewhere_are_looked_at_until_they_are_right_once():
+    check, good = RangeCheck(), torch.tensor([1.0, 2.0]).as_subclass(Elsewhere)
+    wrong = torch.tensor([1.0, 5.0, math.nan]).as_subclass(Elsewhere)
+    for _ in range(2):
+        assert str(check.outside(wrong, 0, 3)) == "[5.0, nan]"
+    with Looks() as looks:
+        assert check.outside(good, 0, 3) == []
+    assert looks.count == 1
+    with Looks() as looks:
+        assert check.outside(wrong, 0, 3) == []
+    assert looks.count == 0
+
+
+def test_timesteps_on_the_cpu_are_always_looked_at():
+    check = RangeCheck()
+    for _ in range(2):
+        assert check.outside(torch.tensor([1.0]), 0, 3) == []
+        assert check.outside(torch.tensor([4.0]), 0, 3) == [4.0]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -65,8 +106,8 @@ def test_no_reduction_over_ranks_reads_a_value(monkeypatch):
     balance, arguments = balance_call("meta")
     regression = LOSSES["regression"].make().to("meta")
     regression_inputs = LOSSES["regression"].inputs(0, torch.float32, "meta")
-    motion = ClippedTemporalVarianceLoss(sync_ranks=True)
-    x_0 = torch.ones(1, 2, 3, 4, 4, device="meta")
+    motion = ClippedTemporalVarianceLoss()
+    x_0 = torch.ones(1, 2, 3, 4, 4, device="meta", requires_grad=True)
     with NoHostWait():
         assert balance(*arguments).loss.is_meta
         assert regression(*regression_inputs).loss.is_meta
@@ -117,6 +158,7 @@ def refuse_waits():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_loss_waits_for_a_gpu(name, dtype):
     module = LOSSES[name].make().cuda()
+    module(*LOSSES[name].inputs(0, dtype, "cuda"))  # looks at the timesteps
     for seed in range(2):
         inputs = LOSSES[name].inputs(seed, dtype, "cuda")
         with refuse_waits():
@@ -131,9 +173,20 @@ def test_no_balance_or_schedule_waits_for_a_gpu():
         loss = balance(*arguments).loss
     assert loss.isfinite()
     x, t = torch.ones(2, 3, device="cuda"), torch.ones(2, device="cuda")
+    schedule = FlowMatchingSchedule()
+    schedule.add_noise(x, x, t)  # looks at the timesteps
     with refuse_waits():
-        x_t = FlowMatchingSchedule().add_noise(x, x, t)
+        x_t = schedule.add_noise(x, x, t)
     assert x_t.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_the_first_call_on_a_gpu_refuses_timesteps_in_another_unit():
+    cache = LossMeanCache((1000, 900)).cuda()
+    with pytest.raises(ValueError, match="outside the cache's grid"):
+        cache(torch.tensor([0.9], device="cuda"), torch.ones(1, device="cuda"))
+    with pytest.raises(ValueError, match="lie outside"):
+        FlowMatchingSchedule(1).sigma(torch.tensor([900.0], device="cuda"), torch.ones(1, 2, device="cuda"))
 
 
 @pytest.mark.gpu

@@ -27,11 +27,11 @@ def gradient_of(x_0, **options):
 @given(seeds, shapes, st.floats(-3, 3), st.floats(1e-6, 1), st.floats(0, 2), st.floats(0.05, 5))
 def test_the_loss_is_the_reference(seed, shape, floor, eps, weight, scale):
     x_0 = scale * randn(seed, *shape)
-    loss, metrics = clipped_temporal_variance_loss(x_0, floor, eps, weight)
+    loss, metrics = clipped_temporal_variance_loss(x_0, floor=floor, eps=eps, weight=weight)
     variance = reference_temporal_variance(x_0.tolist())
     assert loss.item() == pytest.approx(reference_motion(x_0.tolist(), floor, eps, weight), rel=1e-9)
     assert metrics["variance"].item() == pytest.approx(variance, rel=1e-9)
-    assert metrics["unclipped"].item() == pytest.approx(-math.log(variance + eps), rel=1e-9)
+    assert metrics["temporal_loss"].item() == pytest.approx(-math.log(variance + eps), rel=1e-9)
 
 
 @pytest.mark.parametrize("shape", LAYOUTS)
@@ -85,18 +85,17 @@ def test_frame_dim_names_the_frames(seed, shape):
     expected = clipped_temporal_variance_loss(x_BCFHW, floor=-9.0).loss
     gradient = gradient_of(x_BCFHW, floor=-9.0)
     for x_0, frame_dim in ((x_BCFHW, -3), (x_BFCHW, 1), (x_BFCHW, -4), (x_BFCHW.contiguous(), 1)):
-        torch.testing.assert_close(
-            ClippedTemporalVarianceLoss(floor=-9.0, frame_dim=frame_dim)(x_0).loss, expected, rtol=1e-9, atol=0
-        )
+        module = ClippedTemporalVarianceLoss(floor=-9.0, frame_dim=frame_dim).eval()
+        torch.testing.assert_close(module(x_0).loss, expected, rtol=1e-9, atol=0)
         actual = gradient_of(x_0, floor=-9.0, frame_dim=frame_dim)
         torch.testing.assert_close(actual if x_0 is x_BCFHW else actual.transpose(1, 2), gradient)
 
 
 def test_the_module_passes_every_option_on():
     x_0 = randn(0, 2, 3, 4, 2, 2)
-    module = ClippedTemporalVarianceLoss(floor=-2.0, eps=0.5, weight=3.0, frame_dim=3)
-    expected = clipped_temporal_variance_loss(x_0, -2.0, 0.5, 3.0, 3)
-    assert module(x_0).loss == expected.loss
+    module = ClippedTemporalVarianceLoss(weight=3.0, floor=-2.0, eps=0.5, frame_dim=3)
+    expected = clipped_temporal_variance_loss(x_0, weight=3.0, floor=-2.0, eps=0.5, frame_dim=3)
+    assert module.eval()(x_0).loss == expected.loss
     assert expected.loss.item() == pytest.approx(
         reference_motion(x_0.movedim(3, 2).tolist(), floor=-2.0, eps=0.5, weight=3.0)
     )
@@ -108,12 +107,12 @@ def test_the_module_passes_every_option_on():
 @given(seeds, shapes)
 def test_the_gradient_is_exactly_zero_at_the_floor_and_below(seed, shape):
     x_0 = randn(seed, *shape)
-    unclipped = clipped_temporal_variance_loss(x_0).metrics["unclipped"].item()
-    for floor in (unclipped, math.nextafter(unclipped, math.inf), unclipped + 1):
+    temporal_loss = clipped_temporal_variance_loss(x_0).metrics["temporal_loss"].item()
+    for floor in (temporal_loss, math.nextafter(temporal_loss, math.inf), temporal_loss + 1):
         assert not gradient_of(x_0, floor=floor).any()
-        assert clipped_temporal_variance_loss(x_0, floor, weight=1.0).loss.item() == floor
-    just_below = math.nextafter(unclipped, -math.inf)
-    assert clipped_temporal_variance_loss(x_0, just_below, weight=1.0).loss.item() == unclipped
+        assert clipped_temporal_variance_loss(x_0, floor=floor, weight=1.0).loss.item() == floor
+    just_below = math.nextafter(temporal_loss, -math.inf)
+    assert clipped_temporal_variance_loss(x_0, floor=just_below, weight=1.0).loss.item() == temporal_loss
     torch.testing.assert_close(gradient_of(x_0, floor=just_below), gradient_of(x_0, floor=-99.0), rtol=0, atol=0)
     assert gradient_of(x_0, floor=just_below).any()
 
@@ -121,9 +120,9 @@ def test_the_gradient_is_exactly_zero_at_the_floor_and_below(seed, shape):
 @given(seeds, st.floats(1e-9, 1e-3))
 def test_the_value_is_continuous_at_the_floor(seed, step):
     x_0 = randn(seed, 2, 2, 3, 2, 2)
-    floor = clipped_temporal_variance_loss(x_0).metrics["unclipped"].item()
+    floor = clipped_temporal_variance_loss(x_0).metrics["temporal_loss"].item()
     for moved in (x_0 * (1 - step), x_0 * (1 + step)):
-        loss = clipped_temporal_variance_loss(moved, floor, weight=1.0).loss.item()
+        loss = clipped_temporal_variance_loss(moved, floor=floor, weight=1.0).loss.item()
         assert floor <= loss <= floor + 2.01 * step
 
 
@@ -202,7 +201,7 @@ def test_a_bad_number_shows_in_the_loss_and_is_not_clipped_away(bad, floor, wher
     # 1e30 is finite, its square is not: the loss would be minus infinity, far below any floor.
     x_0 = randn(0, 2, 1, 3, 2, 2, dtype=torch.float32)
     x_0.view(-1)[where] = bad
-    assert not clipped_temporal_variance_loss(x_0, floor).loss.isfinite()
+    assert not clipped_temporal_variance_loss(x_0, floor=floor).loss.isfinite()
 
 
 def test_a_sample_that_stands_still_has_a_finite_loss_and_gradient():
@@ -254,6 +253,7 @@ WRONG = {
     "no batch dimension": (torch.ones(4), 0, ValueError, "batch dimension and at least one more"),
     "frames along the batch": (torch.ones(2, 3, 4), 0, ValueError, "other than the batch's, got 0"),
     "frames along the batch, from behind": (torch.ones(2, 3, 4), -3, ValueError, "other than the batch's, got -3"),
+    "images and no frame_dim": (torch.ones(2, 3, 4, 4), None, ValueError, r"must be \[B, C, F, H, W\].*frame_dim"),
     "no such dimension": (torch.ones(2, 3, 4), 3, ValueError, "must name a dimension"),
 }
 
@@ -263,6 +263,42 @@ def test_wrong_input_is_refused_before_anything_happens(x_0, frame_dim, error, m
     for function in (temporal_variance, clipped_temporal_variance_loss):
         with pytest.raises(error, match=message), NoArithmetic():
             function(x_0, frame_dim=frame_dim)
+
+
+def test_samples_without_gradient_are_refused_in_training_only():
+    x_0, motion = randn(0, 1, 2, 3, 2, 2), ClippedTemporalVarianceLoss()
+    with pytest.raises(ValueError, match="x_0 has no gradient, so its term could change nothing"), NoArithmetic():
+        motion(x_0)
+    with torch.no_grad():
+        expected = motion(x_0).loss
+    assert motion.eval()(x_0).loss == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "frame_dim"),
+    [((1, 16, 3, 2, 2), None), ((1, 16, 3, 2, 2), -3), ((1, 3, 16, 2, 2), 1), ((1, 16, 2, 2, 3), 4), ((1, 16, 3), 2)],
+)
+def test_channels_are_found_in_the_layout(shape, frame_dim):
+    x_0 = randn(0, *shape)
+    expected = clipped_temporal_variance_loss(x_0, frame_dim=frame_dim).loss
+    assert clipped_temporal_variance_loss(x_0, frame_dim=frame_dim, channels=16).loss == expected
+    with (
+        pytest.raises(ValueError, match=r"channels=8 are expected.*which has 16\. Is it in another layout"),
+        NoArithmetic(),
+    ):
+        clipped_temporal_variance_loss(x_0, frame_dim=frame_dim, channels=8)
+
+
+@pytest.mark.parametrize(("shape", "frame_dim", "right"), [((1, 3, 16, 2, 2), None, 1), ((1, 16, 3, 2, 2), 1, 2)])
+def test_swapped_frames_and_channels_are_told(shape, frame_dim, right):
+    motion = ClippedTemporalVarianceLoss(frame_dim=frame_dim, channels=16)
+    with pytest.raises(ValueError, match=f"which has 3. Frames and channels look swapped: pass frame_dim={right}"):
+        motion(randn(0, *shape).requires_grad_())
+
+
+def test_samples_without_channels_are_refused_where_some_are_expected():
+    with pytest.raises(ValueError, match="which has no such dimension"):
+        clipped_temporal_variance_loss(randn(0, 2, 3), frame_dim=1, channels=16)
 
 
 @pytest.mark.parametrize(
@@ -281,16 +317,16 @@ def test_wrong_input_is_refused_before_anything_happens(x_0, frame_dim, error, m
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ClippedTemporalVarianceLoss(**options)
-    x_0 = torch.ones(1, 2, 3)
+    x_0 = torch.ones(1, 2, 3, 1, 1)
     with pytest.raises(ValueError, match=message), NoArithmetic():
         clipped_temporal_variance_loss(x_0, **options)
 
 
 def test_metrics_are_detached():
-    output = clipped_temporal_variance_loss(randn(0, 1, 2, 3).requires_grad_(), floor=-9.0)
+    output = clipped_temporal_variance_loss(randn(0, 1, 2, 3, 1, 1).requires_grad_(), floor=-9.0)
     assert output.loss.requires_grad
     assert not any(value.requires_grad for value in output.metrics.values())
 
 
 def test_repr_names_the_options():
-    assert "floor=0.6, eps=1e-06, weight=0.05, frame_dim=2" in repr(ClippedTemporalVarianceLoss())
+    assert "weight=0.05, floor=0.6, eps=1e-06, frame_dim=None" in repr(ClippedTemporalVarianceLoss())

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avd_core import AVDConfig, AVDObjective, MotionConfig, RegressionConfig
+from avd_core import AVDConfig, AVDObjective, BalanceConfig, MotionConfig, RegressionConfig
 from helpers import (
     GRID,
     NoArithmetic,
@@ -75,17 +75,19 @@ def test_the_default_is_the_papers_objective(seed, batches):
 def test_every_option_of_the_configuration_arrives():
     config = AVDConfig(
         timesteps=(8, 4),
-        regression=RegressionConfig(weight=1.5, sharpness=0.5, decay=0.25, order="update_first"),
-        motion=MotionConfig(weight=0.7, floor=-3.0, eps=0.1, frame_dim=1, sync_ranks=True),
+        regression=RegressionConfig(weight=1.5, sharpness=0.5, decay=0.25, order="update_first", sync_ranks=False),
+        motion=MotionConfig(weight=0.7, floor=-3.0, eps=0.1, frame_dim=1, channels=3, sync_ranks=False),
         gradient_ratio=0.4,
+        balance=BalanceConfig(decay=0.3, sync_ranks=False),
     )
     objective = AVDObjective(config)
     regression, motion, cache = objective.regression, objective.motion, objective.regression.cache
     assert objective.config is config
     assert (regression.weight, regression.sharpness) == (1.5, 0.5)
     assert (cache.timesteps.tolist(), cache.decay, cache.order) == ([8, 4], 0.25, "update_first")
-    assert (motion.weight, motion.floor, motion.eps, motion.frame_dim, motion.sync_ranks) == (0.7, -3.0, 0.1, 1, True)
-    assert objective.balance.target == 0.4
+    assert (motion.weight, motion.floor, motion.eps, motion.frame_dim, motion.channels) == (0.7, -3.0, 0.1, 1, 3)
+    assert (objective.balance.target, objective.balance.decay) == (0.4, 0.3)
+    assert [part.sync_ranks for part in (cache, motion, objective.balance)] == [False] * 3
     assert AVDObjective(AVDConfig(regression=RegressionConfig(auto_update=False))).regression.cache.auto_update is False
 
 
@@ -119,7 +121,7 @@ def test_the_names_of_metrics_and_state_are_pinned():
         "balance/gradient_ratio",
         "balance/scale",
         "motion/loss",
-        "motion/unclipped",
+        "motion/temporal_loss",
         "motion/variance",
         "regression/loss",
         "regression/means",
@@ -225,6 +227,9 @@ def test_missing_arguments_are_named_before_anything_happens(config, missing, me
 
 
 WRONG = {
+    "images": ({"x_0": torch.ones(1, 2, 4, 4)}, ValueError, r"x_0 must be \[B, C, F, H, W\].*Images have no motion"),
+    "detached samples": ({"x_0": torch.ones(1, 2, 3, 4, 4)}, ValueError, "x_0 has no gradient"),
+    "detached prediction": ({"prediction": torch.ones(3, 2, 3, 2, 2)}, ValueError, "prediction has no gradient"),
     "a single frame": ({"x_0": torch.ones(1, 2, 1, 4, 4)}, ValueError, "at least 2 frames"),
     "integer samples": ({"x_0": torch.ones(1, 2, 3, dtype=torch.int)}, TypeError, "x_0 must be a floating"),
     "shapes differ": ({"prediction": torch.ones(3, 2)}, ValueError, "prediction and target must have the same shape"),
@@ -319,6 +324,40 @@ def test_a_failed_pass_over_clips_leaves_the_cache_alone():
             inputs.prediction.detach(), inputs.target, inputs.timesteps, **matching()
         )  # after the matching loss, which is fine
     assert_same_state(state_of(objective), before)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("part", [None, "regression", "motion"])
+def test_the_few_steps_can_be_drawn_from(part, device):
+    config = AVDConfig(timesteps=(1000, 757.3), **({part: None} if part else {}))
+    timesteps = AVDObjective(config).to(device, torch.bfloat16).timesteps
+    assert (timesteps.dtype, timesteps.device.type) == (torch.float32, device)
+    assert timesteps.shape == (2,)
+    if device == "cpu":
+        assert timesteps.tolist() == pytest.approx([1000, 757.3])  # no bfloat16
+
+
+def test_update_ends_the_step_of_several_forwards_and_nothing_else():
+    one = AVDObjective(AVDConfig(regression=RegressionConfig(auto_update=False)))
+    for seed in range(2):
+        one(*draw(seed))
+    assert not one.regression.cache.seen.any()
+    one.update()
+    assert one.regression.cache.seen.tolist() == [True, False, False, True]
+    automatic = AVDObjective()
+    automatic(*draw())
+    before = state_of(automatic)
+    automatic.update()
+    assert_same_state(state_of(automatic), before)
+    AVDObjective(AVDConfig(regression=None)).update()
+
+
+def test_channels_catch_a_swapped_layout():
+    objective = AVDObjective(AVDConfig(regression=None, motion=MotionConfig(channels=2)))
+    x_0 = draw().x_0
+    objective(x_0)
+    with pytest.raises(ValueError, match=r"channels=2 .* dimension 1 .*which has 3\. Frames and channels look swapped"):
+        objective(x_0.transpose(1, 2))
 
 
 def test_a_mapping_is_no_configuration() -> None:

@@ -1,6 +1,7 @@
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import pytest
 import torch
 
 import avd_core
+from helpers import LOSSES
 
 PUBLIC = [
     "AVDConfig",
     "AVDObjective",
     "AdaptiveRegressionLoss",
+    "BalanceConfig",
     "Callback",
-    "CallbackList",
     "ClippedTemporalVarianceLoss",
     "CollapseFinding",
     "CollapseMonitor",
@@ -30,6 +32,7 @@ PUBLIC = [
     "LossMeanCache",
     "LossOutput",
     "MotionConfig",
+    "NamedCallbacks",
     "NonFiniteError",
     "NonFiniteGuard",
     "RegressionConfig",
@@ -70,28 +73,91 @@ def test_every_public_name_is_documented_where_it_is_defined(name):
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        ("adaptive_regression_loss", "prediction target means sharpness weight"),
-        ("clipped_temporal_variance_loss", "x_0 floor eps weight frame_dim sync_ranks process_group"),
-        ("distribution_matching_loss", "x_0 real_x_0 fake_x_0 weight eps"),
-        ("derive_floor", "x_0 frame_dim margin"),
+        ("adaptive_regression_loss", "prediction target means * weight sharpness"),
+        (
+            "clipped_temporal_variance_loss",
+            "x_0 * weight floor eps frame_dim channels sync_ranks process_group",
+        ),
+        ("distribution_matching_loss", "x_0 real_x_0 online_x_0 * weight eps"),
+        ("derive_floor", "x_0 * margin frame_dim"),
+        ("temporal_variance", "x_0 * frame_dim"),
         ("shift_timesteps", "timesteps shift num_train_timesteps"),
-        ("AdaptiveRegressionLoss", "cache sharpness weight"),
-        ("ClippedTemporalVarianceLoss", "floor eps weight frame_dim sync_ranks process_group"),
-        ("DistributionMatchingLoss", "weight eps"),
-        ("LossMeanCache", "timesteps decay order auto_update sync_ranks process_group"),
-        ("GradientBalance", "target decay sync_ranks process_group"),
-        ("EMACallback", "parameters decay warmup"),
-        ("NonFiniteGuard", "max_consecutive name sync_ranks process_group"),
+        ("AdaptiveRegressionLoss", "cache * weight sharpness"),
+        ("ClippedTemporalVarianceLoss", "* weight floor eps frame_dim channels sync_ranks process_group"),
+        ("DistributionMatchingLoss", "* weight eps"),
+        ("LossMeanCache", "timesteps * decay order auto_update sync_ranks process_group"),
+        ("GradientBalance", "* target decay sync_ranks process_group"),
+        ("EMACallback", "parameters decay * warmup"),
+        ("NonFiniteGuard", "max_consecutive * name sync_ranks process_group"),
     ],
 )
 def test_names_and_order_of_arguments_are_pinned(function, parameters):
-    assert list(inspect.signature(getattr(avd_core, function)).parameters) == parameters.split()
+    pinned = parameters.split()
+    keyword_only = len(pinned)
+    if "*" in pinned:
+        keyword_only = pinned.index("*")
+        pinned.remove("*")
+    signature = inspect.signature(getattr(avd_core, function)).parameters
+    assert list(signature) == pinned
+    assert [name for name, p in signature.items() if p.kind is p.KEYWORD_ONLY] == pinned[keyword_only:]
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ("RegressionConfig", ("AdaptiveRegressionLoss", "LossMeanCache")),
+        ("MotionConfig", ("ClippedTemporalVarianceLoss",)),
+        ("BalanceConfig", ("GradientBalance",)),
+    ],
+)
+def test_an_option_has_one_default_and_one_order_everywhere(config, parts):
+    config = getattr(avd_core, config)()
+    options = {}
+    for part in parts:
+        signature = inspect.signature(getattr(avd_core, part)).parameters.values()
+        options |= {p.name: p.default for p in signature if p.kind is p.KEYWORD_ONLY}
+    # What no file can hold, what the configuration of the whole says, and what five dimensions need not be told.
+    options = {k: v for k, v in options.items() if k not in ("process_group", "target")}
+    configured = config.model_dump()
+    assert configured.pop("frame_dim", 2) == 2
+    assert options.pop("frame_dim", None) is None
+    assert configured == options
+    assert list(configured) == list(options)
+
+
+def test_ranks_are_synchronised_by_default_everywhere():
+    names = set(avd_core.__all__) - {"NonFiniteError"}  # an exception, which has no signature
+    signatures = {name: inspect.signature(getattr(avd_core, name)).parameters for name in names}
+    defaults = {name: p["sync_ranks"].default for name, p in signatures.items() if "sync_ranks" in p}
+    assert len(defaults) == 8
+    assert set(defaults.values()) == {True}
 
 
 def test_a_loss_unpacks_into_value_and_metrics():
-    loss, metrics = avd_core.temporal_variance(torch.randn(1, 2, 3)), {}
+    loss, metrics = avd_core.temporal_variance(torch.randn(1, 2, 3, 1, 1)), {}
     assert avd_core.LossOutput(loss, metrics) == (loss, metrics)
     assert avd_core.LossOutput._fields == ("loss", "metrics")
+
+
+def test_scalars_are_means_as_python_numbers():
+    metrics = {
+        "weights": torch.tensor([1.0, 2.0, 6.0]),
+        "variance": torch.tensor(0.5, dtype=torch.float64),
+        "ratio": torch.tensor(float("nan")),
+    }
+    scalars = avd_core.LossOutput(torch.tensor(0.0), metrics).scalars()
+    assert list(scalars) == list(metrics)
+    assert all(type(value) is float for value in scalars.values())
+    assert (scalars["weights"], scalars["variance"]) == (3.0, 0.5)
+    assert scalars["ratio"] != scalars["ratio"]
+    assert avd_core.LossOutput(torch.tensor(0.0), {}).scalars() == {}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_scalars_of_every_loss_go_to_a_logger(name):
+    scalars = LOSSES[name].make()(*LOSSES[name].inputs(0, torch.float32)).scalars()
+    assert scalars
+    assert json.loads(json.dumps(scalars)) == scalars
 
 
 def test_importing_the_package_imports_none_of_the_extras():

@@ -29,7 +29,9 @@ def weight_at(deviation, *, loss=9.0, sharpness=3.0, weight=2.0):
     """The weight of one sample whose loss lies ``deviation`` above its mean."""
     prediction = torch.tensor([[math.sqrt(loss)]], dtype=torch.float64)
     means = torch.tensor([loss - deviation], dtype=torch.float64)
-    output = adaptive_regression_loss(prediction, torch.zeros_like(prediction), means, sharpness, weight)
+    output = adaptive_regression_loss(
+        prediction, torch.zeros_like(prediction), means, weight=weight, sharpness=sharpness
+    )
     return output.metrics["weights"].item()
 
 
@@ -39,7 +41,7 @@ def weight_at(deviation, *, loss=9.0, sharpness=3.0, weight=2.0):
 @given(seeds, shapes, st.floats(0, 4), st.floats(0, 5))
 def test_the_function_is_the_reference(seed, shape, sharpness, weight):
     prediction, target, means = randn(seed, *shape), randn(seed + 1, *shape), randn(seed + 2, shape[0]).abs()
-    loss, metrics = adaptive_regression_loss(prediction, target, means, sharpness, weight)
+    loss, metrics = adaptive_regression_loss(prediction, target, means, weight=weight, sharpness=sharpness)
     p, y, m = prediction.tolist(), target.tolist(), means.tolist()
     losses = reference_sample_losses(p, y)
     assert loss.item() == pytest.approx(reference_regression(p, y, m, sharpness, weight), rel=1e-10)
@@ -50,10 +52,11 @@ def test_the_function_is_the_reference(seed, shape, sharpness, weight):
 
 @given(seeds, st.lists(st.lists(st.sampled_from(GRID), min_size=1, max_size=4), min_size=1, max_size=5))
 def test_the_module_over_several_steps_is_the_reference(seed, batches):
-    regression, reference = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.8), 3.0, 2.0), ReferenceCache(0.8)
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID, decay=0.8), weight=2.0, sharpness=3.0)
+    reference = ReferenceCache(0.8)
     for step, timesteps in enumerate(batches):
         prediction, target = (randn(seed + 2 * step + i, len(timesteps), 2, 3) for i in range(2))
-        loss, metrics = regression(prediction, target, torch.tensor(timesteps))
+        loss, metrics = regression(prediction.requires_grad_(), target, torch.tensor(timesteps))
         p, y = prediction.tolist(), target.tolist()
         losses = reference_sample_losses(p, y)
         means = [reference.read(*sample) for sample in zip(timesteps, losses, strict=True)]
@@ -86,10 +89,10 @@ def test_sharpness_zero_is_plain_regression_at_half_the_weight():
 
 
 def test_the_released_codes_order_acts_like_a_smaller_sharpness():
-    prediction, target, timesteps = randn(0, 1, 4), randn(1, 1, 4), torch.tensor([900])
+    prediction, target, timesteps = randn(0, 1, 4).requires_grad_(), randn(1, 1, 4), torch.tensor([900])
     weights = {}
     for order, sharpness in (("update_first", 3.0), ("weight_first", 2.85)):
-        regression = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.95, order=order), sharpness)
+        regression = AdaptiveRegressionLoss(LossMeanCache(GRID, decay=0.95, order=order), sharpness=sharpness)
         regression(prediction, target, timesteps)
         weights[order] = regression(2 * prediction, target, timesteps).metrics["weights"]
     torch.testing.assert_close(weights["update_first"], weights["weight_first"], rtol=1e-5, atol=0)
@@ -118,7 +121,9 @@ def test_gradcheck():
     # With sharpness 0 the weights are constant, so finite differences see what the gradient is meant to be.
     target, means = randn(1, 2, 3, 2), randn(2, 2)
     prediction = randn(0, 2, 3, 2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda p: adaptive_regression_loss(p, target, means, 0.0).loss, (prediction,))
+    assert torch.autograd.gradcheck(
+        lambda p: adaptive_regression_loss(p, target, means, sharpness=0.0).loss, (prediction,)
+    )
 
 
 def test_metrics_are_detached():
@@ -138,7 +143,7 @@ def test_the_order_of_samples_does_not_matter(seed, order):
     outcomes = []
     for indices in (list(range(5)), order):
         regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
-        regression(prediction.detach() / 2, target, timesteps)
+        regression(prediction / 2, target, timesteps)
         loss = regression(prediction[indices], target[indices], timesteps[indices]).loss
         outcomes.append((loss, torch.autograd.grad(loss, prediction)[0], regression.cache.means))
     torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-5, atol=1e-6)
@@ -147,8 +152,8 @@ def test_the_order_of_samples_does_not_matter(seed, order):
 @given(seeds, st.lists(st.booleans(), min_size=5, max_size=5))
 def test_any_split_into_micro_batches_has_the_loss_gradient_and_cache_of_one_batch(seed, cuts):
     timesteps = torch.tensor([1000, 900, 522, 900, 1000, 757])
-    whole = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.5))
-    split = AdaptiveRegressionLoss(LossMeanCache(GRID, 0.5, auto_update=False))
+    whole = AdaptiveRegressionLoss(LossMeanCache(GRID, decay=0.5))
+    split = AdaptiveRegressionLoss(LossMeanCache(GRID, decay=0.5, auto_update=False))
     for step in range(3):
         prediction, target = randn(seed + step, 6, 2, 3).requires_grad_(), randn(seed + step + 100, 6, 2, 3)
         loss = whole(prediction, target, timesteps).loss
@@ -165,7 +170,7 @@ def test_any_split_into_micro_batches_has_the_loss_gradient_and_cache_of_one_bat
 
 def test_evaluation_mode_weighs_with_the_means_and_keeps_them():
     regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
-    prediction, target, timesteps = randn(0, 2, 3), randn(1, 2, 3), torch.tensor([1000, 522])
+    prediction, target, timesteps = randn(0, 2, 3).requires_grad_(), randn(1, 2, 3), torch.tensor([1000, 522])
     regression(prediction, target, timesteps)
     before = state_of(regression)
     regression.eval()
@@ -191,9 +196,10 @@ def test_a_bad_number_shows_in_the_loss_and_never_enters_a_mean(bad, seen_before
     timesteps = torch.tensor([1000, 1000, 522])
     if seen_before:
         for each in (regression, clean):
-            each(randn(5, 3, 4), randn(6, 3, 4), timesteps)
+            each(randn(5, 3, 4).requires_grad_(), randn(6, 3, 4), timesteps)
     prediction, target = randn(7, 3, 4), randn(8, 3, 4)
     (target if in_target else prediction).view(-1)[where] = bad
+    prediction.requires_grad_()
     assert not regression(prediction, target, timesteps).loss.isfinite()
     good = [sample for sample in range(3) if sample != where // 4]
     clean(prediction[good], target[good], timesteps[good])
@@ -218,9 +224,12 @@ WRONG_TENSORS = {
 }
 WRONG_TIMESTEPS = {
     "a number": (900, TypeError, "torch.Tensor of shape"),
-    "zero-dimensional": (torch.tensor(900), ValueError, r"shape \[2\].*expand"),
+    "zero-dimensional": (torch.tensor(900), ValueError, r"shape \[2\].*timesteps\.expand\(2\)"),
     "too few": (t[:1], ValueError, r"shape \[2\], one per sample, got \[1\]"),
-    "a column": (t[:, None], ValueError, r"shape \[2\]"),
+    "a column": (t[:, None], ValueError, r"shape \[2\].*timesteps\.flatten\(\)"),
+    "one per frame": (t[:, None].expand(2, 3), ValueError, r"got \[2, 3\]\. Times of single frames.*timesteps\[:, 0\]"),
+    "one per frame, for all": (torch.full((1, 3), 900), ValueError, r"got \[1, 3\]\. Times of single frames"),
+    "too many": (torch.full((3,), 900), ValueError, r"one per sample, got \[3\]\.$"),
     "another device": (t.to("meta"), ValueError, "timesteps is on meta"),
 }
 
@@ -257,8 +266,20 @@ def test_a_cache_on_another_device_is_refused_before_anything_happens():
 def test_a_mistaken_unit_is_refused_and_leaves_the_cache():
     regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
     with pytest.raises(ValueError, match="outside the cache's grid"):
-        regression(x, x, t / 1000)
+        regression(x.clone().requires_grad_(), x, t / 1000)
     assert not regression.cache.seen.any()
+
+
+def test_a_prediction_without_gradient_is_refused_in_training_only():
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID))
+    with (
+        pytest.raises(ValueError, match="prediction has no gradient, so its term could change nothing"),
+        NoArithmetic(),
+    ):
+        regression(x, x, t)
+    with torch.no_grad():
+        regression(x, x, t)
+    regression.eval()(x, x, t)
 
 
 @pytest.mark.parametrize(
@@ -290,4 +311,4 @@ def test_the_cache_must_be_a_cache():
 
 
 def test_repr_names_the_options():
-    assert "sharpness=3.0, weight=2.0" in repr(AdaptiveRegressionLoss(LossMeanCache(GRID)))
+    assert "weight=2.0, sharpness=3.0" in repr(AdaptiveRegressionLoss(LossMeanCache(GRID)))

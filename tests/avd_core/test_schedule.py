@@ -157,6 +157,18 @@ t = torch.tensor([1000, 522])
 schedule = FlowMatchingSchedule()
 
 WRONG = {
+    "one timestep per frame": (
+        lambda: schedule.add_noise(x, x, torch.full((1, 3), 900)),
+        ValueError,
+        "Times of single frames",
+    ),
+    "thousands for fractions": (
+        lambda: FlowMatchingSchedule(1).add_noise(x, x, t),
+        ValueError,
+        r"timesteps \[1000.*\] lie outside \[0, 1\].*num_train_timesteps",
+    ),
+    "negative timesteps": (lambda: schedule.velocity_to_x_0(x, x, -t), ValueError, r"lie outside \[0, 1000\]"),
+    "timesteps that are NaN": (lambda: schedule.sigma(math.nan * t, x), ValueError, r"lie outside \[0, 1000\]"),
     "shapes differ": (lambda: schedule.add_noise(x, x[:1], t), ValueError, "x_0 and noise must have the same shape"),
     "integer samples": (lambda: schedule.add_noise(x.int(), x, t), TypeError, r"x_0\.float\(\)"),
     "devices differ": (lambda: schedule.add_noise(x, x.to("meta"), t), ValueError, "noise on meta"),

@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from avd_trainer.config import ArchitectureConfig, TrainConfig
-from avd_trainer.data.latents import CaptionedLatents, InMemoryData
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.config.sections import ArchitectureConfig
+from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.data.text import HashTextEmbedding
-from avd_trainer.distributed import Ranks, join_ranks
-from avd_trainer.models import build_transformer, load_models
-from avd_trainer.trainer import Trainer
+from avd_trainer.models.roles import load_models
+from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
+from avd_trainer.models.transformer import build_transformer
+from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training.trainer import Trainer
 
 ARCHITECTURE = ArchitectureConfig(
     num_attention_heads=1, attention_head_dim=12, ffn_dim=16, num_layers=1, freq_dim=8, text_dim=6

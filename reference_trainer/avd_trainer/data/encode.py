@@ -13,9 +13,9 @@ from av.error import FFmpegError
 from torch import Tensor
 
 from avd_trainer.data.shards import ShardWriter
-from avd_trainer.data.text import HashTextEmbedding
 from avd_trainer.data.videos import caption_of, decode_frames, stands_still, video_files
-from avd_trainer.errors import UserError
+from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
+from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

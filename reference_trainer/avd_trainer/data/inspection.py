@@ -28,7 +28,7 @@ class DataReport(BaseModel):
     files: int
     """Shards."""
     rows: int
-    """Samples, of all shards."""
+    """Examples, of all shards."""
     bytes: int
     """Size of all shards."""
     latent_shape: tuple[int, ...] | None

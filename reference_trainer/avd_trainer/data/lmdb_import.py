@@ -16,7 +16,7 @@ from torch import Tensor
 
 from avd_trainer.data.encode import TextEncoder
 from avd_trainer.data.shards import ShardWriter
-from avd_trainer.errors import UserError
+from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from avd_trainer.errors import UserError
+from avd_trainer.runtime.errors import UserError
 
 SCHEMA_VERSION = 1
 SCHEMA = pa.schema(
@@ -53,7 +53,7 @@ _TEMPORARY = ".unfinished"
 _REMEDY = "Copy it again from where it came, or make the data set again."
 
 
-class Sample(NamedTuple):
+class Example(NamedTuple):
     """One row of a data set.
 
     Attributes:
@@ -80,10 +80,10 @@ class _Shard:
     group_starts: Sequence[int]
 
 
-class ShardDataset(Dataset[Sample]):
+class ShardDataset(Dataset[Example]):
     """A data set of shards, read at random through memory maps.
 
-    Map-style: ``len(dataset)`` rows, ``dataset[i]`` is a :class:`Sample`. Files are opened in the process that reads
+    Map-style: ``len(dataset)`` rows, ``dataset[i]`` is a :class:`Example`. Files are opened in the process that reads
     them, so it works in the workers of a ``DataLoader``, forked or spawned.
 
     Args:
@@ -113,7 +113,7 @@ class ShardDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a data set of {len(self)} rows")
         number = bisect_right(self._ends, index)
@@ -198,7 +198,7 @@ class ShardDataset(Dataset[Sample]):
             table = self._file(shard.path).read_row_group(group, use_threads=False)
         return {name: table.column(name)[row - shard.group_starts[group]] for name in SCHEMA.names}
 
-    def _decode(self, values: dict[str, Any], where: str) -> Sample:
+    def _decode(self, values: dict[str, Any], where: str) -> Example:
         tokens = values["text_tokens"].as_py()
         if not 0 <= tokens <= self.text_length:
             raise UserError(f"{where}: expected 0 to {self.text_length} text tokens, got {tokens}. {_REMEDY}")
@@ -209,7 +209,7 @@ class ShardDataset(Dataset[Sample]):
         latent = None
         if self.latent_shape is not None:
             latent = _to_tensor(values["latent"], values["dtype"], self.latent_shape, f"{where}: latent")
-        return Sample(latent, text, values["caption"].as_py(), values["source"].as_py())
+        return Example(latent, text, values["caption"].as_py(), values["source"].as_py())
 
     def _read_unconditional(self) -> tuple[Tensor, str]:
         path = self.folder / UNCONDITIONAL

@@ -2,44 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
-from avd_trainer.config import ShapesData, ShardsData, TrainConfig, VideosData
-from avd_trainer.data.codec import BlockDCTCodec
-from avd_trainer.data.latents import CaptionedLatents, InMemoryData, encode_shapes
-from avd_trainer.data.shapes import MovingShapes
-from avd_trainer.data.shards import Sample, ShardDataset
-from avd_trainer.data.text import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.config.sections import ShapesData, ShardsData, VideosData
+from avd_trainer.data.batches import CaptionedExamples
+from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.data.shards import ShardDataset
 from avd_trainer.data.videos import load_videos, video_files
-from avd_trainer.errors import UserError
-from avd_trainer.progress import ProgressBar
-from avd_trainer.signals import SIGNALS
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.progress import ProgressBar
 
 # Seeds from here on are for clips that nothing trains on.
 HELD_OUT = 1_000_000
-
-
-class Samples(Protocol):
-    """Samples by index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def __getitem__(self, index: int) -> Sample:
-        """A sample."""
-
-
-class Data(Samples, Protocol):
-    """Captioned samples, with the text embedding of the negative prompt."""
-
-    def unconditional(self) -> Tensor:
-        """``[L, D]``."""
 
 
 class TrainingData(NamedTuple):
@@ -52,8 +30,8 @@ class TrainingData(NamedTuple):
         fingerprint: What a resumed run must find again; None for data that the configuration determines.
     """
 
-    clips: Data
-    prompts: Data
+    clips: CaptionedExamples
+    prompts: CaptionedExamples
     workers: int = 0
     fingerprint: dict[str, Any] | None = None
 
@@ -66,18 +44,6 @@ class TrainingData(NamedTuple):
                 "data holds prompts only; the regression needs clips. Encode videos with `avd data encode`."
             )
         return tuple(latent.shape)
-
-
-class Batch(NamedTuple):
-    """Samples side by side.
-
-    Attributes:
-        latents: ``[B, C, F, H, W]`` float32; empty where the data has prompts only.
-        text: ``[B, L, D]`` float32.
-    """
-
-    latents: Tensor
-    text: Tensor
 
 
 class Clips(NamedTuple):
@@ -136,52 +102,6 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         return Clips(encoded[0], encoded[-1])
     with ProgressBar("videos", len(video_files(config.path))) as bar:
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
-
-
-def read_batches(data: Samples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
-    """Read the samples of each list of indices, ahead of need where there are workers."""
-    loader = DataLoader(
-        _Reporting(data),
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=torch.cuda.is_available(),
-        # Its own generator: starting a loader must not move the global one, which checkpoints hold.
-        generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_trainer,
-    )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
-
-
-class _Reporting(Dataset[Sample | UserError]):
-    """Hands errors over as values: a DataLoader would bury their message in its worker's traceback."""
-
-    def __init__(self, data: Samples) -> None:
-        self._data = data
-
-    def __getitem__(self, index: int) -> Sample | UserError:
-        try:
-            return self._data[index]
-        except UserError as error:
-            return error
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Launchers signal whole process groups; the trainer needs its data until it has saved, and then ends its workers.
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _collate(items: list[Sample | UserError]) -> Batch | UserError:
-    errors = [item for item in items if isinstance(item, UserError)]
-    if errors:
-        return errors[0]
-    samples = [item for item in items if isinstance(item, Sample)]
-    latents = [sample.latent for sample in samples if sample.latent is not None]
-    return Batch(torch.stack(latents) if latents else torch.empty(0), torch.stack([sample.text for sample in samples]))
 
 
 def _open_shards(config: ShardsData, prompts: ShardsData | None) -> TrainingData:

@@ -12,9 +12,9 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.codec import BlockDCTCodec
-from avd_trainer.data.latents import CaptionedLatents
-from avd_trainer.errors import UserError
+from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""The ``avd`` command line, one file per command."""

@@ -1,0 +1,81 @@
+"""``avd export``: a run's student, for diffusers and ``avd sample``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from avd_trainer.commands.options import Output, Run
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.terminal import readable_errors, say
+
+if TYPE_CHECKING:
+    from avd_trainer.training.export import ExportedPipeline
+
+
+WeightsOption = Annotated[
+    Literal["ema", "student"], typer.Option(help="The averaged weights, or those of the last step.")
+]
+
+
+Step = Annotated[int | None, typer.Option(help="Of which step; the newest checkpoint without it.")]
+
+
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Type of the exported weights.")]
+
+
+def export(
+    run: Run,
+    output: Output,
+    weights: WeightsOption = "ema",
+    step: Step = None,
+    dtype: Dtype = "float32",
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Wan pipeline in diffusers' layout (folder or hub id) to take VAE and text encoder from. Default: the "
+            "run's codec and teacher.",
+        ),
+    ] = None,
+    interpolator: Annotated[
+        Path | None, typer.Option(help="The --output folder of avd train-interpolator, for half-rate sampling.")
+    ] = None,
+    transformer_only: Annotated[
+        bool, typer.Option("--transformer-only", help="Only the transformer, or of a LoRA run its adapters.")
+    ] = False,
+) -> None:
+    """Write a run's student as a pipeline for diffusers and avd sample."""
+    with readable_errors():
+        import torch
+
+        from avd_trainer.training.export import export_pipeline, export_student
+
+        precision = getattr(torch, dtype)
+        if transformer_only:
+            if pipeline is not None or interpolator is not None:
+                raise UserError("--transformer-only excludes --pipeline and --interpolator: leave it out, or them.")
+            export_student(run, output, weights=weights, step=step, dtype=precision)
+        else:
+            exported = export_pipeline(
+                run, output, weights=weights, step=step, dtype=precision, pipeline=pipeline, interpolator=interpolator
+            )
+            _say_missing(exported)
+            if exported.grid_error > 2:
+                say(
+                    f"In diffusers alone timesteps are off the student's by up to {exported.grid_error:.0f} of 1000. "
+                    "Exact: pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config), of "
+                    "avd_integrations.diffusers."
+                )
+        say(f"The student is in {output}.")
+
+
+def _say_missing(exported: ExportedPipeline) -> None:
+    if not exported.missing:
+        return
+    unused = ", ".join(f"{name}=None" for name in exported.missing)
+    sampling = "works without" if exported.latent_space == "block-dct" else "needs them (pass --pipeline SOURCE)"
+    missing = ", ".join(exported.missing)
+    say(f"The pipeline has no {missing}: avd sample {sampling}; in diffusers pass {unused} and prompt_embeds.")

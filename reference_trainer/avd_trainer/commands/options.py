@@ -1,0 +1,80 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from avd_trainer.config.loading import load_config
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+
+Preset = Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")]
+
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the run writes.")]
+
+
+Videos = Annotated[Path | None, typer.Option(help="Folder of your own videos, used as the real clips.")]
+
+
+MaxSteps = Annotated[int | None, typer.Option(help="Number of updates, in place of the preset's.")]
+
+
+Data = Annotated[Path | None, typer.Option(help="Folder of encoded clips (see avd data), used as the real clips.")]
+
+
+Prompts = Annotated[
+    Path | None, typer.Option(help="Folder of encoded prompts, in place of the captions of the real clips.")
+]
+
+
+Run = Annotated[Path, typer.Argument(help="The --output folder of an avd train run.")]
+
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override one value, e.g. objective.regression.weight=0.5. Repeatable."
+    ),
+]
+
+
+def train_config(
+    preset: str,
+    videos: Path | None,
+    data: Path | None,
+    prompts: Path | None,
+    max_steps: int | None,
+    set_: list[str] | None,
+) -> TrainConfig:
+    """The configuration of a preset with what options replace in it."""
+    overrides = clips_of(videos, data)
+    if prompts is not None:
+        overrides["prompts"] = {"path": str(prompts)}
+    return load_config(TrainConfig, preset, overrides_of(set_, max_steps), overrides)
+
+
+def clips_of(videos: Path | None, data: Path | None) -> dict[str, Any]:
+    """The ``data`` section that ``--videos`` or ``--data`` asks for, if any."""
+    if videos is not None and data is not None:
+        raise UserError("--videos and --data exclude each other: the real clips are either encoded already or not.")
+    if videos is not None:
+        return {"data": {"kind": "videos", "path": str(videos)}}
+    return {} if data is None else shards_of(data)
+
+
+def shards_of(data: Path) -> dict[str, Any]:
+    """The ``data`` section of encoded clips."""
+    return {"data": {"kind": "shards", "path": str(data)}}
+
+
+def overrides_of(set_: list[str] | None, max_steps: int | None) -> list[str]:
+    """What ``--set`` and ``--max-steps`` override."""
+    return [*(set_ or []), *([] if max_steps is None else [f"max_steps={max_steps}"])]

@@ -1,0 +1,230 @@
+"""``avd sample``: clips of an exported student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from traceback import clear_frames
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.runtime.terminal import readable_errors, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from avd_trainer.inference.generation import Sample, Student
+
+ENDINGS = (".mp4", ".gif")
+MOST_SEED = 2**63 - 1
+"""torch takes twice as much: so the seeds of later prompts fit too."""
+
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")]
+ComputeDtype = Annotated[
+    Literal["float32", "bfloat16"] | None,
+    typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
+]
+
+
+def sample(
+    folder: Annotated[Path, typer.Argument(help="The --output folder of avd export.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
+        ),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")] = None,
+    half_rate: Annotated[
+        bool | None,
+        typer.Option(
+            "--half-rate/--full-rate",
+            help="Run the first half of the steps on half of the frames, or none. Default: half rate where the folder "
+            "has an interpolator.",
+        ),
+    ] = None,
+    half_rate_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="How many steps run at half rate, from the first.")
+    ] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(metavar="R,R,...", help="In place of that, for each step: on one frame of how many. 4,2,1,1."),
+    ] = None,
+    side_by_side: Annotated[
+        bool, typer.Option("--side-by-side", help="The same noise at full and at half rate, next to each other.")
+    ] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
+    ] = 0,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
+    ] = None,
+    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
+) -> None:
+    """Sample clips of an exported student, at full or half rate."""
+    with readable_errors():
+        # All that a person can get wrong comes before the models.
+        prompts = _prompts(prompt, prompts_file)
+        alone = prompts_file is None and len(prompts) == 1
+        _check_output(output, alone)
+        from avd_trainer.inference.generation import (
+            choose_device,
+            choose_dtype,
+            choose_shape,
+            decode_clips,
+            open_student,
+            sample_clips,
+        )
+        from avd_trainer.runtime.files import claim_folder
+
+        student = open_student(folder)
+        plans = _plans(student, half_rate, half_rate_steps, rates, side_by_side)
+        shape = choose_shape(student, size, max(plans.values()))
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where)
+        claim_folder(output.parent if alone else output)
+        with ProgressBar("sample", len(prompts) * len(plans) * len(student.timesteps)) as bar:
+            samples, cut = _finished(
+                sample_clips(
+                    student, prompts, list(plans.values()), shape, seed=seed, device=where, dtype=kind,
+                    on_step=bar.advance,
+                )
+            )  # fmt: skip
+        if cut is not None:
+            say(f"Cut short: {len(samples)} of {len(prompts)} prompts are sampled, and are written before this ends.")
+        done = prompts[: len(samples)]
+        videos = decode_clips(student, (each.latents for row in samples for each in row), device=where, dtype=kind)
+        files = [output] if alone else _files(output, done)
+
+        def list_files(written: int) -> None:
+            if not alone:
+                _write_list(output / "prompts.json", done[:written], files[:written], seed)
+
+        _write_clips(videos, list(plans), files, fps or student.fps, list_files)
+        say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
+        for (name, each), column in zip(plans.items(), zip(*samples, strict=True), strict=True):
+            seconds = median(sampled.seconds for sampled in column)
+            say(f"{name}, steps on one frame of {', '.join(map(str, each))}: {seconds:.3g} s a clip")
+        if cut is not None:
+            raise cut
+
+
+def _finished(rows: Iterator[list[Sample]]) -> tuple[list[list[Sample]], BaseException | None]:
+    """All rows, or those before an error or Ctrl-C, and that; raises it if there are none."""
+    found: list[list[Sample]] = []
+    try:
+        for row in rows:
+            found.append(row)
+    except (Exception, KeyboardInterrupt) as error:
+        if not found:
+            raise
+        clear_frames(error.__traceback__)  # they hold the transformer, in whose place the VAE comes
+        return found, error
+    return found, None
+
+
+def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    from avd_trainer.data.encode import read_prompts
+
+    prompts = [*(given or []), *([] if file is None else (text for _, text in read_prompts(file)))]
+    if not prompts:
+        raise UserError("There is nothing to show. Pass --prompt TEXT or --prompts-file FILE.")
+    return prompts
+
+
+def _check_output(output: Path, alone: bool) -> None:
+    if not alone and output.suffix in ENDINGS:
+        raise UserError(
+            f"--output {output} is one clip, which is for one --prompt alone. Pass a folder for the clips of several "
+            "prompts or of a --prompts-file."
+        )
+    if alone and output.suffix not in ENDINGS:
+        raise UserError(
+            f"--output {output} has an unknown ending: of one prompt it is a file that ends in {' or '.join(ENDINGS)}."
+        )
+    if alone and output.is_dir():
+        raise UserError(f"--output {output} is a folder. Pass the name of a file.")
+
+
+def _plans(
+    student: Student, half_rate: bool | None, half_rate_steps: int | None, rates: str | None, side_by_side: bool
+) -> dict[str, tuple[int, ...]]:
+    """The rates of each version of a clip, by its label."""
+    from avd_trainer.inference.generation import choose_rates
+
+    if side_by_side and half_rate is False:
+        raise UserError("--side-by-side shows full and half rate: leave --full-rate out.")
+    chosen = choose_rates(
+        student,
+        half_rate=True if side_by_side else half_rate,
+        half_rate_steps=half_rate_steps,
+        rates=None if rates is None else _read_rates(rates),
+    )
+    full = {"full rate": (1,) * len(student.timesteps)}
+    reduced = {"half rate": chosen} if max(chosen) > 1 else {}
+    return full | reduced if side_by_side else reduced or full
+
+
+def _read_rates(rates: str) -> list[int]:
+    try:
+        return [int(rate) for rate in rates.split(",")]
+    except ValueError as error:
+        raise UserError(f"--rates {rates}: expected a whole number for each step, such as 4,2,1,1.") from error
+
+
+def _files(output: Path, prompts: Sequence[str]) -> list[Path]:
+    from avd_trainer.inference.generation import clip_name
+
+    return [output / f"{clip_name(number, prompt)}.mp4" for number, prompt in enumerate(prompts)]
+
+
+def _write_clips(
+    videos: Iterator[Tensor], names: Sequence[str], files: Sequence[Path], fps: float, on_file: Callable[[int], None]
+) -> None:
+    """Decode and write file by file: each has the next videos under ``names``; ``on_file`` is told how many there are.
+
+    A large clip takes long to decode and long to write, so the bar counts both.
+    """
+    with ProgressBar("decode and write", len(files) * (len(names) + 1)) as bar:
+        for number, file in enumerate(files, 1):
+            versions = {}
+            for name in names:
+                versions[name] = next(videos)
+                bar.advance()
+            _save(versions, file, fps)
+            on_file(number)
+            bar.advance()
+
+
+def _save(versions: Mapping[str, Tensor], file: Path, fps: float) -> None:
+    """Write one clip, or several next to each other below their labels."""
+    import torch
+
+    from avd_trainer.data.video_files import save_clip, save_grid
+
+    path, formats = file.with_suffix(""), [file.suffix.removeprefix(".")]
+    labels, videos = list(versions), list(versions.values())
+    if len(videos) == 1:
+        save_clip(videos[0], path, fps, formats)
+    else:
+        save_grid(torch.stack(videos), labels, path, fps, formats)
+
+
+def _write_list(file: Path, prompts: Sequence[str], files: Sequence[Path], seed: int) -> None:
+    from avd_trainer.runtime.files import write_json
+
+    rows = [
+        {"file": path.name, "prompt": prompt, "seed": seed + number}
+        for number, (path, prompt) in enumerate(zip(files, prompts, strict=True))
+    ]
+    write_json(file, rows)

@@ -1,0 +1,181 @@
+"""Sections of a configuration that methods, engine and commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Frozen, keyword only; refuses keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ShapesData(Section):
+    """Generated clips of two moving shapes; needs no files."""
+
+    kind: Literal["shapes"] = "shapes"
+    clips: int = Field(default=1024, ge=2)
+    """Number of clips to train on."""
+    held_out: int = Field(default=768, ge=2)
+    """Number of further clips that only evaluation sees."""
+    seed: int = Field(default=0, ge=0)
+    """Which clips to train on; held-out clips are of seed ``HELD_OUT + seed``. Data and training have separate seeds,
+    so that runs can differ in one alone."""
+
+
+class VideosData(Section):
+    """The user's own video files."""
+
+    kind: Literal["videos"] = "videos"
+    path: Path
+    """A folder; it is searched recursively for files that PyAV can decode."""
+
+
+class ShardsData(Section):
+    """Encoded clips in Parquet shards, as ``avd data`` makes them."""
+
+    kind: Literal["shards"] = "shards"
+    path: Path
+    """The folder of a data set."""
+    workers: int = Field(default=2, ge=0)
+    """Processes per rank that read ahead; 0 reads in the training process."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    lr: float = Field(gt=0)
+    """Learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the first and second moment. Paper: (0.9, 0.999)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+
+
+class ScoreTimestepsConfig(Section):
+    """Which timesteps the teacher and the online model are asked at."""
+
+    shift: float = Field(default=5.0, gt=0)
+    """Timestep shift of a uniform draw. Paper: 5."""
+    low: float = Field(default=20.0, ge=0, le=1000)
+    """Lower bound. Paper: 20."""
+    high: float = Field(default=980.0, ge=0, le=1000)
+    """Upper bound. Paper: 980."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        return self
+
+
+class LoRAConfig(Section):
+    """Low-rank adapters in place of full fine-tuning, by peft."""
+
+    rank: int = Field(default=64, ge=1)
+    """Rank of the update of each weight matrix."""
+    alpha: float = Field(default=64.0, gt=0)
+    """The update is scaled by ``alpha / rank``."""
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+    """Linear layers that get an adapter, by the end of their names."""
+
+
+class RanksConfig(Section):
+    """How the ranks of a run deal with each other."""
+
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """How long a rank waits for the others before it says that one is gone."""
+
+
+class ParallelConfig(RanksConfig):
+    """How a run spreads over its ranks, and what it trades for memory."""
+
+    replicate: int = Field(default=1, ge=1)
+    """Groups of ranks that each hold all shards (hybrid sharding: usually one per node). 1 shards over all ranks."""
+    activation_checkpointing: bool = True
+    """Keep only the inputs of transformer blocks for the backward pass, and compute the rest again."""
+    compile: bool = False
+    """``torch.compile`` of each transformer block; needs a C++ compiler."""
+
+
+class CheckpointConfig(Section):
+    """When to save, and what to keep."""
+
+    every: int = Field(default=100, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep_latest: int = Field(default=2, ge=1)
+    """How many to keep. One that holds a file named ``keep`` is never removed, and does not count."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints of steps that this divides are kept for good."""
+
+
+class SamplesConfig(Section):
+    """Clips of the averaged student while it trains."""
+
+    every: int | None = Field(default=None, ge=1)
+    """Steps between two looks; None for none."""
+    count: int = Field(default=4, ge=1)
+    """Number of prompts: the first of the data."""
+    fps: float = Field(default=16.0, gt=0)
+    """Frames per second of the files. Wan2.1: 16."""
+
+
+class WandbConfig(Section):
+    """Where Weights & Biases shows a run; needs ``pip install wandb``."""
+
+    project: str = Field(min_length=1)
+    """Project that the run appears in."""
+    entity: str | None = None
+    """User or team; None is the account's own."""
+    name: str | None = None
+    """Name of the run; None is that of its folder."""
+    mode: Literal["online", "offline"] | None = None
+    """``offline`` needs no account and keeps everything in the run's folder, for ``wandb sync`` to upload later. None
+    is what ``WANDB_MODE`` says, and online without it."""
+
+
+class LoggingConfig(Section):
+    """Where metrics go, besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    """Event files in the run's ``tensorboard`` folder."""
+    wandb: WandbConfig | None = None
+    """Weights & Biases, if wanted."""
+
+
+class EvaluationConfig(Section):
+    """How a demo measures what came out."""
+
+    samples: int = Field(default=144, ge=2)
+    """Clips per model, and real clips to compare with."""
+    teacher_steps: int = Field(default=25, ge=1)
+    """Euler steps of the teacher."""
+
+
+class HeldOutConfig(Section):
+    """How an interpolator is measured."""
+
+    clips: int = Field(default=64, ge=1)
+    """Of data of kind shards: how many of the last samples are held out. Shapes and videos have held-out clips of their
+    own."""
+
+
+class ArchitectureConfig(Section):
+    """Size of a ``WanTransformer3DModel``; its latents are those of :class:`BlockDCTCodec`."""
+
+    num_attention_heads: int = Field(default=3, ge=1)
+    """Heads; the width of the model is this times the next."""
+    attention_head_dim: int = Field(default=32, ge=8)
+    """Width of a head."""
+    ffn_dim: int = Field(default=288, ge=1)
+    """Width of the feed-forward layers."""
+    num_layers: int = Field(default=4, ge=1)
+    """Transformer blocks."""
+    freq_dim: int = Field(default=64, ge=2)
+    """Width of the sinusoidal timestep embedding."""
+    text_dim: int = Field(default=32, ge=2)
+    """Width of a caption's tokens."""

@@ -1,0 +1,1 @@
+"""Exported students and their clips."""

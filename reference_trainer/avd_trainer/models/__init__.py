@@ -1,0 +1,1 @@
+"""Models of a run: transformers, adapters, sharding, weights of every layout, samplers, codecs, text encoders."""

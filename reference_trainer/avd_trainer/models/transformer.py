@@ -1,0 +1,147 @@
+"""A Wan transformer in one of its roles: from tensors in float32 to a velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from avd_trainer.config.sections import ArchitectureConfig, LoRAConfig
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.lora import active_adapter, adapted_layers, add_adapter
+from avd_trainer.models.sharding import checkpoint_blocks, materialise
+from avd_trainer.models.weights import load_into, open_weights
+
+# What ``precision`` means.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class VelocityModel:
+    """A transformer in one of its roles: called with tensors in float32, gives the velocity in float32.
+
+    Several roles can share one module, whose frozen weights are then in memory once: each role has an adapter of its
+    own, and the role without one is the module as it was loaded.
+
+    Args:
+        module: The transformer.
+        adapter: The LoRA adapter that is on in this role; None for none.
+        dtype: In what the transformer computes.
+    """
+
+    def __init__(
+        self, module: WanTransformer3DModel, adapter: str | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.module = module
+        self.adapter = adapter
+        self.dtype = dtype
+        self._adapted = adapted_layers(module)
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """One forward: ``[B, C, F, H, W]``, ``[B]``, ``[B, L, D]`` to a velocity ``[B, C, F, H, W]``."""
+        with active_adapter(self._adapted, self.adapter):
+            # Timesteps keep their precision: bfloat16 has no 757.
+            output = self.module(x_t.to(self.dtype), timesteps, text.to(self.dtype), return_dict=False)[0]
+        velocity: Tensor = output.float()
+        return velocity
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """What training changes in this role, by name; empty for a frozen one."""
+        return {
+            name: parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and (self.adapter is None or f".{self.adapter}." in name)
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The values of :meth:`named_parameters`."""
+        return list(self.named_parameters().values())
+
+
+def load_transformer(
+    source: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> WanTransformer3DModel:
+    """Load a whole transformer in evaluation mode; beside it there is one tensor at a time in host memory.
+
+    Args:
+        source: Whatever :func:`open_weights` understands.
+        device: Where to.
+        dtype: What it computes in; weights that are used in float32 in any precision are kept so.
+
+    Raises:
+        UserError: If there is no such model.
+    """
+    with open_weights(source) as weights:
+        model = without_memory(weights.config)
+        prepare(model, {}, dtype)
+        materialise(model, torch.device(device))
+        load_into(model, weights)
+    return model
+
+
+def empty_transformer(architecture: dict[str, Any], device: torch.device) -> WanTransformer3DModel:
+    """A whole transformer in float32 with memory for its weights and nothing in it."""
+    model = without_memory(architecture)
+    materialise(model, device)
+    return model
+
+
+def prepare(
+    model: WanTransformer3DModel,
+    adapters: Mapping[str, LoRAConfig],
+    dtype: torch.dtype,
+    *,
+    trainable: bool = False,
+    checkpointing: bool = False,
+) -> None:
+    """Bring a model, which may be on the meta device, into the state that it is trained or asked in.
+
+    What an optimizer steps on is in float32; what is only read is kept as it is computed with.
+
+    Args:
+        model: Changed in place.
+        adapters: Adapters to add, by role.
+        dtype: What it computes in.
+        trainable: Whether all of its weights are trained.
+        checkpointing: Whether blocks keep their inputs only, where anything is trained.
+    """
+    for name, parameter in model.requires_grad_(trainable).named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if trainable or computes_in_float32(name) else dtype)
+    for name, lora in adapters.items():
+        add_adapter(model, name, lora)
+    model.train(trainable or bool(adapters))
+    if checkpointing and (trainable or adapters):
+        checkpoint_blocks(model)
+
+
+def computes_in_float32(name: str) -> bool:
+    """Whether a parameter is used in float32 in any precision: as in diffusers and in Wan2.1, the time embedding's."""
+    return ".time_embedder." in name
+
+
+def build_transformer(config: ArchitectureConfig) -> WanTransformer3DModel:
+    """A small Wan2.1 transformer with random weights."""
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        in_channels=BlockDCTCodec.channels,
+        out_channels=BlockDCTCodec.channels,
+        rope_max_seq_len=64,
+        **config.model_dump(),
+    )
+
+
+def without_memory(config: dict[str, Any]) -> WanTransformer3DModel:
+    """A transformer without memory for its weights. Its buffers are real: they are computed, not loaded."""
+    with init_empty_weights(include_buffers=False):
+        model: WanTransformer3DModel = WanTransformer3DModel.from_config(config)
+    return model
+
+
+def adapter_names(architecture: dict[str, Any], name: str, lora: LoRAConfig) -> dict[str, torch.Size]:
+    """Names and shapes of an adapter's parameters."""
+    model = without_memory(architecture)
+    add_adapter(model, name, lora)
+    return {key: parameter.shape for key, parameter in model.named_parameters() if ".lora_" in key}

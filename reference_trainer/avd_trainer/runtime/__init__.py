@@ -1,0 +1,1 @@
+"""What every room stands on: errors in words, progress, ranks, keyed draws, stop signals, files."""

@@ -1,0 +1,43 @@
+"""Output folders, and files that are either old or new, never half."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from avd_trainer.runtime.errors import UserError
+
+
+def claim_new_folder(folder: Path) -> None:
+    """Make an output folder, before any work starts.
+
+    Raises:
+        UserError: If it holds something already, or cannot be written to.
+    """
+    claim_folder(folder)
+    if any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty. Choose a new --output, so that nothing saved is overwritten.")
+
+
+def claim_folder(folder: Path) -> None:
+    """Make a folder and see that it can be written to.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is either the old or the new one, never half."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)

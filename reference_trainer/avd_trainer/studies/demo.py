@@ -1,0 +1,125 @@
+"""The demo: two students of one teacher, with and without our losses, and what became of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from avd_core import AVDConfig
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.config.sections import ShardsData
+from avd_trainer.data.in_memory import InMemoryData
+from avd_trainer.data.sources import TrainingData, load_clips
+from avd_trainer.data.video_files import enlarge, save_gif, tile
+from avd_trainer.evaluation.clip_metrics import ClipMetrics, evaluate
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.samplers import Denoiser, DrawNoise, few_step_rollout, sample_teacher
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import claim_folder, write_json
+from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.studies.figures import TITLES, save_report
+from avd_trainer.training.metrics_log import METRICS_FILE
+from avd_trainer.training.run import train
+
+CLIPS_PER_GIF = 8
+
+
+def run_demo(config: TrainConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics]:
+    """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
+
+    Args:
+        config: The AVD run; the other differs in its objective alone.
+        output: Empty, or left by an earlier demo. Gets ``report.png``, ``real.gif``, ``teacher.gif``, ``dmd.gif``,
+            ``avd.gif``, ``metrics.json``, and a folder for each of the two runs.
+        ranks: The one process of the demo.
+
+    Returns:
+        The metrics of ``real``, ``teacher``, ``dmd`` and ``avd``.
+
+    Raises:
+        UserError: If there are several ranks, the data is not in memory, or a run was stopped; otherwise as
+            :func:`train`.
+    """
+    if ranks.size > 1 or isinstance(config.data, ShardsData):
+        raise UserError("The demo is for one process and for shapes or videos. Use `avd train` for more.")
+    _claim(output)
+    codec = BlockDCTCodec()
+    teacher = load_transformer(config.teacher)
+    embed = HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim)
+    clips, held_out = load_clips(config.data, codec)
+    data = InMemoryData(clips, embed)
+    shape = clips.latents.shape[1:]
+    samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
+    # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
+    captions = [clips.captions[i % len(clips)] for i in range(samples)]
+    text = embed(captions)
+
+    latents = {"real": clips.latents[:samples]}
+    with ProgressBar("teacher samples", teacher_steps) as bar:
+        latents["teacher"] = sample_teacher(
+            VelocityModel(teacher),
+            text,
+            data.unconditional(),
+            shape,
+            _same_noise(samples),
+            steps=teacher_steps,
+            guidance_scale=config.guidance_scale,
+            on_step=bar.advance,
+        )
+    without = config.model_copy(
+        update={"objective": AVDConfig(timesteps=config.objective.timesteps, regression=None, motion=None)}
+    )
+    for name, run in {"dmd": without, "avd": config}.items():
+        if not train(run, output / name, ranks, data=TrainingData(data, data), description=name):
+            raise UserError(
+                f"The demo was stopped; {output / name} goes on with `avd train {output / name}/config.yaml`."
+            )
+        student: Denoiser = VelocityModel(load_transformer(str(output / name / "student")))
+        with torch.no_grad():
+            latents[name] = few_step_rollout(student, text, shape, config.objective.timesteps, _same_noise(samples)).x_0
+
+    videos = {name: codec.decode(x) for name, x in latents.items()}
+    metrics = {name: evaluate(latents[name], videos[name], held_out.latents) for name in latents}
+    motion = config.objective.motion
+    save_report(
+        output / "report.png",
+        videos,
+        metrics,
+        {name: output / name / METRICS_FILE for name in ("dmd", "avd")},
+        captions,
+        config.objective.timesteps,
+        floor=None if motion is None else motion.floor,
+        latent_std=float(clips.latents.std()),
+    )
+    for name, video in videos.items():
+        save_gif(enlarge(tile(video[:CLIPS_PER_GIF]), 2), output / f"{name}.gif", fps=12)
+    write_json(output / "metrics.json", {name: value.model_dump() for name, value in metrics.items()})
+    return metrics
+
+
+def _claim(output: Path) -> None:
+    """Take an empty folder, or that of an earlier demo, which is removed."""
+    claim_folder(output)
+    if any(output.iterdir()) and not (output / "dmd" / "config.yaml").exists():
+        raise UserError(f"{output} holds something that is no earlier demo. Choose a new --output.")
+    for path in (output / "report.png", output / "metrics.json", *(output / f"{name}.gif" for name in TITLES)):
+        path.unlink(missing_ok=True)
+    for name in ("dmd", "avd"):
+        shutil.rmtree(output / name, ignore_errors=True)
+
+
+def _same_noise(samples: int) -> DrawNoise:
+    """Noise that is the same for every model and every run."""
+    draws = torch.Generator().manual_seed(2026)
+
+    def draw(shape: Sequence[int]) -> Tensor:
+        return torch.randn(samples, *shape, generator=draws)
+
+    return draw

@@ -1,0 +1,1 @@
+"""The engine: runs any method, resumes exactly, saves, logs, exports."""

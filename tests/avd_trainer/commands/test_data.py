@@ -1,0 +1,134 @@
+import json
+from importlib import resources
+from pathlib import Path
+
+import av
+import lmdb
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import tiny_pipeline
+from avd_trainer.commands.data import data_app
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
+from avd_trainer.data.shards import ShardDataset
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    result = CliRunner().invoke(data_app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    with av.open(folder / "red_circle.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(12):
+            pixels = np.full((32, 48, 3), 20 * number, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return folder
+
+
+SMALL = ("--frames", 5, "--height", 32, "--width", 48)
+
+
+def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> None:
+    status, said = run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "tiny", *SMALL)
+    assert status == 0
+    assert f"2 clips are in {tmp_path / 'data'}" in said
+    dataset = ShardDataset(tmp_path / "data")
+    assert dataset.latent_shape == (16, 2, 4, 6)
+    assert not dataset.unconditional().any()
+    status, said = run("inspect", tmp_path / "data")
+    assert status == 0
+    for part in ("2 in 1 file(s)", "[16, 2, 4, 6] (C, F, H, W), float16", "24 tokens x 32", "caption: red circle"):
+        assert part in said
+    assert "temporal loss" in said
+
+
+def test_the_tiny_text_embedding_fits_the_bundled_teacher(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    run("encode-prompts", tmp_path / "prompts.txt", "--output", tmp_path / "data", "--model", "tiny")
+    teacher = resources.files("avd_trainer") / "assets" / "tiny-teacher" / "config.json"
+    assert ShardDataset(tmp_path / "data").text_dim == json.loads(teacher.read_text())["text_dim"]
+
+
+def test_prompts_are_embedded_with_the_negative_prompt_given(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    options = ("--output", tmp_path / "data", "--model", "tiny", "--negative-prompt", "grey")
+    status, said = run("encode-prompts", tmp_path / "prompts.txt", *options)
+    assert status == 0
+    assert "2 prompts are in" in said
+    dataset = ShardDataset(tmp_path / "data")
+    assert dataset.unconditional_prompt() == "grey"
+    torch.testing.assert_close(dataset.unconditional(), dataset_text(dataset, "grey"))
+    assert "none: prompts only" in run("inspect", tmp_path / "data")[1]
+
+
+def dataset_text(dataset: ShardDataset, caption: str) -> torch.Tensor:
+    text = torch.zeros(dataset.text_length, dataset.text_dim)
+    tokens = HashTextEncoder(dataset.text_length, dataset.text_dim)([caption])[0]
+    text[: len(tokens)] = tokens
+    return text
+
+
+def test_a_wan_pipeline_encodes(tmp_path: Path, videos: Path) -> None:
+    pipeline = tiny_pipeline.build(tmp_path / "pipeline")
+    status, _ = run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", pipeline, *SMALL)
+    assert status == 0
+    dataset = ShardDataset(tmp_path / "data")
+    assert (dataset.latent_shape, dataset.text_length, dataset.text_dim) == ((16, 2, 4, 6), 512, 16)
+    assert dataset[0].text.any()
+    assert set(dataset.column("text_dtype")) == {"bfloat16"}
+    assert dataset.unconditional_prompt() == WAN_NEGATIVE_PROMPT
+
+
+def test_an_lmdb_is_imported(tmp_path: Path) -> None:
+    source = tmp_path / "lmdb"
+    with lmdb.open(str(source), map_size=2**20) as environment, environment.begin(write=True) as transaction:
+        for row in range(3):
+            transaction.put(f"latents_{row}_data".encode(), np.full((2, 16, 4, 5), row, dtype=np.float16).tobytes())
+            transaction.put(f"prompts_{row}_data".encode(), f"prompt {row}".encode())
+        transaction.put(b"latents_shape", b"3 2 16 4 5")
+    status, said = run("import-lmdb", source, "--output", tmp_path / "data", "--model", "tiny", "--width", 4)
+    assert status == 0
+    assert "3 clips are in" in said
+    dataset = ShardDataset(tmp_path / "data")
+    assert dataset.latent_shape == (16, 2, 4, 4)
+    latent = dataset[2].latent
+    assert latent is not None
+    assert (latent == 2).all()
+
+
+def test_warnings_are_printed(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(" ".join(["word"] * 30))
+    run("encode-prompts", tmp_path / "prompts.txt", "--output", tmp_path / "data", "--model", "tiny")
+    assert "warning: Some captions fill all 24 tokens" in run("inspect", tmp_path / "data")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "{}/missing"), "is not a folder"),
+        (("import-lmdb", "{}", "-o", "{}/data", "--model", "tiny"), "is no LMDB"),
+        (("encode", "--videos", "{}", "-o", "{}/data", "--model", "tiny"), "holds no video files"),
+        (("encode-prompts", "{}/missing.txt", "-o", "{}/data", "--model", "tiny"), "cannot be read"),
+        (("encode-prompts", "{}/prompts.txt", "-o", "{}/prompts.txt/data", "--model", "tiny"), "cannot be written"),
+        (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "{}/missing"), "cannot be loaded"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    status, said = run(*(argument.format(tmp_path) for argument in arguments))
+    assert status == 2
+    assert said.count("error:") == 1
+    assert message in said
+    assert "Traceback" not in said

