@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from avd_core import AVDConfig, AVDObjective, LossMeanCache, LossOutput
-from avd_core._checks import check_number, check_timesteps
+from avd_core._checks import check_gradient, check_number, check_timesteps
 from avd_integrations._path_checks import check_noising, check_times
 from avd_integrations.parametrisation import Parametrisation
 
@@ -219,7 +219,7 @@ class HostTerms(nn.Module):
         if self._time_range is not None:
             low, high = self._time_range
             return low + (high - low) * torch.rand(count, device=device, generator=generator)
-        grid = self.objective.regression.cache.timesteps.to(device)
+        grid = self.objective.timesteps.to(device)
         return grid[torch.randint(len(grid), (count,), device=device, generator=generator)]
 
     def update(self) -> None:
@@ -227,9 +227,7 @@ class HostTerms(nn.Module):
 
         A collective where ranks are synchronised: call it on every rank.
         """
-        regression = self.objective.regression
-        if regression is not None and not regression.cache.auto_update:
-            regression.cache.update()
+        self.objective.update()
 
     def _check_samples(self, x_0: Tensor | None) -> Tensor:
         if x_0 is None:
@@ -239,7 +237,7 @@ class HostTerms(nn.Module):
             )
         self._check_tensor("x_0", x_0)
         self._check_frames("x_0", x_0)
-        self._check_gradient("x_0", x_0)
+        check_gradient("x_0", x_0, self.training)
         return x_0
 
     def _check_frames(self, name: str, tensor: Tensor) -> None:
@@ -254,11 +252,11 @@ class HostTerms(nn.Module):
         for name, tensor in given.items():
             self._check_tensor(name, tensor, like=clips)
         check_timesteps(times, clips)
-        self._check_gradient("prediction", prediction)
+        check_gradient("prediction", prediction, self.training)
 
     def _check_noising(self, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> None:
-        """Once it has told something, never again: it waits for the device."""
-        if self._looks_left and not torch.compiler.is_compiling():
+        """Once it has told something, never again: it waits for the device. The meta device has no values."""
+        if self._looks_left and not (torch.compiler.is_compiling() or x_t.is_meta):
             tells = check_noising(self.parametrisation, x_t=x_t, clips=clips, noise=noise, times=times)
             self._looks_left = 0 if tells else self._looks_left - 1
 
@@ -272,13 +270,6 @@ class HostTerms(nn.Module):
             raise ValueError(
                 f"{name} must have the shape of the clips, {list(like.shape)}, got {list(tensor.shape)}: nothing is "
                 "broadcast here."
-            )
-
-    def _check_gradient(self, name: str, tensor: Tensor) -> None:
-        if self.training and torch.is_grad_enabled() and not tensor.requires_grad:
-            raise ValueError(
-                f"{name} has no gradient, so its term could change nothing. Pass it as it is before the host detaches "
-                "it, and run the student with gradient. For a look at the metrics use torch.no_grad()."
             )
 
     def _scaled(self, output: LossOutput, like: Tensor) -> LossOutput:

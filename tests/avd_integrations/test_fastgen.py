@@ -9,6 +9,7 @@ from torch import nn
 
 import avd_integrations.fastgen as adapter
 from avd_core import MotionConfig, RegressionConfig
+from avd_integrations._host import Host
 
 T_LIST = [0.999, 0.937, 0.833, 0.624, 0.0]
 
@@ -62,7 +63,7 @@ class Model:
 def without_fastgen(monkeypatch):
     """The hooks on stand-ins for what they take from FastGen."""
     stand_in = SimpleNamespace(RFNoiseSchedule=Schedule)
-    monkeypatch.setattr(adapter, "_HOST", SimpleNamespace(load=lambda *_: stand_in, moved=RuntimeError))
+    monkeypatch.setattr(Host, "load", lambda *_: stand_in)
 
 
 def hooks(regression=adapter.callback._PAPER, motion=adapter.callback._PAPER, rounds=1):

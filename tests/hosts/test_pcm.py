@@ -98,5 +98,5 @@ def test_the_logs_of_a_discriminators_turn_have_no_terms():
     names = {"logs": {"d_loss": 1.0}}
     exec(code, names)
     assert names["logs"] == {"d_loss": 1.0}
-    with pytest.raises(NameError, match="avd_metrics"):
+    with pytest.raises(NameError, match="avd_output"):
         exec(code, {"logs": {"loss_cm": 1.0}})
