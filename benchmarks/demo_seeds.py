@@ -15,10 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.evaluation.clip_metrics import ClipMetrics
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.studies.demo import run_demo
+from avd_trainer.training.config import TrainConfig
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "demo-seeds.json"

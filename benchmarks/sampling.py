@@ -39,7 +39,6 @@ from avd_core import (
 from avd_core.sampling import Denoiser, Interpolator
 from avd_integrations.diffusers import frame_positions
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -49,6 +48,7 @@ from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import empty_transformer, load_transformer
 from avd_trainer.planning.memory import find_architecture, wan_latent_shape
+from avd_trainer.training.config import TrainConfig
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results"

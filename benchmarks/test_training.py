@@ -11,11 +11,11 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.models.roles import load_models
 from avd_trainer.planning.memory import find_architecture
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from train_step import measure_update
 

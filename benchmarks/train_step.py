@@ -28,7 +28,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.shards import Example
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.models.roles import load_models
@@ -37,6 +36,7 @@ from avd_trainer.planning.memory import find_architecture, meta_models, plan, wa
 from avd_trainer.runtime.progress import peak_memory
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import run as runs
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.optimizers import Metrics
 from avd_trainer.training.trainer import Trainer
 from environment import environment

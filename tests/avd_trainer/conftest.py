@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
@@ -15,6 +14,7 @@ from avd_trainer.models.roles import load_models
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.models.transformer import build_transformer
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
 ARCHITECTURE = ArchitectureConfig(

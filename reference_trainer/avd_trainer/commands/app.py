@@ -9,9 +9,10 @@ from avd_trainer.commands.calibrate import calibrate
 from avd_trainer.commands.data import data_app
 from avd_trainer.commands.demo import demo
 from avd_trainer.commands.export import export
+from avd_trainer.commands.methods import methods
 from avd_trainer.commands.plan import plan
 from avd_trainer.commands.sample import sample
-from avd_trainer.commands.train import train, train_interpolator, train_teacher
+from avd_trainer.commands.train import train
 
 app = typer.Typer(
     help="Distil video models into few-step students that keep their colours and their motion.",
@@ -22,5 +23,5 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
 
-for _command in (train, export, sample, plan, calibrate, demo, train_interpolator, train_teacher):
+for _command in (train, export, sample, plan, calibrate, demo, methods):
     app.command()(_command)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from avd_trainer.commands.options import Data, Overrides, Preset, Prompts, Videos, train_config
 from avd_trainer.runtime.terminal import readable_errors
-
-if TYPE_CHECKING:
-    pass
 
 
 def calibrate(
@@ -27,7 +24,7 @@ def calibrate(
 ) -> None:
     """Measure the temporal loss of teacher samples and real clips, and the motion term's floor that follows."""
     with readable_errors():
-        config = train_config(preset, videos, data, prompts, None, set_)
+        config = train_config(preset, None, videos, data, prompts, None, set_)
         from avd_trainer.evaluation.calibration import calibrate_run, render
 
         calibration = calibrate_run(config, samples=samples, steps=steps)

@@ -12,7 +12,7 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
-    from avd_trainer.training.export import ExportedPipeline
+    from avd_trainer.training.pipeline_export import ExportedPipeline
 
 
 WeightsOption = Annotated[
@@ -51,7 +51,8 @@ def export(
     with readable_errors():
         import torch
 
-        from avd_trainer.training.export import export_pipeline, export_student
+        from avd_trainer.training.export import export_student
+        from avd_trainer.training.pipeline_export import export_pipeline
 
         precision = getattr(torch, dtype)
         if transformer_only:

@@ -7,47 +7,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.runtime.errors import UserError
 
 if TYPE_CHECKING:
-    pass
-
-
+    from avd_trainer.training.config import TrainConfig
 Preset = Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")]
-
-
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the run writes.")]
-
-
 Videos = Annotated[Path | None, typer.Option(help="Folder of your own videos, used as the real clips.")]
-
-
+Method = Annotated[
+    str | None, typer.Option(help="Which method's values of the preset: one of those that avd methods lists.")
+]
 MaxSteps = Annotated[int | None, typer.Option(help="Number of updates, in place of the preset's.")]
-
-
 Data = Annotated[Path | None, typer.Option(help="Folder of encoded clips (see avd data), used as the real clips.")]
-
-
 Prompts = Annotated[
     Path | None, typer.Option(help="Folder of encoded prompts, in place of the captions of the real clips.")
 ]
-
-
 Run = Annotated[Path, typer.Argument(help="The --output folder of an avd train run.")]
-
-
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Override one value, e.g. objective.regression.weight=0.5. Repeatable."
+        "--set", metavar="KEY=VALUE", help="Override one value, e.g. method.regression.weight=0.5. Repeatable."
     ),
 ]
 
 
 def train_config(
     preset: str,
+    method: str | None,
     videos: Path | None,
     data: Path | None,
     prompts: Path | None,
@@ -58,7 +44,10 @@ def train_config(
     overrides = clips_of(videos, data)
     if prompts is not None:
         overrides["prompts"] = {"path": str(prompts)}
-    return load_config(TrainConfig, preset, overrides_of(set_, max_steps), overrides)
+    from avd_trainer.config.loading import load_config
+    from avd_trainer.training.config import TrainConfig
+
+    return load_config(TrainConfig, preset, overrides_of(set_, max_steps), overrides, method=method)
 
 
 def clips_of(videos: Path | None, data: Path | None) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class ShardsData(Section):
     """Processes per rank that read ahead; 0 reads in the training process."""
 
 
+DataSection = Annotated[ShapesData | VideosData | ShardsData, Field(discriminator="kind")]
+"""Where real clips come from."""
+
+
 class OptimizerConfig(Section):
     """AdamW."""
 
@@ -54,6 +58,10 @@ class OptimizerConfig(Section):
     """Decay of the first and second moment. Paper: (0.9, 0.999)."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
+    schedule: Literal["constant", "cosine", "one_cycle"] = "constant"
+    """``cosine`` lets the learning rate fall along half a cosine, from ``lr`` in the first step to 0 behind the last.
+    ``one_cycle`` rises to ``lr`` over the first 30% of the steps and falls behind that, and moves the first beta from
+    0.95 to 0.85 and back (Smith and Topin 2018; PyTorch's ``OneCycleLR``)."""
 
 
 class ScoreTimestepsConfig(Section):
@@ -84,16 +92,11 @@ class LoRAConfig(Section):
     """Linear layers that get an adapter, by the end of their names."""
 
 
-class RanksConfig(Section):
-    """How the ranks of a run deal with each other."""
+class ParallelConfig(Section):
+    """How a run spreads over its ranks, and what it trades for memory."""
 
     timeout_minutes: float = Field(default=30.0, gt=0)
     """How long a rank waits for the others before it says that one is gone."""
-
-
-class ParallelConfig(RanksConfig):
-    """How a run spreads over its ranks, and what it trades for memory."""
-
     replicate: int = Field(default=1, ge=1)
     """Groups of ranks that each hold all shards (hybrid sharding: usually one per node). 1 shards over all ranks."""
     activation_checkpointing: bool = True
@@ -145,23 +148,6 @@ class LoggingConfig(Section):
     """Event files in the run's ``tensorboard`` folder."""
     wandb: WandbConfig | None = None
     """Weights & Biases, if wanted."""
-
-
-class EvaluationConfig(Section):
-    """How a demo measures what came out."""
-
-    samples: int = Field(default=144, ge=2)
-    """Clips per model, and real clips to compare with."""
-    teacher_steps: int = Field(default=25, ge=1)
-    """Euler steps of the teacher."""
-
-
-class HeldOutConfig(Section):
-    """How an interpolator is measured."""
-
-    clips: int = Field(default=64, ge=1)
-    """Of data of kind shards: how many of the last samples are held out. Shapes and videos have held-out clips of their
-    own."""
 
 
 class ArchitectureConfig(Section):

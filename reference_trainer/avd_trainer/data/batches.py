@@ -32,6 +32,30 @@ class CaptionedExamples(Examples, Protocol):
         """``[L, D]``."""
 
 
+class PartOfData(Dataset[Example]):
+    """Some examples of a data set.
+
+    Args:
+        whole: The data set.
+        places: Which.
+        text: Whether to read captions' embeddings, which are as large as clips and would be copied along.
+    """
+
+    def __init__(self, whole: CaptionedExamples, places: range, *, text: bool = True) -> None:
+        self.whole, self._places, self._text = whole, places, text
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.whole[self._places[index]]
+        return example if self._text else example._replace(text=torch.empty(0))
+
+    def unconditional(self) -> Tensor:
+        """That of the whole."""
+        return self.whole.unconditional()
+
+
 class Batch(NamedTuple):
     """Examples side by side.
 
@@ -42,6 +66,10 @@ class Batch(NamedTuple):
 
     latents: Tensor
     text: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(self.latents.to(device), self.text.to(device))
 
 
 def read_batches(data: Examples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:

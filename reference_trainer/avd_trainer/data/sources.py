@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from avd_trainer.config.run import TrainConfig
-from avd_trainer.config.sections import ShapesData, ShardsData, VideosData
-from avd_trainer.data.batches import CaptionedExamples
+from avd_trainer.config.sections import DataSection, ShapesData, ShardsData, VideosData
+from avd_trainer.data.batches import CaptionedExamples, Examples, PartOfData
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shards import ShardDataset
@@ -28,12 +28,25 @@ class TrainingData(NamedTuple):
         prompts: Prompts, for the matching term.
         workers: Processes that read ahead.
         fingerprint: What a resumed run must find again; None for data that the configuration determines.
+        held_out: Clips that training never sees, where any were asked for.
     """
 
     clips: CaptionedExamples
     prompts: CaptionedExamples
     workers: int = 0
     fingerprint: dict[str, Any] | None = None
+    held_out: Examples | None = None
+
+    def check_fingerprint(self, saved: Mapping[str, Any]) -> None:
+        """Compare with the fingerprint in a checkpoint.
+
+        Raises:
+            UserError: If the data is another.
+        """
+        for name, part in (("data", self.clips), ("prompts", self.prompts)):
+            whole = part.whole if isinstance(part, PartOfData) else part
+            if isinstance(whole, ShardDataset):
+                whole.check_fingerprint(saved[name])
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -53,36 +66,47 @@ class Clips(NamedTuple):
     held_out: CaptionedLatents
 
 
-def load_data(config: TrainConfig, text_dim: int, channels: int) -> TrainingData:
+def load_data(
+    data: DataSection,
+    prompts: ShardsData | None,
+    *,
+    text_dim: int | None,
+    channels: int | None,
+    held_out: int = 0,
+) -> TrainingData:
     """Open what a run trains on.
 
     Args:
-        config: The run.
-        text_dim: Width of the text embeddings that the models expect.
-        channels: Latent channels that they expect.
+        data: Which clips.
+        prompts: Which prompts; None for the captions of the clips.
+        text_dim: Width of the text embeddings that the models expect; None where captions are not read.
+        channels: Latent channels that they expect; None for any.
+        held_out: How many clips evaluation wants: so many of the last of data on disk, and the held-out clips of shapes
+            and videos.
 
     Raises:
-        UserError: If it is missing, damaged, or does not fit the models.
+        UserError: If it is missing, damaged, too little, or does not fit the models.
     """
-    if isinstance(config.data, ShardsData):
-        data = _open_shards(config.data, config.prompts)
+    if isinstance(data, ShardsData):
+        found = _open_shards(data, prompts, held_out, text=text_dim is not None)
     else:
-        clips = load_clips(config.data, BlockDCTCodec(), held_out=False).train
-        memory = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, text_dim))
-        data = TrainingData(memory, memory)
-    widths = {name: part[0].text.shape[-1] for name, part in (("data", data.clips), ("prompts", data.prompts))}
+        clips = load_clips(data, BlockDCTCodec(), held_out=held_out > 0)
+        embed = HashTextEmbedding(TEXT_LENGTH, text_dim or 2)  # where captions are not read, nobody looks at theirs
+        memory = InMemoryData(clips.train, embed)
+        found = TrainingData(memory, memory, held_out=InMemoryData(clips.held_out, embed) if held_out else None)
+    widths = {name: part[0].text.shape[-1] for name, part in (("data", found.clips), ("prompts", found.prompts))}
     for name, width in widths.items():
-        if width != text_dim:
+        if text_dim is not None and width != text_dim:
             raise UserError(
                 f"{name} has text embeddings of width {width}, the teacher expects {text_dim}. Encode the captions "
                 "with the teacher's own text encoder (`avd data encode --model TEACHER`)."
             )
-    if data.latent_shape[0] != channels:
+    if channels is not None and found.latent_shape[0] != channels:
         raise UserError(
-            f"data has {data.latent_shape[0]} latent channels, the teacher expects {channels}. Encode the videos with "
+            f"data has {found.latent_shape[0]} latent channels, the teacher expects {channels}. Encode the videos with "
             "the teacher's own VAE (`avd data encode --model TEACHER`)."
         )
-    return data
+    return found
 
 
 def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_out: bool = True) -> Clips:
@@ -104,11 +128,22 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
 
 
-def _open_shards(config: ShardsData, prompts: ShardsData | None) -> TrainingData:
-    clips = ShardDataset(config.path)
+def _open_shards(data: ShardsData, prompts: ShardsData | None, held_out: int, *, text: bool) -> TrainingData:
+    clips = ShardDataset(data.path)
     if not clips.has_latents:
-        raise UserError(f"data.path {config.path} holds prompts only. Encode videos with `avd data encode`.")
+        raise UserError(
+            f"data.path {data.path} holds prompts only, and clips are needed. Encode videos with `avd data encode`."
+        )
     prompt_data = clips if prompts is None else ShardDataset(prompts.path)
     fingerprint = {"data": clips.fingerprint(), "prompts": prompt_data.fingerprint()}
-    workers = config.workers if prompts is None else max(config.workers, prompts.workers)
-    return TrainingData(clips, prompt_data, workers, fingerprint)
+    workers = data.workers if prompts is None else max(data.workers, prompts.workers)
+    if not held_out:
+        return TrainingData(clips, prompt_data, workers, fingerprint)
+    count = len(clips) - held_out
+    if count < 1:
+        raise UserError(
+            f"data.path {data.path} holds {len(clips)} clips, of which the last {held_out} would be held out: none is "
+            "left to train on. Encode more videos, or lower method.held_out."
+        )
+    train, rest = (PartOfData(clips, places, text=text) for places in (range(count), range(count, len(clips))))
+    return TrainingData(train, train if prompts is None else prompt_data, workers, fingerprint, rest)

@@ -11,13 +11,14 @@ from rich.table import Table
 from torch import Tensor
 
 from avd_core import temporal_variance
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.sources import load_data
+from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.samplers import sample_teacher
 from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer, prepare
-from avd_trainer.runtime.draws import SampleDraws
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.training.config import TrainConfig
 
 # How far the paper's floor of 0.6 lies below the 1.5 of its teacher's samples.
 PAPER_MARGIN = 0.9
@@ -85,8 +86,14 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         UserError: As :func:`calibrate`, or if teacher or data cannot be loaded.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    method = config.method
+    if not isinstance(method, DMDMethodConfig) or config.teacher is None:
+        raise UserError(
+            f"Method {method.kind} has no teacher with guidance to calibrate. Choose dmd or avd by --method."
+        )
     module = load_transformer(config.teacher)
-    data = load_data(config, module.config.text_dim, module.config.in_channels)
+    architecture = module.config
+    data = load_data(config.data, config.prompts, text_dim=architecture.text_dim, channels=architecture.in_channels)
     dtype = DTYPES[config.precision]
     prepare(module, {}, dtype)
     teacher = VelocityModel(module.to(device), dtype=dtype)
@@ -98,15 +105,15 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         def sampled() -> Iterator[Tensor]:
             for rows in batches:
                 text = torch.stack([data.prompts[row % len(data.prompts)].text for row in rows]).to(device)
-                draws = SampleDraws((config.seed, "calibration"), rows, device)
+                draws = Draws((config.seed, "calibration"), rows, device)
                 yield sample_teacher(
                     teacher,
                     text,
                     unconditional,
                     shape,
-                    draws.normal,
+                    draws.named("trajectory"),
                     steps=steps,
-                    guidance_scale=config.guidance_scale,
+                    guidance_scale=method.guidance_scale,
                     on_step=bar.advance,
                 )
 

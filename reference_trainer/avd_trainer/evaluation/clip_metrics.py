@@ -20,7 +20,7 @@ class ClipMetrics(BaseModel):
     """Mean HSV saturation of decoded pixels, in [0, 1]."""
     temporal_loss: float
     """``-log E[Var_t]`` of the latents, in nats. Lower is more motion."""
-    motion: float
+    pixel_motion: float
     """Mean absolute change of decoded pixels between neighbouring frames, in [0, 1]."""
     distance: float
     """Energy distance of the latents to held-out real clips. 0 for the same distribution, up to sampling."""
@@ -38,7 +38,7 @@ def evaluate(latents: Tensor, video: Tensor, held_out: Tensor) -> ClipMetrics:
     return ClipMetrics(
         saturation=float(hsv_saturation(video).mean()),
         temporal_loss=-math.log(max(float(temporal_variance(latents)), 1e-30)),
-        motion=float(video.diff(dim=2).abs().mean()),
+        pixel_motion=float(video.diff(dim=2).abs().mean()),
         distance=energy_distance(latents, held_out),
     )
 

@@ -39,12 +39,12 @@ from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
 from avd_trainer.planning.memory import wan_latent_shape
-from avd_trainer.runtime.draws import SampleDraws
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.studies.figures import COLORS
-from avd_trainer.training.export import LatentSpace
+from avd_trainer.training.pipeline_export import LatentSpace
 
 PAPER_TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)
 TINY_SIZE = "64x64x33"
@@ -370,9 +370,9 @@ def _sample(
                 bar.advance()
 
             own = text[[row % len(text) for row in rows]].to(device)
-            draws = SampleDraws((seed, "similarity"), rows, device)
+            draws = Draws((seed, "similarity"), rows, device)
             if sampling.timesteps is not None:
-                few_step_rollout(model, own, shape, sampling.timesteps, draws.normal, on_prediction=keep)
+                few_step_rollout(model, own, shape, sampling.timesteps, draws.named("trajectory"), on_prediction=keep)
             else:
                 assert sampling.steps is not None
                 sample_teacher(
@@ -380,7 +380,7 @@ def _sample(
                     own,
                     unconditional,
                     shape,
-                    draws.normal,
+                    draws.named("trajectory"),
                     steps=sampling.steps,
                     guidance_scale=sampling.guidance_scale,
                     on_prediction=keep,

@@ -27,14 +27,16 @@ from avd_core import (
 from avd_trainer.data.encode import BATCH, WAN_FPS, HashTextEncoder, TextEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.wan import WanCodec
+from avd_trainer.models.schedulers import few_steps
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
 from avd_trainer.planning.memory import wan_latent_shape
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.training.export import ABOUT, INTERPOLATOR, PARTS, LatentSpace, few_steps, load_interpolator
-from avd_trainer.training.kinds import kind_of_run
+from avd_trainer.training.export import ABOUT
+from avd_trainer.training.folder import method_of_run
+from avd_trainer.training.pipeline_export import INTERPOLATOR, PARTS, LatentSpace, load_interpolator
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +210,9 @@ def choose_rates(
         )
     if max(chosen) > 1 and student.interpolator is None:
         raise UserError(
-            f"{student.folder} has no interpolator, which half rate needs. Train one with `avd train-interpolator` and "
-            "export the run again with `avd export --interpolator`, or pass --full-rate."
+            f"{student.folder} has no interpolator, which half rate needs. Train one with `avd train "
+            "PRESET --method frame_interpolation` and export the run again with `avd export --interpolator`, or pass "
+            "--full-rate."
         )
     return chosen
 
@@ -432,13 +435,13 @@ def _never(*_: object) -> Tensor:
 def _no_pipeline(folder: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"{folder}: there is no such folder. Pass the --output folder of `avd export`.")
-    kind = kind_of_run(folder)
-    if kind == "avd train-interpolator":
+    method = method_of_run(folder)
+    if method == "frame_interpolation":
         return UserError(
-            f"{folder} is a run of `{kind}`, which makes no clips. Export a student with it: `avd export STUDENT_RUN "
-            f"--output DIR --interpolator {folder}`, and pass DIR."
+            f"{folder} is a run of method {method}, which makes no clips. Export a student with it: `avd export "
+            f"STUDENT_RUN --output DIR --interpolator {folder}`, and pass DIR."
         )
-    if kind == "avd train":
+    if method is not None:
         return UserError(f"{folder} is a run. Export it first: `avd export {folder} --output DIR`, and pass DIR.")
     transformer = " It holds a transformer alone." if (folder / ABOUT).is_file() else ""
     return UserError(

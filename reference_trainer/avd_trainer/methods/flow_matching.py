@@ -1,68 +1,79 @@
-"""Training the small teacher that the tiny preset distils: plain flow matching on shapes."""
+"""Flow matching from random weights: trains the small teacher that the tiny preset distils."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import WanTransformer3DModel
+from pydantic import Field
 
-from avd_core import EMACallback, shift_timesteps
-from avd_trainer.config.run import TeacherConfig
-from avd_trainer.data.in_memory import encode_shapes
-from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.order import ShuffledOrder
-from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import schedule
-from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
-from avd_trainer.models.transformer import VelocityModel, build_transformer
+from avd_core import shift_timesteps
+from avd_trainer.config.sections import ArchitectureConfig, OptimizerConfig
+from avd_trainer.methods.base import Batches, Loss, Method, MethodConfig, Setting, Turn
+from avd_trainer.models.roles import Average, Built, Model, Roles
+from avd_trainer.models.samplers import EulerSampler, schedule
+from avd_trainer.models.transformer import build_transformer
+from avd_trainer.runtime.draws import Draws
+
+PAPER = "Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003"
 
 
-class TeacherTrainer:
-    """Trains a teacher from random weights.
+class FlowMatchingMethodConfig(MethodConfig):
+    """Training of a small teacher: a velocity for every noise level."""
 
-    Args:
-        config: The run.
+    kind: Literal["flow_matching"] = "flow_matching"
+    needs_teacher: ClassVar[bool] = False
+    architecture: ArchitectureConfig = ArchitectureConfig()
+    """The model."""
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3, schedule="one_cycle")
+    """What steps on it."""
+    timestep_shift: float = Field(default=2.0, gt=0)
+    """Shift of the uniformly drawn timesteps."""
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    """Share of clips trained without caption, for classifier-free guidance."""
+    guidance_scale: float = Field(default=3.0, ge=1)
+    """Classifier-free guidance of the sample clips, standard form."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the average of the weights, which is what is exported."""
 
-    Attributes:
-        model: The teacher.
-        ema: Gives the averaged weights by ``ema.average_parameters()``.
-    """
+    def roles(self, student_weights: str | None = None) -> Roles:
+        return {
+            "teacher": Built(self.optimizer, lambda _: build_transformer(self.architecture)),
+            "ema": Average("teacher", self.ema_decay),
+        }
 
-    def __init__(self, config: TeacherConfig) -> None:
-        self.config = config
-        torch.manual_seed(config.seed)  # the model's initial weights
-        self.model: WanTransformer3DModel = build_transformer(config.architecture)
-        self.clips = encode_shapes(MovingShapes(config.data.clips, config.data.seed), BlockDCTCodec())
-        self.text = HashTextEmbedding(TEXT_LENGTH, config.architecture.text_dim)(self.clips.captions)
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=options.lr, betas=options.betas, weight_decay=options.weight_decay
-        )
-        self.lr = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, options.lr, total_steps=config.max_steps)
-        self.ema = EMACallback(self.model.parameters(), config.ema_decay)
+    @property
+    def main_role(self) -> str:
+        return "teacher"
 
-    def run(self) -> Iterator[float]:
-        """Train; yields the loss of each step."""
-        config = self.config
-        draws = torch.Generator().manual_seed(config.seed)
-        order = ShuffledOrder(len(self.clips), config.seed)
-        predict_velocity = VelocityModel(self.model)
-        for step in range(config.max_steps):
-            index = order.batch(step * config.batch_size, config.batch_size)
-            clips, text = self.clips.latents[index], self.text[index]
-            without_caption = torch.rand(len(index), generator=draws) < config.caption_dropout
-            text = text.masked_fill(without_caption.view(-1, 1, 1), 0.0)
-            uniform = schedule.num_train_timesteps * torch.rand(len(index), generator=draws)
-            timesteps = shift_timesteps(uniform, config.timestep_shift)
-            noise = torch.randn(clips.shape, generator=draws)
-            velocity = predict_velocity(schedule.add_noise(clips, noise, timesteps), timesteps, text)
-            loss = F.mse_loss(velocity, schedule.velocity(clips, noise))
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.max_gradient_norm)
-            self.optimizer.step()
-            self.lr.step()
-            self.ema.after_step(step, {})
-            yield loss.item()
+    def transformer_config(self, teacher: str | None) -> dict[str, Any] | None:
+        return dict(build_transformer(self.architecture).config)
+
+
+class FlowMatching(Method):
+    """Flow matching; see :class:`FlowMatchingMethodConfig`."""
+
+    Config = FlowMatchingMethodConfig
+
+    def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
+        super().__init__(config, models, setting)
+        self.teacher = models["teacher"]
+        self.sampler = EulerSampler(guidance_scale=config.guidance_scale)
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        return [Turn("teacher", ("clips",))]
+
+    def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+        clips, text = batch["clips"]
+        without = draws.uniform("caption_dropout") < self.config.caption_dropout
+        text = torch.where(without.view(-1, 1, 1), self.setting.unconditional, text)
+        uniform = schedule.num_train_timesteps * draws.uniform("timesteps")
+        timesteps = shift_timesteps(uniform, self.config.timestep_shift)
+        noise = draws.normal("noise", clips.shape[1:])
+        velocity = self.teacher(schedule.add_noise(clips, noise, timesteps), timesteps, text)
+        yield Loss(F.mse_loss(velocity, schedule.velocity(clips, noise)), {})
+
+
+METHOD = FlowMatching

@@ -1,13 +1,17 @@
-"""The three models of a run, sharded over its ranks: student, frozen teacher, online model."""
+"""Who takes part in a run: roles, and the models that play them, sharded over the ranks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
+import torch
 from diffusers import WanTransformer3DModel
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from avd_trainer.config.run import TrainConfig
-from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, ParallelConfig
 from avd_trainer.models.lora import start_adapter
 from avd_trainer.models.sharding import materialise, shard
 from avd_trainer.models.transformer import DTYPES, VelocityModel, prepare, without_memory
@@ -15,53 +19,157 @@ from avd_trainer.models.weights import TransformerWeights, load_into, open_weigh
 from avd_trainer.runtime.ranks import Ranks
 
 
-class Models(NamedTuple):
-    """Who takes part in a distillation. All start from the teacher, or the student from weights of its own."""
-
-    student: VelocityModel
-    teacher: VelocityModel
-    online: VelocityModel
+@dataclass(frozen=True)
+class Frozen:
+    """The transformer of the run's ``teacher`` as it was loaded; nobody trains it."""
 
 
-def load_models(config: TrainConfig, ranks: Ranks) -> Models:
+@dataclass(frozen=True)
+class Trained:
+    """A transformer that starts from the run's ``teacher``.
+
+    Attributes:
+        optimizer: What steps on it.
+        lora: Train adapters on the base that all such roles share with the frozen one; None trains all weights.
+        weights: Where all weights are trained: what to start from in place of the teacher.
+    """
+
+    optimizer: OptimizerConfig
+    lora: LoRAConfig | None = None
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A module of the method's own, with random first weights that the run's seed fixes.
+
+    Attributes:
+        optimizer: What steps on it.
+        build: From the latent shape ``(C, F, H, W)`` of a clip to the module, on the CPU, drawing from PyTorch's global
+            generator.
+    """
+
+    optimizer: OptimizerConfig
+    build: Callable[[Sequence[int]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Average:
+    """An exponential moving average of a trained role's weights.
+
+    Attributes:
+        of: Whose.
+        decay: Per accepted step of that role, in [0, 1).
+    """
+
+    of: str
+    decay: float
+
+
+Role = Frozen | Trained | Built | Average
+Roles = Mapping[str, Role]
+
+
+class Model(Protocol):
+    """What plays a role: called by the method, stepped on by the engine."""
+
+    def __call__(self, *inputs: Any) -> Any: ...
+    def named_parameters(self) -> Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]:
+        """What training changes in this role, by name."""
+
+
+def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
+    """What training changes in a role, by name; empty for a frozen one."""
+    return {name: parameter for name, parameter in dict(model.named_parameters()).items() if parameter.requires_grad}
+
+
+def load_models(
+    roles: Roles,
+    ranks: Ranks,
+    *,
+    teacher: str | None,
+    latent_shape: Sequence[int],
+    precision: str,
+    parallel: ParallelConfig,
+    seed: int,
+) -> dict[str, Model]:
     """Build, shard and fill the models of a run.
 
-    No rank holds a whole model at any time: modules are built without memory, sharded, and then each rank reads its
-    part of the files.
+    No rank holds a whole transformer at any time: modules are built without memory, sharded, and then each rank reads
+    its part of the files.
+
+    Args:
+        roles: Who takes part. Averages are the engine's, and get no model here.
+        ranks: The processes of the run.
+        teacher: Where frozen and trained transformers start from; None where a method has none.
+        latent_shape: ``(C, F, H, W)`` of a clip, which built modules may depend on.
+        precision: What transformers compute in, ``float32`` or ``bfloat16``.
+        parallel: Activation checkpointing and compilation.
+        seed: Of first weights.
 
     Raises:
         UserError: If weights are missing, damaged or of another architecture.
     """
-    adapters = {"student": config.student_lora, "online": config.online_lora}
-    shared = {role: lora for role, lora in adapters.items() if lora is not None}
-    with open_weights(config.teacher) as weights:
-        base = _build(weights, shared, config, ranks, trainable=False)
-        full = {role: _build(weights, {}, config, ranks, trainable=True) for role in adapters if role not in shared}
-        if config.student_weights is not None:
-            with open_weights(config.student_weights, config=weights.config) as own:
-                load_into(full["student"], own)
-    dtype = DTYPES[config.precision]
-    return Models(
-        teacher=VelocityModel(base, None, dtype),
-        **{
-            role: VelocityModel(full[role], None, dtype) if role in full else VelocityModel(base, role, dtype)
-            for role in adapters
-        },
-    )
+    dtype = DTYPES[precision]
+    models: dict[str, Model] = {
+        name: _build_own(role, latent_shape, dtype, ranks, seed)
+        for name, role in roles.items()
+        if isinstance(role, Built)
+    }
+    from_teacher = {name: role for name, role in roles.items() if isinstance(role, Frozen | Trained)}
+    if not from_teacher:
+        return models
+    assert teacher is not None, "a configuration whose method needs a teacher has one"
+    adapters = {name: role.lora for name, role in from_teacher.items() if isinstance(role, Trained) and role.lora}
+    full = {name: role for name, role in from_teacher.items() if isinstance(role, Trained) and role.lora is None}
+    with open_weights(teacher) as weights:
+        if len(full) < len(from_teacher):
+            base = _build(weights, adapters, dtype, parallel, ranks, seed, trainable=False)
+            for name in from_teacher.keys() - full.keys():
+                models[name] = VelocityModel(base, name if name in adapters else None, dtype)
+        for name, role in full.items():
+            module = _build(weights, {}, dtype, parallel, ranks, seed, trainable=True)
+            if role.weights is not None:
+                with open_weights(role.weights, config=weights.config) as own:
+                    load_into(module, own)
+            models[name] = VelocityModel(module, None, dtype)
+    return models
+
+
+def build_whole(role: Built, latent_shape: Sequence[int], seed: int) -> nn.Module:
+    """A built module with its first weights, on the CPU, the same on any number of ranks."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return role.build(latent_shape)
+
+
+def _build_own(role: Built, latent_shape: Sequence[int], dtype: torch.dtype, ranks: Ranks, seed: int) -> Model:
+    module = build_whole(role, latent_shape, seed).to(ranks.device)
+    if isinstance(module, WanTransformer3DModel):
+        shard(module, dtype, ranks)
+        return VelocityModel(module, None, dtype)
+    fully_shard(module, mesh=ranks.mesh)
+    return module
 
 
 def _build(
-    weights: TransformerWeights, adapters: dict[str, LoRAConfig], config: TrainConfig, ranks: Ranks, *, trainable: bool
+    weights: TransformerWeights,
+    adapters: dict[str, LoRAConfig],
+    dtype: torch.dtype,
+    parallel: ParallelConfig,
+    ranks: Ranks,
+    seed: int,
+    *,
+    trainable: bool,
 ) -> WanTransformer3DModel:
     model = without_memory(weights.config)
-    dtype = DTYPES[config.precision]
-    prepare(model, adapters, dtype, trainable=trainable, checkpointing=config.parallel.activation_checkpointing)
-    if config.parallel.compile:
+    prepare(model, adapters, dtype, trainable=trainable, checkpointing=parallel.activation_checkpointing)
+    if parallel.compile:
         model.compile_repeated_blocks()
     shard(model, dtype, ranks)
     materialise(model, ranks.device)
     load_into(model, weights)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
-            start_adapter(name, parameter, config.seed)
+            start_adapter(name, parameter, seed)
     return model

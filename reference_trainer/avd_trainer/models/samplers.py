@@ -1,10 +1,11 @@
-"""Running the models: one few-step rollout of the student, and sampling from teacher and student."""
+"""From noise to samples: the student's few steps, and the teacher's many."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -13,11 +14,66 @@ from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_times
 
 schedule = FlowMatchingSchedule()
 
-Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
+VelocityPredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(x_t [B, C, F, H, W], timesteps [B], text [B, L, D])`` to a velocity ``[B, C, F, H, W]``."""
 
 DrawNoise = Callable[[Sequence[int]], Tensor]
 """A sample's shape ``[C, F, H, W]`` to standard normal noise ``[B, C, F, H, W]``."""
+
+
+class Sampler(Protocol):
+    """How a model becomes a sample, in inference."""
+
+    def __call__(
+        self,
+        model: VelocityPredictor,
+        text: Tensor,
+        unconditional: Tensor,
+        shape: Sequence[int],
+        draw_noise: DrawNoise,
+    ) -> Tensor:
+        """``[B, C, F, H, W]`` of ``text`` ``[B, L, D]``; the other arguments as in :func:`sample_teacher`."""
+
+
+@dataclass(frozen=True)
+class FewStepSampler:
+    """A distilled student's sampler: predict x_0, noise it to the next of the few steps, repeat.
+
+    Attributes:
+        few_steps: Timesteps, falling.
+    """
+
+    few_steps: Sequence[float]
+
+    def __call__(
+        self,
+        model: VelocityPredictor,
+        text: Tensor,
+        unconditional: Tensor,
+        shape: Sequence[int],
+        draw_noise: DrawNoise,
+    ) -> Tensor:
+        return few_step_rollout(model, text, shape, self.few_steps, draw_noise).x_0
+
+
+@dataclass(frozen=True)
+class EulerSampler:
+    """Euler steps of the probability-flow ODE; see :func:`sample_teacher`."""
+
+    guidance_scale: float
+    steps: int = 25
+
+    def __call__(
+        self,
+        model: VelocityPredictor,
+        text: Tensor,
+        unconditional: Tensor,
+        shape: Sequence[int],
+        draw_noise: DrawNoise,
+    ) -> Tensor:
+        return sample_teacher(
+            model, text, unconditional, shape, draw_noise, steps=self.steps, guidance_scale=self.guidance_scale
+        )
 
 
 class Rollout(NamedTuple):
@@ -40,7 +96,7 @@ class Rollout(NamedTuple):
 
 
 def guided_velocity(
-    model: Denoiser, x_t: Tensor, timesteps: Tensor, text: Tensor, unconditional: Tensor, guidance_scale: float
+    model: VelocityPredictor, x_t: Tensor, timesteps: Tensor, text: Tensor, unconditional: Tensor, guidance_scale: float
 ) -> Tensor:
     """Classifier-free guidance in one forward of twice the batch; with scale 1 a plain forward.
 
@@ -56,7 +112,7 @@ def guided_velocity(
 
 
 def few_step_rollout(
-    model: Denoiser,
+    model: VelocityPredictor,
     text: Tensor,
     shape: Sequence[int],
     timesteps: Sequence[float],
@@ -94,7 +150,7 @@ def few_step_rollout(
 
 @torch.no_grad()
 def sample_teacher(
-    model: Denoiser,
+    model: VelocityPredictor,
     text: Tensor,
     unconditional: Tensor,
     shape: Sequence[int],
@@ -132,5 +188,5 @@ def sample_teacher(
     return x_t
 
 
-def _predict(model: Denoiser, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
+def _predict(model: VelocityPredictor, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
     return Rollout(x_t, model(x_t, x_t.new_full((len(x_t),), timestep), text), timestep)

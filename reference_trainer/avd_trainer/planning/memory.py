@@ -27,7 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import LoRAConfig, ShapesData, ShardsData, VideosData
 from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -38,6 +37,7 @@ from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.transformer import DTYPES, VelocityModel, computes_in_float32, empty_transformer, prepare
 from avd_trainer.models.weights import BUNDLED, open_weights
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.config import TrainConfig
 
 GB = 2**30
 """Bytes of a GB, as graphics cards are sold: a card of 80 GB has 80 times this."""

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from avd_core import AVDConfig
-from avd_trainer.config.run import TrainConfig
-from avd_trainer.config.sections import ShardsData
+from avd_trainer.config.sections import Section, ShardsData
 from avd_trainer.data.in_memory import InMemoryData
 from avd_trainer.data.sources import TrainingData, load_clips
 from avd_trainer.data.video_files import enlarge, save_gif, tile
 from avd_trainer.evaluation.clip_metrics import ClipMetrics, evaluate
+from avd_trainer.methods.avd import AVDMethodConfig
+from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import Denoiser, DrawNoise, few_step_rollout, sample_teacher
+from avd_trainer.models.samplers import DrawNoise, VelocityPredictor, few_step_rollout, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
@@ -25,13 +26,30 @@ from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies.figures import TITLES, save_report
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.metrics_log import METRICS_FILE
 from avd_trainer.training.run import train
 
 CLIPS_PER_GIF = 8
 
 
-def run_demo(config: TrainConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics]:
+class EvaluationConfig(Section):
+    """How a demo measures what came out."""
+
+    samples: int = Field(default=144, ge=2)
+    """Clips per model, and real clips to compare with."""
+    teacher_steps: int = Field(default=25, ge=1)
+    """Euler steps of the teacher."""
+
+
+class DemoConfig(TrainConfig):
+    """The AVD run of a demo, and how its students are measured."""
+
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured."""
+
+
+def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics]:
     """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
 
     Args:
@@ -57,6 +75,8 @@ def run_demo(config: TrainConfig, output: Path, ranks: Ranks) -> dict[str, ClipM
     data = InMemoryData(clips, embed)
     shape = clips.latents.shape[1:]
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
+    method = config.method
+    assert isinstance(method, AVDMethodConfig)
     # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
     captions = [clips.captions[i % len(clips)] for i in range(samples)]
     text = embed(captions)
@@ -70,31 +90,31 @@ def run_demo(config: TrainConfig, output: Path, ranks: Ranks) -> dict[str, ClipM
             shape,
             _same_noise(samples),
             steps=teacher_steps,
-            guidance_scale=config.guidance_scale,
+            guidance_scale=method.guidance_scale,
             on_step=bar.advance,
         )
-    without = config.model_copy(
-        update={"objective": AVDConfig(timesteps=config.objective.timesteps, regression=None, motion=None)}
-    )
-    for name, run in {"dmd": without, "avd": config}.items():
+    run = config.model_dump(exclude={"evaluation", "method"})
+    shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
+    methods = {"dmd": DMDMethodConfig(**shared), "avd": method}
+    for name, run in {name: TrainConfig(**run, method=each) for name, each in methods.items()}.items():
         if not train(run, output / name, ranks, data=TrainingData(data, data), description=name):
             raise UserError(
                 f"The demo was stopped; {output / name} goes on with `avd train {output / name}/config.yaml`."
             )
-        student: Denoiser = VelocityModel(load_transformer(str(output / name / "student")))
+        student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
-            latents[name] = few_step_rollout(student, text, shape, config.objective.timesteps, _same_noise(samples)).x_0
+            latents[name] = few_step_rollout(student, text, shape, method.few_steps, _same_noise(samples)).x_0
 
     videos = {name: codec.decode(x) for name, x in latents.items()}
     metrics = {name: evaluate(latents[name], videos[name], held_out.latents) for name in latents}
-    motion = config.objective.motion
+    motion = method.motion
     save_report(
         output / "report.png",
         videos,
         metrics,
         {name: output / name / METRICS_FILE for name in ("dmd", "avd")},
         captions,
-        config.objective.timesteps,
+        method.few_steps,
         floor=None if motion is None else motion.floor,
         latent_std=float(clips.latents.std()),
     )

@@ -94,7 +94,7 @@ def _draw_bars(figure: Figure, metrics: Mapping[str, ClipMetrics]) -> None:
     fields = {
         "saturation": "mean HSV saturation",
         "temporal_loss": "temporal loss, nats (lower: more motion)",
-        "motion": "pixel change per frame",
+        "pixel_motion": "pixel change per frame",
         "distance": "energy distance to held-out clips",
     }
     for axis, (field, title) in zip(figure.subplots(1, len(fields)), fields.items(), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,11 +18,11 @@ Metrics = dict[str, Tensor]
 
 
 def share_batch(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list[range]:
-    """Places in the global batch of this rank's samples, forward by forward.
+    """Places in the global batch of this rank's samples, micro-batch by micro-batch.
 
     Args:
-        batch_size: Examples per update, over all ranks.
-        micro_batch_size: Examples per forward; None takes the whole share at once.
+        batch_size: Samples per update, over all ranks.
+        micro_batch_size: Samples per micro-batch; None takes the whole share at once.
         ranks: The processes of the run.
 
     Raises:
@@ -43,13 +44,13 @@ def share_batch(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> 
     return [range(start, start + size) for start in range(first, first + share, size)]
 
 
-def indices_by_forward(
-    order: ShuffledOrder, updates: range, batch_size: int, rows: Sequence[range]
+def indices_by_micro_batch(
+    order: ShuffledOrder, updates: range, batch_size: int, micro_batches: Sequence[range]
 ) -> Iterator[list[int]]:
-    """Which samples this rank reads for each forward of each update; ``rows`` are those of :func:`share_batch`."""
+    """Which examples this rank reads for each micro-batch of each update, shared out by :func:`share_batch`."""
     for update in updates:
-        for forward in rows:
-            yield order.batch(update * batch_size + forward[0], len(forward))
+        for places in micro_batches:
+            yield order.batch(update * batch_size + places[0], len(places))
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -70,6 +71,28 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> to
     return optimizer
 
 
+def set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, max_steps: int) -> None:
+    """Set what the schedule says of a step, counted from 1: a function of it, so that there is nothing to save."""
+    if config.schedule == "constant":
+        return
+    for group in optimizer.param_groups:
+        if config.schedule == "cosine":
+            group["lr"] = _along_cosine(config.lr, 0.0, (step - 1) / max_steps)
+            continue
+        peak, last = 0.3 * max_steps - 1, max_steps - 1
+        low = config.lr / 25
+        if step - 1 <= peak:
+            part, (lr, beta) = (step - 1) / peak, ((low, config.lr), (0.95, 0.85))
+        else:
+            part, (lr, beta) = (step - 1 - peak) / (last - peak), ((config.lr, low / 1e4), (0.85, 0.95))
+        group["lr"] = _along_cosine(*lr, part)
+        group["betas"] = (_along_cosine(*beta, part), group["betas"][1])
+
+
+def _along_cosine(start: float, end: float, part: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * part)) / 2
+
+
 def optimizer_tensors(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state by name, the very tensors that it changes."""
     return {
@@ -84,20 +107,20 @@ def detached(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def whole(value: Tensor) -> Tensor:
+def gather_full(value: Tensor) -> Tensor:
     """A tensor put together from its shards; a collective where it has any."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def over_forwards(parts: Sequence[Metrics]) -> Metrics:
-    """Means of scalars, and lists put together, over the forwards of an accumulated step."""
+def mean_over_micro_batches(parts: Sequence[Metrics]) -> Metrics:
+    """Means of scalars, and lists put together, over the micro-batches of an accumulated step."""
     return {
         name: torch.cat([part[name] for part in parts]) if value.ndim else torch.stack([p[name] for p in parts]).mean()
         for name, value in parts[0].items()
     }
 
 
-def over_ranks(metrics: Metrics, ranks: Ranks) -> Metrics:
+def mean_over_ranks(metrics: Metrics, ranks: Ranks) -> Metrics:
     """Means of scalars, and lists put together, over all ranks. A collective."""
     flat = torch.cat([value.detach().float().flatten() for value in metrics.values()])
     by_rank = ranks.gather(flat).split([value.numel() for value in metrics.values()], dim=1)

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import ShardsData
 from avd_trainer.data.video_files import save_clip, save_grid
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.config import TrainConfig
 
 Decode = Callable[[Tensor], Tensor]
 
@@ -55,7 +55,7 @@ class SampleWriter:
         return folder
 
     def _load(self) -> Decode:
-        source = self._config.codec or self._config.teacher
+        source = self._config.codec or self._config.teacher or ""
         if not isinstance(self._config.data, ShardsData):
             # Clips that are encoded at the start are in this latent space, whoever the teacher is.
             codec = BlockDCTCodec()

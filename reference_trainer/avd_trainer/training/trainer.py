@@ -1,46 +1,44 @@
-"""Distillation of a video model into a few-step student: Algorithm 1 of the paper."""
+"""The engine: runs the steps of any method, the same on any number of ranks, resumable from the step alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from avd_core import (
-    AVDObjective,
     Callback,
-    CallbackList,
     CollapseMonitor,
-    DistributionMatchingLoss,
     EMACallback,
     LatentStatistics,
+    NamedCallbacks,
     NonFiniteGuard,
-    shift_timesteps,
     temporal_variance,
 )
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.batches import Batch, CaptionedExamples, read_batches
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.models.roles import Models
-from avd_trainer.models.samplers import Rollout, few_step_rollout, guided_velocity, schedule
-from avd_trainer.models.transformer import VelocityModel
-from avd_trainer.runtime.draws import SampleDraws, shared_integer
+from avd_trainer.methods.base import Setting, Turn
+from avd_trainer.methods.registry import load_method
+from avd_trainer.models.roles import Average, Built, Trained, load_models, trained_parameters
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.optimizers import (
     Metrics,
     adamw,
     detached,
-    indices_by_forward,
+    gather_full,
+    indices_by_micro_batch,
+    mean_over_micro_batches,
+    mean_over_ranks,
     optimizer_tensors,
-    over_forwards,
-    over_ranks,
+    set_rates,
     share_batch,
-    whole,
 )
 
 # Real latents that the monitor's reference is measured on.
@@ -48,267 +46,197 @@ REFERENCE_CLIPS = 64
 
 
 class Trainer:
-    """Trains a student against a teacher.
+    """Runs a method.
 
-    Three models take part: the student, the frozen teacher, and the online model that follows the student's samples. A
-    step is one generator update and ``online_updates`` updates of the online model, the first of which reuses the
-    generator's samples. Everything that is drawn, data included, is a function of seed, step and a sample's place in
-    the global batch, so a run does not depend on the number of ranks, and resumes from the step alone.
+    A step of the run is the turns that the method names. In a turn each micro-batch gives losses, each of which has its
+    backward pass at once; then gradients are clipped, looked at, and the role's optimizer steps. Everything that is
+    drawn, data included, is a function of seed, step and a sample's place in the global batch, so a run does not depend
+    on the number of ranks, and resumes from the step alone.
 
     Args:
         config: The run.
-        models: Who takes part, sharded over ``ranks``.
         data: Clips and prompts.
         ranks: The processes of the run.
 
     Attributes:
         step: Steps done.
-        ema: Gives the averaged weights of the student by ``ema.average_parameters()``.
-        monitor: What was noticed about the run is in ``monitor.findings``; on the first rank.
+        method: What is run.
+        models: By role, sharded over ``ranks``.
+        optimizers: By trained role.
+        averages: By name, for example ``averages["ema"].average_parameters()`` gives a student's averaged weights.
+        monitor: What was noticed about the run is in ``monitor.findings``; on the first rank, where the method has one.
 
     Raises:
-        UserError: If the batch cannot be shared out among the ranks.
+        UserError: If weights are missing or damaged, or the batch cannot be shared out among the ranks.
     """
 
-    def __init__(self, config: TrainConfig, models: Models, data: TrainingData, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, data: TrainingData, ranks: Ranks) -> None:
         self.config = config
         self.ranks = ranks
         self.data = data
-        self.student, self.teacher, self.online = models
         self.step = 0
         self.latent_shape = data.latent_shape
-        self.few_steps = config.objective.timesteps
-        self.unconditional = data.prompts.unconditional().to(ranks.device)
-        self._rows = share_batch(config.batch_size, config.micro_batch_size, ranks)
+        self.micro_batches = share_batch(config.batch_size, config.micro_batch_size, ranks)
 
-        self.student_optimizer = adamw(self.student.named_parameters(), config.student_optimizer)
-        self.online_optimizer = adamw(self.online.named_parameters(), config.online_optimizer)
-        self.matching = DistributionMatchingLoss(config.matching_weight)
-        self.objective = _build_objective(config, accumulating=len(self._rows) > 1).to(ranks.device)
-
-        self.ema = EMACallback(self.student.parameters(), config.ema_decay)
-        # The guard comes first: what it skips, the others never see.
-        callbacks: dict[str, Callback] = {
-            "guard": NonFiniteGuard(config.max_skipped_steps, name="student"),
-            "ema": self.ema,
+        roles = config.method.roles(config.student_weights)
+        self.main_role = config.method.main_role
+        self.models = load_models(
+            roles,
+            ranks,
+            teacher=config.teacher,
+            latent_shape=self.latent_shape,
+            precision=config.precision,
+            parallel=config.parallel,
+            seed=config.seed,
+        )
+        self._rules = {name: role.optimizer for name, role in roles.items() if isinstance(role, Trained | Built)}
+        self._parameters = {name: trained_parameters(self.models[name]) for name in self._rules}
+        self.optimizers = {name: adamw(self._parameters[name], rules) for name, rules in self._rules.items()}
+        self.averages = {
+            name: EMACallback(list(self._parameters[role.of].values()), role.decay)
+            for name, role in roles.items()
+            if isinstance(role, Average)
         }
+        unconditional = data.prompts.unconditional() if config.method.needs_text else torch.empty(0)
+        setting = Setting(self.latent_shape, unconditional.to(ranks.device), ranks.device)
+        self.method = load_method(config.method.kind)(config.method, self.models, setting)
+
+        # The guard comes first: what it skips, the others never see.
+        callbacks: dict[str, dict[str, Callback]] = {name: {"guard": self._guard(name)} for name in self._rules}
+        for name, role in roles.items():
+            if isinstance(role, Average):
+                callbacks[role.of][name] = self.averages[name]
         self.monitor: CollapseMonitor | None = None
-        if ranks.first:
-            regression = config.objective.regression
-            weight = None if regression is None else regression.weight
-            # Only one step in so many has finished samples to look at: as many steps are averaged over as by default.
-            decay = 0.95 ** len(self.few_steps)
-            self.monitor = CollapseMonitor(_measure(data.clips), regression_weight=weight, decay=decay)
-            callbacks["monitor"] = self.monitor
-        self.callbacks = CallbackList(callbacks)
-        # A step updates the online model several times; its guard stops the run after the same number of steps.
-        self.online_guard = NonFiniteGuard(config.max_skipped_steps * config.online_updates, name="online model")
+        options = self.method.monitor_options()
+        if ranks.first and options is not None:
+            self.monitor = CollapseMonitor(_measure(data.clips), **options)
+            callbacks[self.main_role]["monitor"] = self.monitor
+        self.callbacks = {name: NamedCallbacks(named) for name, named in callbacks.items()}
 
     def run(self) -> Iterator[Metrics]:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
 
-        Detached tensors: scalars ``loss``, ``gradient_norm``, ``matching/loss``, ``matching/gradient_norm``,
-        ``online/loss`` and ``online/gradient_norm`` (of the last of its updates), ``sample/timestep``, ``sample/std``
-        (of a sample, averaged), ``sample/variance`` (temporal) and ``sample/temporal_loss`` (minus its logarithm),
-        ``skipped`` (0 or 1), with a regression ``regression/timesteps`` ``[batch_size]``, and the metrics of
-        :class:`AVDObjective`.
+        Detached tensors: for the main role scalars ``loss``, ``gradient_norm`` and ``skipped`` (0 or 1); for another
+        ``ROLE/loss`` and ``ROLE/gradient_norm``, of the last of its turns; and what the method's losses say, scalars or
+        ``[batch_size]``.
         """
-        config = self.config
-        prompts = self._read(self.data.prompts, config.online_updates, seed=2 * config.seed)
-        clips = self._read(self.data.clips, 1, seed=2 * config.seed + 1)
-        while self.step < config.max_steps:
-            yield self._train_step(prompts, clips if config.objective.regression is not None else None)
+        streams = {name: self._read(name) for name in self._reads_per_step(1)}
+        while self.step < self.config.max_steps:
+            yield self._train_step(streams)
 
     @torch.no_grad()
     def sample(self, text: Tensor, key: str) -> Tensor:
-        """Finished samples ``[B, C, F, H, W]`` of the student's current weights, from noise that ``key`` names.
+        """Finished samples ``[B, C, F, H, W]`` of the main role's current weights, from noise that ``key`` names.
 
         A collective: every rank gets the same samples. ``text`` is ``[B, L, D]``.
         """
-        draws = SampleDraws((self.config.seed, key), range(len(text)), self.ranks.device)
-        text = text.to(self.ranks.device)
-        return few_step_rollout(self.student, text, self.latent_shape, self.few_steps, draws.normal).x_0
+        assert self.method.sampler is not None
+        draws = Draws((self.config.seed, key), range(len(text)), self.ranks.device)
+        return self.method.sampler(
+            self.models[self.main_role],
+            text.to(self.ranks.device),
+            self.method.setting.unconditional,
+            self.latent_shape,
+            draws.named("trajectory"),
+        )
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the run by owner and name: the very ones that training changes, to be saved or filled."""
-        student, online = self.student.named_parameters(), self.online.named_parameters()
-        return {
-            "student": detached(student),
-            "online": detached(online),
-            "ema": dict(zip(student, self.ema.state_dict()["shadow_params"], strict=True)),
-            "student_optimizer": optimizer_tensors(student, self.student_optimizer),
-            "online_optimizer": optimizer_tensors(online, self.online_optimizer),
-            "objective": dict(self.objective.state_dict()),
-        }
+        tensors = {name: detached(parameters) for name, parameters in self._parameters.items()}
+        for name, optimizer in self.optimizers.items():
+            tensors[f"{name}_optimizer"] = optimizer_tensors(self._parameters[name], optimizer)
+        for name, role in self.config.method.roles().items():
+            if isinstance(role, Average):
+                shadows = self.averages[name].state_dict()["shadow_params"]
+                tensors[name] = dict(zip(self._parameters[role.of], shadows, strict=True))
+        return tensors | {"method": dict(self.method.state.state_dict())}
 
     def state(self) -> dict[str, Any]:
         """The rest of the run's state: numbers, strings and containers of them."""
-        callbacks = self.callbacks.state_dict()
-        callbacks["ema"] = {k: v for k, v in callbacks["ema"].items() if k != "shadow_params"}
-        return {"step": self.step, "callbacks": callbacks, "online_guard": self.online_guard.state_dict()}
+        callbacks = {name: own.state_dict() for name, own in self.callbacks.items()}
+        for own in callbacks.values():
+            for average in own.keys() & self.averages.keys():
+                own[average] = {k: v for k, v in own[average].items() if k != "shadow_params"}
+        return {"step": self.step, "callbacks": callbacks}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave; the tensors are filled in place by who read them."""
-        callbacks = {name: value for name, value in state["callbacks"].items() if name in self.callbacks.callbacks}
-        callbacks["ema"] = {**callbacks["ema"], "shadow_params": self.ema.state_dict()["shadow_params"]}
-        self.callbacks.load_state_dict(callbacks)
-        self.online_guard.load_state_dict(state["online_guard"])
+        for name, own in self.callbacks.items():
+            saved = {key: value for key, value in state["callbacks"][name].items() if key in own.callbacks}
+            for average in saved.keys() & self.averages.keys():
+                shadows = self.averages[average].state_dict()["shadow_params"]
+                saved[average] = {**saved[average], "shadow_params": shadows}
+            own.load_state_dict(saved)
         self.step = int(state["step"])
 
-    def _read(self, data: CaptionedExamples, updates: int, seed: int) -> Iterator[Batch]:
-        """This rank's part of each update's batch, forward by forward, from the current step on."""
-        order = ShuffledOrder(len(data), seed)
-        remaining = range(self.step * updates, self.config.max_steps * updates)
-        batches = indices_by_forward(order, remaining, self.config.batch_size, self._rows)
+    def _train_step(self, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
+        self.step += 1
+        metrics: Metrics = {}
+        taken: Counter[str] = Counter()
+        for turn in self.method.turns(self.step):
+            metrics |= self._take_turn(turn, taken[turn.role], streams)
+            taken[turn.role] += 1
+        return self.method.summarise(mean_over_ranks(metrics, self.ranks))
+
+    def _take_turn(self, turn: Turn, number: int, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
+        """One optimizer step; ``number`` counts the turns of this role within the step."""
+        parts = [self._accumulate(turn, number, places, streams) for places in self.micro_batches]
+        metrics = mean_over_micro_batches(parts)
+        metrics["gradient_norm"] = self._clip_gradients(turn.role)
+        callbacks, optimizer = self.callbacks[turn.role], self.optimizers[turn.role]
+        accepted = callbacks.before_step(self.step, metrics)
+        if accepted:
+            set_rates(optimizer, self._rules[turn.role], self.step, self.config.max_steps)
+            optimizer.step()
+            callbacks.after_step(self.step, metrics)
+        optimizer.zero_grad(set_to_none=True)
+        self.method.after(turn, accepted=accepted)
+        metrics.pop("x_0", None)
+        if turn.role != self.main_role:
+            return {f"{turn.role}/{name}": value for name, value in metrics.items()}
+        return metrics | {"skipped": torch.tensor(float(not accepted), device=self.ranks.device)}
+
+    def _accumulate(self, turn: Turn, number: int, places: range, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
+        """The losses of one micro-batch, each with its backward pass; ``places`` are those of its samples."""
+        batch = {name: next(streams[name]).to(self.ranks.device) for name in turn.data}
+        draws = Draws((self.config.seed, turn.role, self.step, number), places, self.ranks.device)
+        metrics: Metrics = {}
+        values = []
+        for loss in self.method.losses(turn, batch, draws):
+            loss.backward(len(self.micro_batches))
+            values.append(loss.value.detach())
+            metrics |= loss.metrics
+        return metrics | {"loss": torch.stack(values).sum()}
+
+    def _reads_per_step(self, step: int) -> Counter[str]:
+        """How often each kind of data is read in a step."""
+        return Counter(name for turn in self.method.turns(step) for name in turn.data)
+
+    def _read(self, name: str) -> Iterator[Batch]:
+        """This rank's part of each turn's batch, micro-batch by micro-batch, from the current step on."""
+        config = self.config
+        data: CaptionedExamples = getattr(self.data, name)
+        order = ShuffledOrder(len(data), 2 * config.seed + ("prompts", "clips").index(name))
+        done = sum(self._reads_per_step(step)[name] for step in range(1, self.step + 1))
+        left = sum(self._reads_per_step(step)[name] for step in range(self.step + 1, config.max_steps + 1))
+        batches = indices_by_micro_batch(order, range(done, done + left), config.batch_size, self.micro_batches)
         return read_batches(data, batches, self.data.workers)
 
-    def _train_step(self, prompts: Iterator[Batch], clips: Iterator[Batch] | None) -> Metrics:
-        self.step += 1
-        texts = self._next_texts(prompts)
-        samples, metrics, skipped = self._update_generator(texts, clips)
-        for update in range(self.config.online_updates):
-            draws = [self._draws("online", rows, update) for rows in self._rows]
-            if update > 0:
-                texts = self._next_texts(prompts)
-                last = self._last_step("online", update)
-                with torch.no_grad():
-                    samples = [self._rollout(text, d, last).x_0 for text, d in zip(texts, draws, strict=True)]
-            online = self._update_online(samples, texts, draws)
-        metrics |= online | {"skipped": torch.tensor(float(skipped), device=self.ranks.device)}
-        metrics = over_ranks(metrics, self.ranks)
-        # Only now: the logarithm of a mean is not the mean of logarithms.
-        return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
+    def _clip_gradients(self, role: str) -> Tensor:
+        parameters = list(self._parameters[role].values())
+        if self.config.max_gradient_norm is not None:
+            return gather_full(nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm))
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return gather_full(nn.utils.get_total_norm(gradients))
 
-    def _update_generator(
-        self, texts: Sequence[Tensor], clips: Iterator[Batch] | None
-    ) -> tuple[list[Tensor], Metrics, bool]:
-        """Eq. 9. The two terms on samples and the one on clips have a backward pass each: half the activations."""
-        last = self._last_step("generator")
-        parts: list[Metrics] = []
-        samples: list[Tensor] = []
-        for rows, text in zip(self._rows, texts, strict=True):
-            draws = self._draws("generator", rows)
-            rollout = self._rollout(text, draws, last)
-            # The losses are differentiated with respect to the velocity first, and from there through the student: the
-            # regression is compared with this gradient after the student's graph is gone.
-            velocity = rollout.velocity.detach().requires_grad_()
-            x_0 = rollout._replace(velocity=velocity).x_0
-            matching_loss, metrics = self._match(x_0, text, draws)
-            loss = matching_loss
-            if self.objective.motion is not None:
-                motion_loss, motion_metrics = self.objective.on_samples(x_0)
-                loss = loss + motion_loss
-                metrics |= motion_metrics
-            (gradient,) = torch.autograd.grad(loss, velocity, retain_graph=True)
-            rollout.velocity.backward(gradient / len(self._rows))
-            total = loss.detach()
-            if clips is not None:
-                clip_loss, clip_metrics = self._regress(next(clips), rows, matching_loss, velocity)
-                (clip_loss / len(self._rows)).backward()
-                total = total + clip_loss.detach()
-                metrics |= clip_metrics
-            samples.append(x_0.detach())
-            parts.append(metrics | {"loss": total} | _describe_sample(rollout))
-        metrics = over_forwards(parts)
-        metrics["gradient_norm"] = self._clip_gradients(self.student)
-        stepped = self._step_student(metrics, samples if last == len(self.few_steps) - 1 else None)
-        return samples, metrics, not stepped
-
-    def _match(self, x_0: Tensor, text: Tensor, draws: SampleDraws) -> tuple[Tensor, Metrics]:
-        """Eq. 4: both models' clean predictions of the noised sample."""
-        with torch.no_grad():
-            timesteps = self._score_timesteps(draws)
-            x_t = schedule.add_noise(x_0.detach(), draws.normal(self.latent_shape), timesteps)
-            scale = self.config.guidance_scale
-            real = guided_velocity(self.teacher, x_t, timesteps, text, self.unconditional, scale)
-            fake = self.online(x_t, timesteps, text)
-            real_x_0 = schedule.velocity_to_x_0(real, x_t, timesteps)
-            fake_x_0 = schedule.velocity_to_x_0(fake, x_t, timesteps)
-        loss, metrics = self.matching(x_0, real_x_0, fake_x_0)
-        return loss, {f"matching/{name}": value for name, value in metrics.items()} | {"matching/loss": loss.detach()}
-
-    def _regress(
-        self, batch: Batch, rows: range, matching_loss: Tensor, matching_output: Tensor
-    ) -> tuple[Tensor, Metrics]:
-        """Eq. 5: the student's velocity on real clips, noised to one of its few steps."""
-        clips, text = batch.latents.to(self.ranks.device), batch.text.to(self.ranks.device)
-        draws = self._draws("regression", rows)
-        choice = (draws.uniform() * len(self.few_steps)).long()
-        timesteps = torch.tensor(self.few_steps, device=self.ranks.device)[choice]
-        noise = draws.normal(self.latent_shape)
-        prediction = self.student(schedule.add_noise(clips, noise, timesteps), timesteps, text)
-        loss, metrics = self.objective.on_clips(
-            prediction,
-            schedule.velocity(clips, noise),
-            timesteps,
-            matching_loss=matching_loss,
-            matching_output=matching_output,
-        )
-        return loss, metrics | {"regression/timesteps": timesteps}
-
-    def _step_student(self, metrics: Metrics, finished: Sequence[Tensor] | None) -> bool:
-        """The optimizer's step, if the callbacks agree; ``finished`` are samples of the last of the few steps."""
-        regression = self.objective.regression
-        if regression is not None and not regression.cache.auto_update:
-            regression.cache.update()
-        # Examples of earlier steps are blurred by nature and would look like a collapse.
-        seen = metrics if finished is None else metrics | {"x_0": torch.cat(list(finished))}
-        stepped = self.callbacks.before_step(self.step, seen)
-        if stepped:
-            self.student_optimizer.step()
-            self.callbacks.after_step(self.step, seen)
-        self.student_optimizer.zero_grad(set_to_none=True)
-        return stepped
-
-    def _update_online(
-        self, samples: Sequence[Tensor], texts: Sequence[Tensor], all_draws: Sequence[SampleDraws]
-    ) -> Metrics:
-        """Eq. 2: the online model learns to denoise the student's samples."""
-        losses = []
-        for x_0, text, draws in zip(samples, texts, all_draws, strict=True):
-            timesteps = self._score_timesteps(draws)
-            noise = draws.normal(self.latent_shape)
-            velocity = self.online(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
-            loss = F.mse_loss(velocity, schedule.velocity(x_0, noise))
-            (loss / len(samples)).backward()
-            losses.append(loss.detach())
-        loss = torch.stack(losses).mean()
-        norm = self._clip_gradients(self.online)
-        if self.online_guard.before_step(self.step, {"loss": loss, "gradient_norm": norm}):
-            self.online_optimizer.step()
-        self.online_optimizer.zero_grad(set_to_none=True)
-        return {"online/loss": loss, "online/gradient_norm": norm}
-
-    def _rollout(self, text: Tensor, draws: SampleDraws, last: int) -> Rollout:
-        """Backward simulation: the student's own trajectory, up to one of its steps."""
-        return few_step_rollout(self.student, text, self.latent_shape, self.few_steps, draws.normal, last=last)
-
-    def _last_step(self, purpose: str, update: int = 0) -> int:
-        # One for the whole batch: every rank must run the same number of forwards.
-        return shared_integer((self.config.seed, purpose, self.step, update, "last"), len(self.few_steps))
-
-    def _draws(self, purpose: str, rows: range, update: int = 0) -> SampleDraws:
-        # Purposes have streams of their own: runs with one seed see the same noise whatever terms they have.
-        return SampleDraws((self.config.seed, purpose, self.step, update), rows, self.ranks.device)
-
-    def _score_timesteps(self, draws: SampleDraws) -> Tensor:
-        options = self.config.score_timesteps
-        uniform = schedule.num_train_timesteps * draws.uniform()
-        return shift_timesteps(uniform, options.shift).clamp(options.low, options.high)
-
-    def _next_texts(self, prompts: Iterator[Batch]) -> list[Tensor]:
-        return [next(prompts).text.to(self.ranks.device) for _ in self._rows]
-
-    def _clip_gradients(self, model: VelocityModel) -> Tensor:
-        return whole(nn.utils.clip_grad_norm_(model.parameters(), self.config.max_gradient_norm))
+    def _guard(self, role: str) -> NonFiniteGuard:
+        # A role may have several turns in a step; its guard stops the run after the same number of steps.
+        turns = sum(turn.role == role for turn in self.method.turns(1))
+        return NonFiniteGuard(self.config.max_skipped_steps * max(1, turns), name=_spoken(role))
 
 
-def _build_objective(config: TrainConfig, *, accumulating: bool) -> AVDObjective:
-    objective = config.objective
-    if accumulating and objective.regression is not None:
-        regression = objective.regression.model_copy(update={"auto_update": False})
-        objective = objective.model_copy(update={"regression": regression})
-    return AVDObjective(objective)
+def _spoken(role: str) -> str:
+    return "online model" if role == "online" else role
 
 
 def _measure(clips: CaptionedExamples) -> LatentStatistics:
@@ -322,12 +250,3 @@ def _measure(clips: CaptionedExamples) -> LatentStatistics:
             "`avd data inspect`, and make the data again."
         )
     return LatentStatistics.measure(latents)
-
-
-def _describe_sample(rollout: Rollout) -> Metrics:
-    x_0 = rollout.x_0.detach()
-    return {
-        "sample/timestep": x_0.new_tensor(rollout.timestep),
-        "sample/std": x_0.flatten(1).std(dim=1).mean(),
-        "sample/variance": temporal_variance(x_0),
-    }

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 from avd_core import derive_floor
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.sources import load_data
 from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]

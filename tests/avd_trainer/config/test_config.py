@@ -1,12 +1,13 @@
 from pathlib import Path
 
 import pytest
+from avd_trainer.config.run import TeacherConfig
 
-from avd_core import AVDConfig
+from avd_core import AVDConfig, MotionConfig
 from avd_trainer.config.loading import ConfigError, load_config, presets, save_config
-from avd_trainer.config.run import TeacherConfig, TrainConfig
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.training.config import TrainConfig
 
 
 @pytest.mark.parametrize("name", presets(TrainConfig))
@@ -20,7 +21,7 @@ def test_the_wan_presets_have_the_papers_values(name: str) -> None:
     """Sec. 4.1 of You et al. 2026, and the released code where the paper is silent."""
     config = load_config(TrainConfig, name, replace={"data": {"kind": "shards", "path": "clips"}})
     assert config.teacher == f"Wan-AI/Wan2.1-T2V-{name.removeprefix('wan2.1-').upper()}-Diffusers"
-    assert config.objective == AVDConfig.paper()
+    assert config.objective == AVDConfig(motion=MotionConfig(sync_ranks=False))
     assert (config.guidance_scale, config.matching_weight, config.online_updates) == (5, 1, 5)
     assert (config.batch_size, config.micro_batch_size, config.max_gradient_norm) == (24, 1, 10)
     assert (config.score_timesteps.shift, config.score_timesteps.low, config.score_timesteps.high) == (5, 20, 980)
@@ -76,6 +77,8 @@ def test_a_saved_configuration_loads_as_the_same(tmp_path: Path) -> None:
             "objective.regression={order: update_first, auto_update: false}",
             r"objective\.regression: order='update_first'",
         ),
+        ("objective.regression.sync_ranks=false", r"objective\.regression\.sync_ranks .*must be true"),
+        ("objective.balance.sync_ranks=false", r"objective\.balance\.sync_ranks must be true"),
         ("objective={regression: null, gradient_ratio: 1}", r"objective: gradient_ratio needs a regression"),
         ("score_timesteps.low=990", r"score_timesteps: low must be below high"),
     ],

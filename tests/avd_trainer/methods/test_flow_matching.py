@@ -1,11 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from avd_trainer.config.run import TeacherConfig
 from torch import Tensor
 
 from avd_core import derive_floor
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TeacherConfig, TrainConfig
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import SHAPE_COLORS, MovingShapes
@@ -15,6 +15,7 @@ from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import sample_teacher, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.training.config import TrainConfig
 
 CLIPS = 72
 PRESET = load_config(TrainConfig, "tiny")

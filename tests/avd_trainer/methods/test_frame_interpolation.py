@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from avd_trainer.config.run import InterpolatorConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from avd_core import LatentFrameInterpolator, interpolate_linearly, repeat_frames
 from avd_trainer.commands.app import app
+from avd_trainer.commands.train import train_interpolator
 from avd_trainer.config.loading import ConfigError, load_config, presets, save_config
-from avd_trainer.config.run import InterpolatorConfig, TrainConfig
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -39,7 +40,7 @@ from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.checkpoint import list_checkpoints
-from avd_trainer.training.run import train_interpolator
+from avd_trainer.training.config import TrainConfig
 from helpers import flatten, mean, randn
 from launches import on_ranks
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.models.weights import TransformerWeights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from avd_trainer.config.loading import load_config, save_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
@@ -33,6 +32,7 @@ from avd_trainer.planning.memory import (
 )
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
 # Wan2.1-1.3B with two blocks, on smaller clips.

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from avd_core import CollapseFinding
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.roles import load_models
@@ -23,6 +22,7 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import checkpoint
 from avd_trainer.training.checkpoint import Checkpoints, latest_checkpoint, list_checkpoints, read_state, read_tensors
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from helpers import assert_same_state
 from launches import on_ranks

@@ -20,23 +20,19 @@ import tiny_pipeline
 from avd_core import LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.roles import load_models
 from avd_trainer.models.samplers import few_step_rollout
+from avd_trainer.models.schedulers import closest_scheduler, grid_error
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
-from avd_trainer.training.export import (
-    ExportedPipeline,
-    closest_scheduler,
-    export_pipeline,
-    export_student,
-    grid_error,
-)
+from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.export import export_student
+from avd_trainer.training.pipeline_export import ExportedPipeline, export_pipeline
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
 from launches import Launch

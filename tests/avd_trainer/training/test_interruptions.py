@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.batches import read_batches
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.shards import Example, ShardWriter
@@ -25,6 +24,7 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import checkpoint as checkpoint_module
 from avd_trainer.training.checkpoint import Checkpoints, list_checkpoints, read_tensors
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from launches import Launch
 

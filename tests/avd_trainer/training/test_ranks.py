@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from avd_core import NonFiniteError
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
@@ -18,6 +17,7 @@ from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
 

@@ -17,11 +17,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from avd_trainer.config.run import InterpolatorConfig
 from safetensors import safe_open
 
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import ConfigError, load_config, save_config
-from avd_trainer.config.run import InterpolatorConfig, TrainConfig
 from avd_trainer.data.batches import Batch, CaptionedExamples, read_batches
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.shards import Example, ShardWriter
@@ -32,6 +32,7 @@ from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.runtime.signals import StopSignals
 from avd_trainer.training import trainer as trainer_module
 from avd_trainer.training.checkpoint import list_checkpoints, read_state
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from launches import Launch, on_ranks
 

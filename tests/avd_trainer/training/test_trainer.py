@@ -12,7 +12,6 @@ from torch import Tensor
 
 from avd_core import AVDObjective, DistributionMatchingLoss, NonFiniteError
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.run import TrainConfig
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import load_data
@@ -20,6 +19,7 @@ from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.draws import SampleDraws
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
@@ -176,8 +176,8 @@ def test_a_step_is_that_of_the_plain_algorithm(make_trainer: MakeTrainer, clips:
     with torch.no_grad():
         conditional, without = teacher(x_t, timesteps, text["prompts"]), teacher(x_t, timesteps, text["prompts"] * 0)
         real = x_t - sigma * (without + config.guidance_scale * (conditional - without))
-        fake = x_t - sigma * online(x_t, timesteps, text["prompts"])
-    matching, _ = DistributionMatchingLoss()(x_0, real, fake)
+        online_x_0 = x_t - sigma * online(x_t, timesteps, text["prompts"])
+    matching, _ = DistributionMatchingLoss()(x_0, real, online_x_0)
     chosen = torch.tensor(config.objective.timesteps)[(4 * draws["regression"].uniform()).long()]
     noise = draws["regression"].normal(shape)
     level = (chosen / 1000).view(2, 1, 1, 1, 1)

@@ -1,0 +1,216 @@
+"""What a method is to the engine: who takes part, who steps when, and the losses.
+
+A method owns what its paper's algorithm box says. The engine (:class:`avd_trainer.training.trainer.Trainer`) owns the
+rest: streams of data, draws, micro-batches, backward passes, clipping, optimizers, averages, checkpoints and metrics.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from pydantic import BaseModel, Field, model_validator
+from torch import Tensor, nn
+
+from avd_core import LossOutput
+from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, Section
+from avd_trainer.data.batches import Batch, Examples
+from avd_trainer.models.roles import Average, Frozen, Model, Roles, Trained
+from avd_trainer.models.samplers import Sampler
+from avd_trainer.models.weights import open_weights
+from avd_trainer.runtime.draws import Draws
+
+Batches = Mapping[str, Batch]
+"""What a turn asked for, by name: ``prompts``, ``clips``."""
+
+
+class Turn(NamedTuple):
+    """One optimizer step within a step of the run.
+
+    Attributes:
+        role: Whose optimizer steps.
+        data: What is read for it: ``prompts``, ``clips``, both or neither.
+    """
+
+    role: str
+    data: tuple[str, ...] = ()
+
+
+class Setting(NamedTuple):
+    """What a method finds when it starts.
+
+    Attributes:
+        latent_shape: ``(C, F, H, W)`` of a clip.
+        unconditional: ``[L, D]`` the text embedding of the negative prompt, on ``device``; empty where none is read.
+        device: Where this process computes.
+    """
+
+    latent_shape: tuple[int, ...]
+    unconditional: Tensor
+    device: torch.device
+
+
+class Cut:
+    """A model's output whose graph is cut, so that several losses share one backward pass through the model.
+
+    Losses are computed from ``output``, a leaf. The engine takes their gradient there and sends it through the model
+    once; afterwards the model's graph is gone, while the losses can still be differentiated at ``output``.
+
+    Args:
+        of: What the model returned, with its graph.
+    """
+
+    def __init__(self, of: Tensor) -> None:
+        self.of = of
+        self.output = of.detach().requires_grad_()
+
+
+class Loss(NamedTuple):
+    """What a method yields: the engine runs its backward pass before it asks for the next one.
+
+    Attributes:
+        value: Scalar.
+        metrics: Detached tensors to log: scalars, or ``[B]``. ``x_0`` is shown to the monitor and not logged: finished
+            samples ``[B, C, F, H, W]``.
+        cut: Where ``value`` was computed from a cut output; None for a graph that reaches the parameters.
+    """
+
+    value: Tensor
+    metrics: Mapping[str, Tensor]
+    cut: Cut | None = None
+
+    def backward(self, parts: int) -> None:
+        """Add the gradient of ``value / parts`` to the parameters'. For the engine to call."""
+        if self.cut is None:
+            (self.value / parts).backward()  # type: ignore[no-untyped-call]
+        else:
+            (gradient,) = torch.autograd.grad(self.value, self.cut.output, retain_graph=True)
+            self.cut.of.backward(gradient / parts)  # type: ignore[no-untyped-call]
+
+
+class MethodConfig(Section):
+    """Options of a method; ``kind`` is the name of the method's file."""
+
+    kind: str
+
+    needs_teacher: ClassVar[bool] = True
+    """Whether a run names a teacher that its models start from."""
+    needs_text: ClassVar[bool] = True
+    """Whether the method reads captions or prompts."""
+
+    def roles(self, student_weights: str | None = None) -> Roles:
+        """Who takes part. ``student_weights`` are what a student starts from in place of the teacher."""
+        raise NotImplementedError
+
+    @property
+    def main_role(self) -> str:
+        """The role that the run is about: what is averaged, sampled and exported."""
+        return "student"
+
+    @property
+    def held_out_clips(self) -> int:
+        """Of data of kind shards: how many of the last clips :meth:`Method.evaluate` is shown, and training is not."""
+        return 0
+
+    def transformer_config(self, teacher: str | None) -> dict[str, Any] | None:
+        """Keyword arguments of the transformers that take part; None where there are none."""
+        if teacher is None:
+            return None
+        with open_weights(teacher) as weights:
+            return weights.config
+
+    def check_accumulation(self) -> None:
+        """Raise ValueError where gradients cannot be accumulated over micro-batches."""
+
+
+class Method(ABC):
+    """A training method.
+
+    Args:
+        config: Its options.
+        models: By role.
+        setting: What it finds.
+
+    Attributes:
+        state: What has to survive a restart besides models: buffers of caches and balances.
+        sampler: How the main role's model becomes a sample; None where it makes none.
+    """
+
+    Config: ClassVar[type[MethodConfig]]
+
+    sampler: Sampler | None = None
+
+    def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
+        self.config = config
+        self.models = models
+        self.setting = setting
+        self.state = nn.Module()
+
+    @abstractmethod
+    def turns(self, step: int) -> Sequence[Turn]:
+        """Whose optimizers step in a step of the run, in order. A function of the step alone."""
+
+    @abstractmethod
+    def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+        """The losses of one micro-batch of a turn. After each yield its backward pass is run."""
+
+    def after(self, turn: Turn, *, accepted: bool) -> None:  # noqa: B027 - most methods have nothing to do here
+        """The turn is over; ``accepted`` says whether the optimizer has stepped, as everything was finite."""
+
+    def summarise(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Metrics of a step, averaged over micro-batches and ranks, as they are logged."""
+        return metrics
+
+    def monitor_options(self) -> dict[str, Any] | None:
+        """Options of the :class:`avd_core.CollapseMonitor` that watches the samples; None for no monitor."""
+        return None
+
+    def evaluate(self, module: nn.Module, held_out: Examples) -> BaseModel | None:
+        """What is measured on held-out clips when the run is done, on the exported module; None for nothing."""
+        return None
+
+
+class StudentRoleConfig(Section):
+    """A transformer that is trained, and how."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-6)
+    """Paper: AdamW, 2e-6."""
+    lora: LoRAConfig | None = None
+    """Train adapters, which share one frozen base with the teacher; None trains all weights."""
+
+
+class DistillationConfig(MethodConfig):
+    """What methods have in common that distil a teacher into a student of few steps."""
+
+    few_steps: tuple[float, ...] = Field(default=(1000.0, 900.0, 757.0, 522.0), min_length=1)
+    """The student's timesteps, falling, in (0, 1000]. Released code of AVD: 1000, 900, 757, 522."""
+    student: StudentRoleConfig = StudentRoleConfig()
+    """The model that is distilled."""
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    """Decay of the average of the student's weights, which is what is exported and sampled from."""
+
+    @model_validator(mode="after")
+    def _check_few_steps(self) -> Self:
+        steps = self.few_steps
+        falling = all(later < earlier for earlier, later in pairwise(steps))
+        if not falling or not 0 < steps[-1] <= steps[0] <= 1000:
+            raise ValueError(f"few_steps must fall from at most 1000 to above 0, got {steps}")
+        return self
+
+    def roles(self, student_weights: str | None = None) -> Roles:
+        return {
+            "teacher": Frozen(),
+            "student": Trained(self.student.optimizer, self.student.lora, student_weights),
+            "ema": Average("student", self.ema_decay),
+        }
+
+
+def weighted_sum(*terms: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of terms that carry their weights already, and all their metrics."""
+    total = terms[0].loss
+    for term in terms[1:]:
+        total = total + term.loss
+    return total, {name: value for term in terms for name, value in term.metrics.items()}

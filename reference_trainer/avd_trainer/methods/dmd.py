@@ -1,0 +1,150 @@
+"""Distribution matching: samples move from where the online model sees them to where the teacher does.
+
+Algorithm 1 of You et al. 2026 without its two terms, which is DMD2 without its GAN: one update of the student, then
+several of the online model, which learns to denoise the student's samples. Equation numbers are those of that paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from avd_core import DistributionMatchingLoss, LossOutput, shift_timesteps, temporal_variance
+from avd_trainer.config.sections import ScoreTimestepsConfig
+from avd_trainer.methods.base import (
+    Batches,
+    Cut,
+    DistillationConfig,
+    Loss,
+    Method,
+    Setting,
+    StudentRoleConfig,
+    Turn,
+    weighted_sum,
+)
+from avd_trainer.models.roles import Model, Roles, Trained
+from avd_trainer.models.samplers import FewStepSampler, Rollout, few_step_rollout, guided_velocity, schedule
+from avd_trainer.runtime.draws import Draws
+
+PAPER = "Yin et al. 2024, arXiv 2405.14867 (DMD2)"
+
+
+class DMDMethodConfig(DistillationConfig):
+    """Distribution matching distillation."""
+
+    kind: Literal["dmd"] = "dmd"
+    online: StudentRoleConfig = StudentRoleConfig()
+    """The model that follows the student's samples."""
+    online_updates: int = Field(default=5, ge=1)
+    """Updates of the online model per update of the student. Paper: 5."""
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Classifier-free guidance of the teacher, standard form. Paper: 5."""
+    matching_weight: float = Field(default=1.0, ge=0)
+    """Weight of the distribution-matching term. Paper: 1."""
+    score_timesteps: ScoreTimestepsConfig = ScoreTimestepsConfig()
+    """Timesteps of the matching term and of the online model's training."""
+
+    def roles(self, student_weights: str | None = None) -> Roles:
+        return {**super().roles(student_weights), "online": Trained(self.online.optimizer, self.online.lora)}
+
+
+class DMD(Method):
+    """Distribution matching; see :class:`DMDMethodConfig`."""
+
+    Config = DMDMethodConfig
+
+    def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
+        super().__init__(config, models, setting)
+        self.student, self.teacher, self.online = models["student"], models["teacher"], models["online"]
+        self.sampler = FewStepSampler(config.few_steps)
+        self.matching = DistributionMatchingLoss(weight=config.matching_weight)
+        self._generated: list[tuple[Tensor, Tensor]] = []  # samples and their text, by micro-batch
+
+    def turns(self, step: int) -> Sequence[Turn]:
+        # The first online update learns from the samples of the student's.
+        more = [Turn("online", ("prompts",))] * (self.config.online_updates - 1)
+        return [Turn("student", ("prompts",)), Turn("online"), *more]
+
+    def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+        if turn.role == "online":
+            samples = self._samples(batch["prompts"].text, draws) if turn.data else self._generated.pop(0)
+            yield self._denoise(*samples, draws)  # Eq. 2
+            return
+        text = batch["prompts"].text
+        rollout = self._rollout(text, draws)  # Algorithm 1: x = G(...), stopped at one of the few steps
+        cut = Cut(rollout.velocity)
+        x_0 = rollout._replace(velocity=cut.output).x_0
+        self._generated.append((x_0.detach(), text))
+        matching = self._match(x_0, text, draws)  # Eq. 4
+        value, metrics = weighted_sum(matching, *self.on_samples(x_0))
+        yield Loss(value, metrics | self._describe(x_0.detach(), rollout.timestep), cut)
+        yield from self.on_clips(batch, draws, matching.loss, cut.output)
+
+    def on_samples(self, x_0: Tensor) -> Iterator[LossOutput]:
+        """Further terms on the student's samples ``[B, C, F, H, W]``."""
+        yield from ()
+
+    def on_clips(self, batch: Batches, draws: Draws, matching_loss: Tensor, matching_output: Tensor) -> Iterator[Loss]:
+        """Further losses on real clips; the matching loss can be differentiated at the student's output."""
+        yield from ()
+
+    def summarise(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Only now: the logarithm of a mean is not the mean of logarithms.
+        return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
+
+    def monitor_options(self) -> dict[str, Any] | None:
+        # Only one step in so many has finished samples to look at: as many steps are averaged over as by default.
+        return {"decay": 0.95 ** len(self.config.few_steps)}
+
+    def _match(self, x_0: Tensor, text: Tensor, draws: Draws) -> LossOutput:
+        """Eq. 4: both models' clean predictions of the noised sample."""
+        with torch.no_grad():
+            timesteps = self._score_timesteps(draws)
+            x_t = schedule.add_noise(x_0.detach(), draws.normal("score_noise", x_0.shape[1:]), timesteps)
+            scale, unconditional = self.config.guidance_scale, self.setting.unconditional
+            real = guided_velocity(self.teacher, x_t, timesteps, text, unconditional, scale)
+            online = self.online(x_t, timesteps, text)
+            real_x_0 = schedule.velocity_to_x_0(real, x_t, timesteps)
+            online_x_0 = schedule.velocity_to_x_0(online, x_t, timesteps)
+        loss, metrics = self.matching(x_0, real_x_0, online_x_0)
+        return LossOutput(loss, {f"matching/{k}": v for k, v in metrics.items()} | {"matching/loss": loss.detach()})
+
+    def _denoise(self, x_0: Tensor, text: Tensor, draws: Draws) -> Loss:
+        """Eq. 2: the online model's velocity on a noised sample."""
+        timesteps = self._score_timesteps(draws)
+        noise = draws.normal("score_noise", x_0.shape[1:])
+        velocity = self.online(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
+        return Loss(F.mse_loss(velocity, schedule.velocity(x_0, noise)), {})
+
+    def _samples(self, text: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return self._rollout(text, draws).x_0, text
+
+    def _rollout(self, text: Tensor, draws: Draws) -> Rollout:
+        """Backward simulation: the student's own trajectory, up to one of its steps."""
+        few_steps, noise = self.config.few_steps, draws.named("trajectory")
+        # One step for the whole batch: every rank must run the same number of forwards.
+        last = draws.shared_integer("exit_step", len(few_steps))
+        return few_step_rollout(self.student, text, self.setting.latent_shape, few_steps, noise, last=last)
+
+    def _score_timesteps(self, draws: Draws) -> Tensor:
+        options = self.config.score_timesteps
+        uniform = schedule.num_train_timesteps * draws.uniform("score_timesteps")
+        return shift_timesteps(uniform, options.shift).clamp(options.low, options.high)
+
+    def _describe(self, x_0: Tensor, timestep: float) -> dict[str, Tensor]:
+        # Samples of earlier steps are blurred by nature and would look like a collapse.
+        finished = {"x_0": x_0} if timestep == self.config.few_steps[-1] else {}
+        return finished | {
+            "sample/timestep": x_0.new_tensor(timestep),
+            "sample/std": x_0.flatten(1).std(dim=1).mean(),
+            "sample/variance": temporal_variance(x_0),
+        }
+
+
+METHOD = DMD

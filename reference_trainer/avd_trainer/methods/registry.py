@@ -1,0 +1,51 @@
+"""Which methods there are: every file of this folder that names its PAPER.
+
+Listing them reads the files and imports none, so that the command line can say them at once.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from avd_trainer.methods.base import Method
+
+
+class ListedMethod(NamedTuple):
+    """A method as ``avd methods`` shows it.
+
+    Attributes:
+        kind: Its name, which is its file's.
+        summary: What it does, in one line.
+        paper: Where it is from.
+    """
+
+    kind: str
+    summary: str
+    paper: str
+
+
+@cache
+def list_methods() -> tuple[ListedMethod, ...]:
+    """All methods, by name."""
+    found = (_read(path) for path in sorted(Path(__file__).parent.glob("*.py")))
+    return tuple(method for method in found if method is not None)
+
+
+def load_method(kind: str) -> type[Method]:
+    """A method's class, by one of the names that :func:`list_methods` gives."""
+    method: type[Method] = importlib.import_module(f"avd_trainer.methods.{kind}").METHOD
+    return method
+
+
+def _read(path: Path) -> ListedMethod | None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "PAPER" for t in node.targets):
+            summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+            return ListedMethod(path.stem, summary, str(ast.literal_eval(node.value)))
+    return None

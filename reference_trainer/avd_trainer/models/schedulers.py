@@ -1,0 +1,47 @@
+"""The student's few steps as diffusers' schedulers hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import FlowMatchLCMScheduler
+
+from avd_core import FlowMatchingSchedule
+
+GRID = "_timesteps"
+"""In a scheduler's config: the exact grid. diffusers keeps names that begin so, and does not take them for mistakes."""
+
+
+def few_steps(scheduler: Mapping[str, Any]) -> Any:
+    """The grid in a ``scheduler_config.json``, of an export or of a saved ``FewStepScheduler``; None if it has none."""
+    return scheduler.get(GRID, scheduler.get("timesteps"))
+
+
+def closest_scheduler(timesteps: Sequence[float]) -> FlowMatchLCMScheduler:
+    """The sampler that students are trained for, as diffusers has it, with the grid that is closest to a student's.
+
+    Its class has no field for a grid of one's own; ``shift`` and the end shape one, which begins at 1000. Exact for
+    evenly spaced steps from 1000 and shifts of them (``1000, 750, 500, 250``; ``1000, 938, 833, 625``); for the paper's
+    grid off by 1.1 of 1000. The exact grid stands beside them in an export, for who reads it: ``avd sample``, and
+    ``FewStepScheduler`` of ``avd_integrations``.
+    """
+    if len(timesteps) == 1:
+        return FlowMatchLCMScheduler()
+    end = timesteps[-1] / FlowMatchingSchedule().num_train_timesteps
+
+    def scheduler(log_shift: float) -> FlowMatchLCMScheduler:
+        return FlowMatchLCMScheduler(shift=round(math.exp(log_shift), 4), shift_terminal=end)
+
+    best = 0.0
+    for width in (4.0, 0.1, 0.0025):  # a coarse look at shifts of 1/55 to 55, then closer ones
+        tried = [best + width * place / 40 for place in range(-40, 41)]
+        best = min(tried, key=lambda log_shift: grid_error(scheduler(log_shift), timesteps))
+    return scheduler(best)
+
+
+def grid_error(scheduler: FlowMatchLCMScheduler, timesteps: Sequence[float]) -> float:
+    """The most by which a timestep that a scheduler samples at is off a student's."""
+    scheduler.set_timesteps(len(timesteps))
+    return max(abs(found - wanted) for found, wanted in zip(scheduler.timesteps.tolist(), timesteps, strict=True))

@@ -1,0 +1,96 @@
+"""The configuration of a run: what is the engine's, and the method's own section."""
+
+from __future__ import annotations
+
+import operator
+from functools import reduce
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from avd_trainer.config.sections import (
+    CheckpointConfig,
+    DataSection,
+    LoggingConfig,
+    ParallelConfig,
+    SamplesConfig,
+    Section,
+    ShardsData,
+)
+from avd_trainer.methods.registry import list_methods, load_method
+
+if TYPE_CHECKING:
+    from avd_trainer.methods.base import MethodConfig
+
+    AnyMethodConfig = MethodConfig
+else:
+    AnyMethodConfig = Annotated[
+        reduce(operator.or_, [load_method(method.kind).Config for method in list_methods()]),
+        Field(discriminator="kind"),
+    ]
+
+
+class TrainConfig(Section):
+    """A run of any method."""
+
+    method: AnyMethodConfig
+    """What is trained and how: ``kind`` is one of those that ``avd methods`` lists, the rest is the method's own."""
+    teacher: str | None = None
+    """``bundled:tiny``, a diffusers folder or hub id, or an original Wan2.1 folder; docs/models.md lists them. None for
+    methods that have none."""
+    student_weights: str | None = None
+    """Weights that the student starts from, for example another distiller's ``model.pt``; None: the teacher's."""
+    codec: str | None = None
+    """A diffusers Wan pipeline (folder or hub id) whose VAE decodes the sample clips; None: the teacher's, where it is
+    one."""
+    data: DataSection
+    """Real clips with captions."""
+    prompts: ShardsData | None = None
+    """Prompts of the matching term; None: the captions of ``data``."""
+    max_steps: int = Field(ge=1)
+    """Steps of the run: each is one update of the student, and whatever else the method does beside it."""
+    batch_size: int = Field(ge=1)
+    """Samples per update, over all ranks."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Samples that a rank runs at once; it accumulates gradients over the rest of its share. None: its whole share."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What transformers compute in. Trained weights, gradients' sums and losses are float32 in any case."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that is drawn while training."""
+    max_gradient_norm: float | None = Field(default=10.0, gt=0)
+    """Gradients are clipped to this norm; None leaves them as they are. Paper of AVD: 10."""
+    max_skipped_steps: int = Field(default=10, ge=1)
+    """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the run spreads over its ranks."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save, and what to keep."""
+    samples: SamplesConfig = SamplesConfig()
+    """Clips while training."""
+    logging: LoggingConfig = LoggingConfig()
+    """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> Self:
+        method = self.method
+        if method.needs_teacher and self.teacher is None:
+            raise ValueError(f"method {method.kind} needs a teacher, such as bundled:tiny")
+        if not method.needs_teacher and (self.teacher is not None or self.student_weights is not None):
+            raise ValueError(f"method {method.kind} starts from random weights: leave teacher and student_weights out")
+        lora = getattr(getattr(method, "student", None), "lora", None)
+        if self.student_weights is not None and lora is not None:
+            raise ValueError(
+                "student_weights and method.student.lora exclude each other: the adapters' base is the teacher. Leave "
+                "one out"
+            )
+        if self.micro_batch_size is not None:
+            method.check_accumulation()
+        if self.prompts is not None and not isinstance(self.data, ShardsData):
+            raise ValueError("prompts need data of kind shards, whose text embeddings are of the same encoder")
+        return self
+
+    @property
+    def few_steps(self) -> tuple[float, ...] | None:
+        """The student's timesteps; None for methods without a student."""
+        steps: Any = getattr(self.method, "few_steps", None)
+        return steps

@@ -1,0 +1,112 @@
+"""The folder of a run: whose it is, and whether a run may go on in it."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from avd_trainer.config.loading import COMMAND, ConfigError
+from avd_trainer.config.sections import ShardsData
+from avd_trainer.models.roles import Built, Trained
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import claim_folder
+from avd_trainer.training.checkpoint import latest_checkpoint, read_state
+from avd_trainer.training.config import TrainConfig
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+TRAIN = "avd train"
+"""The command that writes runs."""
+
+# What may differ between a run and its resumption: nothing that the weights depend on. What shards hold is compared
+# file by file, so it does not matter where they lie.
+CHANGEABLE = ("max_skipped_steps", "micro_batch_size", "parallel.", "checkpoint.", "logging.", "samples.")
+CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
+
+
+def method_of_run(folder: Path) -> str | None:
+    """The method of the run in a folder, as its ``config.yaml`` says; None if it holds none."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create((folder / CONFIG).read_text()))
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError):
+        return None
+    if not isinstance(values, dict) or values.get(COMMAND) != TRAIN:
+        return None
+    method = values.get("method")
+    return str(method.get("kind")) if isinstance(method, dict) else None
+
+
+def claim_run(folder: Path, config: TrainConfig) -> None:
+    """Make the output folder of a run, or see that it holds this run; before any work starts.
+
+    Raises:
+        UserError: If it cannot be written to, or holds something else, or a run of another method or configuration.
+    """
+    claim_folder(folder)
+    there = method_of_run(folder)
+    if there not in (None, config.method.kind):
+        raise UserError(
+            f"--output {folder} holds a run of method {there}, and this is {config.method.kind}. Choose a new --output."
+        )
+    latest = latest_checkpoint(folder / CHECKPOINTS)
+    if latest is not None:
+        _check_same_run(config, read_state(latest)["config"], latest)
+    # A run that has saved nothing yet has nothing to lose: it starts over, also with other values.
+    elif {path.name for path in folder.iterdir()} - {LOCK} and not (folder / CONFIG).exists():
+        raise UserError(
+            f"{folder} is not empty and holds no run. Choose a new --output, so that nothing saved is overwritten."
+        )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a run's folder; the system lets go of the lock however the first one ends."""
+    with (folder / LOCK).open("w") as file:
+        try:
+            # Not flock, which the loader's processes would hold on to for seconds after this one is killed.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"Another process is training in {folder}. Wait for it, stop it, or choose another --output."
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+
+
+def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) -> None:
+    now, before = _flatten(config.model_dump(mode="json")), _flatten(saved)
+    changeable = CHANGEABLE + (CHANGEABLE_OF_SHARDS if isinstance(config.data, ShardsData) else ())
+    if all(
+        role.optimizer.schedule == "constant"
+        for role in config.method.roles().values()
+        if isinstance(role, Trained | Built)
+    ):  # otherwise the learning rate depends on it from the first step
+        changeable += ("max_steps",)
+    fixed = sorted(key for key in now.keys() | before.keys() if not key.startswith(changeable))
+    differing = [
+        f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in fixed if now.get(key) != before.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
+            "Run with the saved values to go on, or choose a new --output to start over."
+        )
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

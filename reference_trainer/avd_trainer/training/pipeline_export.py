@@ -1,0 +1,258 @@
+"""A student as a whole pipeline, for diffusers and ``avd sample``."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import diffusers
+import torch
+
+from avd_core import LatentFrameInterpolator
+from avd_trainer.config.sections import ShardsData
+from avd_trainer.models.schedulers import GRID, closest_scheduler, grid_error
+from avd_trainer.models.weights import BUNDLED
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.export import ABOUT, SavedRun, Weights, replace_export, write_json_in, write_transformer
+from avd_trainer.training.folder import method_of_run
+
+LatentSpace = Literal["wan", "block-dct"]
+INTERPOLATOR = "interpolator"
+MODEL_INDEX = "model_index.json"
+
+# What a student's pipeline takes from that of its teacher, and the classes where that says nothing of them.
+PARTS = {
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "tokenizer": ("transformers", "T5TokenizerFast"),
+}
+_COPIED = (".json", ".safetensors", ".model", ".txt")
+"""Endings of what is copied of a part: its weights, its configuration and a tokenizer's tables; never a pickle."""
+
+
+class ExportedPipeline(NamedTuple):
+    """What :func:`export_pipeline` wrote.
+
+    Attributes:
+        latent_space: Whose latents the student makes.
+        missing: Which of :data:`PARTS` nothing had.
+        grid_error: The most by which a timestep of diffusers' own scheduler is off the student's, in [0, 1000].
+    """
+
+    latent_space: LatentSpace
+    missing: tuple[str, ...]
+    grid_error: float
+
+
+def export_pipeline(
+    run: Path,
+    output: Path,
+    *,
+    weights: Weights = "ema",
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    pipeline: str | None = None,
+    interpolator: Path | None = None,
+) -> ExportedPipeline:
+    """Write the student of a run as a pipeline folder in diffusers' layout.
+
+    The folder has ``transformer`` (a LoRA student merged into its base), ``scheduler`` with the run's timesteps, the
+    parts that decode clips and read prompts, copied file by file from the first that has them of ``pipeline``, the
+    run's ``codec`` and its ``teacher``, and with an interpolator ``interpolator``. Holds one transformer in memory, on
+    the CPU.
+
+    Args:
+        run: The folder of a run that has saved a checkpoint; the run may be going on.
+        output: Where to write; replaced if an earlier export is there.
+        weights: ``ema`` for the averaged weights, ``student`` for those of the last update.
+        step: The checkpoint of which step; None for the newest.
+        dtype: Type of the transformer's weights; the other parts keep theirs.
+        pipeline: A Wan pipeline in diffusers' layout, folder or hub id.
+        interpolator: The folder of a ``frame_interpolation`` run, or of ``LatentFrameInterpolator.save_pretrained``.
+
+    Raises:
+        UserError: If there is no such checkpoint, pipeline or interpolator, one does not fit the run, or ``output``
+            cannot be written or holds something else.
+    """
+
+    def write(checkpoint: SavedRun, folder: Path) -> ExportedPipeline:
+        config, architecture = checkpoint.config, checkpoint.architecture
+        latent_space = _latent_space(config)
+        sources = _sources(config, latent_space, pipeline)
+        if interpolator is not None:
+            load_interpolator(interpolator, architecture["in_channels"]).save_pretrained(folder / INTERPOLATOR)
+        parts = _find_parts(sources)
+        for name, source in parts.items():
+            _copy(source / name, folder / name)
+        write_transformer(checkpoint, folder / "transformer", weights, dtype)
+        timesteps = [float(timestep) for timestep in config.few_steps or ()]
+        scheduler = closest_scheduler(timesteps)
+        write_json_in(
+            folder / "scheduler" / "scheduler_config.json", {**json.loads(scheduler.to_json_string()), GRID: timesteps}
+        )
+        write_json_in(folder / MODEL_INDEX, _model_index(parts, interpolator is not None))
+        about = {
+            "latent_space": latent_space,
+            "clip": checkpoint.state["latent_shape"],
+            "fps": config.samples.fps,
+            "timesteps": timesteps,
+        }
+        write_json_in(folder / ABOUT, checkpoint.about(run, weights) | about)
+        missing = tuple(name for name in PARTS if name not in parts)
+        return ExportedPipeline(latent_space, missing, grid_error(scheduler, timesteps))
+
+    return replace_export(run, output, step, write)
+
+
+def load_interpolator(source: Path, channels: int) -> LatentFrameInterpolator:
+    """Read an interpolator's folder, or that of the run that trained it.
+
+    Args:
+        source: The folder.
+        channels: Of the latents that it has to take.
+
+    Raises:
+        UserError: If there is none, or it has other channels.
+    """
+    folder = source / INTERPOLATOR if (source / INTERPOLATOR).is_dir() else source
+    if folder == source:
+        _expect_no_run(source)
+    try:
+        interpolator = LatentFrameInterpolator.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{source} holds no interpolator: {error}. Pass the --output folder of a finished run of method "
+            "frame_interpolation as --interpolator."
+        ) from error
+    if interpolator.channels != channels:
+        raise UserError(
+            f"{source} holds an interpolator for latents of {interpolator.channels} channels, and the student's have "
+            f"{channels}. Train one on clips in the student's latent space: `avd train PRESET --method "
+            "frame_interpolation`."
+        )
+    return interpolator
+
+
+def _latent_space(config: TrainConfig) -> LatentSpace:
+    # Clips that are encoded at the start are in the block DCT's, whoever the teacher is; and it is all that the bundled
+    # teacher knows.
+    shards = isinstance(config.data, ShardsData)
+    return "wan" if shards and not (config.teacher or "").startswith(BUNDLED) else "block-dct"
+
+
+def _sources(config: TrainConfig, latent_space: LatentSpace, pipeline: str | None) -> list[str]:
+    """Where the parts of the pipeline may be, best first."""
+    if latent_space == "block-dct":
+        if pipeline is not None:
+            raise UserError(
+                f"--pipeline {pipeline} has the parts for Wan2.1's latents, but this run was trained on those of the "
+                "tiny preset, which need none. Leave --pipeline out."
+            )
+        return []
+    return [source for source in (pipeline, config.codec, config.teacher) if source is not None]
+
+
+def _find_parts(sources: Sequence[str]) -> dict[str, Path]:
+    """For each part the folder of the first source that has it; later sources are not looked at without need."""
+    found: dict[str, Path] = {}
+    for source in sources:
+        wanted = [name for name in PARTS if name not in found]
+        folder = _open_source(source, wanted) if wanted else None
+        if folder is not None:
+            found |= {name: folder for name in wanted if _has_part(folder, name)}
+    return found
+
+
+def _open_source(source: str, parts: Sequence[str]) -> Path | None:
+    """The folder of a pipeline, downloaded where it is on the hub; None for a source that is a transformer alone."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in (".pt", ".pth", ".safetensors"):
+        return None
+    from huggingface_hub import snapshot_download
+
+    patterns = [MODEL_INDEX, *(f"{part}/*{ending}" for part in parts for ending in _COPIED)]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    except Exception as error:  # The hub's HTTP library, and with it the class of its errors, changed several times.
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"{source} has the pipeline's {', '.join(parts)}, but cannot be downloaded ({type(error).__name__}: "
+            f"{reason}). Pass --pipeline FOLDER with a copy of it, or --transformer-only."
+        ) from error
+
+
+def _has_part(folder: Path, name: str) -> bool:
+    """Whether a pipeline has a part.
+
+    Raises:
+        UserError: If it has, but files of it are missing.
+    """
+    part = folder / name
+    if not part.is_dir():
+        return False
+    if name == "tokenizer":
+        return any(part.iterdir())
+    files = {path.name for path in part.iterdir()}
+    listed = {file for index in part.glob("*.safetensors.index.json") for file in _listed_files(index)}
+    if "config.json" not in files or listed - files or not any(file.endswith(".safetensors") for file in files):
+        raise UserError(
+            f"{part} is not complete: expected config.json and all safetensors files that belong to it. Download or "
+            "copy the pipeline again, or pass another one by --pipeline."
+        )
+    return True
+
+
+def _listed_files(index: Path) -> Collection[str]:
+    try:
+        return set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} cannot be read: {error}. Download or copy the pipeline again.") from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy contents only: what is read-only there would be in the way of the next export."""
+    for file in _copied_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+
+
+def _copied_files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(_COPIED))
+
+
+def _model_index(parts: dict[str, Path], interpolator: bool) -> dict[str, Any]:
+    index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__}
+    for name, usual in PARTS.items():
+        index[name] = _class_of(parts[name], name) or usual if name in parts else (None, None)
+    index["scheduler"] = ("diffusers", "FlowMatchLCMScheduler")
+    index["transformer"] = ("diffusers", "WanTransformer3DModel")
+    if interpolator:
+        index[INTERPOLATOR] = ("avd_integrations.diffusers", "LatentFrameInterpolatorModel")
+    return index
+
+
+def _class_of(pipeline: Path, part: str) -> list[str] | None:
+    try:
+        entry: list[str] = json.loads((pipeline / MODEL_INDEX).read_text())[part]
+    except (OSError, ValueError, KeyError, TypeError):  # a folder of parts that is no pipeline
+        return None
+    return entry
+
+
+def _expect_no_run(source: Path) -> None:
+    method = method_of_run(source)
+    if method == "frame_interpolation":
+        raise UserError(
+            f"{source} is a run of method {method} that is not finished, so it has no interpolator yet. Run its "
+            "command again to the end, and then export."
+        )
+    if method is not None:
+        raise UserError(f"{source} is a run of method {method}. Pass one of frame_interpolation as --interpolator.")
