@@ -151,7 +151,7 @@ def test_a_prediction_that_is_there_already_has_both_terms(scope: dict[str, Any]
     # The first losses of their times are what is usual there, so each has half of the weight of 2.
     regression = mean(reference_sample_losses(prediction.tolist(), (noise - clips).tolist()))
     x_0 = (x_t - sigma * prediction).transpose(1, 2)
-    assert math.isclose(scope["added"].item(), regression + reference_motion(x_0.tolist()), rel_tol=1e-4)
+    assert math.isclose(scope["added"].loss.item(), regression + reference_motion(x_0.tolist()), rel_tol=1e-4)
     with pytest.raises(ValueError, match="x_t is not made of clips and noise at times"):
         exec(READY, scope | {"x_t": Host(3).randn()})  # as from backward simulation
 
@@ -189,7 +189,7 @@ def test_a_sample_that_is_kept_has_its_gradient_and_is_let_go(scope: dict[str, A
     exec(KEPT, scope)
     assert scope["distiller"].generate.sample is None
     motion = reference_motion(made[0].transpose(1, 2).tolist())
-    assert math.isclose(scope["metrics"]["motion/loss"].item(), motion, rel_tol=1e-4)
+    assert math.isclose(scope["added"].metrics["motion/loss"].item(), motion, rel_tol=1e-4)
     assert student.factor.grad.abs() > 0
 
 
