@@ -35,6 +35,7 @@ def test_the_smallest_method_takes_two_files(tmp_path: Path) -> None:
         return done.stdout
 
     assert "plain_regression" in avd("methods")
+    assert "student update" in avd("plan", "tiny", "--method", "plain_regression")
     avd("train", "tiny", "--method", "plain_regression", "--output", "run", *QUICK)
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["skipped"] for step in steps] == [0, 0]
