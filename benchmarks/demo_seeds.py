@@ -17,8 +17,7 @@ import typer
 from avd_trainer.config.loading import load_config
 from avd_trainer.evaluation.clip_metrics import ClipMetrics
 from avd_trainer.runtime.ranks import join_ranks
-from avd_trainer.studies.demo import run_demo
-from avd_trainer.training.config import TrainConfig
+from avd_trainer.studies.demo import DemoConfig, run_demo
 from environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "demo-seeds.json"
@@ -32,7 +31,7 @@ def main(
     runs: dict[str, Any] = {}
     for seed in map(int, seeds.split(",")):
         started = time.monotonic()
-        config = load_config(TrainConfig, "tiny", [f"seed={seed}"])
+        config = load_config(DemoConfig, "tiny", [f"seed={seed}"])
         with join_ranks() as ranks:
             metrics = run_demo(config, output / str(seed), ranks)
         closer = {}

@@ -49,6 +49,7 @@ from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import empty_transformer, load_transformer
 from avd_trainer.planning.description import find_architecture
+from avd_trainer.studies.demo import DemoConfig
 from avd_trainer.training.config import TrainConfig
 from environment import environment
 
@@ -234,7 +235,7 @@ def _loop_over_pairs(network: LatentFrameInterpolator, latents: Tensor) -> Tenso
 def measure_quality(student: Path, interpolator: Path) -> dict[str, Any]:
     """The demo's metrics of a tiny student at full and at half rate: the same captions and noise for all."""
     network = LatentFrameInterpolator.from_pretrained(interpolator)
-    config = load_config(TrainConfig, "tiny")
+    config = load_config(DemoConfig, "tiny")
     assert isinstance(config.data, ShapesData)
     codec = BlockDCTCodec()
     clips, held_out = load_clips(config.data, codec)

@@ -1,4 +1,4 @@
-"""A whole AVD update, one of the generator and those of the online model: time, memory, FLOPs; and a soak test.
+"""A whole AVD update, one of the student and those of the online model: time, memory, FLOPs; and a soak test.
 
     .venv/bin/python benchmarks/train_step.py
     .venv/bin/python benchmarks/train_step.py --preset wan2.1-1.3b --lora
@@ -30,8 +30,8 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.data.examples import Example
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.models.codecs.wan import wan_latent_shape
-from avd_trainer.models.roles import load_models
-from avd_trainer.models.transformer import VelocityModel, empty_transformer
+from avd_trainer.models.roles import Model
+from avd_trainer.models.transformer import empty_transformer
 from avd_trainer.planning.description import Run, describe, find_architecture
 from avd_trainer.planning.duration import PEAK_TFLOPS
 from avd_trainer.planning.memory import plan_memory, worst
@@ -77,16 +77,13 @@ class RandomClips:
 class Counted:
     """A model that counts the samples it is run on, by role and by whether a backward pass follows."""
 
-    def __init__(self, model: VelocityModel, role: str, calls: Calls) -> None:
+    def __init__(self, model: Model, role: str, calls: Calls) -> None:
         self._model, self._role, self._calls = model, role, calls
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         velocity = self._model(x_t, timesteps, text)
         self._calls[self._role, velocity.requires_grad] += len(x_t)
         return velocity
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
 
 
 def main(
@@ -116,10 +113,10 @@ def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[
     """Time, memory and FLOPs of an update, after one to warm up."""
     with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
         config, data, architecture = prepare(preset, Path(folder), lora=lora, size=size, max_steps=updates + 1)
-        trainer = Trainer(config, load_models(config, ranks), data, ranks)
+        trainer = Trainer(config, data, ranks)
         calls: Calls = Counter()
-        for role in ("student", "teacher", "online"):
-            setattr(trainer, role, Counted(getattr(trainer, role), role, calls))
+        for role, model in trainer.models.items():
+            setattr(trainer.method, role, Counted(model, role, calls))
         steps = trainer.run()
         next(steps)
         calls.clear()
@@ -137,7 +134,7 @@ def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[
         "latent_shape": list(data.latent_shape),
         "precision": config.precision,
         "batch_size": config.batch_size,
-        "online_updates": config.online_updates,
+        "online_updates": config.method.online_updates,
         "updates": updates,
         "seconds_per_update": round(statistics.median(seconds), 3),
         "seconds_each": [round(value, 3) for value in seconds],
@@ -164,7 +161,7 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
     """The tiny preset as it is, or another one on random clips with random weights, which go to ``folder``."""
     overrides = [f"max_steps={max_steps}"]
     if lora:
-        overrides += ["student_lora.rank=64", "online_lora.rank=64"]
+        overrides += ["method.student.lora.rank=64", "method.online.lora.rank=64"]
     if preset == "tiny":
         config = load_config(TrainConfig, preset, [*overrides, "data.clips=32"])
         architecture = find_architecture(config.teacher)

@@ -64,8 +64,14 @@ def similarity(
         if data is not None and prompts_file is not None:
             raise UserError("--data and --prompts-file exclude each other: prompts come from one of them.")
         grid = None if timesteps is None else _parse(timesteps)
-        from avd_trainer.evaluation.similarity import NUMBERS_FILE, PLOT_FILE, analyze_similarity, find_sampling, render
-        from avd_trainer.inference.generation import choose_device, choose_dtype
+        from avd_trainer.evaluation.similarity_analysis import (
+            NUMBERS_FILE,
+            PLOT_FILE,
+            analyze_similarity,
+            find_sampling,
+        )
+        from avd_trainer.evaluation.similarity_report import render
+        from avd_trainer.inference.choices import choose_device, choose_dtype
 
         where = choose_device(device)
         report = analyze_similarity(

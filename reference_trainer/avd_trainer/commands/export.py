@@ -41,7 +41,8 @@ def export(
         ),
     ] = None,
     interpolator: Annotated[
-        Path | None, typer.Option(help="The --output folder of avd train-interpolator, for half-rate sampling.")
+        Path | None,
+        typer.Option(help="The --output folder of a run of method frame_interpolation, for half-rate sampling."),
     ] = None,
     transformer_only: Annotated[
         bool, typer.Option("--transformer-only", help="Only the transformer, or of a LoRA run its adapters.")

@@ -17,7 +17,8 @@ from avd_trainer.runtime.terminal import readable_errors, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from avd_trainer.inference.generation import Sample, Student
+    from avd_trainer.inference.generation import Sample
+    from avd_trainer.inference.students import Student
 
 ENDINGS = (".mp4", ".gif")
 MOST_SEED = 2**63 - 1
@@ -77,14 +78,9 @@ def sample(
         prompts = _prompts(prompt, prompts_file)
         alone = prompts_file is None and len(prompts) == 1
         _check_output(output, alone)
-        from avd_trainer.inference.generation import (
-            choose_device,
-            choose_dtype,
-            choose_shape,
-            decode_clips,
-            open_student,
-            sample_clips,
-        )
+        from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
+        from avd_trainer.inference.generation import decode_clips, sample_clips
+        from avd_trainer.inference.students import open_student
         from avd_trainer.runtime.files import claim_folder
 
         student = open_student(folder)
@@ -160,7 +156,7 @@ def _plans(
     student: Student, half_rate: bool | None, half_rate_steps: int | None, rates: str | None, side_by_side: bool
 ) -> dict[str, tuple[int, ...]]:
     """The rates of each version of a clip, by its label."""
-    from avd_trainer.inference.generation import choose_rates
+    from avd_trainer.inference.choices import choose_rates
 
     if side_by_side and half_rate is False:
         raise UserError("--side-by-side shows full and half rate: leave --full-rate out.")

@@ -29,7 +29,7 @@ EPS = 1e-6
 
 EXPLANATION = (
     "The temporal loss is -log of the latents' variance along frames: lower means more motion, and 0.7 less is twice "
-    "the variance. The motion term pushes the student's down until it reaches objective.motion.floor and then stops, "
+    "the variance. The motion term pushes the student's down until it reaches method.motion.floor and then stops, "
     "so a lower floor asks for more motion."
 )
 
@@ -62,7 +62,7 @@ class Calibration(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     teacher: LatentScale
-    """Examples of the teacher."""
+    """Samples of the teacher."""
     real: LatentScale
     """Real clips."""
     floor: float
@@ -229,7 +229,7 @@ def _remarks(teacher: LatentScale, real: LatentScale) -> list[str]:
         remarks.append(
             f"real clips have a standard deviation of {real.std:.2f}, where the regression's sharpness of "
             f"{PAPER_SHARPNESS:g} is meant for 1. Losses differ from their mean by the square of that: for the same "
-            f"weights set objective.regression.sharpness to about {sharpness:.2g}."
+            f"weights set method.regression.sharpness to about {sharpness:.2g}."
         )
     if real.temporal_loss - teacher.temporal_loss > PAPER_MARGIN:
         remarks.append(

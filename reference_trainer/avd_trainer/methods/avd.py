@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from avd_core import AVDConfig, AVDObjective, BalanceConfig, LossOutput, MotionConfig, RegressionConfig
-from avd_trainer.methods.base import Batches, Loss, Setting, Turn
+from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.models.roles import Model
 from avd_trainer.models.samplers import schedule
@@ -34,6 +34,10 @@ class AVDMethodConfig(DMDMethodConfig):
     """Ratio of the regression's gradient to the matching term's to hold. Paper: None, a constant weight."""
     balance: BalanceConfig = BalanceConfig()
     """How that ratio is measured."""
+
+    def calls(self) -> Sequence[Call]:
+        on_clips = [] if self.regression is None else [Call("student", 1, backward=True)]
+        return (*super().calls(), *on_clips)
 
     @property
     def objective(self) -> AVDConfig:

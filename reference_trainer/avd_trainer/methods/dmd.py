@@ -1,7 +1,6 @@
 """Distribution matching: samples move from where the online model sees them to where the teacher does.
 
-Algorithm 1 of You et al. 2026 without its two terms, which is DMD2 without its GAN: one update of the student, then
-several of the online model, which learns to denoise the student's samples. Equation numbers are those of that paper.
+Algorithm 1 of You et al. 2026 without its two terms, which is DMD2 without its GAN. Equation numbers are that paper's.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from avd_core import DistributionMatchingLoss, LossOutput, shift_timesteps, temporal_variance
+from avd_core import DistributionMatchingLoss, LossOutput, shift_timesteps
 from avd_trainer.config.sections import ScoreTimestepsConfig
 from avd_trainer.methods.base import (
     Batches,
+    Call,
     Cut,
     DistillationConfig,
     Loss,
@@ -25,6 +25,7 @@ from avd_trainer.methods.base import (
     Setting,
     StudentRoleConfig,
     Turn,
+    describe_samples,
     weighted_sum,
 )
 from avd_trainer.models.roles import Model, Roles, Trained
@@ -52,6 +53,16 @@ class DMDMethodConfig(DistillationConfig):
     def roles(self, student_weights: str | None = None) -> Roles:
         return {**super().roles(student_weights), "online": Trained(self.online.optimizer, self.online.lora)}
 
+    def calls(self) -> Sequence[Call]:
+        before = (len(self.few_steps) - 1) / 2  # steps without gradient: a sample stops at each as often as at others
+        return (
+            Call("student", before + (self.online_updates - 1) * (before + 1)),
+            Call("student", 1, backward=True),
+            Call("teacher", 1, guidance_scale=self.guidance_scale, beside="student"),
+            Call("online", 1, beside="student"),
+            Call("online", self.online_updates, backward=True),
+        )
+
 
 class DMD(Method):
     """Distribution matching; see :class:`DMDMethodConfig`."""
@@ -72,8 +83,10 @@ class DMD(Method):
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.role == "online":
-            samples = self._samples(batch["prompts"].text, draws) if turn.data else self._generated.pop(0)
-            yield self._denoise(*samples, draws)  # Eq. 2
+            if turn.data:
+                with torch.no_grad():
+                    self._generated.append((self._rollout(batch["prompts"].text, draws).x_0, batch["prompts"].text))
+            yield self._denoise(*self._generated.pop(0), draws)  # Eq. 2
             return
         text = batch["prompts"].text
         rollout = self._rollout(text, draws)  # Algorithm 1: x = G(...), stopped at one of the few steps
@@ -82,7 +95,7 @@ class DMD(Method):
         self._generated.append((x_0.detach(), text))
         matching = self._match(x_0, text, draws)  # Eq. 4
         value, metrics = weighted_sum(matching, *self.on_samples(x_0))
-        yield Loss(value, metrics | self._describe(x_0.detach(), rollout.timestep), cut)
+        yield Loss(value, metrics | describe_samples(x_0.detach(), rollout.timestep, self.config.few_steps), cut)
         yield from self.on_clips(batch, draws, matching.loss, cut.output)
 
     def on_samples(self, x_0: Tensor) -> Iterator[LossOutput]:
@@ -121,10 +134,6 @@ class DMD(Method):
         velocity = self.online(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
         return Loss(F.mse_loss(velocity, schedule.velocity(x_0, noise)), {})
 
-    def _samples(self, text: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return self._rollout(text, draws).x_0, text
-
     def _rollout(self, text: Tensor, draws: Draws) -> Rollout:
         """Backward simulation: the student's own trajectory, up to one of its steps."""
         few_steps, noise = self.config.few_steps, draws.named("trajectory")
@@ -136,15 +145,6 @@ class DMD(Method):
         options = self.config.score_timesteps
         uniform = schedule.num_train_timesteps * draws.uniform("score_timesteps")
         return shift_timesteps(uniform, options.shift).clamp(options.low, options.high)
-
-    def _describe(self, x_0: Tensor, timestep: float) -> dict[str, Tensor]:
-        # Samples of earlier steps are blurred by nature and would look like a collapse.
-        finished = {"x_0": x_0} if timestep == self.config.few_steps[-1] else {}
-        return finished | {
-            "sample/timestep": x_0.new_tensor(timestep),
-            "sample/std": x_0.flatten(1).std(dim=1).mean(),
-            "sample/variance": temporal_variance(x_0),
-        }
 
 
 METHOD = DMD

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from avd_core import shift_timesteps
 from avd_trainer.config.sections import ArchitectureConfig, OptimizerConfig
-from avd_trainer.methods.base import Batches, Loss, Method, MethodConfig, Setting, Turn
+from avd_trainer.methods.base import Batches, Call, Loss, Method, MethodConfig, Setting, Turn
 from avd_trainer.models.roles import Average, Built, Model, Roles
 from avd_trainer.models.samplers import EulerSampler, schedule
 from avd_trainer.models.transformer import build_transformer
@@ -43,6 +43,9 @@ class FlowMatchingMethodConfig(MethodConfig):
             "teacher": Built(self.optimizer, lambda _: build_transformer(self.architecture)),
             "ema": Average("teacher", self.ema_decay),
         }
+
+    def calls(self) -> Sequence[Call]:
+        return (Call("teacher", 1, backward=True),)
 
     @property
     def main_role(self) -> str:

@@ -32,8 +32,8 @@ def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> No
     missing = [target for target in lora.target_modules if not any(layer.endswith(f".{target}") for layer in layers)]
     if missing:
         raise UserError(
-            f"{name}_lora.target_modules: the model has no layers whose names end in {' or '.join(missing)}. Choose "
-            f"among {', '.join(LoRAConfig().target_modules)}."
+            f"method.{name}.lora.target_modules: the model has no layers whose names end in {' or '.join(missing)}. "
+            f"Choose among {', '.join(LoRAConfig().target_modules)}."
         )
     before = set(model.parameters())
     options = LoraConfig(
@@ -48,7 +48,7 @@ def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> No
             inject_adapter_in_model(options, model, name)
     except ValueError as error:
         raise UserError(
-            f"{name}_lora.target_modules {list(lora.target_modules)} do not fit the model: {error}"
+            f"method.{name}.lora.target_modules {list(lora.target_modules)} do not fit the model: {error}"
         ) from error
     for parameter in model.parameters():
         if parameter not in before:

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
 
+from avd_trainer.methods.base import Call
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.planning.activations import inference_activations, training_activations
-from avd_trainer.planning.description import Call, Run
+from avd_trainer.planning.description import Run
 from avd_trainer.planning.meta_models import MetaModel, meta_models, parameter_shapes, tables, trained_shapes
 
 GB = 2**30
@@ -87,7 +88,9 @@ def _phases(run: Run) -> Iterator[Phase]:
     weights = {
         role: sum(4 * shape.sharded(run.shards) for shape in shapes) for role, shapes in trained_shapes(run).items()
     }
-    yield max((_answer(run, call, weights) for call in run.calls if call.beside), key=lambda phase: phase.needed)
+    answers = tuple(_answer(run, call, weights) for call in run.calls if call.beside)
+    if answers:
+        yield worst(answers)
     for name in weights:
         yield _phase(
             run,

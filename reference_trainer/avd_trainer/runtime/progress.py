@@ -11,7 +11,6 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Self
 
-import torch
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
@@ -108,6 +107,8 @@ class _Bar(Progress):
 
 def peak_memory() -> int:
     """Bytes: the most that tensors took on the GPU if one is in use, otherwise the most that the process held."""
+    import torch  # here, since all commands show progress, and those that only tell something are to be quick
+
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return torch.cuda.max_memory_allocated()
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

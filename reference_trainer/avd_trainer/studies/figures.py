@@ -8,6 +8,8 @@ from pathlib import Path
 
 import matplotlib
 
+from avd_trainer.evaluation.palette import COLORS, STEP_COLORS
+
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
@@ -22,8 +24,6 @@ from avd_trainer.evaluation.clip_metrics import ClipMetrics
 from avd_trainer.training.metrics_log import read_series
 
 TITLES = {"real": "Real", "teacher": "Teacher", "dmd": "DMD alone", "avd": "AVD"}
-COLORS = {"real": "#333333", "teacher": "#8a8a8a", "dmd": "#c2452d", "avd": "#2b6cb0"}
-STEP_COLORS = ("#1b2a49", "#2b6cb0", "#3f9b8f", "#b08d2b", "#8a4fa3", "#777777")
 
 CLIPS_PER_SHEET = 3
 FRAMES_PER_CLIP = 5

@@ -1,6 +1,8 @@
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,16 +14,17 @@ from typer.testing import CliRunner
 from avd_core import derive_floor
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config
-from avd_trainer.data.sources import load_data
-from avd_trainer.models.roles import load_models
+from avd_trainer.methods.registry import list_methods
 from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
+from runs import load_data_of
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
 FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]
-SMALL = [*FEW_STEPS, *FEW_SAMPLES, "--set", "data.clips=16", "--set", "data.held_out=8"]
+SMALL = [*FEW_STEPS, "--set", "data.clips=16", "--set", "data.held_out=8"]
+SMALL_DEMO = [*SMALL, *FEW_SAMPLES]
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -43,8 +46,7 @@ def test_train_leaves_the_averaged_student_for_diffusers(tmp_path: Path) -> None
     # The same run by hand: what is saved are its averaged weights.
     config = load_config(TrainConfig, str(output / "config.yaml"))
     with join_ranks() as ranks:
-        data = load_data(config.data, None, teacher=config.teacher, text_dim=32, channels=16)
-        trainer = Trainer(config, load_models(config, ranks), data, ranks)
+        trainer = Trainer(config, load_data_of(config), ranks)
         list(trainer.run())
         raw, averaged = (
             torch.cat([value.full_tensor().flatten() for value in trainer.state_tensors()[name].values()])  # type: ignore[attr-defined]
@@ -61,16 +63,35 @@ def test_train_leaves_the_averaged_student_for_diffusers(tmp_path: Path) -> None
 
 def test_train_saves_its_configuration_and_its_metrics(tmp_path: Path) -> None:
     output = tmp_path / "run"
-    run("train", "tiny", "--output", output, *SMALL, "--set", "objective.regression.weight=0.25")
+    run("train", "tiny", "--output", output, *SMALL, "--set", "method.regression.weight=0.25")
     saved = load_config(TrainConfig, str(output / "config.yaml"))
-    assert saved.objective.regression is not None
-    assert (saved.max_steps, saved.objective.regression.weight) == (2, 0.25)
+    assert (saved.max_steps, saved.method.regression.weight) == (2, 0.25)  # type: ignore[attr-defined]
     steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
     expected = {"loss", "matching/loss", "online/loss", "gradient_norm", "motion/variance", "balance/gradient_ratio"}
     assert expected <= set(steps[0])
     assert len(steps[0]["regression/weights"]) == 2
     assert all(0 < weight < 0.25 for weight in steps[0]["regression/weights"])
+
+
+def test_methods_are_listed_with_what_they_do_and_their_papers() -> None:
+    status, printed = run("methods")
+    assert status == 0
+    for method in list_methods():
+        assert method.kind in printed
+        assert set(method.summary.split()) | set(method.paper.split()) <= set(printed.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["train", "--help"], ["plan", "--help"]])
+def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
+    """It would take two seconds of everyone who asks what there is."""
+    program = """
+import sys
+from avd_trainer.commands.app import app
+app(sys.argv[1:], standalone_mode=False)
+assert not {"torch", "diffusers", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
 
 
 def test_train_never_overwrites(tmp_path: Path) -> None:
@@ -84,12 +105,13 @@ def test_train_never_overwrites(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "huge"], "'huge' is neither a preset (tiny, wan2.1-1.3b, wan2.1-14b) nor a YAML file"),
+        (["train", "huge"], "'huge' is neither a preset (tiny, wan2.1, wan2.1-1.3b, wan2.1-14b) nor a YAML file"),
         (["train", "tiny", "--set", "batch_size=0"], "batch_size: Input should be greater than or equal to 1, got 0"),
         (["train", "tiny", "--set", "teacher=/nowhere"], "/nowhere: there is no such file or folder. Pass"),
         (["train", "tiny", "--max-steps", "0"], "max_steps: Input should be greater than or equal to 1, got 0"),
         (["demo", "--videos", "/nowhere"], "/nowhere is not a folder"),
-        (["train-teacher", "tiny", "--set", "data.kind=videos"], "data.kind"),
+        (["train", "tiny", "--method", "lcm"], "Preset tiny has no values for method 'lcm'. It has avd, dmd, flow_ma"),
+        (["train", "tiny", "--method", "flow_matching", "--set", "data.kind=videos"], "data.path: Field required"),
     ],
 )
 def test_a_mistake_is_answered_with_a_message(tmp_path: Path, arguments: Sequence[str], message: str) -> None:
@@ -102,14 +124,14 @@ def test_a_mistake_is_answered_with_a_message(tmp_path: Path, arguments: Sequenc
 
 def test_an_output_that_cannot_be_written_is_refused_before_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    status, printed = run("demo", "--output", tmp_path / "file", *SMALL)
+    status, printed = run("demo", "--output", tmp_path / "file", *SMALL_DEMO)
     assert status == 2
     assert "cannot be written to" in printed
 
 
 def test_the_demo_takes_no_folder_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text("precious")
-    status, printed = run("demo", "--output", tmp_path, *SMALL)
+    status, printed = run("demo", "--output", tmp_path, *SMALL_DEMO)
     assert status == 2
     assert "holds something that is no earlier demo" in printed
     assert (tmp_path / "metrics.json").read_text() == "precious"
@@ -140,8 +162,8 @@ def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
     calibration = json.loads(file.read_text())
     assert (calibration["teacher"]["samples"], calibration["real"]["samples"]) == (4, 4)
     config = load_config(TrainConfig, "tiny", ["data.clips=8"])
-    data = load_data(config.data, None, teacher=config.teacher, text_dim=32, channels=16)
-    clips = torch.stack([data.clips[index].latent for index in (0, 2, 4, 6)])  # type: ignore[arg-type]
+    real = load_data_of(config).clips
+    clips = torch.stack([real[index].latent for index in (0, 2, 4, 6)])  # type: ignore[misc]
     assert calibration["real"]["temporal_loss"] == pytest.approx(derive_floor(clips), rel=1e-5)
 
 
@@ -162,9 +184,9 @@ def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]
     metrics: dict[str, dict[str, float]] = json.loads((output / "metrics.json").read_text())
     assert list(metrics) == ["real", "teacher", "dmd", "avd"]
     for row in metrics.values():
-        assert list(row) == ["saturation", "temporal_loss", "motion", "distance"]
+        assert list(row) == ["saturation", "temporal_loss", "pixel_motion", "distance"]
         assert 0 <= row["saturation"] <= 1
-        assert row["motion"] > 0
+        assert row["pixel_motion"] > 0
     with Image.open(output / "report.png") as report:
         assert report.width >= 1000
         assert len(report.convert("RGB").getcolors(1 << 24) or []) > 100
@@ -179,7 +201,7 @@ def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]
 def test_the_demo_writes_its_pictures_and_numbers_and_can_be_repeated(tmp_path: Path) -> None:
     results = []
     for _ in range(2):
-        status, _ = run("demo", "--output", tmp_path, *SMALL)
+        status, _ = run("demo", "--output", tmp_path, *SMALL_DEMO)
         assert status == 0
         results.append((check_demo(tmp_path), (tmp_path / "report.png").stat().st_mtime_ns))
     (first, written), (again, written_again) = results
@@ -206,21 +228,22 @@ def test_the_demo_runs_on_a_persons_own_videos(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_a_teacher_can_be_trained_and_distilled(tmp_path: Path) -> None:
-    status, _ = run(
-        "train-teacher", "tiny", "--output", tmp_path / "teacher", "--max-steps", "2",
-        "--set", "data.clips=8", "--set", "batch_size=2", "--set", "architecture.num_layers=1",
+    status, printed = run(
+        "train", "tiny", "--method", "flow_matching", "--output", tmp_path / "run", "--max-steps", "2",
+        "--set", "data.clips=8", "--set", "batch_size=2", "--set", "method.architecture.num_layers=1",
     )  # fmt: skip
     assert status == 0
+    assert f"The teacher is in {tmp_path / 'run' / 'teacher'}." in printed
     status, _ = run(
-        "train", "tiny", "--output", tmp_path / "run", *SMALL, "--set", f"teacher={tmp_path / 'teacher'}",
+        "train", "tiny", "--output", tmp_path / "student", *SMALL, "--set", f"teacher={tmp_path / 'run' / 'teacher'}",
         "--set", "samples.every=2",
     )  # fmt: skip
     assert status == 0
-    assert len(load_transformer(str(tmp_path / "run" / "student")).blocks) == 1
-    assert (tmp_path / "run" / "samples" / "step-00000002" / "all.mp4").exists()  # a bare transformer has no VAE
+    assert len(load_transformer(str(tmp_path / "student" / "student")).blocks) == 1
+    assert (tmp_path / "student" / "samples" / "step-00000002" / "all.mp4").exists()  # a bare transformer has no VAE
 
 
 def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
     _, printed = run("train", "tiny", "--output", tmp_path / "run", *SMALL)
-    assert "train: 2/2, 0 s left loss" in printed
+    assert "avd: 2/2, 0 s left loss" in printed
     assert "\x1b[" not in printed

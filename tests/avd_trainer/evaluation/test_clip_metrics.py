@@ -38,10 +38,10 @@ def test_metrics_move_with_what_they_measure() -> None:
     gray = torch.full((6, 3, 9, 16, 16), 0.5)
     still = evaluate(latents, gray, held_out)
     assert still.saturation == 0
-    assert still.motion == 0
+    assert still.pixel_motion == 0
     flashing = gray.clone()
     flashing[:, :, ::2] += 0.25
-    assert evaluate(latents, flashing, held_out).motion == pytest.approx(0.25)
+    assert evaluate(latents, flashing, held_out).pixel_motion == pytest.approx(0.25)
     halved = evaluate(0.5 * latents, gray, held_out)
     assert halved.temporal_loss == pytest.approx(still.temporal_loss + math.log(4), rel=1e-4)
 

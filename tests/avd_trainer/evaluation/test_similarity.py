@@ -20,21 +20,14 @@ from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.similarity import (
-    Prediction,
-    Sampling,
-    adjacent_similarity,
-    analyze_similarity,
-    find_sampling,
-    measure,
-    reinsert_linearly,
-    save_violins,
-)
+from avd_trainer.evaluation.similarity import Prediction, adjacent_similarity, measure, reinsert_linearly
+from avd_trainer.evaluation.similarity_analysis import Sampling, analyze_similarity, find_sampling
+from avd_trainer.evaluation.similarity_report import save_violins
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
-from avd_trainer.runtime.draws import SampleDraws
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
@@ -236,10 +229,10 @@ def test_the_bundled_model_is_measured_and_the_numbers_can_be_recomputed(tmp_pat
     module = load_transformer("bundled:tiny")
     model = VelocityModel(module)
     text = HashTextEmbedding(TEXT_LENGTH, module.config.text_dim)(captions(3))
-    draws = SampleDraws((5, "similarity"), range(3), torch.device("cpu"))
+    draw = Draws((5, "similarity"), range(3), torch.device("cpu")).named("trajectory")
     predictions: list[Prediction] = []
     for timestep in GRID:
-        noise, timesteps = draws.normal((16, 9, 8, 8)), torch.full((3,), timestep)
+        noise, timesteps = draw((16, 9, 8, 8)), torch.full((3,), timestep)
         x_t = schedule.add_noise(predictions[-1].x_0, noise, timesteps) if predictions else noise
         x_0 = schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
         predictions.append(Prediction(timestep, x_0))
@@ -262,7 +255,7 @@ def captions(count: int) -> list[str]:
 def test_clips_do_not_depend_on_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(timesteps=(1000.0, 500.0))
     whole = analyze_similarity("bundled:tiny", tmp_path, sampling=sampling, size="32x32x9", count=3)
-    monkeypatch.setattr("avd_trainer.evaluation.similarity.BATCH_VALUES", 1)
+    monkeypatch.setattr("avd_trainer.evaluation.similarity_analysis.BATCH_VALUES", 1)
     single = analyze_similarity("bundled:tiny", tmp_path, sampling=sampling, size="32x32x9", count=3)
     assert [step.mean for step in whole.steps] == pytest.approx([step.mean for step in single.steps], rel=1e-4)
 
@@ -362,7 +355,7 @@ def test_guidance_of_a_pipeline_is_away_from_wans_negative_prompt(tmp_path: Path
     predictions: list[Prediction] = []
     sample_teacher(
         VelocityModel(load_transformer(str(pipeline))), text[:2], text[2], (16, 3, 4, 4),
-        SampleDraws((0, "similarity"), range(2), torch.device("cpu")).normal, steps=2, guidance_scale=4.0,
+        Draws((0, "similarity"), range(2), torch.device("cpu")).named("trajectory"), steps=2, guidance_scale=4.0,
         on_prediction=lambda timestep, x_0: predictions.append(Prediction(timestep, x_0)),
     )  # fmt: skip
     expected = [step.mean for step in measure([predictions]).report.steps]
@@ -377,7 +370,7 @@ def test_device_and_type_are_those_of_avd_sample(tmp_path: Path, monkeypatch: py
         asked.append((device.type, dtype))
         return load(source, device, dtype)
 
-    monkeypatch.setattr("avd_trainer.evaluation.similarity.load_transformer", watch)
+    monkeypatch.setattr("avd_trainer.evaluation.similarity_analysis.load_transformer", watch)
     options = ("bundled:tiny", "-o", tmp_path, "--count", 1, "--size", "32x32x9", "--timesteps", "1000")
     assert run(*options, "--device", "cpu")[0] == 0
     assert run(*options, "--device", "cpu", "--dtype", "bfloat16")[0] == 0
@@ -390,7 +383,7 @@ def test_device_and_type_are_those_of_avd_sample(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("steps", [4, 1, 25])
 def test_all_of_the_plot_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     figures: list[Figure] = []
-    monkeypatch.setattr("avd_trainer.evaluation.similarity.plt.close", figures.append)
+    monkeypatch.setattr("avd_trainer.evaluation.similarity_report.plt.close", figures.append)
     similarities = measure([[Prediction(1000.0 - step, torch.randn(1, *SHAPE)) for step in range(steps)]])
     save_violins(tmp_path / "plot.png", similarities, "/a/folder" * 9 + ", few steps 1000, 900, 757, 522")
     (figure,) = figures
@@ -413,7 +406,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(
     def no_model(*_: object) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("avd_trainer.evaluation.similarity.load_transformer", no_model)
+    monkeypatch.setattr("avd_trainer.evaluation.similarity_analysis.load_transformer", no_model)
     with ShardWriter(tmp_path / "narrow", text_length=4, text_dim=6) as writer:
         writer.add(None, torch.ones(2, 6), "a circle", "")
     with ShardWriter(tmp_path / "few", text_length=4, text_dim=32) as writer:

@@ -22,23 +22,17 @@ from avd_core import HalfRateInterpolationSampler, LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config, save_config
-from avd_trainer.config.run import InterpolatorConfig
 from avd_trainer.data.video_files import save_clip, save_grid
 from avd_trainer.inference import generation
-from avd_trainer.inference.generation import (
-    Student,
-    choose_rates,
-    choose_shape,
-    clip_name,
-    decode_clips,
-    embed_prompts,
-    open_student,
-)
+from avd_trainer.inference.choices import choose_rates, choose_shape
+from avd_trainer.inference.generation import clip_name, decode_clips, embed_prompts
+from avd_trainer.inference.students import Student, open_student
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import few_step_rollout, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.config import TrainConfig
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 FULL, HALF = (1, 1, 1, 1), (2, 2, 1, 1)
@@ -83,9 +77,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``run`` of the tiny preset; its exports ``full`` and ``half``, the second with an interpolator."""
     folder = tmp_path_factory.mktemp("tiny")
     trained_interpolator(folder / "trained" / "interpolator")
-    # What is left of a run of `avd train-interpolator` that was stopped before its first checkpoint.
+    # What is left of an interpolator's run that was stopped before its first checkpoint.
     (folder / "interpolator").mkdir()
-    save_config(load_config(InterpolatorConfig, "tiny"), folder / "interpolator" / "config.yaml")
+    config = load_config(TrainConfig, "tiny", method="frame_interpolation")
+    save_config(config, folder / "interpolator" / "config.yaml", "avd train")
     for arguments in (
         ["train", "tiny", "--output", folder / "run", "--max-steps", 2, "--set", "batch_size=2", "--set",
          "data.clips=4", "--set", "samples.every=null", "--set", "samples.fps=12"],
@@ -427,7 +422,7 @@ def test_names_of_clips() -> None:
     [
         (["none", "--prompt", "a"], "none: there is no such folder. Pass the --output folder of `avd export`"),
         (["run", "--prompt", "a"], "is a run. Export it first: `avd export"),
-        (["interpolator", "--prompt", "a"], "interpolator is a run of `avd train-interpolator`, which makes no clips."),
+        (["interpolator", "--prompt", "a"], "is a run of method frame_interpolation, which makes no clips. Export a"),
         (["run/student", "--prompt", "a"], "It holds a transformer alone. Pass a folder that `avd export` wrote"),
         (["half"], "There is nothing to show. Pass --prompt TEXT or --prompts-file FILE."),
         (["half", "--prompts-file", "none.txt"], "none.txt cannot be read"),
@@ -450,7 +445,10 @@ def test_names_of_clips() -> None:
         (["half", "--prompt", "a", "--half-rate", "--rates", "1,1,1,1"], "--rates 1,1,1,1: no step is at half rate"),
         (["half", "--prompt", "a", "--device", "tpu9"], "--device tpu9 cannot be used"),
         (["half", "--prompt", "a", "--device", "meta"], "--device meta cannot be used"),
-        (["full", "--prompt", "a", "--half-rate"], "Train one with `avd train-interpolator` and export"),
+        (
+            ["full", "--prompt", "a", "--half-rate"],
+            "Train one with `avd train PRESET --method frame_interpolation` and export",
+        ),
         (["full", "--prompt", "a", "--side-by-side"], "`avd export --interpolator`"),
     ],
 )
@@ -523,10 +521,10 @@ def test_a_run_that_cannot_be_exported_says_what_it_is(folders: Path, tmp_path: 
     for arguments, message in (
         (
             (interpolator,),
-            "interpolator is a run of `avd train-interpolator`, which has no student. Pass a run of `avd",
+            "is a run of method frame_interpolation, which has no student. Pass a run of one that has, and this one as",
         ),
         ((folders / "run", "--interpolator", interpolator), "that is not finished, so it has no interpolator yet. Run"),
-        ((folders / "run", "--interpolator", folders / "run"), "run is a run of `avd train`. Pass one of `avd train-i"),
+        ((folders / "run", "--interpolator", folders / "run"), "run is a run of method avd. Pass one of frame_interp"),
     ):
         status, printed = run("export", *arguments, "--output", output)
         assert status == 2

@@ -10,71 +10,66 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from avd_trainer.config.run import InterpolatorConfig
 from safetensors import safe_open
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from avd_core import LatentFrameInterpolator, interpolate_linearly, repeat_frames
 from avd_trainer.commands.app import app
-from avd_trainer.commands.train import train_interpolator
-from avd_trainer.config.loading import ConfigError, load_config, presets, save_config
+from avd_trainer.config.loading import ConfigError, load_config, presets
 from avd_trainer.config.sections import ShapesData
+from avd_trainer.data import sources as sources_module
+from avd_trainer.data.batches import Batch
 from avd_trainer.data.examples import Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.shard_writing import ShardWriter
-from avd_trainer.data.sources import HELD_OUT, Clips
-from avd_trainer.methods import frame_interpolation as interpolator_module
-from avd_trainer.methods.frame_interpolation import (
-    InterpolatorData,
-    InterpolatorTrainer,
-    evaluate_interpolator,
-    interpolation_loss,
-    learning_rate,
-    load_interpolator_data,
-    split_frames,
-)
+from avd_trainer.data.sources import HELD_OUT, Clips, TrainingData
+from avd_trainer.methods import frame_interpolation as interpolation_module
+from avd_trainer.methods.base import Setting, Turn
+from avd_trainer.methods.frame_interpolation import FrameInterpolation, split_frames
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
+from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
-from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.run import train
+from avd_trainer.training.trainer import Trainer
 from helpers import flatten, mean, randn
 from launches import on_ranks
+from runs import EMBED, curve, files, in_memory, load_data_of, order_of, outcome, saved_steps, tiny_config, weights
 
-WEIGHTS = "interpolator/diffusion_pytorch_model.safetensors"
-RUN = ("interpolator/config.json", WEIGHTS, "evaluation.json", "metrics.jsonl", "config.yaml")
-
-
-def make_config(**changes: Any) -> InterpolatorConfig:
-    values = {
-        "data": {"kind": "shapes"},
-        "widths": [8, 8, 8],
-        "max_steps": 6,
-        "batch_size": 4,
-        "optimizer": {"lr": 1e-2},
-        "checkpoint": {"every": 2},
-        "logging": {"tensorboard": False},
-    }
-    return InterpolatorConfig.model_validate(values | changes)
+ROLE = "interpolator"
+CPU = torch.device("cpu")
 
 
-def in_memory(latents: Tensor) -> InMemoryData:
-    return InMemoryData(CaptionedLatents(latents, [""] * len(latents)), HashTextEmbedding(1, 2))
+def section(path: Path) -> dict[str, Any]:
+    """The ``data`` of clips in shards."""
+    return {"kind": "shards", "path": str(path), "workers": 0}
 
 
-def make_data(channels: int = 4, frames: int = 5) -> InterpolatorData:
+def make_config(method: dict[str, Any] | None = None, **changes: Any) -> TrainConfig:
+    values = {"max_steps": 6, "batch_size": 4, "checkpoint": {"every": 2}, "logging": {"tensorboard": False}}
+    return tiny_config("", "frame_interpolation", method, max_gradient_norm=None, **values | changes)
+
+
+def make_data(latents: Tensor | None = None, held_out: int = 3) -> TrainingData:
     """Ten clips to train on and three others."""
-    latents = randn(1, 13, channels, frames, 4, 4, dtype=torch.float32)
-    return InterpolatorData(in_memory(latents[:10]), in_memory(latents[10:]))
+    if latents is None:
+        latents = randn(1, 13, 4, 5, 4, 4, dtype=torch.float32)
+    train, rest = in_memory(latents[:-held_out]), in_memory(latents[-held_out:])
+    return TrainingData(train, train, held_out=rest)
+
+
+def method_of(module: nn.Module, channels: int = 4) -> FrameInterpolation:
+    """The method by itself, around a module."""
+    config = make_config().method
+    return FrameInterpolation(config, {ROLE: module}, Setting((channels, 5, 4, 4), torch.empty(0), CPU))
 
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    return write_shards(tmp_path / "shards", make_data().train)
+    return write_shards(tmp_path / "shards", make_data().clips)
 
 
 def write_shards(folder: Path, clips: Any, *, latents: bool = True) -> Path:
@@ -84,43 +79,29 @@ def write_shards(folder: Path, clips: Any, *, latents: bool = True) -> Path:
     return folder
 
 
-def outcome(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in RUN}
-
-
-def curve(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved_steps(folder: Path) -> list[int]:
-    return [step for step, _ in list_checkpoints(folder / "checkpoints")]
-
-
-def weights(trainer: InterpolatorTrainer) -> Tensor:
-    return torch.cat([p.detach().full_tensor().flatten() for p in trainer.interpolator.parameters()])  # type: ignore[attr-defined]
-
-
 # --- The recipe
 
 
 def test_the_wan_preset_has_the_papers_values() -> None:
     """Sec. 8 of You et al. 2026."""
-    config = load_config(InterpolatorConfig, "wan2.1", replace={"data": {"kind": "shards", "path": "clips"}})
-    assert (config.max_steps, config.batch_size, config.lr_schedule) == (10_000, 32, "constant")
-    assert (config.optimizer.lr, config.optimizer.betas) == (1e-5, (0.9, 0.999))
-    assert config.widths == LatentFrameInterpolator().widths
+    data = {"data": {"kind": "shards", "path": "clips"}}
+    config = load_config(TrainConfig, "wan2.1", replace=data, method="frame_interpolation")
+    assert (config.max_steps, config.batch_size, config.max_gradient_norm) == (10_000, 32, None)
+    method: Any = config.method
+    assert (method.optimizer.lr, method.optimizer.betas, method.optimizer.schedule) == (1e-5, (0.9, 0.999), "constant")
+    assert (method.optimizer.weight_decay, method.held_out) == (0.01, 64)
+    assert method.widths == LatentFrameInterpolator().widths
 
 
 def test_defaults_are_the_papers() -> None:
-    config = InterpolatorConfig(data=ShapesData())
-    assert (config.max_steps, config.batch_size, config.lr_schedule) == (10_000, 32, "constant")
-    assert (config.optimizer.lr, config.optimizer.betas) == (1e-5, (0.9, 0.999))
-    assert config.evaluation.clips == 64
+    method = FrameInterpolation.Config()
+    assert (method.optimizer.lr, method.optimizer.betas, method.optimizer.schedule) == (1e-5, (0.9, 0.999), "constant")
+    assert method.held_out_clips == 64
 
 
 def test_the_tiny_preset_needs_no_files() -> None:
-    assert presets(InterpolatorConfig) == ["tiny", "wan2.1"]
-    assert isinstance(load_config(InterpolatorConfig, "tiny").data, ShapesData)
+    assert [name for name, methods in presets().items() if "frame_interpolation" in methods] == ["tiny", "wan2.1"]
+    assert isinstance(load_config(TrainConfig, "tiny", method="frame_interpolation").data, ShapesData)
 
 
 @pytest.mark.parametrize(("frames", "used"), [(3, 3), (4, 3), (5, 5), (20, 19), (21, 21)])
@@ -150,54 +131,45 @@ def test_the_loss_is_the_mean_squared_error_of_inserted_frames_alone(frames: int
         for place in (1, 3)
         for before, missing in zip(flatten(channel[place - 1]), flatten(channel[place]), strict=True)
     ]
-    assert interpolation_loss(Doubling(), clips).item() == pytest.approx(mean(by_hand), rel=1e-12)
-
-
-def test_the_learning_rate_is_constant_or_falls_along_a_cosine() -> None:
-    config = make_config(max_steps=8)
-    assert [learning_rate(config, step) for step in (1, 8)] == [1e-2, 1e-2]
-    config = make_config(max_steps=8, lr_schedule="cosine")
-    rates = [learning_rate(config, step) for step in range(1, 9)]
-    assert rates[0] == 1e-2
-    assert rates[4] == pytest.approx(0.5e-2)
-    assert rates == sorted(set(rates), reverse=True)
-    assert 0 < rates[-1] < 1e-3
+    batch = {"clips": Batch(clips, torch.empty(0))}
+    (loss,) = method_of(Doubling()).losses(Turn(ROLE, ("clips",)), batch, Draws((0, ROLE), range(2), CPU))
+    assert loss.value.item() == pytest.approx(mean(by_hand), rel=1e-12)
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 1])
 def test_steps_are_those_of_the_plain_algorithm(ranks: Ranks, micro_batch_size: int | None) -> None:
-    config = make_config(
-        max_steps=4, lr_schedule="cosine", optimizer={"lr": 1e-2, "betas": [0.8, 0.9], "weight_decay": 0.1},
-        micro_batch_size=micro_batch_size, seed=3,
-    )  # fmt: skip
+    rules = {"lr": 1e-2, "betas": [0.8, 0.9], "weight_decay": 0.1, "schedule": "cosine"}
+    config = make_config({"optimizer": rules}, max_steps=4, micro_batch_size=micro_batch_size, seed=3)
     data = make_data()
-    trainer = InterpolatorTrainer(config, data, ranks)
+    trainer = Trainer(config, data, ranks)
     losses = [metrics["loss"].item() for metrics in trainer.run()]
 
     torch.manual_seed(3)
     network = LatentFrameInterpolator(4, (8, 8, 8))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2, betas=(0.8, 0.9), weight_decay=0.1)
-    order = ShuffledOrder(10, 3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
+    order = order_of("clips", seed=3)
     for step, loss in enumerate(losses, start=1):
-        clips = torch.stack([data.train[i].latent for i in order.batch(4 * (step - 1), 4)])  # type: ignore[misc]
+        clips = torch.stack([data.clips[i].latent for i in order.batch(4 * (step - 1), 4)])  # type: ignore[misc]
         expected = F.mse_loss(network(clips[:, :, ::2])[:, :, 1::2], clips[:, :, 1::2])
         assert loss == pytest.approx(expected.item(), rel=1e-5)
         expected.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
         optimizer.step()
         optimizer.zero_grad()
+        scheduler.step()
     # Not the weights: a bias before a normalisation has no gradient but rounding, which Adam makes large.
-    clips = data.held_out.clips.latents  # type: ignore[attr-defined]
+    clips = data.held_out.clips.latents  # type: ignore[union-attr]
     with torch.no_grad():
-        torch.testing.assert_close(trainer.interpolator(clips), network(clips), rtol=0, atol=1e-5)
+        torch.testing.assert_close(trainer.models[ROLE](clips), network(clips), rtol=0, atol=1e-5)
 
 
 def test_a_clip_that_is_not_finite_costs_its_step_only(ranks: Ranks) -> None:
     data = make_data()
-    trainer = InterpolatorTrainer(make_config(max_steps=3), data, ranks)
-    data.train.clips.latents[ShuffledOrder(10, 0)[4]] = torch.nan  # type: ignore[attr-defined]
-    seen = [(metrics["skipped"].item(), weights(trainer)) for metrics in trainer.run()]
+    trainer = Trainer(make_config(max_steps=3), data, ranks)
+    order = order_of("clips")
+    bad = set(order.batch(4, 4)) - set(order.batch(8, 4))  # read in the second step, and not in the third
+    data.clips.clips.latents[bad.pop()] = torch.nan  # type: ignore[attr-defined]
+    seen = [(metrics["skipped"].item(), weights(trainer.models[ROLE])) for metrics in trainer.run()]
     assert [skipped for skipped, _ in seen] == [0, 1, 0]
     assert torch.equal(seen[0][1], seen[1][1])
     assert seen[2][1].isfinite().all()
@@ -207,23 +179,22 @@ def test_a_clip_that_is_not_finite_costs_its_step_only(ranks: Ranks) -> None:
 def test_a_short_run_beats_linear_interpolation_and_both_beat_repeating(ranks: Ranks) -> None:
     codec = BlockDCTCodec()
     train, held_out = (encode_shapes(MovingShapes(count, seed), codec) for count, seed in ((96, 1), (32, 2)))
-    data = InterpolatorData(in_memory(train.latents), in_memory(held_out.latents))
-    config = make_config(max_steps=40, batch_size=16, widths=[16, 16, 16], optimizer={"lr": 5e-3})
-    trainer = InterpolatorTrainer(config, data, ranks)
-    for _ in trainer.run():
-        pass
-    errors = evaluate_interpolator(trainer.interpolator, data.held_out)
+    data = make_data(torch.cat([train.latents, held_out.latents]), held_out=32)
+    config = make_config({"widths": [16, 16, 16], "optimizer": {"lr": 5e-3}}, max_steps=40, batch_size=16)
+    trainer = Trainer(config, data, ranks)
+    list(trainer.run())
+    errors: Any = trainer.method.evaluate(trainer.models[ROLE], data.held_out)  # type: ignore[arg-type]
     assert errors.network < 0.95 * errors.linear < 0.95 * errors.repeat
 
 
 def test_errors_are_those_of_all_inserted_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     """In uneven batches: three clips, two at once."""
-    monkeypatch.setattr(interpolator_module, "EVALUATION_BATCH", 2)
+    monkeypatch.setattr(interpolation_module, "EVALUATION_BATCH", 2)
     latents = randn(5, 3, 4, 6, 4, 4)
     torch.manual_seed(1)
     network = LatentFrameInterpolator(4, (8, 8, 8)).double()
     nn.init.normal_(network.output.weight)
-    errors = evaluate_interpolator(network, in_memory(latents))
+    errors = method_of(network).evaluate(network, in_memory(latents))
     assert (errors.clips, errors.frames) == (3, 6)
     for name, method in (("network", network), ("linear", interpolate_linearly), ("repeat", repeat_frames)):
         expected = (method(latents[:, :, 0:5:2]) - latents[:, :, :5]).square()[:, :, 1::2].mean()
@@ -235,53 +206,50 @@ def test_errors_are_those_of_all_inserted_frames(monkeypatch: pytest.MonkeyPatch
 
 def test_shapes_held_out_are_of_another_seed() -> None:
     config = make_config(data={"kind": "shapes", "clips": 3, "held_out": 2, "seed": 5})
-    data = load_interpolator_data(config)
-    for part, shapes in ((data.train, MovingShapes(3, 5)), (data.held_out, MovingShapes(2, HELD_OUT + 5))):
+    data = load_data_of(config)
+    assert data.held_out is not None
+    for part, shapes in ((data.clips, MovingShapes(3, 5)), (data.held_out, MovingShapes(2, HELD_OUT + 5))):
         expected = encode_shapes(shapes, BlockDCTCodec()).latents
         assert torch.equal(torch.stack([part[i].latent for i in range(len(part))]), expected)  # type: ignore[misc]
 
 
 def test_of_videos_the_part_that_loading_holds_out_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Clips(*(CaptionedLatents(randn(i, 2, 4, 3, 4, 4), ["", ""]) for i in range(2)))
-    monkeypatch.setattr(interpolator_module, "load_clips", lambda config, codec: parts)
-    data = load_interpolator_data(make_config(data={"kind": "videos", "path": "anywhere"}))
-    assert data.train[1].latent is not None
-    assert torch.equal(data.train[1].latent, parts.train.latents[1])
-    assert data.held_out[1].latent is not None
-    assert torch.equal(data.held_out[1].latent, parts.held_out.latents[1])
+    monkeypatch.setattr(sources_module, "load_clips", lambda config, codec, held_out: parts)
+    data = load_data_of(make_config(data={"kind": "videos", "path": "anywhere"}))
+    for part, expected in ((data.clips, parts.train), (data.held_out, parts.held_out)):
+        assert part is not None
+        assert torch.equal(torch.stack([part[i].latent for i in range(2)]), expected.latents)  # type: ignore[misc]
 
 
 def test_the_last_samples_of_a_data_set_are_never_trained_on(tmp_path: Path, ranks: Ranks) -> None:
     latents = randn(1, 10, 4, 5, 4, 4, dtype=torch.float32)
     shards = write_shards(tmp_path / "shards", in_memory(latents))
-    config = make_config(
-        data={"kind": "shards", "path": shards, "workers": 0}, evaluation={"clips": 3}, batch_size=7, max_steps=2
-    )
-    data = load_interpolator_data(config)
-    trainer = InterpolatorTrainer(config, data, ranks)
+    config = make_config({"held_out": 3}, data=section(shards), batch_size=7, max_steps=2)
+    data = load_data_of(config)
+    trainer = Trainer(config, data, ranks)
     read = []
-    forward = trainer.interpolator.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    for _ in trainer.run():
-        pass
+    forward = trainer.models[ROLE].register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))  # type: ignore[attr-defined]
+    list(trainer.run())
     forward.remove()
     for epoch in read:  # each of the first seven once
         found = [(latents[:, :, ::2] == clip).flatten(1).all(dim=1).nonzero().item() for clip in epoch]
         assert sorted(found) == list(range(7))
-    held_out = [data.held_out[i].latent for i in range(3)]
+    held_out = [data.held_out[i].latent for i in range(3)]  # type: ignore[index]
     assert torch.equal(torch.stack(held_out), latents[7:])  # type: ignore[arg-type]
     # Text is as large as a clip; it must not be collated and handed over by the processes that read.
-    assert data.train[0].text.numel() == 0
+    assert data.clips[0].text.numel() == 0
 
 
-def refuse(config: InterpolatorConfig, tmp_path: Path, ranks: Ranks, match: str) -> None:
+def refuse(config: TrainConfig, tmp_path: Path, ranks: Ranks, match: str) -> None:
     with pytest.raises(UserError, match=match):
-        train_interpolator(config, tmp_path / "run", ranks)
+        train(config, tmp_path / "run", ranks)
     assert set(os.listdir(tmp_path / "run")) <= {"config.yaml", ".lock"}
 
 
 def test_prompts_are_no_clips(tmp_path: Path, ranks: Ranks) -> None:
-    write_shards(tmp_path / "prompts", make_data().train, latents=False)
-    config = make_config(data={"kind": "shards", "path": tmp_path / "prompts"})
+    write_shards(tmp_path / "prompts", make_data().clips, latents=False)
+    config = make_config(data=section(tmp_path / "prompts"))
     refuse(config, tmp_path, ranks, rf"data\.path {tmp_path}/prompts holds prompts only.*`avd data encode`")
 
 
@@ -289,7 +257,7 @@ def test_prompts_are_no_clips(tmp_path: Path, ranks: Ranks) -> None:
 def test_a_data_set_that_would_be_held_out_whole_is_refused(
     shards: Path, tmp_path: Path, ranks: Ranks, count: int
 ) -> None:
-    config = make_config(data={"kind": "shards", "path": shards}, evaluation={"clips": count})
+    config = make_config({"held_out": count}, data=section(shards))
     refuse(config, tmp_path, ranks, rf"shards holds 10 clips, of which the last {count} would be held out")
 
 
@@ -305,29 +273,24 @@ def test_clips_that_are_too_short_or_too_small_are_refused(
     tmp_path: Path, ranks: Ranks, shape: tuple[int, ...], message: str
 ) -> None:
     shards = write_shards(tmp_path / "shards", in_memory(randn(0, 3, *shape, dtype=torch.float32)))
-    config = make_config(data={"kind": "shards", "path": shards}, evaluation={"clips": 1})
+    config = make_config({"held_out": 1}, data=section(shards))
     refuse(config, tmp_path, ranks, message)
-
-
-def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path, ranks: Ranks) -> None:
-    config = make_config(batch_size=4, micro_batch_size=3)
-    with pytest.raises(UserError, match="micro_batch_size 3 does not divide a rank's share of 4 samples"):
-        InterpolatorTrainer(config, make_data(), ranks)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("widths=[32,64]", r"widths: .*at least 3 items"),
-        ("widths=[32,64,12]", r"widths\.2: .*multiple of 8"),
-        ("lr_schedule=linear", r"lr_schedule: .*'constant' or 'cosine', got 'linear'"),
-        ("evaluation.clips=0", r"evaluation\.clips: .*greater than or equal to 1"),
-        ("ema_decay=0.9", r"ema_decay: there is no such field"),
+        ("method.widths=[32,64]", r"method\.widths: .*at least 3 items"),
+        ("method.widths=[32,64,12]", r"method\.widths\.2: .*multiple of 8"),
+        ("method.optimizer.schedule=linear", r"optimizer\.schedule: .*'constant', 'cosine' or .*, got 'linear'"),
+        ("method.held_out=0", r"method\.held_out: .*greater than or equal to 1"),
+        ("method.ema_decay=0.9", r"method\.ema_decay: there is no such field"),
+        ("teacher=bundled:tiny", r"method frame_interpolation starts from random weights: leave teacher and"),
     ],
 )
 def test_a_wrong_value_is_named(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config(InterpolatorConfig, "tiny", [override])
+        load_config(TrainConfig, "tiny", [override], method="frame_interpolation")
 
 
 # --- Runs
@@ -335,35 +298,35 @@ def test_a_wrong_value_is_named(override: str, message: str) -> None:
 
 def test_a_longer_run_continues_a_shorter_one_to_the_bit(tmp_path: Path, ranks: Ranks) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert train_interpolator(make_config(), whole, ranks, data=make_data())
+    assert train(make_config(), whole, ranks, data=make_data())
     for steps in (1, 3, 6):
         torch.manual_seed(steps)
-        assert train_interpolator(make_config(max_steps=steps), parts, ranks, data=make_data())
+        assert train(make_config(max_steps=steps), parts, ranks, data=make_data())
         assert saved_steps(parts)[-1] == steps
-    assert outcome(parts) == outcome(whole)
+    assert outcome(parts, ROLE) == outcome(whole, ROLE)
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("lr_schedule", ["constant", "cosine"])
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path, ranks: Ranks, lr_schedule: str) -> None:
-    config = make_config(lr_schedule=lr_schedule)
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "one_cycle"])
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path: Path, ranks: Ranks, schedule: str) -> None:
+    config = make_config({"optimizer": {"schedule": schedule}})
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    assert train_interpolator(config, whole, ranks, data=make_data())
+    assert train(config, whole, ranks, data=make_data())
     shutil.copytree(whole, killed)
     # As if killed in the fifth step: what came later is not there, or torn.
     shutil.rmtree(killed / "checkpoints" / "step-00000006")
     shutil.rmtree(killed / "interpolator")
     (killed / "evaluation.json").unlink()
     (killed / "metrics.jsonl").write_text((killed / "metrics.jsonl").read_text()[:-10])
-    assert train_interpolator(config, killed, ranks, data=make_data())
-    assert outcome(killed) == outcome(whole)
+    assert train(config, killed, ranks, data=make_data())
+    assert outcome(killed, ROLE) == outcome(whole, ROLE)
 
 
 class Signalling(InMemoryData):
     """The process that reads the ``count``-th sample gets a signal."""
 
     def __init__(self, clips: CaptionedLatents, count: int) -> None:
-        super().__init__(clips, HashTextEmbedding(1, 2))
+        super().__init__(clips, EMBED)
         self.count = count
 
     def __getitem__(self, index: int) -> Example:
@@ -373,27 +336,27 @@ class Signalling(InMemoryData):
         return super().__getitem__(index)
 
 
-def stop_and_go_on(config: InterpolatorConfig, folder: Path) -> tuple[bool, list[int], bool]:
+def stop_and_go_on(config: TrainConfig, folder: Path) -> tuple[bool, list[int], bool]:
     data = make_data()
-    # The trainer looks at one clip for its shape, and later at another; the third step reads the ninth to the twelfth.
-    signalling = Signalling(data.train.clips, 12)  # type: ignore[attr-defined]
+    # The trainer looks at one clip for its shape; the third step reads the ninth to the twelfth.
+    signalling = Signalling(data.clips.clips, 1 + 2 * 4 + 2)  # type: ignore[attr-defined]
     with join_ranks() as ranks:
-        first = train_interpolator(config, folder / "stopped", ranks, data=data._replace(train=signalling))
+        first = train(config, folder / "stopped", ranks, data=data._replace(clips=signalling))
         saved = saved_steps(folder / "stopped")
-        assert train_interpolator(config, folder / "whole", ranks, data=data)
-        return first, saved, train_interpolator(config, folder / "stopped", ranks, data=data)
+        assert train(config, folder / "whole", ranks, data=data)
+        return first, saved, train(config, folder / "stopped", ranks, data=data)
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    config = make_config(checkpoint={"every": 100}, lr_schedule="cosine")
+    config = make_config({"optimizer": {"schedule": "cosine"}}, checkpoint={"every": 100})
     ((first, saved, second),) = on_ranks(1, stop_and_go_on, config, tmp_path)
     assert (first, saved, second) == (False, [3], True)
-    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "whole")
+    assert outcome(tmp_path / "stopped", ROLE) == outcome(tmp_path / "whole", ROLE)
 
 
-def run(config: InterpolatorConfig, folder: Path) -> bool:
+def run(config: TrainConfig, folder: Path) -> bool:
     with join_ranks() as ranks:
-        return train_interpolator(config, folder, ranks, data=make_data())
+        return train(config, folder, ranks, data=make_data())
 
 
 def test_two_ranks_follow_the_curve_of_one_and_take_up_its_run(tmp_path: Path) -> None:
@@ -403,7 +366,7 @@ def test_two_ranks_follow_the_curve_of_one_and_take_up_its_run(tmp_path: Path) -
     assert on_ranks(2, run, config, two) == [True, True]
     run(config.model_copy(update={"max_steps": 3}), changing)
     assert on_ranks(2, run, config.model_copy(update={"micro_batch_size": 1}), changing) == [True, True]
-    clips = make_data().held_out.clips.latents  # type: ignore[attr-defined]
+    clips = make_data().held_out.clips.latents  # type: ignore[union-attr]
     for folder in (two, changing):
         for step, expected in zip(curve(folder), curve(one), strict=True):
             assert step == pytest.approx(expected, rel=1e-4)
@@ -414,40 +377,9 @@ def test_two_ranks_follow_the_curve_of_one_and_take_up_its_run(tmp_path: Path) -
         assert errors == pytest.approx(expected_errors, rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"seed": 1}, "  seed: 0 there, 1 now"),
-        ({"lr_schedule": "cosine"}, "  lr_schedule: 'constant' there, 'cosine' now"),
-        ({"evaluation": {"clips": 5}}, r"  evaluation\.clips: 64 there, 5 now"),
-    ],
-)
-def test_another_configuration_is_refused(tmp_path: Path, ranks: Ranks, changes: dict[str, Any], message: str) -> None:
-    train_interpolator(make_config(max_steps=1), tmp_path, ranks, data=make_data())
-    with pytest.raises(ConfigError, match=message):
-        train_interpolator(make_config(**changes), tmp_path, ranks, data=make_data())
-
-
-def test_a_schedule_that_depends_on_the_length_of_a_run_fixes_it(tmp_path: Path, ranks: Ranks) -> None:
-    train_interpolator(make_config(max_steps=1, lr_schedule="cosine"), tmp_path, ranks, data=make_data())
-    with pytest.raises(ConfigError, match="  max_steps: 1 there, 2 now"):
-        train_interpolator(make_config(max_steps=2, lr_schedule="cosine"), tmp_path, ranks, data=make_data())
-
-
-def test_the_run_of_a_student_is_said_to_be_one(tmp_path: Path, ranks: Ranks) -> None:
-    save_config(load_config(TrainConfig, "tiny"), tmp_path / "config.yaml")
-    with pytest.raises(UserError) as raised:
-        train_interpolator(make_config(), tmp_path, ranks, data=make_data())
-    assert str(raised.value) == (
-        f"--output {tmp_path} holds a run of `avd train`, and this is `avd train-interpolator`. Choose a new --output."
-    )
-    assert os.listdir(tmp_path) == ["config.yaml"]
-
-
 def test_a_data_set_may_move_and_not_change(shards: Path, tmp_path: Path, ranks: Ranks) -> None:
     def go(path: Path, steps: int) -> None:
-        changes = {"data": {"kind": "shards", "path": str(path), "workers": 0}, "evaluation": {"clips": 2}}
-        train_interpolator(make_config(max_steps=steps, **changes), tmp_path / "run", ranks)
+        train(make_config({"held_out": 2}, data=section(path), max_steps=steps), tmp_path / "run", ranks)
 
     go(shards, 1)
     go(shards.rename(tmp_path / "moved"), 2)
@@ -461,7 +393,9 @@ def test_a_data_set_may_move_and_not_change(shards: Path, tmp_path: Path, ranks:
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(argument) for argument in ("train-interpolator", *arguments)])
+    result = CliRunner().invoke(
+        app, [str(argument) for argument in ("train", *arguments, "--method", "frame_interpolation")]
+    )
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, " ".join(result.output.split())
@@ -470,26 +404,27 @@ def command(*arguments: object) -> tuple[int, str]:
 def test_the_command_leaves_a_network_for_the_datas_channels(shards: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = [
-        "wan2.1", "--data", shards, "--output", output, "--max-steps", 2, "--set", "evaluation.clips=2",
+        "wan2.1", "--data", shards, "--output", output, "--max-steps", 2, "--set", "method.held_out=2",
         "--set", "data.workers=0", "--set", "batch_size=2", "--set", "logging.tensorboard=false",
     ]  # fmt: skip
     results = []
     for _ in range(2):
         status, printed = command(*arguments)
         assert status == 0
-        assert "linear interpolation" in printed
-        assert "4 frames of 2 held-out clips" in printed
+        evaluation = json.loads((output / "evaluation.json").read_text())
+        assert (evaluation["clips"], evaluation["frames"]) == (2, 4)
+        assert f"linear {evaluation['linear']:.4g}" in printed.replace("│", "").replace("  ", " ")
         assert f"The interpolator is in {output / 'interpolator'}." in printed
-        results.append({str(p): p.read_bytes() for p in output.rglob("*") if p.is_file()})
+        results.append(files(output))
     assert results[0] == results[1]  # a finished run stays as it is
     interpolator = LatentFrameInterpolator.from_pretrained(output / "interpolator")
     assert (interpolator.channels, interpolator.widths) == (4, (32, 64, 128))
     # The weights of the last step, which is what was measured.
     with safe_open(next((output / "checkpoints" / "step-00000002").glob("*.safetensors")), framework="pt") as file:
         assert torch.equal(interpolator.output.weight, file.get_tensor("interpolator/output.weight"))
-    held_out = load_interpolator_data(load_config(InterpolatorConfig, str(output / "config.yaml"))).held_out
-    errors = evaluate_interpolator(interpolator, held_out)
-    assert errors.model_dump() == json.loads((output / "evaluation.json").read_text())
+    held_out = load_data_of(load_config(TrainConfig, str(output / "config.yaml"))).held_out
+    assert held_out is not None
+    assert method_of(interpolator).evaluate(interpolator, held_out).model_dump() == evaluation
 
 
 def test_the_command_trains_on_shapes_without_any_data(tmp_path: Path) -> None:
@@ -504,7 +439,7 @@ def test_the_command_trains_on_shapes_without_any_data(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["wan2.1"], "data: Field required. Pass --data DIR"),
-        (["wan"], "'wan' is neither a preset (tiny, wan2.1) nor a YAML file"),
+        (["wan2.1-14b"], "Preset wan2.1-14b has no values for method 'frame_interpolation'. It has avd, dmd."),
         (["tiny", "--videos", "a", "--data", "b"], "--videos and --data exclude each other"),
         (["tiny", "--videos", "/nowhere"], "/nowhere is not a folder"),
     ],

@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from avd_trainer.models.weights import TransformerWeights, diffusers_names, load_into, open_weights
+from avd_trainer.models.weight_names import diffusers_names
+from avd_trainer.models.weights import TransformerWeights, load_into, open_weights
 from avd_trainer.runtime.errors import UserError
 from helpers import assert_same_state, run_ranks, state_of
 

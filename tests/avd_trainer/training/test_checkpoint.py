@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from avd_core import CollapseFinding
-from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.models.roles import load_models
-from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import checkpoint
@@ -26,6 +23,7 @@ from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from helpers import assert_same_state
 from launches import on_ranks
+from runs import MakeConfig
 
 Named = dict[str, dict[str, Tensor]]
 MakeCheckpoints = Callable[..., Checkpoints]
@@ -336,23 +334,13 @@ def test_tensors_of_another_name_or_shape_are_refused(
 
 
 @pytest.fixture
-def data(clips: CaptionedLatents) -> InMemoryData:
-    return InMemoryData(clips, HashTextEmbedding(4, 6))
-
-
-@pytest.fixture
-def config(make_config: Callable[..., TrainConfig]) -> TrainConfig:
+def config(make_config: MakeConfig) -> TrainConfig:
     return make_config(
+        method={"online_updates": 1, "online": {"lora": {"rank": 2}}},
         batch_size=4,
         max_steps=1,
-        online_updates=1,
-        online_lora={"rank": 2},
         parallel={"activation_checkpointing": False},
     )
-
-
-def build(config: TrainConfig, data: InMemoryData, ranks: Ranks) -> Trainer:
-    return Trainer(config, load_models(config, ranks), TrainingData(data, data), ranks)
 
 
 def whole_state(trainer: Trainer) -> dict[str, Any]:
@@ -365,22 +353,22 @@ def whole_state(trainer: Trainer) -> dict[str, Any]:
 
 
 def load_and_save(
-    config: TrainConfig, data: InMemoryData, reads: list[Path], writes: Path | None
+    config: TrainConfig, data: TrainingData, reads: list[Path], writes: Path | None
 ) -> list[dict[str, Any]]:
     """The states that a trainer has after reading each of some checkpoints; the last is of what it trained itself."""
     states = []
     with join_ranks() as ranks:
         for folder in reads:
-            trainer = build(config, data, ranks)
+            trainer = Trainer(config, data, ranks)
             read_tensors(folder, trainer.state_tensors())
             trainer.load_state(read_state(folder))
             states.append(whole_state(trainer))
         if writes is not None:
-            trainer = build(config, data, ranks)
+            trainer = Trainer(config, data, ranks)
             list(trainer.run())
             # As if more had happened than in so short a run.
-            trainer.callbacks.callbacks["guard"].skipped = 3  # type: ignore[attr-defined]
-            trainer.online_guard.skipped = 4
+            for role, skipped in (("student", 3), ("online", 4)):
+                trainer.callbacks[role].callbacks["guard"].skipped = skipped  # type: ignore[attr-defined]
             if trainer.monitor is not None:
                 trainer.monitor.findings.append(CollapseFinding(2, "frozen", 0.1, 0.2, "It stands still."))
             checkpoints = Checkpoints(writes, ranks)
@@ -390,7 +378,7 @@ def load_and_save(
     return states
 
 
-def test_what_some_ranks_saved_any_number_reads(config: TrainConfig, data: InMemoryData, tmp_path: Path) -> None:
+def test_what_some_ranks_saved_any_number_reads(config: TrainConfig, data: TrainingData, tmp_path: Path) -> None:
     folders = {size: tmp_path / str(size) / "step-00000001" for size in (1, 2, 4)}
     (of_2,) = on_ranks(2, load_and_save, config, data, [], folders[2].parent)[0]
     of_2_by_4, of_4 = on_ranks(4, load_and_save, config, data, [folders[2]], folders[4].parent)[0]
@@ -398,8 +386,7 @@ def test_what_some_ranks_saved_any_number_reads(config: TrainConfig, data: InMem
     of_1_by_2, of_4_by_2 = on_ranks(2, load_and_save, config, data, [folders[1], folders[4]], None)[0]
     assert {size: len(list(folder.glob("*.safetensors"))) for size, folder in folders.items()} == {1: 1, 2: 2, 4: 4}
     assert {name.split("/")[0] for name in of_1} == {
-        "student", "online", "ema", "student_optimizer", "online_optimizer", "objective",
-        "step", "callbacks", "online_guard",
+        "student", "online", "ema", "student_optimizer", "online_optimizer", "method", "step", "callbacks",
     }  # fmt: skip
     for saved, *found in ((of_1, of_1_by_2), (of_2, of_2_by_1, of_2_by_4), (of_4, of_4_by_2)):
         for state in found:

@@ -2,45 +2,35 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
 from avd_core import NonFiniteError
-from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
-from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.models.roles import load_models
-from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
-from avd_trainer.models.transformer import VelocityModel
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
-
-MakeConfig = Callable[..., TrainConfig]
+from runs import LORA, MakeConfig, order_of, weights
 
 CURVE = (
     "loss", "matching/loss", "regression/loss", "motion/loss", "online/loss", "gradient_norm",
     "online/gradient_norm", "sample/std", "regression/timesteps", "regression/sample_losses", "regression/means",
 )  # fmt: skip
 
-LORA = {"rank": 2, "alpha": 2.0}
+PLAIN: dict[str, Any] = {"parallel": {"activation_checkpointing": False}}
 # The first with both kinds of term that look at more than one sample: the motion's variance and the loss means.
-PLAIN = {"objective": {"motion": {"sync_ranks": True}}, "parallel": {"activation_checkpointing": False}}
-LAYOUTS = {
-    "plain": PLAIN,
-    "micro batches": {"micro_batch_size": 1, "objective": {"motion": {"sync_ranks": False}}},
-    "adapters": {**PLAIN, "student_lora": LORA, "online_lora": LORA, "parallel": {"activation_checkpointing": True}},
+LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({"motion": {"sync_ranks": True}}, PLAIN),
+    "micro batches": ({"motion": {"sync_ranks": False}}, {"micro_batch_size": 1}),
+    "adapters": (
+        {"student": {"lora": LORA}, "online": {"lora": LORA}},
+        {"parallel": {"activation_checkpointing": True}},
+    ),
 }
-
-
-@pytest.fixture
-def data(clips: CaptionedLatents) -> InMemoryData:
-    return InMemoryData(clips, HashTextEmbedding(4, 6))
 
 
 @dataclasses.dataclass
@@ -53,10 +43,6 @@ class Skipped:
     error: str  # that ended it
 
 
-def build(config: TrainConfig, data: InMemoryData, ranks: Ranks) -> Trainer:
-    return Trainer(config, load_models(config, ranks), TrainingData(data, data), ranks)
-
-
 @dataclasses.dataclass
 class Seen:
     """A run, seen from one rank."""
@@ -66,19 +52,19 @@ class Seen:
     weights: torch.Tensor  # of both, at the end
 
 
-def run(config: TrainConfig, data: InMemoryData) -> Seen:
+def run(config: TrainConfig, data: TrainingData) -> Seen:
     with join_ranks(config.parallel.replicate) as ranks:
-        trainer = build(config, data, ranks)
+        trainer = Trainer(config, data, ranks)
         norms, clip = [], trainer._clip_gradients
 
-        def clip_and_note(model: VelocityModel) -> torch.Tensor:
-            norms.append(norm := clip(model))
+        def clip_and_note(role: str) -> torch.Tensor:
+            norms.append(norm := clip(role))
             return norm
 
         trainer._clip_gradients = clip_and_note  # type: ignore[method-assign]
         curve = [{name: metrics[name].tolist() for name in CURVE} for metrics in trainer.run()]
-        weights = [p.full_tensor().flatten() for role in (trainer.student, trainer.online) for p in role.parameters()]
-        return Seen(curve, torch.stack(norms).tolist(), torch.cat(weights).detach())
+        trained = [weights(trainer.models[role]) for role in ("student", "online")]
+        return Seen(curve, torch.stack(norms).tolist(), torch.cat(trained))
 
 
 def assert_same(actual: Seen, expected: Seen) -> None:
@@ -90,42 +76,42 @@ def assert_same(actual: Seen, expected: Seen) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_curve_is_that_of_one_rank(make_config: MakeConfig, data: InMemoryData, layout: str) -> None:
-    config = make_config(max_steps=4, batch_size=4, online_updates=2, **LAYOUTS[layout])
+def test_the_curve_is_that_of_one_rank(make_config: MakeConfig, data: TrainingData, layout: str) -> None:
+    method, changes = LAYOUTS[layout]
+    config = make_config(method={"online_updates": 2, **method}, max_steps=4, batch_size=4, **changes)
     expected = run(config, data)
     for size in (2, 4):
         for rank in on_ranks(size, run, config, data):
             assert_same(rank, expected)
 
 
-def test_the_curve_is_that_of_one_rank_with_hybrid_sharding(make_config: MakeConfig, data: InMemoryData) -> None:
-    changes = {"max_steps": 4, "batch_size": 4, "online_updates": 2, **PLAIN}
-    expected = run(make_config(**changes), data)
-    for rank in on_ranks(4, run, make_config(**changes | {"parallel": {"replicate": 2}}), data):
+def test_the_curve_is_that_of_one_rank_with_hybrid_sharding(make_config: MakeConfig, data: TrainingData) -> None:
+    changes = {"max_steps": 4, "batch_size": 4, "method": {"online_updates": 2, "motion": {"sync_ranks": True}}}
+    expected = run(make_config(**changes, **PLAIN), data)
+    for rank in on_ranks(4, run, make_config(**changes, parallel={"replicate": 2}), data):
         assert_same(rank, expected)
 
 
-def run_with_bad_clips(config: TrainConfig, data: InMemoryData, bad: list[int]) -> Skipped:
+def run_with_bad_clips(config: TrainConfig, data: TrainingData, bad: list[int]) -> Skipped:
     with join_ranks() as ranks:
-        trainer = build(config, data, ranks)
-        data.clips.latents[bad] = torch.nan
-        guard = trainer.callbacks.callbacks["guard"]
+        trainer = Trainer(config, data, ranks)
+        data.clips.clips.latents[bad] = torch.nan  # type: ignore[attr-defined]
         seen = Skipped([], (0, 0), [], "")
         try:
             for metrics in trainer.run():
                 seen.skipped.append(metrics["skipped"].item())
-                parameters = [parameter.full_tensor().flatten() for parameter in trainer.student.parameters()]
-                seen.weights.append(torch.cat(parameters).detach())
+                seen.weights.append(weights(trainer.models["student"]))
         except NonFiniteError as error:
             seen.error = str(error)
-        seen.counted = guard.skipped, trainer.online_guard.skipped  # type: ignore[attr-defined]
+        guards = [trainer.callbacks[role].callbacks["guard"] for role in ("student", "online")]
+        seen.counted = guards[0].skipped, guards[1].skipped  # type: ignore[attr-defined]
     return seen
 
 
-def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfig, data: InMemoryData) -> None:
-    config = make_config(max_steps=3, batch_size=2, online_updates=1, **PLAIN)
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfig, data: TrainingData) -> None:
+    config = make_config(method={"online_updates": 1}, max_steps=3, **PLAIN)
     # The clip that the last rank reads in the second step, and nobody in the others.
-    bad = [ShuffledOrder(len(data), seed=1)[3]]
+    bad = [order_of("clips")[3]]
     alone = run_with_bad_clips(config, copy.deepcopy(data), bad)
     for rank in on_ranks(2, run_with_bad_clips, config, data, bad):
         assert rank.skipped == alone.skipped == [0, 1, 0]
@@ -136,9 +122,9 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfi
         assert rank.error == ""
 
 
-def test_a_run_that_stays_bad_on_one_rank_ends_on_all(make_config: MakeConfig, data: InMemoryData) -> None:
-    config = make_config(max_steps=5, batch_size=2, online_updates=1, max_skipped_steps=2, **PLAIN)
-    bad = ShuffledOrder(len(data), seed=1).batch(3, 3)[::2]
+def test_a_run_that_stays_bad_on_one_rank_ends_on_all(make_config: MakeConfig, data: TrainingData) -> None:
+    config = make_config(method={"online_updates": 1}, max_steps=5, max_skipped_steps=2, **PLAIN)
+    bad = order_of("clips").batch(3, 3)[::2]
     for rank in on_ranks(2, run_with_bad_clips, config, data, bad):
         assert rank.skipped == [0, 1]  # the third step is not over
         assert "Step 3 of the student is not finite" in rank.error
@@ -158,10 +144,10 @@ def test_a_run_that_stays_bad_on_one_rank_ends_on_all(make_config: MakeConfig, d
     ],
 )
 def test_a_batch_that_cannot_be_shared_out_is_refused(
-    make_config: MakeConfig, data: InMemoryData, ranks: Ranks, size: int, changes: dict[str, int], message: str
+    make_config: MakeConfig, data: TrainingData, ranks: Ranks, size: int, changes: dict[str, int], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build(make_config(**changes), data, dataclasses.replace(ranks, size=size))
+        Trainer(make_config(**changes), data, dataclasses.replace(ranks, size=size))
 
 
 def test_copies_that_do_not_divide_the_ranks_are_refused() -> None:

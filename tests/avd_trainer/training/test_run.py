@@ -1,8 +1,6 @@
 """What a run leaves behind is the same however often it was stopped, killed and taken up again."""
 
 import copy
-import fcntl
-import json
 import os
 import random
 import shutil
@@ -17,161 +15,64 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from avd_trainer.config.run import InterpolatorConfig
 from safetensors import safe_open
 
 from avd_trainer.commands.app import app
-from avd_trainer.config.loading import ConfigError, load_config, save_config
 from avd_trainer.data.batches import Batch, read_batches
-from avd_trainer.data.examples import CaptionedExamples
+from avd_trainer.data.examples import CaptionedExamples, Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
-from avd_trainer.runtime.signals import StopSignals
 from avd_trainer.training import trainer as trainer_module
 from avd_trainer.training.checkpoint import list_checkpoints, read_state
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from launches import Launch, on_ranks
+from runs import EMBED, MakeConfig, both, curve, files, outcome, saved_steps
 
 STUDENT = "student/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def data(clips: CaptionedLatents) -> InMemoryData:
-    return InMemoryData(clips, HashTextEmbedding(4, 6))
-
-
-@pytest.fixture
-def configure(make_config: Callable[..., TrainConfig]) -> Callable[..., TrainConfig]:
-    def make(**changes: Any) -> TrainConfig:
-        values = {
-            "max_steps": 4,
-            "online_updates": 1,
-            "objective": {"motion": {"sync_ranks": True}},
-            "checkpoint": {"every": 2},
-            "logging": {"tensorboard": False},
-            "parallel": {"activation_checkpointing": False},
-        }
-        return make_config(**values | changes)
-
-    return make
-
-
-Configure = Callable[..., TrainConfig]
-
-
-def run(config: TrainConfig, folder: Path, data: InMemoryData) -> bool:
+def run(config: TrainConfig, folder: Path, data: TrainingData) -> bool:
     with join_ranks() as ranks:
-        return train(config, folder, ranks, data=TrainingData(data, data))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Content by name."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    """What does not depend on how often a run was taken up."""
-    return {name: (folder / name).read_bytes() for name in (STUDENT, "metrics.jsonl", "findings.json", "config.yaml")}
-
-
-def curve(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved_steps(folder: Path) -> list[int]:
-    return [step for step, _ in list_checkpoints(folder / "checkpoints")]
+        return train(config, folder, ranks, data=data)
 
 
 # --- Taking up
 
 
-def test_the_same_command_goes_on(configure: Configure, data: InMemoryData, tmp_path: Path, ranks: Ranks) -> None:
+def test_the_same_command_goes_on(configure: MakeConfig, data: TrainingData, tmp_path: Path, ranks: Ranks) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    inputs = TrainingData(data, data)
-    assert train(configure(), whole, ranks, data=inputs)
+    assert train(configure(), whole, ranks, data=data)
     for steps in (1, 3):
-        assert train(configure(max_steps=steps), parts, ranks, data=inputs)
+        assert train(configure(max_steps=steps), parts, ranks, data=data)
         assert [step["step"] for step in curve(parts)] == list(range(1, steps + 1))
     # What is no part of the method may change.
     changed = configure(checkpoint={"every": 1}, logging={"tensorboard": True}, max_skipped_steps=3)
-    assert train(changed, parts, ranks, data=inputs)
+    assert train(changed, parts, ranks, data=data)
     assert (parts / STUDENT).read_bytes() == (whole / STUDENT).read_bytes()
     assert curve(parts) == curve(whole)
     assert saved_steps(whole) == [2, 4]
     assert saved_steps(parts) == [3, 4]
 
 
-def test_a_finished_run_stays_as_it_is(configure: Configure, data: InMemoryData, tmp_path: Path, ranks: Ranks) -> None:
+def test_a_finished_run_stays_as_it_is(configure: MakeConfig, data: TrainingData, tmp_path: Path, ranks: Ranks) -> None:
     for _ in range(2):
-        assert train(configure(max_steps=1), tmp_path, ranks, data=TrainingData(data, data))
+        assert train(configure(max_steps=1), tmp_path, ranks, data=data)
         assert saved_steps(tmp_path) == [1]
     before = files(tmp_path)
-    assert train(configure(max_steps=1), tmp_path, ranks, data=TrainingData(data, data))
+    assert train(configure(max_steps=1), tmp_path, ranks, data=data)
     assert files(tmp_path) == before
     # Neither pickles nor the archives in which torch keeps them.
     assert not [name for name, content in before.items() if content.startswith((b"\x80", b"PK"))]
 
 
-def test_another_configuration_is_refused_and_nothing_is_written(
-    configure: Configure, data: InMemoryData, tmp_path: Path, ranks: Ranks
-) -> None:
-    train(configure(max_steps=1), tmp_path, ranks, data=TrainingData(data, data))
-    before = files(tmp_path)
-    other = configure(max_steps=2, seed=5, student_optimizer={"lr": 0.002}, online_lora={"rank": 2})
-    with pytest.raises(ConfigError) as raised:
-        train(other, tmp_path, ranks, data=TrainingData(data, data))
-    message = str(raised.value)
-    assert f"not the one that {tmp_path}/checkpoints/step-00000001 was saved with" in message
-    assert "  seed: 0 there, 5 now\n" in message
-    assert "  student_optimizer.lr: 0.001 there, 0.002 now\n" in message
-    assert "  online_lora.rank: None there, 2 now\n" in message
-    assert "max_steps" not in message
-    assert "Run with the saved values to go on, or choose a new --output" in message
-    assert files(tmp_path) == before
-
-
-def test_the_run_of_an_interpolator_is_said_to_be_one(
-    configure: Configure, data: InMemoryData, tmp_path: Path, ranks: Ranks
-) -> None:
-    save_config(load_config(InterpolatorConfig, "tiny"), tmp_path / "config.yaml")
-    with pytest.raises(UserError) as raised:
-        train(configure(), tmp_path, ranks, data=TrainingData(data, data))
-    assert str(raised.value) == (
-        f"--output {tmp_path} holds a run of `avd train-interpolator`, and this is `avd train`. Choose a new --output."
-    )
-    assert os.listdir(tmp_path) == ["config.yaml"]
-
-
-def test_a_run_that_has_saved_nothing_starts_over(
-    configure: Configure, data: InMemoryData, tmp_path: Path, ranks: Ranks
-) -> None:
-    for name, seed in (("first", 0), ("second", 1), ("whole", 1)):
-        folder = tmp_path / ("whole" if name == "whole" else "run")
-        train(configure(max_steps=1, seed=seed), folder, ranks, data=TrainingData(data, data))
-        if name == "first":
-            shutil.rmtree(folder / "checkpoints")
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-
-
-def test_a_folder_that_another_process_trains_in_is_left_alone(
-    configure: Configure, data: InMemoryData, tmp_path: Path
-) -> None:
-    with (tmp_path / ".lock").open("w") as file, Launch(1, run, configure(), tmp_path, data) as launch:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        assert launch.wait() == [1]
-        assert f"Another process is training in {tmp_path}" in launch.printed()
-    assert os.listdir(tmp_path) == [".lock"]
-
-
 # --- Killed
 
 
-def run_and_die(config: TrainConfig, folder: Path, data: InMemoryData, rank: int, operation: int) -> bool:
+def run_and_die(config: TrainConfig, folder: Path, data: TrainingData, rank: int, operation: int) -> bool:
     """Run; a rank is killed before its ``operation``-th access to the run's files, counted from 1."""
     seen = 0
 
@@ -201,7 +102,7 @@ def assert_whole(checkpoints: Path) -> None:
                 pass
 
 
-def test_kill_9_at_any_moment_loses_nothing(configure: Configure, data: InMemoryData, tmp_path: Path) -> None:
+def test_kill_9_at_any_moment_loses_nothing(configure: MakeConfig, data: TrainingData, tmp_path: Path) -> None:
     config = configure(max_steps=6, checkpoint={"every": 1})
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     run(config, whole, data)
@@ -220,7 +121,7 @@ def test_kill_9_at_any_moment_loses_nothing(configure: Configure, data: InMemory
     assert not list(killed.rglob("*.part"))
 
 
-def test_kill_9_of_any_rank_loses_nothing(configure: Configure, data: InMemoryData, tmp_path: Path) -> None:
+def test_kill_9_of_any_rank_loses_nothing(configure: MakeConfig, data: TrainingData, tmp_path: Path) -> None:
     config = configure(checkpoint={"every": 1})
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     assert on_ranks(2, run, config, whole, data) == [True, True]
@@ -242,8 +143,8 @@ def command_line(config: list[str]) -> None:
 
 
 def test_torchrun_trains_and_says_that_a_rank_is_dead(teacher_folder: Path, tmp_path: Path) -> None:
-    settings = {"teacher": teacher_folder, "max_steps": 10, "batch_size": 2, "online_updates": 1, "data.clips": 2}
-    settings |= {"checkpoint.every": 1, "logging.tensorboard": "false", "samples.every": "null"}
+    settings = {"teacher": teacher_folder, "max_steps": 10, "batch_size": 2, "method.online_updates": 1}
+    settings |= {"data.clips": 2, "checkpoint.every": 1, "logging.tensorboard": "false", "samples.every": "null"}
     options = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "avd_trainer"]
@@ -273,7 +174,7 @@ class Signalling(InMemoryData):
     """A rank that reads its ``count``-th sample gets a signal."""
 
     def __init__(self, clips: CaptionedLatents, number: signal.Signals, rank: int, count: int) -> None:
-        super().__init__(clips, HashTextEmbedding(4, 6))
+        super().__init__(clips, EMBED)
         self.number, self.rank, self.count = number, rank, count
 
     def __getitem__(self, index: int) -> Example:
@@ -287,12 +188,12 @@ def run_stop_and_go_on(
     config: TrainConfig, stopped: Path, whole: Path, signalling: Signalling
 ) -> tuple[bool, list[int], bool, bool]:
     """Whether each of three runs was done, and what the first, which got a signal, had saved."""
-    inputs = TrainingData(signalling, signalling)
+    data = both(signalling)
     with join_ranks() as ranks:
-        first = train(config, stopped, ranks, data=inputs)
+        first = train(config, stopped, ranks, data=data)
         saved = saved_steps(stopped)
         ranks.barrier()
-        return first, saved, train(config, stopped, ranks, data=inputs), train(config, whole, ranks, data=inputs)
+        return first, saved, train(config, stopped, ranks, data=data), train(config, whole, ranks, data=data)
 
 
 @pytest.mark.parametrize(
@@ -305,7 +206,7 @@ def run_stop_and_go_on(
     ],
 )
 def test_a_signal_to_any_rank_saves_the_step_in_work_and_ends_the_run(
-    configure: Configure,
+    configure: MakeConfig,
     clips: CaptionedLatents,
     tmp_path: Path,
     size: int,
@@ -321,34 +222,19 @@ def test_a_signal_to_any_rank_saves_the_step_in_work_and_ends_the_run(
 
 
 def test_a_signal_in_the_last_step_changes_nothing(
-    configure: Configure, clips: CaptionedLatents, tmp_path: Path
+    configure: MakeConfig, clips: CaptionedLatents, tmp_path: Path
 ) -> None:
     config = configure(max_steps=1)
-    assert on_ranks(1, run, config, tmp_path, Signalling(clips, signal.SIGTERM, 0, 11 + 1)) == [True]
+    assert on_ranks(1, run, config, tmp_path, both(Signalling(clips, signal.SIGTERM, 0, 11 + 1))) == [True]
     assert (tmp_path / STUDENT).exists()
-
-
-def test_signals_are_noted_and_afterwards_mean_what_they_did() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    with StopSignals() as signals:
-        assert signals.received is None
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-        assert signals.received == "SIGUSR1"
-        with pytest.raises(KeyboardInterrupt):  # for those in a hurry
-            os.kill(os.getpid(), signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == "SIGINT"
 
 
 # --- What the ranks have of their own
 
 
-def run_and_list(config: TrainConfig, folder: Path, data: InMemoryData) -> list[int]:
+def run_and_list(config: TrainConfig, folder: Path, data: TrainingData) -> list[int]:
     """Run; returns the indices of the clips that this rank trained on."""
-    clips, read = copy.copy(data), []
+    clips, read = copy.copy(data.clips), []
 
     def listing(source: CaptionedExamples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
         def listed() -> Iterator[list[int]]:
@@ -360,12 +246,12 @@ def run_and_list(config: TrainConfig, folder: Path, data: InMemoryData) -> list[
 
     trainer_module.read_batches = listing
     with join_ranks() as ranks:
-        assert train(config, folder, ranks, data=TrainingData(clips, data))
+        assert train(config, folder, ranks, data=data._replace(clips=clips))
     return read
 
 
 def test_another_number_of_ranks_goes_on_in_the_middle_of_an_epoch(
-    configure: Configure, data: InMemoryData, tmp_path: Path
+    configure: MakeConfig, data: TrainingData, tmp_path: Path
 ) -> None:
     changing, whole = tmp_path / "changing", tmp_path / "whole"
     run(configure(max_steps=5), whole, data)
@@ -390,18 +276,16 @@ class Drawing(InMemoryData):
         return sample._replace(latent=sample.latent + 0.1 * torch.randn_like(sample.latent))
 
 
-def run_in_two_parts(config: TrainConfig, part: TrainConfig, folder: Path, data: InMemoryData) -> None:
-    inputs = TrainingData(data, data)
+def run_in_two_parts(config: TrainConfig, part: TrainConfig, folder: Path, data: TrainingData) -> None:
     with join_ranks() as ranks:
-        train(config, folder / "whole", ranks, data=inputs)
-        train(part, folder / "parts", ranks, data=inputs)
+        train(config, folder / "whole", ranks, data=data)
+        train(part, folder / "parts", ranks, data=data)
         torch.manual_seed(99)
-        train(config, folder / "parts", ranks, data=inputs)
+        train(config, folder / "parts", ranks, data=data)
 
 
-def test_each_rank_draws_on_from_where_it_stood(configure: Configure, clips: CaptionedLatents, tmp_path: Path) -> None:
-    data = Drawing(clips, HashTextEmbedding(4, 6))
-    on_ranks(2, run_in_two_parts, configure(), configure(max_steps=2), tmp_path, data)
+def test_each_rank_draws_on_from_where_it_stood(configure: MakeConfig, clips: CaptionedLatents, tmp_path: Path) -> None:
+    on_ranks(2, run_in_two_parts, configure(), configure(max_steps=2), tmp_path, both(Drawing(clips, EMBED)))
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
     # A rank reads its own: those of the first would not do, it has drawn more.
     generators = {"0.cpu": torch.empty(0), "1.cpu": torch.empty(0)}
@@ -419,14 +303,14 @@ def test_each_rank_draws_on_from_where_it_stood(configure: Configure, clips: Cap
 
 
 @pytest.fixture
-def shards(clips: CaptionedLatents, data: InMemoryData, tmp_path: Path) -> Path:
+def shards(data: TrainingData, tmp_path: Path) -> Path:
     """Three files of four, four and two clips."""
     folder = tmp_path / "shards"
     with ShardWriter(folder, text_length=4, text_dim=6, rows_per_shard=4) as writer:
-        for index in range(len(clips)):
-            sample = data[index]
-            writer.add(sample.latent, sample.text, sample.caption, source=f"{index}.mp4")
-        writer.set_unconditional(data.unconditional()[:1], "")
+        for index in range(len(data.clips)):
+            example = data.clips[index]
+            writer.add(example.latent, example.text, example.caption, source=f"{index}.mp4")
+        writer.set_unconditional(data.clips.unconditional()[:1], "")
     return folder
 
 
@@ -436,7 +320,7 @@ def truncate(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [Path.unlink, truncate])
 def test_data_that_is_gone_or_cut_is_named_and_the_run_goes_on_when_it_is_back(
-    configure: Configure, shards: Path, tmp_path: Path, ranks: Ranks, damage: Callable[[Path], None]
+    configure: MakeConfig, shards: Path, tmp_path: Path, ranks: Ranks, damage: Callable[[Path], None]
 ) -> None:
     def go(folder: Path, **changes: Any) -> None:
         train(configure(data={"kind": "shards", "path": str(shards), "workers": 0}, **changes), folder, ranks)
@@ -455,7 +339,7 @@ def test_data_that_is_gone_or_cut_is_named_and_the_run_goes_on_when_it_is_back(
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
-def test_other_data_is_refused(configure: Configure, shards: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_other_data_is_refused(configure: MakeConfig, shards: Path, tmp_path: Path, ranks: Ranks) -> None:
     def go(**changes: Any) -> None:
         train(configure(data={"kind": "shards", "path": str(shards), "workers": 0}, **changes), tmp_path / "run", ranks)
 

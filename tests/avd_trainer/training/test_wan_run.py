@@ -41,10 +41,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(files: Path, output: Path, *changes: str) -> Path:
     settings = [argument for change in changes for argument in ("--set", change)]
     config = output.with_suffix(".yaml")
-    config.write_text(f"teacher: {files / 'pipeline'}\nmax_steps: 2\nbatch_size: 2\nprecision: bfloat16\n")
+    config.write_text(
+        f"method: {{kind: avd}}\nteacher: {files / 'pipeline'}\nmax_steps: 2\nbatch_size: 2\nprecision: bfloat16\n"
+    )
     run(
         "train", config, "--data", files / "data", "--prompts", files / "prompts", "--output", output,
-        "--set", "data.workers=1", "--set", "student_optimizer.lr=1e-3", *settings,
+        "--set", "data.workers=1", "--set", "method.student.optimizer.lr=1e-3", *settings,
     )  # fmt: skip
     return output
 
@@ -72,7 +74,7 @@ def test_a_fully_trained_student_runs_in_its_pipeline(files: Path, tmp_path: Pat
 
 
 def test_the_adapters_of_a_lora_run_load_into_the_pipeline(files: Path, tmp_path: Path) -> None:
-    output = train(files, tmp_path / "run", "student_lora.rank=4", "online_lora.rank=4")
+    output = train(files, tmp_path / "run", "method.student.lora.rank=4", "method.online.lora.rank=4")
     pipeline = DiffusionPipeline.from_pretrained(files / "pipeline")
     teacher = clip(pipeline)
     pipeline.load_lora_weights(output / "student")
@@ -86,7 +88,7 @@ def test_the_adapters_of_a_lora_run_load_into_the_pipeline(files: Path, tmp_path
 def test_a_run_goes_on_with_its_shards_elsewhere_but_not_with_other_shards(files: Path, tmp_path: Path) -> None:
     train(files, tmp_path / "run")
     (tmp_path / "moved").symlink_to(files / "data")
-    again = ["--prompts", files / "prompts", "--output", tmp_path / "run", "--set", "student_optimizer.lr=1e-3"]
+    again = ["--prompts", files / "prompts", "--output", tmp_path / "run", "--set", "method.student.optimizer.lr=1e-3"]
     run("train", tmp_path / "run.yaml", "--data", tmp_path / "moved", *again, "--max-steps", 3)
     other = tmp_path / "other"
     run(

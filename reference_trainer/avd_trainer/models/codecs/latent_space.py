@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from avd_trainer.models.weights import BUNDLED
+from avd_trainer.models.weight_files import BUNDLED
 
 LatentSpace = Literal["wan", "block-dct"]
 

@@ -17,6 +17,8 @@ from avd_trainer.runtime.errors import UserError
 if TYPE_CHECKING:
     pass
 
+WAN_SIZE = "832x480x81"
+"""What Wan2.1 was trained on, as ``WIDTHxHEIGHTxFRAMES``."""
 PATCH_SIZE = 2
 """Latent pixels per token and side in Wan's transformers; a video's sides divide by the codec's stride times this."""
 

@@ -1,6 +1,5 @@
 import math
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,24 +10,30 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avd_trainer.config.sections import ArchitectureConfig
-from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.models.weights import TransformerWeights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
-from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
+from runs import LORA, MakeConfig, MakeTrainer, load_models_of, tiny_config
 
-MakeConfig = Callable[..., TrainConfig]
-LORA = {"rank": 2, "alpha": 2.0}
+ROLES = ("student", "teacher", "online")
 # Whose adapters there are; what is not adapted is trained whole.
 ADAPTED = [(), ("student",), ("online",), ("student", "online")]
-BOTH = {"student_lora": LORA, "online_lora": LORA}
+BOTH = ("student", "online")
 
 
 def lora(roles: tuple[str, ...]) -> dict[str, Any]:
-    return {f"{role}_lora": LORA for role in roles}
+    return {role: {"lora": LORA} for role in roles}
+
+
+def load(config: TrainConfig, ranks: Ranks) -> dict[str, VelocityModel]:
+    return {name: model for name, model in load_models_of(config, ranks).items() if isinstance(model, VelocityModel)}
+
+
+def modules(models: dict[str, VelocityModel]) -> set[nn.Module]:
+    return {model.module for model in models.values()}
 
 
 def inputs(timestep: float = 757.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,24 +65,26 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 def test_adapters_share_the_teacher_and_all_roles_start_from_it(
     make_config: MakeConfig, ranks: Ranks, roles: tuple[str, ...]
 ) -> None:
-    config = make_config(**lora(roles))
-    models = load_models(config, ranks)
+    config = make_config(method=lora(roles))
+    models = load(config, ranks)
     for role in ("student", "online"):
-        model: VelocityModel = getattr(models, role)
-        assert (model.module is models.teacher.module) == (role in roles)
+        model = models[role]
+        assert (model.module is models["teacher"].module) == (role in roles)
         # Bit for bit: an adapter starts as no change at all.
-        assert torch.equal(velocity(model), velocity(models.teacher))
+        assert torch.equal(velocity(model), velocity(models["teacher"]))
         assert len(model.parameters()) > 0
         assert all((".lora_" in name) == (role in roles) for name in model.named_parameters())
-    assert models.student.module is not models.online.module or len(roles) == 2
-    assert not set(models.student.parameters()) & set(models.online.parameters())
-    assert models.teacher.named_parameters() == {} or roles
-    torch.testing.assert_close(velocity(models.teacher), velocity(VelocityModel(load_transformer(config.teacher))))
+    assert models["student"].module is not models["online"].module or len(roles) == 2
+    assert not set(models["student"].parameters()) & set(models["online"].parameters())
+    assert models["teacher"].named_parameters() == {} or roles
+    torch.testing.assert_close(
+        velocity(models["teacher"]), velocity(VelocityModel(load_transformer(str(config.teacher))))
+    )
 
 
 def test_adapters_start_as_in_peft_and_each_on_its_own(make_config: MakeConfig, ranks: Ranks) -> None:
-    models = load_models(make_config(**BOTH), ranks)
-    starts = {name: p.full_tensor() for model in models for name, p in model.named_parameters().items()}
+    models = load(make_config(method=lora(BOTH)), ranks)
+    starts = {name: p.full_tensor() for model in models.values() for name, p in model.named_parameters().items()}
     for name, value in starts.items():
         if ".lora_A." in name:
             assert 0.5 / math.sqrt(value.shape[1]) < value.abs().max() <= 1 / math.sqrt(value.shape[1])
@@ -85,19 +92,17 @@ def test_adapters_start_as_in_peft_and_each_on_its_own(make_config: MakeConfig, 
             assert not value.any()
     name = "blocks.0.attn1.to_q.lora_A.{}.weight"
     assert not torch.equal(starts[name.format("student")], starts[name.format("online")])
-    other = load_models(make_config(**BOTH, seed=1), ranks).student.named_parameters()[name.format("student")]
+    other = load(make_config(method=lora(BOTH), seed=1), ranks)["student"].named_parameters()[name.format("student")]
     assert not torch.equal(starts[name.format("student")], other.full_tensor())
 
 
 @pytest.mark.parametrize("roles", ADAPTED)
-def test_training_changes_a_role_and_never_the_teacher(
-    make_trainer: Callable[..., Trainer], roles: tuple[str, ...]
-) -> None:
-    trainer = make_trainer(max_steps=2, **lora(roles))
-    before = velocity(trainer.teacher)
+def test_training_changes_a_role_and_never_the_teacher(make_trainer: MakeTrainer, roles: tuple[str, ...]) -> None:
+    trainer = make_trainer(max_steps=2, method=lora(roles))
+    before = velocity(trainer.models["teacher"])
     list(trainer.run())
-    assert torch.equal(velocity(trainer.teacher), before)
-    after = [velocity(trainer.student), velocity(trainer.online), before]
+    assert torch.equal(velocity(trainer.models["teacher"]), before)
+    after = [velocity(trainer.models["student"]), velocity(trainer.models["online"]), before]
     assert not any(torch.equal(after[i], after[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
@@ -106,32 +111,32 @@ def test_training_changes_a_role_and_never_the_teacher(
 def test_gradients_reach_the_weights_of_their_role_alone(
     make_config: MakeConfig, ranks: Ranks, roles: tuple[str, ...], role: str
 ) -> None:
-    models = load_models(make_config(**lora(roles)), ranks)
-    for module in {model.module for model in models}:
+    models = load(make_config(method=lora(roles)), ranks)
+    for module in modules(models):
         move_adapters(module)
-    model: VelocityModel = getattr(models, role)
+    model = models[role]
     model(*inputs()).square().mean().backward()
     assert list(gradients(model.module)) == list(model.named_parameters())
     assert all(value.any() for value in gradients(model.module).values())
-    others = {other.module for other in models if other.module is not model.module}
+    others = modules(models) - {model.module}
     assert all(gradients(module) == {} for module in others)
 
 
 def test_a_call_leaves_no_role_behind(make_config: MakeConfig, ranks: Ranks) -> None:
-    models = load_models(make_config(**BOTH), ranks)
-    module = models.teacher.module
+    models = load(make_config(method=lora(BOTH)), ranks)
+    module = models["teacher"].module
     move_adapters(module)
 
     def switches() -> list[tuple[bool, list[str]]]:
         layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
         return [(layer.disable_adapters, layer.active_adapters) for layer in layers]
 
-    before, results = switches(), [velocity(model) for model in models]
+    before, results = switches(), [velocity(model) for model in models.values()]
     assert len({result.sum().item() for result in results}) == 3
     with pytest.raises(RuntimeError):
-        models.student(*inputs()[:2], torch.zeros(2, 4, 7))  # text of another width
+        models["student"](*inputs()[:2], torch.zeros(2, 4, 7))  # text of another width
     assert switches() == before
-    assert all(torch.equal(velocity(model), result) for model, result in zip(models, results, strict=True))
+    assert all(torch.equal(velocity(model), result) for model, result in zip(models.values(), results, strict=True))
 
 
 @pytest.mark.parametrize("roles", [(), ("student", "online")])
@@ -141,22 +146,22 @@ def test_checkpointed_blocks_are_run_again_in_the_role_of_their_forward(
     """Forwards and backwards of all roles mixed, as in a step of the trainer."""
     found, forwards = [], []
     for checkpointing in (False, True):
-        config = make_config(parallel={"activation_checkpointing": checkpointing}, **lora(roles))
-        models = load_models(config, ranks)
+        config = make_config(parallel={"activation_checkpointing": checkpointing}, method=lora(roles))
+        models = load(config, ranks)
         count = [0]
-        for module in {model.module for model in models}:
+        for module in modules(models):
             move_adapters(module)
             module.blocks[0].attn1.to_q.register_forward_hook(lambda *_, count=count: count.append(1))
-        generated = models.student(*inputs())
-        velocity(models.teacher)
-        velocity(models.online)
-        online = models.online(*inputs(300.0))
+        generated = models["student"](*inputs())
+        velocity(models["teacher"])
+        velocity(models["online"])
+        online = models["online"](*inputs(300.0))
         generated.square().mean().backward()
-        regressed = models.student(*inputs(522.0))
+        regressed = models["student"](*inputs(522.0))
         online.square().mean().backward()
-        velocity(models.student)
+        velocity(models["student"])
         regressed.square().mean().backward()
-        found.append([gradients(models.student.module), gradients(models.online.module)])
+        found.append([gradients(models["student"].module), gradients(models["online"].module)])
         forwards.append(len(count) - 1)
     assert forwards == [6, 6 + 3]
     for expected, actual in zip(*found, strict=True):
@@ -166,14 +171,14 @@ def test_checkpointed_blocks_are_run_again_in_the_role_of_their_forward(
 
 
 def test_a_student_starts_from_weights_of_its_own(make_config: MakeConfig, ranks: Ranks, tmp_path: Path) -> None:
-    own = load_transformer(make_config().teacher)
+    own = load_transformer(str(make_config().teacher))
     with torch.no_grad():
         own.proj_out.weight.mul_(1.5)
     own.save_pretrained(tmp_path)
-    models = load_models(make_config(student_weights=str(tmp_path), online_lora=LORA), ranks)
-    torch.testing.assert_close(velocity(models.student), velocity(VelocityModel(own)))
-    assert torch.equal(velocity(models.online), velocity(models.teacher))
-    assert not torch.allclose(velocity(models.student), velocity(models.teacher))
+    models = load(make_config(method=lora(("online",)), student_weights=str(tmp_path)), ranks)
+    torch.testing.assert_close(velocity(models["student"]), velocity(VelocityModel(own)))
+    assert torch.equal(velocity(models["online"]), velocity(models["teacher"]))
+    assert not torch.allclose(velocity(models["student"]), velocity(models["teacher"]))
 
 
 def test_weights_of_another_architecture_are_refused(make_config: MakeConfig, ranks: Ranks, tmp_path: Path) -> None:
@@ -183,7 +188,7 @@ def test_weights_of_another_architecture_are_refused(make_config: MakeConfig, ra
         )
     ).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"ffn\.net\.0\.proj"):
-        load_models(make_config(student_weights=str(tmp_path)), ranks)
+        load(make_config(student_weights=str(tmp_path)), ranks)
 
 
 @pytest.mark.parametrize(
@@ -191,63 +196,63 @@ def test_weights_of_another_architecture_are_refused(make_config: MakeConfig, ra
     [
         (
             ["to_q", "to_z"],
-            r"_lora\.target_modules: .* no layers whose names end in to_z\. Choose among to_q, to_k",
+            r"\.lora\.target_modules: .* no layers whose names end in to_z\. Choose among to_q, to_k",
         ),
-        (["norm2"], r"student_lora\.target_modules \['norm2'\] do not fit the model: .* not supported"),
+        (["norm2"], r"method\.student\.lora\.target_modules \['norm2'\] do not fit the model: .* not supported"),
     ],
 )
 def test_targets_that_cannot_be_adapted_are_named(
     make_config: MakeConfig, ranks: Ranks, targets: list[str], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        load_models(make_config(student_lora={"target_modules": targets}), ranks)
+        load(make_config(method={"student": {"lora": {"target_modules": targets}}}), ranks)
 
 
 @pytest.mark.parametrize("roles", ADAPTED)
 def test_in_bfloat16_only_what_is_trained_stays_float32(
     make_config: MakeConfig, ranks: Ranks, roles: tuple[str, ...]
 ) -> None:
-    models = load_models(make_config(precision="bfloat16", **lora(roles)), ranks)
-    for module in {model.module for model in models}:
+    models = load(make_config(precision="bfloat16", method=lora(roles)), ranks)
+    for module in modules(models):
         frozen = {name: p.dtype for name, p in module.named_parameters() if not p.requires_grad}
         exact = {name for name, dtype in frozen.items() if dtype == torch.float32}
         assert all(".time_embedder." in name for name in exact)
         assert all(dtype == torch.bfloat16 for name, dtype in frozen.items() if name not in exact)
-    for model in (models.student, models.online):
+    for model in (models["student"], models["online"]):
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         model(*inputs()).square().mean().backward()
         assert {g.dtype for g in gradients(model.module).values()} == {torch.float32}
     # The same numbers whether weights are cast when they are loaded or when they are used.
-    assert torch.equal(velocity(models.student), velocity(models.teacher))
-    assert torch.equal(velocity(models.online), velocity(models.teacher))
+    assert torch.equal(velocity(models["student"]), velocity(models["teacher"]))
+    assert torch.equal(velocity(models["online"]), velocity(models["teacher"]))
 
 
 @pytest.mark.parametrize("roles", [(), ("student",)])
 def test_bfloat16_computes_what_an_unsharded_model_does(
     make_config: MakeConfig, ranks: Ranks, roles: tuple[str, ...]
 ) -> None:
-    config = make_config(precision="bfloat16", **lora(roles))
-    student = load_models(config, ranks).student
+    config = make_config(precision="bfloat16", method=lora(roles))
+    student = load(config, ranks)["student"]
     seen: list[torch.dtype] = []
     for name in ("condition_embedder.time_embedder.linear_2", "blocks.0.attn1.to_q", "condition_embedder.time_proj"):
         student.module.get_submodule(name).register_forward_hook(lambda *hook: seen.append(hook[-1].dtype))
-    expected = load_transformer(config.teacher)
+    expected = load_transformer(str(config.teacher))
     for name, parameter in expected.named_parameters():
         parameter.data = parameter.data if ".time_embedder." in name else parameter.data.bfloat16()
     result = velocity(student)
     assert result.dtype == torch.float32
     assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
     assert torch.equal(result, velocity(VelocityModel(expected, dtype=torch.bfloat16)))
-    exact = velocity(VelocityModel(load_transformer(config.teacher)))
+    exact = velocity(VelocityModel(load_transformer(str(config.teacher))))
     assert 0 < (result - exact).norm() / exact.norm() < 0.02
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_timesteps_are_not_rounded(make_config: MakeConfig, ranks: Ranks, precision: str) -> None:
-    models = load_models(make_config(precision=precision), ranks)
+    models = load(make_config(precision=precision), ranks)
     # In bfloat16 both are 756.
-    assert not torch.equal(velocity(models.student, 757.0), velocity(models.student, 756.0))
-    assert not torch.equal(velocity(models.teacher, 757.0), velocity(models.teacher, 756.0))
+    assert not torch.equal(velocity(models["student"], 757.0), velocity(models["student"], 756.0))
+    assert not torch.equal(velocity(models["teacher"], 757.0), velocity(models["teacher"], 756.0))
 
 
 class PeakMemory(TorchDispatchMode):
@@ -274,9 +279,7 @@ class Loaded(NamedTuple):
     peak: int  # bytes
 
 
-def load_and_watch(teacher: Path, changes: dict[str, Any]) -> Loaded:
-    values = {"teacher": str(teacher), "data": {"kind": "shapes"}, "max_steps": 1, "batch_size": 2}
-    config = TrainConfig.model_validate(values | changes)
+def load_and_watch(config: TrainConfig) -> Loaded:
     most: dict[str, int] = {}
     read = TransformerWeights.read
 
@@ -288,20 +291,18 @@ def load_and_watch(teacher: Path, changes: dict[str, Any]) -> Loaded:
     TransformerWeights.read = watched  # type: ignore[method-assign]
     peak = PeakMemory()
     with join_ranks() as ranks, peak:
-        models = load_models(config, ranks)
-        modules = {id(model.module): model.module for model in models}.values()
-        held = [{name: p.to_local().numel() for name, p in module.named_parameters()} for module in modules]
+        models = load(config, ranks)
+        held = [{name: p.to_local().numel() for name, p in module.named_parameters()} for module in modules(models)]
     return Loaded(held, most, peak.nbytes)
 
 
-@pytest.mark.parametrize("changes", [{}, BOTH], ids=["full", "lora"])
-def test_no_rank_ever_holds_a_whole_model(tmp_path: Path, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("roles", [(), BOTH], ids=["full", "lora"])
+def test_no_rank_ever_holds_a_whole_model(tmp_path: Path, roles: tuple[str, ...]) -> None:
     sizes = {"num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 512, "num_layers": 2}
     build_transformer(ArchitectureConfig(**sizes, freq_dim=32, text_dim=8)).save_pretrained(tmp_path)
     whole = {name: p.numel() for name, p in load_transformer(str(tmp_path)).named_parameters()}
-    modules = 1 if changes else 3
-    for rank in on_ranks(2, load_and_watch, tmp_path, changes):
-        assert len(rank.held) == modules
+    for rank in on_ranks(2, load_and_watch, tiny_config(tmp_path, method=lora(roles))):
+        assert len(rank.held) == (1 if roles else 3)
         for held in rank.held:
             base = {name.replace(".base_layer", ""): n for name, n in held.items() if ".lora_" not in name}
             assert base.keys() == whole.keys()

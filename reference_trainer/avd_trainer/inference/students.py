@@ -1,0 +1,175 @@
+"""Exported students: what their folders say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+from torch import Tensor
+
+from avd_core import (
+    HalfRateInterpolationSampler,
+    LatentFrameInterpolator,
+)
+from avd_trainer.data.encode import WAN_FORMAT
+from avd_trainer.models.codecs.latent_space import LatentSpace
+from avd_trainer.models.schedulers import few_steps
+from avd_trainer.models.weights import open_weights
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.export import ABOUT
+from avd_trainer.training.folder import method_of_run
+from avd_trainer.training.pipeline_export import INTERPOLATOR, PARTS, load_interpolator
+
+Shape = tuple[int, int, int, int]
+"""``(C, F, H, W)`` of latents."""
+
+
+class Student(NamedTuple):
+    """A few-step pipeline on disk; of its weights only the interpolator's are loaded.
+
+    Attributes:
+        folder: The pipeline's.
+        timesteps: Its few steps, falling.
+        latent_space: Whose latents it makes.
+        clip: ``(C, F, H, W)`` of the latents that it was trained on, where that is known.
+        fps: Frames per second of its clips.
+        architecture: Keyword arguments of its ``WanTransformer3DModel``.
+        interpolator: For steps at half rate, where there is one.
+    """
+
+    folder: Path
+    timesteps: tuple[float, ...]
+    latent_space: LatentSpace
+    clip: Shape | None
+    fps: float
+    architecture: dict[str, Any]
+    interpolator: LatentFrameInterpolator | None
+
+
+class About(NamedTuple):
+    """What an export says of the clips that its student was trained on.
+
+    Attributes:
+        latent_space: Whose latents they were, where that is said.
+        clip: ``(C, F, H, W)`` of one's latents, where that is said.
+        fps: Their frames per second; Wan2.1's where that is not said.
+    """
+
+    latent_space: LatentSpace | None = None
+    clip: Shape | None = None
+    fps: float = WAN_FORMAT.fps
+
+
+def open_student(folder: Path) -> Student:
+    """Look at what ``avd export`` wrote, or at a Wan pipeline of diffusers with a few-step scheduler.
+
+    Raises:
+        UserError: If it is neither, or something is missing or damaged.
+    """
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    if not scheduler.is_file():
+        raise _no_pipeline(folder)
+    timesteps = read_timesteps(scheduler)
+    if timesteps is None:
+        raise UserError(
+            f"{scheduler} names no few steps, as `avd export` writes them. Pass the folder of an exported student; a "
+            "pipeline of many steps is sampled by diffusers."
+        )
+    about = read_about(folder)
+    latent_space = about.latent_space or "wan"
+    missing = [name for name in PARTS if latent_space == "wan" and not (folder / name).is_dir()]
+    if missing:
+        raise UserError(
+            f"{folder} has no {' and no '.join(missing)}, which clips need. Export the run again with --pipeline "
+            "SOURCE, a Wan pipeline in diffusers' layout such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    with open_weights(str(folder)) as weights:
+        architecture = weights.config
+    interpolator = None
+    if (folder / INTERPOLATOR).is_dir():
+        interpolator = load_interpolator(folder / INTERPOLATOR, architecture["in_channels"])
+    return Student(
+        folder=folder,
+        timesteps=timesteps,
+        latent_space=latent_space,
+        clip=about.clip,
+        fps=about.fps,
+        architecture=architecture,
+        interpolator=interpolator,
+    )
+
+
+def read_about(folder: Path) -> About:
+    """What ``export.json`` says of a student's clips, where a folder has one.
+
+    Raises:
+        UserError: If it is damaged.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        return About()
+    content = _read_json(path)
+    latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FORMAT.fps)
+    for name, value, fits, expected in (
+        ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct"),
+        ("clip", clip, clip is None or _is_shape(clip), "four positive integers, [C, F, H, W]"),
+        ("fps", fps, type(fps) in (int, float) and 0 < fps < math.inf, "a positive number"),
+    ):
+        if not fits:
+            raise UserError(f"{path}: {name} must be {expected}, got {value!r}. Export the run again.")
+    return About(latent_space, None if clip is None else (clip[0], clip[1], clip[2], clip[3]), float(fps))
+
+
+def read_timesteps(scheduler: Path) -> tuple[float, ...] | None:
+    """The few steps in a ``scheduler_config.json``, falling; None if it names none.
+
+    Raises:
+        UserError: If it cannot be read, or what it names cannot be sampled with.
+    """
+    found = few_steps(_read_json(scheduler))
+    if found is None:
+        return None
+    try:
+        timesteps = tuple(float(timestep) for timestep in found)
+        HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{scheduler} has no timesteps to sample with: {error}. Export the run again.") from error
+    return timesteps
+
+
+def _never(*_: object) -> Tensor:
+    raise AssertionError
+
+
+def _no_pipeline(folder: Path) -> UserError:
+    if not folder.is_dir():
+        return UserError(f"{folder}: there is no such folder. Pass the --output folder of `avd export`.")
+    method = method_of_run(folder)
+    if method == "frame_interpolation":
+        return UserError(
+            f"{folder} is a run of method {method}, which makes no clips. Export a student with it: `avd export "
+            f"STUDENT_RUN --output DIR --interpolator {folder}`, and pass DIR."
+        )
+    if method is not None:
+        return UserError(f"{folder} is a run. Export it first: `avd export {folder} --output DIR`, and pass DIR.")
+    transformer = " It holds a transformer alone." if (folder / ABOUT).is_file() else ""
+    return UserError(
+        f"{folder} holds no scheduler/scheduler_config.json, so it is no pipeline.{transformer} Pass a folder that "
+        "`avd export` wrote, without --transformer-only."
+    )
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(type(size) is int and size > 0 for size in value)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Export the run again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected an object. Export the run again.")
+    return content

@@ -1,0 +1,102 @@
+"""Names of a transformer's weights in each layout, and the architecture that their shapes tell."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from avd_trainer.runtime.errors import UserError
+
+HEAD_DIM = 128
+"""Width of an attention head in every released Wan model."""
+UNDERSTOOD = (
+    "Pass 'bundled:tiny', a folder of diffusers or of Wan2.1 (config.json and safetensors), a .safetensors or .pt "
+    "file, or a Hugging Face name such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+)
+
+
+class StoredTensor(Protocol):
+    """A tensor in a file. A memory-mapped tensor is one, too."""
+
+    @property
+    def shape(self) -> Iterable[int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, slices: Any, /) -> Tensor: ...
+
+
+def diffusers_names(names: Iterable[str], source: str) -> dict[str, str]:
+    """Which stored tensor each of diffusers' names stands for.
+
+    Args:
+        names: Names as stored: diffusers' or the original ones, also behind the prefixes that FSDP, DDP,
+            ``torch.compile``, activation checkpointing and wrapper modules add.
+        source: What they come from, for messages.
+
+    Raises:
+        UserError: If they are not those of a Wan transformer.
+    """
+    bare = {_bare(name): name for name in names}
+    if any(".attn1." in name for name in bare):
+        return bare
+    if not any(".self_attn." in name for name in bare):
+        raise UserError(
+            f"{source} holds no Wan transformer: expected names such as blocks.0.self_attn.q.weight, got "
+            f"{some_of(sorted(bare))}. Pass the transformer's own file or folder."
+        )
+    # Semi-private in diffusers: should it go one day, the other layouts are still read.
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    # It renames the keys of a state dict and leaves its values alone, so each name travels as its own value.
+    return {new: bare[old] for new, old in convert_wan_transformer_to_diffusers({name: name for name in bare}).items()}
+
+
+def infer_config(source: str, original: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """The configuration by the tensors' shapes, which Wan2.1's own config.json leaves out in part, and its heads."""
+    try:
+        dim, channels, *patch = tensors["patch_embedding.weight"].shape
+        _, freq_dim = tensors["condition_embedder.time_embedder.linear_1.weight"].shape
+        _, text_dim = tensors["condition_embedder.text_embedder.linear_1.weight"].shape
+        ffn_dim, _ = tensors["blocks.0.ffn.net.0.proj.weight"].shape
+        out, _ = tensors["proj_out.weight"].shape
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{source} is not a whole Wan transformer: {error} is missing or has another rank.") from error
+    heads = original.get("num_heads") or (0 if dim % HEAD_DIM else dim // HEAD_DIM)
+    if not heads or dim % heads:
+        raise UserError(
+            f"{source}: a width of {dim} does not divide into heads of {HEAD_DIM} as Wan's do. Pass the configuration "
+            "of the model it was trained from."
+        )
+    return {
+        "patch_size": tuple(patch),
+        "num_attention_heads": heads,
+        "attention_head_dim": dim // heads,
+        "in_channels": channels,
+        "out_channels": out // math.prod(patch),
+        "text_dim": text_dim,
+        "freq_dim": freq_dim,
+        "ffn_dim": ffn_dim,
+        "num_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        "cross_attn_norm": "blocks.0.norm2.weight" in tensors,
+        "qk_norm": "rms_norm_across_heads" if "blocks.0.attn1.norm_q.weight" in tensors else None,
+        "eps": original.get("eps", 1e-6),
+    }
+
+
+def _bare(name: str) -> str:
+    """A parameter's name without what wrappers add to it."""
+    name = re.sub(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.", "", name)
+    return re.sub(r"^((base_model|model|module|diffusion_model)\.)+", "", name)
+
+
+def some_of(items: Iterable[str], separator: str = ", ") -> str:
+    """The first three, and how many more there are."""
+    items = list(items)
+    return separator.join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")

@@ -1,0 +1,61 @@
+"""The values of the presets that come with the package."""
+
+from typing import Any
+
+import pytest
+
+from avd_core import AVDConfig, MotionConfig, RegressionConfig
+from avd_trainer.config.loading import load_config, presets
+from avd_trainer.config.sections import ShapesData
+from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.training.config import TrainConfig
+
+SHARDS = {"data": {"kind": "shards", "path": "clips"}}
+
+
+@pytest.mark.parametrize(("name", "method"), [(name, kind) for name, kinds in presets().items() for kind in kinds])
+def test_every_preset_is_valid_and_of_the_method_that_its_file_is_named_for(name: str, method: str) -> None:
+    config = load_config(TrainConfig, name, replace={} if name == "tiny" else SHARDS, method=method)
+    assert config.method.kind == method
+
+
+def test_every_method_has_values_for_the_tiny_models() -> None:
+    assert presets()["tiny"] == ("avd", "dmd", "flow_matching", "frame_interpolation")
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b"])
+@pytest.mark.parametrize("kind", ["avd", "dmd"])
+def test_the_wan_presets_have_the_papers_values(name: str, kind: str) -> None:
+    """Sec. 4.1 of You et al. 2026, and the released code where the paper is silent."""
+    config = load_config(TrainConfig, name, replace=SHARDS, method=kind)
+    method: Any = config.method
+    assert config.teacher == f"Wan-AI/Wan2.1-T2V-{name.removeprefix('wan2.1-').upper()}-Diffusers"
+    if kind == "avd":
+        # A step is one iteration of the cache, however many micro-batches it has: the engine asks for its update.
+        regression = RegressionConfig(auto_update=False)
+        assert method.objective == AVDConfig(regression=regression, motion=MotionConfig(sync_ranks=False))
+    assert (method.guidance_scale, method.matching_weight, method.online_updates) == (5, 1, 5)
+    assert (config.batch_size, config.micro_batch_size, config.max_gradient_norm) == (24, 1, 10)
+    assert (method.score_timesteps.shift, method.score_timesteps.low, method.score_timesteps.high) == (5, 20, 980)
+    for optimizer in (method.student.optimizer, method.online.optimizer):
+        assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (2e-6, (0.9, 0.999), 0.01)
+
+
+@pytest.mark.parametrize("name", ["tiny", "wan2.1-1.3b", "wan2.1-14b"])
+def test_avd_and_dmd_differ_in_the_two_terms_alone(name: str) -> None:
+    """Or else a comparison of the two would be one of other values too."""
+    avd, dmd = (load_config(TrainConfig, name, replace=SHARDS, method=kind).model_dump() for kind in ("avd", "dmd"))
+    own = {"kind", "regression", "motion", "gradient_ratio", "balance"}
+    assert {key: value for key, value in avd["method"].items() if key not in own} == {
+        key: value for key, value in dmd["method"].items() if key != "kind"
+    }
+    del avd["method"], dmd["method"]
+    assert avd == dmd
+
+
+def test_the_teachers_preset_does_not_train_on_what_the_demo_holds_out() -> None:
+    teacher, student = (load_config(TrainConfig, "tiny", method=kind).data for kind in ("flow_matching", "avd"))
+    assert isinstance(teacher, ShapesData)
+    assert isinstance(student, ShapesData)
+    assert teacher.seed != student.seed
+    assert max(teacher.seed, student.seed) < HELD_OUT
