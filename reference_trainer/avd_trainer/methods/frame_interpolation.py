@@ -92,8 +92,8 @@ class FrameInterpolation(Method):
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         # The frames that were kept are those of the clip by construction; counting them would only scale the loss.
-        kept, missing = split_frames(batch["clips"].latents)
-        yield Loss(F.mse_loss(self.interpolator(kept)[:, :, 1::2], missing), {})
+        kept_BCFHW, missing_BCFHW = split_frames(batch["clips"].latents)
+        yield Loss(F.mse_loss(self.interpolator(kept_BCFHW)[:, :, 1::2], missing_BCFHW), {})
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module, held_out: Examples) -> InterpolatorErrors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +121,7 @@ class Trainer:
         ``ROLE/loss`` and ``ROLE/gradient_norm``, of the last of its turns; and what the method's losses say, scalars or
         ``[batch_size]``.
         """
-        streams = {name: self._read(name) for name in self._reads_per_step(1)}
+        streams = self._streams()
         while self.step < self.config.max_steps:
             yield self._train_step(streams)
 
@@ -209,18 +209,19 @@ class Trainer:
             metrics |= loss.metrics
         return metrics | {"loss": torch.stack(values).sum()}
 
-    def _reads_per_step(self, step: int) -> Counter[str]:
-        """How often each kind of data is read in a step."""
-        return Counter(name for turn in self.method.turns(step) for name in turn.data)
+    def _streams(self) -> dict[str, Iterator[Batch]]:
+        """This rank's part of what turns read, by name: micro-batch by micro-batch, from the current step on."""
+        steps = range(1, self.config.max_steps + 1)
+        reads = [Counter(name for turn in self.method.turns(step) for name in turn.data) for step in steps]
+        names = sorted(set().union(*reads))
+        return {name: self._read(name, [counts[name] for counts in reads]) for name in names}
 
-    def _read(self, name: str) -> Iterator[Batch]:
-        """This rank's part of each turn's batch, micro-batch by micro-batch, from the current step on."""
-        config = self.config
+    def _read(self, name: str, reads: Sequence[int]) -> Iterator[Batch]:
+        """One kind of data; ``reads`` are the batches of each step of the run."""
         data: CaptionedExamples = getattr(self.data, name)
-        order = ShuffledOrder(len(data), seed_of(config.seed, "order", name))
-        done = sum(self._reads_per_step(step)[name] for step in range(1, self.step + 1))
-        left = sum(self._reads_per_step(step)[name] for step in range(self.step + 1, config.max_steps + 1))
-        batches = indices_by_micro_batch(order, range(done, done + left), config.batch_size, self.micro_batches)
+        order = ShuffledOrder(len(data), seed_of(self.config.seed, "order", name))
+        updates = range(sum(reads[: self.step]), sum(reads))
+        batches = indices_by_micro_batch(order, updates, self.config.batch_size, self.micro_batches)
         return read_batches(data, batches, self.data.workers)
 
     def _clip_gradients(self, role: str) -> Tensor:
