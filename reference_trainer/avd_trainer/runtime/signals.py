@@ -1,4 +1,4 @@
-"""Being asked to stop: by a person, or by a cluster that needs the machine."""
+"""Signals that ask a run to stop, from a person or a cluster."""
 
 from __future__ import annotations
 

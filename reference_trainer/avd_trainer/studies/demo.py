@@ -1,4 +1,4 @@
-"""The demo: two students of one teacher, with and without our losses, and what became of them."""
+"""The demo: two students of one teacher, with and without the two terms, compared."""
 
 from __future__ import annotations
 

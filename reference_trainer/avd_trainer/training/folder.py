@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and whether a run may go on in it."""
+"""The folder of a run: which run it holds, and whether that may be continued."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def method_of_run(folder: Path) -> str | None:
 
 
 def claim_run(folder: Path, config: TrainConfig) -> None:
-    """Make the output folder of a run, or see that it holds this run; before any work starts.
+    """Make the output folder of a run, or check that it holds this run, before any work starts.
 
     Raises:
         UserError: If it cannot be written to, or holds something else, or a run of another method or configuration.

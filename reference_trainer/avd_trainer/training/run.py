@@ -1,4 +1,4 @@
-"""A run from start to end: claiming its folder, going on where it stands, training, saving, stopping."""
+"""A run from start to end: its folder, resuming, training, saving, stopping."""
 
 from __future__ import annotations
 
