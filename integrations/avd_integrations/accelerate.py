@@ -56,6 +56,8 @@ class AcceleratorTerms(HostTerms):
         clips: As :class:`HostTerms`.
         layout: As :class:`HostTerms`.
         loss_scale: As :class:`HostTerms`.
+        time_range: As :class:`HostTerms`.
+        bins: As :class:`HostTerms`.
 
     Raises:
         ImportError: If accelerate cannot be imported.
@@ -75,6 +77,8 @@ class AcceleratorTerms(HostTerms):
         *,
         layout: Layout = "BCFHW",
         loss_scale: float | Callable[[torch.Size], float] = 1.0,
+        time_range: tuple[float, float] | None = None,
+        bins: int = 20,
     ) -> None:
         module = _HOST.load("accelerate")
         if not isinstance(accelerator, module.Accelerator):
@@ -86,13 +90,23 @@ class AcceleratorTerms(HostTerms):
                 "accumulation."
             )
         config = with_accumulation(config, accelerator.gradient_accumulation_steps)
-        super().__init__(config, parametrisation, predict, clips, layout=layout, loss_scale=loss_scale)
+        super().__init__(
+            config,
+            parametrisation,
+            predict,
+            clips,
+            layout=layout,
+            loss_scale=loss_scale,
+            time_range=time_range,
+            bins=bins,
+        )
         self._accelerator = accelerator
         self.to(accelerator.device)
         accelerator.register_for_checkpointing(self)
 
-    def on_prediction(self, output: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
-        result = super().on_prediction(output, x_t, clips, noise, times)
+    def on_prediction(self, **given: Tensor) -> LossOutput:
+        """As :class:`HostTerms`; then ends the cache's iteration where the accelerator ends the optimizer step."""
+        output = super().on_prediction(**given)
         if self._accelerator.sync_gradients:
             self.update()
-        return result
+        return output

@@ -82,7 +82,7 @@ class PhasedConsistencyTerms(nn.Module):
         self.register_buffer("ends", ends.detach().clone(), persistent=False)
 
     def from_prediction(
-        self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, index: Tensor, end_index: Tensor
+        self, *, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, index: Tensor, end_index: Tensor
     ) -> LossOutput:
         """The loss to add to the host's, and its metrics.
 
@@ -111,7 +111,7 @@ class PhasedConsistencyTerms(nn.Module):
         # In half precision the difference of two near points would be mostly rounding.
         x_t = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         velocity = phase_end_to_velocity(prediction, x_t, sigma, sigma_end)
-        return self.terms.from_prediction(velocity, x_t, clips, noise, sigma)
+        return self.terms.from_prediction(prediction=velocity, x_t=x_t, clips=clips, noise=noise, times=sigma)
 
     def update(self) -> None:
         """As :meth:`HostTerms.update`."""
@@ -125,10 +125,10 @@ def lcm_terms(
     motion: MotionConfig | None = None,
     layout: Layout = "BCHW",
 ) -> HostTerms:
-    """For LCM: ``terms.from_prediction(model_pred, noisy_model_input, latents, noise, start_timesteps)``.
+    """For LCM, whose page has the call of :meth:`HostTerms.from_prediction`.
 
-    ``model_pred`` is the consistency function, a prediction of ``x_0``, at DDPM's integer timesteps. The sample of the
-    motion term is that prediction; the script generates no other.
+    The prediction, the script's ``model_pred``, is the consistency function, an ``x_0``, at DDPM's integer timesteps.
+    The sample of the motion term is that prediction; the script generates no other.
 
     Args:
         noise_scheduler: The script's DDPM scheduler, of which ``alphas_cumprod`` ``[T]`` is read.
@@ -160,10 +160,10 @@ def pcm_terms(
 ) -> HostTerms | PhasedConsistencyTerms:
     """For PCM's three backbones; which of them is told by the solver.
 
-    - Stable Diffusion 3, ``EulerSolver``: ``terms.from_prediction(model_pred, noisy_model_input, model_input, noise,
-      index, end_index)``. ``model_pred`` is x at the phase's end by then.
-    - Stable Diffusion 1.5 and XL, ``DDIMSolver``: ``terms.from_prediction(noise_pred, noisy_model_input, latents,
-      noise, start_timesteps)``. The model's own output is still there beside the phase's end, so it is read.
+    - Stable Diffusion 3, ``EulerSolver``: :meth:`PhasedConsistencyTerms.from_prediction` of ``model_pred``, which is x
+      at the phase's end by then.
+    - Stable Diffusion 1.5 and XL, ``DDIMSolver``: :meth:`HostTerms.from_prediction` of ``noise_pred``: the model's own
+      prediction is still there beside the phase's end, so it is read.
 
     Args:
         noise_scheduler: The script's scheduler. For a ``DDIMSolver`` its ``alphas_cumprod`` and
@@ -198,7 +198,7 @@ def dcm_terms(
     sp_size: int,
     first_index: int = 35,
 ) -> PhasedConsistencyTerms:
-    """For DCM's experts: ``from_prediction(model_pred, noisy_model_input, model_input, noise, index, end_index)``.
+    """For DCM's experts, whose page has the call of :meth:`PhasedConsistencyTerms.from_prediction`.
 
     Args:
         solver: The script's ``EulerSolver``.

@@ -125,7 +125,8 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
             x_t = self._noised(terms.parametrisation, images, times)
             # The noise that, on the path, leads from these images to this input.
             noise = Parametrisation(terms.parametrisation.coefficients, "x_0").noise(images, x_t, times)
-            loss, metrics = terms.on_prediction(self._predict(x_t, times, batch), x_t, images, noise, times)
+            prediction = self._predict(x_t, times, batch)
+            loss, metrics = terms.on_prediction(prediction=prediction, x_t=x_t, clips=images, noise=noise, times=times)
             return loss, metrics
 
         def _noised(self, parametrisation: Parametrisation, images: Tensor, times: Tensor) -> Tensor:
@@ -137,13 +138,13 @@ def sd_uni_model(regression: RegressionConfig | None = None) -> type[nn.Module]:
 
         def _predict(self, x_t: Tensor, times: Tensor, batch: Mapping[str, Any]) -> Tensor:
             with self.network_context_manager:
-                output: Tensor = self.feedforward_model(
+                prediction: Tensor = self.feedforward_model(
                     x_t,
                     times.long(),
                     batch["text_embedding"],
                     added_cond_kwargs=batch["unet_added_conditions"],
                 ).sample
-            return output
+            return prediction
 
     return AdaptiveSDUniModel
 

@@ -155,7 +155,8 @@ class AVDHooks(_Host):  # type: ignore[misc]
         times = self.avd.draw_times(len(clips), clips.device, generator=self.cuda_generator)
         noise = torch.randn(clips.shape, device=clips.device, dtype=clips.dtype, generator=self.cuda_generator)
         x_t = self.student.add_noise(clips, noise, times.repeat_interleave(clips.shape[1]))  # one time per frame
-        return self.avd.on_prediction(self._predict_velocity(x_t, times, batch), x_t, clips, noise, times)
+        velocity = self._predict_velocity(x_t, times, batch)
+        return self.avd.on_prediction(prediction=velocity, x_t=x_t, clips=clips, noise=noise, times=times)
 
     def _real_clips(self, batch: Any) -> Tensor:
         if self._rollout_mode == "simulate":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,22 +64,22 @@ class Parametrisation:
         alpha, sigma = self._at(times, x_0)
         return (alpha * x_0 + sigma * noise).to(x_0.dtype)
 
-    def x_0(self, output: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
-        """The clean prediction in a model's output."""
-        return self._split(output, x_t, times)[0].to(x_t.dtype)
+    def x_0(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
+        """The ``x_0`` in what a model predicts."""
+        return self._split(prediction, x_t, times)[0].to(x_t.dtype)
 
-    def noise(self, output: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
-        """The noise prediction in a model's output."""
-        return self._split(output, x_t, times)[1].to(x_t.dtype)
+    def noise(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
+        """The noise in what a model predicts."""
+        return self._split(prediction, x_t, times)[1].to(x_t.dtype)
 
-    def velocity(self, output: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
-        """The velocity ``noise - x_0`` in a model's output."""
+    def velocity(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> Tensor:
+        """The velocity ``noise - x_0`` in what a model predicts."""
         if self.prediction == "velocity":
-            return output.to(x_t.dtype)
-        x_0, noise = self._split(output, x_t, times)
+            return prediction.to(x_t.dtype)
+        x_0, noise = self._split(prediction, x_t, times)
         return (noise - x_0).to(x_t.dtype)
 
-    def output(self, x_0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+    def exact_prediction(self, x_0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
         """What a model that knows ``x_0`` and ``noise`` predicts."""
         alpha, sigma = self._at(times, x_0)
         values = {
@@ -95,18 +95,18 @@ class Parametrisation:
         alpha, sigma = self.coefficients(times.double())
         return sigma / (alpha + sigma)
 
-    def _split(self, output: Tensor, x_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+    def _split(self, prediction: Tensor, x_t: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
         """``x_0`` and noise."""
         alpha, sigma = self._at(times, x_t)
         if self.prediction == "velocity":
-            x_0 = (x_t - sigma * output) / (alpha + sigma)
-            return x_0, x_0 + output
+            x_0 = (x_t - sigma * prediction) / (alpha + sigma)
+            return x_0, x_0 + prediction
         if self.prediction == "x_0":
-            return output, (x_t - alpha * output) / sigma
+            return prediction, (x_t - alpha * prediction) / sigma
         if self.prediction == "noise":
-            return (x_t - sigma * output) / alpha, output
+            return (x_t - sigma * prediction) / alpha, prediction
         scale = alpha**2 + sigma**2
-        return (alpha * x_t - sigma * output) / scale, (sigma * x_t + alpha * output) / scale
+        return (alpha * x_t - sigma * prediction) / scale, (sigma * x_t + alpha * prediction) / scale
 
     def _at(self, times: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         shape = (-1, *[1] * (like.ndim - 1))
@@ -175,53 +175,3 @@ def phase_end_to_velocity(x_end: Tensor, x_t: Tensor, sigma: Tensor, sigma_end: 
     shape = (-1, *[1] * (x_t.ndim - 1))
     step = (sigma_end.double() - sigma.double()).to(x_t.device, torch.promote_types(x_t.dtype, torch.float32))
     return ((x_end - x_t) / step.view(shape)).to(x_t.dtype)
-
-
-def check_times(parametrisation: Parametrisation, timesteps: Sequence[float]) -> None:
-    """Require that few-step times lie on a path, in its unit, with something to learn at each of them.
-
-    Raises:
-        TypeError: If ``coefficients`` does not return two tensors of the times' shape.
-        ValueError: If the path cannot be looked up at the times, is not one of noise there (``alpha < 0``,
-            ``sigma <= 0``, not finite), or its noise neither rises nor falls along them; if all of them are nearly
-            clean; or if the model predicts noise at pure noise, which says nothing of the clip.
-    """
-    times = torch.tensor(timesteps, dtype=torch.float64, device="cpu")
-    try:
-        found = parametrisation.coefficients(times)
-    except (IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"The host's path cannot be looked up at timesteps {list(timesteps)}, given as {times.dtype} on the CPU: "
-            f"{error}. They must be in the unit that coefficients takes, and its tables be brought to times.device."
-        ) from error
-    if not (isinstance(found, tuple) and len(found) == 2 and all(_is_like(part, times) for part in found)):
-        raise TypeError("coefficients must return (alpha, sigma), a tensor [B] each for times [B].")
-    alpha, sigma = (part.detach().double().cpu() for part in found)
-    flow_sigma = sigma / (alpha + sigma)
-    change = flow_sigma.diff()
-    slack = 1e-6  # the cosine of pi/2 in float32 is below 0
-    reason = ""
-    if not bool((alpha.isfinite() & sigma.isfinite() & (alpha >= -slack) & (sigma > 0)).all()):
-        reason = "alpha must be at least 0 and sigma above 0; a sampler's last time, 0, is no step of the student"
-    elif not (bool((change > 0).all()) or bool((change < 0).all())):
-        reason = "noise must rise or fall along the timesteps"
-    elif flow_sigma.max() < 0.01:
-        reason = "all of them are clean clips, nearly"
-    elif parametrisation.prediction == "noise" and bool((alpha <= slack).any()):
-        reason = (
-            "at pure noise (alpha 0) a prediction of the noise says nothing of the clip: leave that time out, or "
-            "predict something else"
-        )
-    if reason:
-        raise ValueError(
-            f"timesteps {list(timesteps)} have alpha {_short(alpha)} and sigma {_short(sigma)} on the host's path, and "
-            f"{reason}. Give them in the unit that coefficients takes."
-        )
-
-
-def _is_like(value: object, times: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == times.shape
-
-
-def _short(values: Tensor) -> list[float]:
-    return [float(f"{value:.4g}") for value in values.tolist()]

@@ -129,8 +129,8 @@ def model_class() -> type:
             # With context parallelism several ranks share a sample.
             times, noise = self.sync(self.avd.draw_times(len(x_0), x_0.device), torch.randn_like(x_0))
             x_t = self.avd.parametrisation.add_noise(x_0, noise, times)
-            output = self._avd_predict(x_t, times, condition)
-            loss, metrics = self.avd.on_prediction(output, x_t, x_0, noise, times)
+            prediction = self._avd_predict(x_t, times, condition)
+            loss, metrics = self.avd.on_prediction(prediction=prediction, x_t=x_t, clips=x_0, noise=noise, times=times)
             return named(metrics), loss.expand(len(x_0))
 
         def _avd_predict(self, x_t: Tensor, times: Tensor, condition: Any) -> Tensor:

@@ -184,16 +184,16 @@ def with_avd(host_class: type, config: AVDConfig | None = None, clips: Clips | N
 
         def _avd_velocity(self, x_t: Tensor, times: Tensor, batch: dict[str, Any]) -> Tensor:
             """The student's velocity; all frames of a clip are at one timestep."""
-            output = self.generator(
+            prediction = self.generator(
                 noisy_image_or_video=x_t,
                 conditional_dict=batch["text"],
                 timestep=times.unsqueeze(1).expand(-1, x_t.shape[1]),
             )
-            if isinstance(output, tuple):
-                flow: Tensor = output[0]
-                return flow
+            if isinstance(prediction, tuple):
+                velocity: Tensor = prediction[0]
+                return velocity
             x_0_path = Parametrisation(self.avd.parametrisation.coefficients, "x_0")
-            return x_0_path.velocity(output, x_t.float(), times)
+            return x_0_path.velocity(prediction, x_t.float(), times)
 
     AVDDMD.__name__ = AVDDMD.__qualname__ = f"AVD{host_class.__name__}"
     return AVDDMD

@@ -9,11 +9,15 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avd_core import AVDConfig, AVDObjective, LossOutput
-from avd_core._checks import check_number
-from avd_integrations.parametrisation import Parametrisation, check_times
+from avd_core import AVDConfig, AVDObjective, LossMeanCache, LossOutput
+from avd_core._checks import check_gradient, check_number, check_timesteps
+from avd_integrations._path_checks import check_noising, check_times
+from avd_integrations.parametrisation import Parametrisation
 
 Layout = Literal["BCFHW", "BFCHW", "BCHW"]
+
+_LOOKS = 8
+"""Calls whose ``x_t`` is looked at while it is pure noise, which says nothing of the clips."""
 
 
 class HostTerms(nn.Module):
@@ -36,21 +40,26 @@ class HostTerms(nn.Module):
         config: Hyperparameters. ``timesteps`` are the student's few steps in the host's unit. ``motion.frame_dim``
             counts in ``[B, C, F, H, W]``, its default 2, whatever the layout.
         parametrisation: The host's path and prediction. ``timesteps`` are looked up on it once, here.
-        predict: ``predict(x_t, times [B], batch) -> output``, the student with gradient, all in the host's layout and
-            unit. None where the host runs its student itself: see :meth:`on_prediction` and :meth:`from_prediction`.
+        predict: ``predict(x_t, times [B], batch) -> prediction``, the student with gradient, all in the host's layout
+            and unit. None where the host runs its student itself: see :meth:`on_prediction` and
+            :meth:`from_prediction`.
         clips: ``clips(batch)`` the real clips' latents in the host's layout, clean and without gradient. None as with
             ``predict``.
         layout: Order of the host's dimensions. With "BCHW", images, the motion term has no frames to look at and must
             be left out.
         loss_scale: The host's loss for one of ours: 1 where it takes means, the number of values of a sample where it
             sums them. A function of a sample's shape without its batch dimension, or a positive number.
+        time_range: ``(low, high)`` for hosts that draw times continuously, in their unit; in place of
+            ``config.timesteps``. Times are then drawn uniformly from it, and the cache is
+            :meth:`avd_core.LossMeanCache.uniform` over it.
+        bins: Into how many parts the cache divides ``time_range``, at least 2.
 
     Raises:
         TypeError: If ``config`` or ``parametrisation`` is something else.
         ValueError: If both terms are left out; if the motion term is on for images, or counts its frames in another
             dimension; if ``gradient_ratio`` is set, for which the matching term would have to be known here; for an
-            unknown layout, a ``loss_scale`` that is not positive, or ``timesteps`` that are not on the path: in another
-            unit, say.
+            unknown layout, a ``loss_scale`` that is not positive, ``timesteps`` beside a ``time_range``, fewer
+            than 2 ``bins``, or times that are not on the path: in another unit, say.
     """
 
     def __init__(
@@ -62,9 +71,11 @@ class HostTerms(nn.Module):
         *,
         layout: Layout = "BCFHW",
         loss_scale: float | Callable[[torch.Size], float] = 1.0,
+        time_range: tuple[float, float] | None = None,
+        bins: int = 20,
     ) -> None:
         super().__init__()
-        self.objective = AVDObjective(config)
+        self.objective = AVDObjective(_with_bins(config, time_range, bins))
         config = self.objective.config
         if config.regression is None and config.motion is None:
             raise ValueError("regression and motion are both None: there is nothing to compute.")
@@ -90,8 +101,9 @@ class HostTerms(nn.Module):
                 "see. Leave it at None, or call avd_core.AVDObjective with matching_loss and matching_output."
             )
         if config.regression is not None:
-            check_times(parametrisation, config.timesteps)
+            check_times(parametrisation, config.timesteps, time_range)
         self.parametrisation, self.layout, self._loss_scale = parametrisation, layout, loss_scale
+        self._time_range, self._looks_left = time_range, _LOOKS
         # In a tuple, as a module among them would become a part of this one, and of its state.
         self._callables = predict, clips
 
@@ -119,21 +131,24 @@ class HostTerms(nn.Module):
             parts.append(self.on_samples(x_0))
         return _sum(parts)
 
-    def from_prediction(self, output: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
+    def from_prediction(
+        self, *, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor
+    ) -> LossOutput:
         """Both terms from what the host's student has predicted on noised clips; none is run here.
 
         The motion term's sample is the ``x_0`` in that prediction. Arguments are those of :meth:`on_prediction`, and
         the result is that of :meth:`forward`.
         """
-        self._check_prediction(output, x_t, clips, noise)
+        self._check_prediction(prediction, x_t, clips, noise, times)
         if self.objective.motion is not None:
             self._check_frames("clips", clips)
+        self._check_noising(x_t, clips, noise, times)
         parts = []
-        output, x_t = _at_least_float32(output), _at_least_float32(x_t)
+        prediction, x_t = _at_least_float32(prediction), _at_least_float32(x_t)
         if self.objective.regression is not None:
-            parts.append(self.on_prediction(output, x_t, clips, noise, times))
+            parts.append(self.on_prediction(prediction=prediction, x_t=x_t, clips=clips, noise=noise, times=times))
         if self.objective.motion is not None:
-            parts.append(self.on_samples(self.parametrisation.x_0(output, x_t, times)))
+            parts.append(self.on_samples(self.parametrisation.x_0(prediction, x_t, times)))
         return _sum(parts)
 
     def on_clips(self, batch: Any) -> LossOutput:
@@ -154,32 +169,39 @@ class HostTerms(nn.Module):
         times = self.draw_times(len(clips), clips.device)
         noise = torch.randn_like(clips)
         x_t = self.parametrisation.add_noise(clips, noise, times)
-        output = predict(x_t, times, batch)
-        if not isinstance(output, Tensor):
+        prediction = predict(x_t, times, batch)
+        if not isinstance(prediction, Tensor):
             raise TypeError(
-                f"predict must return the prediction, a torch.Tensor, got {type(output).__name__}. Return the entry of "
-                "it that is the prediction."
+                f"predict must return the prediction, a torch.Tensor, got {type(prediction).__name__}. Return the "
+                "entry of it that is the prediction."
             )
-        return self.on_prediction(output, x_t, clips, noise, times)
+        return self.on_prediction(prediction=prediction, x_t=x_t, clips=clips, noise=noise, times=times)
 
-    def on_prediction(self, output: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
+    def on_prediction(
+        self, *, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor
+    ) -> LossOutput:
         """The regression where the host has noised its clips and run its student on them already.
 
+        That ``x_t`` is made of the clips and the noise at these times is looked at in the first call whose clips can
+        be seen in it, at the latest in the eighth, which waits for the device; never under ``torch.compile``.
+
         Args:
-            output: What the student predicted, in the host's layout and parametrisation, with gradient.
+            prediction: What the student predicted, in the host's layout and parametrisation, with gradient.
             x_t: What it saw.
             clips: The clean clips in it.
             noise: The noise in it.
-            times: ``[B]`` members of ``config.timesteps``; others count for the nearest.
+            times: ``[B]`` members of ``config.timesteps``, or from the range; others count for the nearest.
 
         Raises:
-            TypeError, ValueError: As :meth:`forward`.
+            TypeError, ValueError: As :meth:`forward`; for times that are not ``[B]`` or not on the path; if ``x_t`` is
+                made of something else.
         """
-        self._check_prediction(output, x_t, clips, noise)
+        self._check_prediction(prediction, x_t, clips, noise, times)
+        self._check_noising(x_t, clips, noise, times)
         # In half precision the difference of two near velocities would be mostly rounding.
-        output, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (output, x_t, clips, noise))
-        prediction = self.parametrisation.velocity(output, x_t, times)
-        return self._scaled(self.objective.on_clips(prediction, noise - clips, times), clips)
+        prediction, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (prediction, x_t, clips, noise))
+        velocity = self.parametrisation.velocity(prediction, x_t, times)
+        return self._scaled(self.objective.on_clips(velocity, noise - clips, times), clips)
 
     def on_samples(self, x_0: Tensor | None) -> LossOutput:
         """The motion term of generated samples, with gradient and in the host's layout. Eq. 8."""
@@ -188,10 +210,16 @@ class HostTerms(nn.Module):
         return self._scaled(self.objective.on_samples(x_0_BCFHW), x_0_BCFHW)
 
     def draw_times(self, count: int, device: torch.device, *, generator: torch.Generator | None = None) -> Tensor:
-        """``[count]`` of the few steps, each as likely as the others; without ``generator`` by PyTorch's own."""
+        """``[count]`` of the few steps, each as likely as the others, or uniformly from ``time_range``.
+
+        Without ``generator`` by PyTorch's own.
+        """
         if self.objective.regression is None:
             raise ValueError("AVDConfig leaves out the regression: there is nothing to draw times for.")
-        grid = self.objective.regression.cache.timesteps.to(device)
+        if self._time_range is not None:
+            low, high = self._time_range
+            return low + (high - low) * torch.rand(count, device=device, generator=generator)
+        grid = self.objective.timesteps.to(device)
         return grid[torch.randint(len(grid), (count,), device=device, generator=generator)]
 
     def update(self) -> None:
@@ -199,9 +227,7 @@ class HostTerms(nn.Module):
 
         A collective where ranks are synchronised: call it on every rank.
         """
-        regression = self.objective.regression
-        if regression is not None and not regression.cache.auto_update:
-            regression.cache.update()
+        self.objective.update()
 
     def _check_samples(self, x_0: Tensor | None) -> Tensor:
         if x_0 is None:
@@ -211,7 +237,7 @@ class HostTerms(nn.Module):
             )
         self._check_tensor("x_0", x_0)
         self._check_frames("x_0", x_0)
-        self._check_gradient("x_0", x_0)
+        check_gradient("x_0", x_0, self.training)
         return x_0
 
     def _check_frames(self, name: str, tensor: Tensor) -> None:
@@ -221,11 +247,18 @@ class HostTerms(nn.Module):
                 f"{self.layout}."
             )
 
-    def _check_prediction(self, output: Any, x_t: Any, clips: Any, noise: Any) -> None:
-        given = {"clips": clips, "output, the student's prediction,": output, "x_t": x_t, "noise": noise}
+    def _check_prediction(self, prediction: Any, x_t: Any, clips: Any, noise: Any, times: Any) -> None:
+        given = {"clips": clips, "prediction": prediction, "x_t": x_t, "noise": noise}
         for name, tensor in given.items():
             self._check_tensor(name, tensor, like=clips)
-        self._check_gradient("The prediction", output)
+        check_timesteps(times, clips)
+        check_gradient("prediction", prediction, self.training)
+
+    def _check_noising(self, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> None:
+        """Once it has told something, never again: it waits for the device. The meta device has no values."""
+        if self._looks_left and not (torch.compiler.is_compiling() or x_t.is_meta):
+            tells = check_noising(self.parametrisation, x_t=x_t, clips=clips, noise=noise, times=times)
+            self._looks_left = 0 if tells else self._looks_left - 1
 
     def _check_tensor(self, name: str, tensor: Any, like: Tensor | None = None) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
@@ -239,17 +272,25 @@ class HostTerms(nn.Module):
                 "broadcast here."
             )
 
-    def _check_gradient(self, name: str, tensor: Tensor) -> None:
-        if self.training and torch.is_grad_enabled() and not tensor.requires_grad:
-            raise ValueError(
-                f"{name} has no gradient, so its term could change nothing. Pass it as it is before the host detaches "
-                "it, and run the student with gradient. For a look at the metrics use torch.no_grad()."
-            )
-
     def _scaled(self, output: LossOutput, like: Tensor) -> LossOutput:
         scale = self._loss_scale
         factor = scale(like.shape[1:]) if callable(scale) else scale
         return LossOutput(factor * output.loss, output.metrics)
+
+
+def _with_bins(config: AVDConfig, time_range: tuple[float, float] | None, bins: int) -> AVDConfig:
+    """The configuration with the middle of each bin as its grid."""
+    if time_range is None or not isinstance(config, AVDConfig):  # which the objective refuses
+        return config
+    if "timesteps" in config.model_fields_set:
+        raise ValueError(
+            f"time_range={time_range} and AVDConfig(timesteps={config.timesteps}) both say which times are drawn. "
+            "Leave out timesteps where times are continuous, or time_range for a student of few steps."
+        )
+    if bins < 2:
+        raise ValueError(f"bins must be at least 2, got {bins}: the parts of time_range whose losses are compared.")
+    grid = LossMeanCache.uniform(*time_range, bins).timesteps.tolist()
+    return AVDConfig.model_validate({**config.model_dump(), "timesteps": grid})
 
 
 def _sum(parts: list[LossOutput]) -> LossOutput:

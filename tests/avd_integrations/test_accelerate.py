@@ -287,6 +287,13 @@ def test_without_accumulation_every_call_is_an_iteration():
     assert terms_of(accelerator, AVDConfig(regression=None)).objective.regression is None
 
 
+def test_continuous_times_have_bins_that_wait_for_the_optimizer_step():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    cache = terms_of(accelerator, time_range=(0, 1000), bins=5).objective.regression.cache
+    assert cache.timesteps.tolist() == [100, 300, 500, 700, 900]
+    assert not cache.auto_update
+
+
 def test_wrong_options_are_refused():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="auto_update is not to be set"):

@@ -45,7 +45,9 @@ def expected_regression(velocity, clips, noise, times, grid):
 def test_lcm_reads_the_clean_prediction_of_its_consistency_function():
     times = torch.tensor([999, 249, 499])
     clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
-    loss, metrics = lcm_terms(ddpm(), DDIM_TIMESTEPS).from_prediction(x_0, x_t, clips, noise, times)
+    loss, metrics = lcm_terms(ddpm(), DDIM_TIMESTEPS).from_prediction(
+        prediction=x_0, x_t=x_t, clips=clips, noise=noise, times=times
+    )
     expected = expected_regression(velocity, clips, noise, times, DDIM_TIMESTEPS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-4, atol=1e-5)
     assert set(metrics) == set(expected.metrics)
@@ -56,8 +58,10 @@ def test_pcm_with_ddim_reads_the_output_of_the_model(prediction):
     times = torch.tensor([999, 249, 499])
     clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
     name = {"epsilon": "noise", "v_prediction": "v", "sample": "x_0"}[prediction]
-    output = variance_preserving(ALPHAS, name).output(x_0, x_0 + velocity, times)
-    loss, _ = pcm_terms(ddpm(prediction), ddim_solver()).from_prediction(output, x_t, clips, noise, times)
+    output = variance_preserving(ALPHAS, name).exact_prediction(x_0, x_0 + velocity, times)
+    loss, _ = pcm_terms(ddpm(prediction), ddim_solver()).from_prediction(
+        prediction=output, x_t=x_t, clips=clips, noise=noise, times=times
+    )
     expected = expected_regression(velocity, clips, noise, times, DDIM_TIMESTEPS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -67,7 +71,9 @@ def test_pcm_with_euler_goes_back_from_the_end_of_the_phase():
     sigma, end = SIGMAS[index], torch.tensor([SIGMAS[24], SIGMAS[24], 0.0])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), sigma, 4, 8, 8)
     x_end = x_t + (end - sigma).view(-1, 1, 1, 1) * velocity
-    loss, _ = pcm_terms(None, euler_solver()).from_prediction(x_end, x_t, clips, noise, index, end_index)
+    loss, _ = pcm_terms(None, euler_solver()).from_prediction(
+        prediction=x_end, x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+    )
     expected = expected_regression(velocity, clips, noise, sigma, SIGMAS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -80,7 +86,9 @@ def test_dcm_goes_one_step_where_the_script_does(first):
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
     terms = dcm_terms(euler_solver(), motion=None, sp_size=1)
-    loss, _ = terms.from_prediction(x_end, x_t, clips, noise, index, end_index)
+    loss, _ = terms.from_prediction(
+        prediction=x_end, x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+    )
     expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS[35:])
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -92,7 +100,9 @@ def test_dcms_detail_experts_go_to_the_phases_end_from_every_index():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (end - SIGMAS[index]).view(-1, 1, 1, 1, 1) * velocity
     terms = dcm_terms(euler_solver(), motion=None, sp_size=1, first_index=0)
-    loss, _ = terms.from_prediction(x_end, x_t, clips, noise, index, end_index)
+    loss, _ = terms.from_prediction(
+        prediction=x_end, x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+    )
     expected = expected_regression(velocity, clips, noise, SIGMAS[index], SIGMAS)
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
@@ -103,7 +113,9 @@ def test_the_motion_term_sees_clean_predictions_and_not_phase_ends():
     x_0 = x_0.detach()
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
     terms = dcm_terms(euler_solver(), regression=None, motion=MotionConfig(floor=-9), sp_size=1)
-    loss, metrics = terms.from_prediction(x_end, x_t, clips, noise, index, end_index)
+    loss, metrics = terms.from_prediction(
+        prediction=x_end, x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+    )
     torch.testing.assert_close(metrics["motion/variance"], x_0.var(dim=2, correction=0).mean(), rtol=1e-3, atol=1e-4)
     assert loss.item() == pytest.approx(reference_motion(x_0.tolist(), floor=-9), rel=1e-4)
     (gradient,) = torch.autograd.grad(loss, velocity)
@@ -118,7 +130,9 @@ def test_both_terms_are_added():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
     both, regression, motion = (
-        dcm_terms(euler_solver(), *options, sp_size=1).from_prediction(x_end, x_t, clips, noise, index, end_index)
+        dcm_terms(euler_solver(), *options, sp_size=1).from_prediction(
+            prediction=x_end, x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+        )
         for options in [(), (RegressionConfig(), None), (None, MotionConfig())]
     )
     torch.testing.assert_close(both.loss, regression.loss + motion.loss)
@@ -135,7 +149,9 @@ def test_the_gradient_is_that_of_the_velocity():
         if through_end:
             x_end = x_t + (SIGMAS[34] - SIGMAS[index]).view(-1, 1, 1, 1, 1) * leaf
             terms = dcm_terms(euler_solver(), motion=None, sp_size=1)
-            loss = terms.from_prediction(x_end, x_t, clips, noise, index, end_index).loss
+            loss = terms.from_prediction(
+                prediction=x_end, x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+            ).loss
         else:
             loss = expected_regression(leaf, clips, noise, SIGMAS[index], SIGMAS[35:]).loss
         gradients.append(torch.autograd.grad(loss, leaf)[0])
@@ -175,7 +191,9 @@ def test_what_would_be_broadcast_is_refused():
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     terms = dcm_terms(euler_solver(), sp_size=1)
     with pytest.raises(ValueError, match=r"prediction must have the shape of x_t, \[2, 4, 5, 3, 3\], got \[1, 4"):
-        terms.from_prediction(velocity[:1], x_t, clips, noise, index, end_index)
+        terms.from_prediction(
+            prediction=velocity[:1], x_t=x_t, clips=clips, noise=noise, index=index, end_index=end_index
+        )
 
 
 @pytest.mark.parametrize(
@@ -212,7 +230,9 @@ def test_the_state_is_the_cache_alone():
     index = torch.tensor([45, 36])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     for _ in range(3):
-        terms.from_prediction(x_t + velocity, x_t, clips, noise, index, torch.full((2,), 35))
+        terms.from_prediction(
+            prediction=x_t + velocity, x_t=x_t, clips=clips, noise=noise, index=index, end_index=torch.full((2,), 35)
+        )
     other = dcm_terms(euler_solver(), sp_size=1)
     other.load_state_dict(terms.state_dict())
     cache = other.terms.objective.regression.cache
@@ -228,7 +248,9 @@ def test_accumulated_gradients_are_one_iteration():
     index = torch.tensor([45])
     for seed in range(2):
         clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3, seed=seed)
-        terms.from_prediction(x_t + velocity, x_t, clips, noise, index, torch.tensor([25]))
+        terms.from_prediction(
+            prediction=x_t + velocity, x_t=x_t, clips=clips, noise=noise, index=index, end_index=torch.tensor([25])
+        )
         assert not cache.seen.any()
     terms.update()
     assert cache.seen.sum() == 1
@@ -243,18 +265,19 @@ def of_a_nearly_right_student(dtype):
     )
     step = (SIGMAS[34].double() - SIGMAS[index].double()).view(-1, 1, 1, 1, 1)
     x_end = (x_t.double() + step * (noise.double() - clips.double() + 0.01 * error.double())).to(dtype)
-    return [x_end.requires_grad_(), x_t, clips, noise, index, end_index]
+    given = {"prediction": x_end.requires_grad_(), "x_t": x_t, "clips": clips, "noise": noise}
+    return given | {"index": index, "end_index": end_index}
 
 
-def losses(arguments):
-    loss, metrics = dcm_terms(euler_solver(), sp_size=1).from_prediction(*arguments)
+def losses(given):
+    loss, metrics = dcm_terms(euler_solver(), sp_size=1).from_prediction(**given)
     return loss, metrics["regression/sample_losses"], metrics["motion/variance"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_latents_are_compared_in_float32(dtype):
     given = of_a_nearly_right_student(dtype)
-    float32 = [tensor.float() if tensor.is_floating_point() else tensor for tensor in given]
+    float32 = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
     for value, expected in zip(losses(given), losses(float32), strict=True):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
@@ -262,7 +285,7 @@ def test_half_precision_latents_are_compared_in_float32(dtype):
 
 def test_latents_in_float64_stay_so():
     given = of_a_nearly_right_student(torch.float64)
-    x_end, x_t, clips, noise, index, _ = (tensor.detach().numpy() for tensor in given)
+    x_end, x_t, clips, noise, index, _ = (tensor.detach().numpy() for tensor in given.values())
     sigma, end = (s.reshape(-1, 1, 1, 1, 1) for s in (SIGMAS.double().numpy()[index], SIGMAS[34].double().numpy()))
     velocity = (x_end - x_t) / (end - sigma).astype(np.float64)
     _, sample_losses, variance = losses(given)
@@ -276,9 +299,12 @@ def test_neither_noises_nor_runs_anything_itself():
     clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3)
     state = torch.get_rng_state()
     terms = pcm_terms(None, euler_solver())
-    terms.from_prediction(x_t + velocity, x_t, clips, noise, index, torch.tensor([25]))
+    terms.from_prediction(
+        prediction=x_t + velocity, x_t=x_t, clips=clips, noise=noise, index=index, end_index=torch.tensor([25])
+    )
     lcm = lcm_terms(ddpm(), DDIM_TIMESTEPS)
-    lcm.from_prediction(x_0, x_t, clips, noise, DDIM_TIMESTEPS[:1])
+    clips, noise, x_t, _, x_0 = noised(variance_preserving(ALPHAS), DDIM_TIMESTEPS[:1], 4, 3, 3)
+    lcm.from_prediction(prediction=x_0, x_t=x_t, clips=clips, noise=noise, times=DDIM_TIMESTEPS[:1])
     assert torch.equal(state, torch.get_rng_state())
     for made in (terms.terms, lcm):
         with pytest.raises(ValueError, match="without predict and clips"):
@@ -315,7 +341,7 @@ def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
         noise_pred = unet(x_t, times, encoder_hidden_states=text).sample
         alpha = scheduler.alphas_cumprod[times].view(-1, 1, 1, 1)
         x_0 = (x_t - (1 - alpha).sqrt() * noise_pred) / alpha.sqrt()
-        loss, metrics = terms.from_prediction(x_0, x_t, latents, noise, times)
+        loss, metrics = terms.from_prediction(prediction=x_0, x_t=x_t, clips=latents, noise=noise, times=times)
         # For a noise prediction the velocity's error is that of the noise, (alpha + sigma) / alpha times.
         factor = (1 + ((1 - alpha) / alpha).sqrt()).flatten()
         by_hand = factor**2 * ((noise_pred - noise) ** 2).mean(dim=(1, 2, 3))

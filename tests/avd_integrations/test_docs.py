@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from helpers import ReferenceCache, mean, reference_motion, reference_sample_los
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hosts.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+LOOP, COMPARISON, READY, OPPOSITE, KEEPING, KEPT = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 HOSTS: dict[str, dict[str, Any]] = tomllib.loads((ROOT / "tests" / "hosts" / "hosts.toml").read_text())
 ADAPTERS = {
     module.__name__.rpartition(".")[2]: module
@@ -79,7 +80,7 @@ class Host:
             "matching_loss": self.matching_loss,
             "log": lambda values, step: self.logged.append((step, values)),
         }
-        exec(BLOCKS[0], scope)
+        exec(LOOP, scope)
         return scope
 
 
@@ -123,8 +124,73 @@ def test_the_loop_trains_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.M
         assert math.isclose(value, cache.means.get(time, 0.0), rel_tol=1e-4)
 
 
-def test_every_python_block_is_covered() -> None:
-    assert len(BLOCKS) == 1
+@pytest.fixture
+def scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a reader has after a step of the loop."""
+    monkeypatch.chdir(tmp_path)
+    host = Host(0)
+    del host.batches[1:]
+    return host.run(Student())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_comparison_tells_a_sign(scope: dict[str, Any], sign: int) -> None:
+    scope["host_x_0"] = lambda prediction, x_t, times: x_t - sign * times.view(-1, 1, 1, 1, 1) * prediction
+    with nullcontext() if sign == 1 else pytest.raises(AssertionError, match="not close"):
+        exec(COMPARISON, scope)
+
+
+def test_a_prediction_that_is_there_already_has_both_terms(scope: dict[str, Any]) -> None:
+    clips, noise = Host(1).randn(), Host(2).randn()
+    times = torch.tensor([0.9, 0.522])
+    sigma = times.view(-1, 1, 1, 1, 1)
+    x_t = (1 - sigma) * clips + sigma * noise
+    prediction = 0.8 * noise - 0.2 * clips
+    scope |= {"prediction": prediction.requires_grad_(), "x_t": x_t, "clips": clips, "noise": noise, "times": times}
+    exec(READY, scope)
+    # The first losses of their times are what is usual there, so each has half of the weight of 2.
+    regression = mean(reference_sample_losses(prediction.tolist(), (noise - clips).tolist()))
+    x_0 = (x_t - sigma * prediction).transpose(1, 2)
+    assert math.isclose(scope["added"].loss.item(), regression + reference_motion(x_0.tolist()), rel_tol=1e-4)
+    with pytest.raises(ValueError, match="x_t is not made of clips and noise at times"):
+        exec(READY, scope | {"x_t": Host(3).randn()})  # as from backward simulation
+
+
+def test_the_opposite_sign_is_turned(scope: dict[str, Any]) -> None:
+    """A student that knows its clip makes no error."""
+    batch = scope["batches"][0]
+    one = torch.ones((), requires_grad=True)
+
+    def student(x_t: Tensor, t: Tensor, text: str) -> Tensor:
+        alpha = t.view(-1, 1, 1, 1, 1)
+        noise = (x_t - alpha * batch["latents"]) / (1 - alpha)
+        return one * (batch["latents"] - noise)
+
+    scope["student"] = student
+    exec(OPPOSITE, scope)
+    assert scope["terms"].on_clips(batch).metrics["regression/sample_losses"].max() < 1e-9
+
+
+def test_a_sample_that_is_kept_has_its_gradient_and_is_let_go(scope: dict[str, Any]) -> None:
+    student, batch = scope["student"], scope["batches"][0]
+    made: list[Tensor] = []
+
+    class Distiller:
+        def generate(self, text: str) -> Tensor:
+            made.append(0.3 * student.factor * Host(1).randn())
+            return made[-1]
+
+        def loss(self, batch: dict[str, Any]) -> Tensor:
+            return 0 * self.generate(batch["text"]).square().mean()
+
+    scope |= {"distiller": Distiller(), "batch": batch}
+    exec(KEEPING, scope)
+    student.zero_grad()
+    exec(KEPT, scope)
+    assert scope["distiller"].generate.sample is None
+    motion = reference_motion(made[0].transpose(1, 2).tolist())
+    assert math.isclose(scope["added"].metrics["motion/loss"].item(), motion, rel_tol=1e-4)
+    assert student.factor.grad.abs() > 0
 
 
 def rows() -> list[list[str]]:

@@ -9,6 +9,7 @@ from torch import nn
 
 import avd_integrations.fastgen as adapter
 from avd_core import MotionConfig, RegressionConfig
+from avd_integrations._host import Host
 
 T_LIST = [0.999, 0.937, 0.833, 0.624, 0.0]
 
@@ -62,10 +63,10 @@ class Model:
 def without_fastgen(monkeypatch):
     """The hooks on stand-ins for what they take from FastGen."""
     stand_in = SimpleNamespace(RFNoiseSchedule=Schedule)
-    monkeypatch.setattr(adapter, "_HOST", SimpleNamespace(load=lambda *_: stand_in, moved=RuntimeError))
+    monkeypatch.setattr(Host, "load", lambda *_: stand_in)
 
 
-def hooks(regression=adapter._PAPER, motion=adapter._PAPER, rounds=1):
+def hooks(regression=adapter.callback._PAPER, motion=adapter.callback._PAPER, rounds=1):
     callback = adapter.AVDHooks(regression, motion)
     callback.config = SimpleNamespace(trainer=SimpleNamespace(grad_accum_rounds=rounds))
     return callback
@@ -86,7 +87,7 @@ def test_a_missing_host_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "fastgen", None)
     for name in [name for name in sys.modules if name.startswith("fastgen.")]:
         monkeypatch.delitem(sys.modules, name)
-    adapter._callback_class.cache_clear()
+    adapter.callback._callback_class.cache_clear()
     for call in (
         adapter.avd_callback,
         lambda: adapter.half_rate(object),
@@ -197,13 +198,13 @@ def test_few_steps():
     ],
 )
 def test_predictions_have_our_names(asked, path, expected):
-    assert adapter._prediction_of(SimpleNamespace(net_pred_type=asked, noise_scheduler=path)) == expected
+    assert adapter.terms._prediction_of(SimpleNamespace(net_pred_type=asked, noise_scheduler=path)) == expected
 
 
 @pytest.mark.usefixtures("without_fastgen")
 def test_a_new_prediction_is_refused():
     with pytest.raises(RuntimeError, match="predicts 'score'"):
-        adapter._prediction_of(SimpleNamespace(net_pred_type="score", noise_scheduler=Schedule()))
+        adapter.terms._prediction_of(SimpleNamespace(net_pred_type="score", noise_scheduler=Schedule()))
 
 
 @pytest.mark.usefixtures("without_fastgen")

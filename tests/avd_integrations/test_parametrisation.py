@@ -14,7 +14,7 @@ from avd_integrations import (
     trigflow,
     variance_preserving,
 )
-from avd_integrations.parametrisation import check_times
+from avd_integrations._path_checks import check_times
 from helpers import NoHostWait, randn
 
 # Stable Diffusion's schedule: linear in the root of beta.
@@ -44,7 +44,7 @@ def test_there_and_back_again_in_float32(seed, path, prediction):
     parametrisation = PATHS[path][0](prediction)
     x_0, noise, times = draw(seed, path)
     x_t = parametrisation.add_noise(x_0, noise, times)
-    output = parametrisation.output(x_0, noise, times)
+    output = parametrisation.exact_prediction(x_0, noise, times)
     torch.testing.assert_close(parametrisation.x_0(output, x_t, times), x_0, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parametrisation.noise(output, x_t, times), noise, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(parametrisation.velocity(output, x_t, times), noise - x_0, rtol=1e-5, atol=1e-5)
@@ -67,7 +67,7 @@ def test_pure_noise_has_a_velocity_in_rectified_flow_and_trigflow():
     noise = randn(0, 2, 3)
     for parametrisation, top in ((rectified_flow(), 1000.0), (trigflow(), math.pi / 2)):
         times = torch.full((2,), top, dtype=torch.float64)
-        output = parametrisation.output(0.5 * noise, noise, times)
+        output = parametrisation.exact_prediction(0.5 * noise, noise, times)
         x_t = parametrisation.add_noise(0.5 * noise, noise, times)
         torch.testing.assert_close(x_t, noise)
         torch.testing.assert_close(parametrisation.velocity(output, x_t, times), 0.5 * noise)
@@ -91,7 +91,7 @@ def test_an_error_of_the_prediction_scales_into_the_velocity_by_a_constant(seed,
     x_0, noise, times = (t.double() for t in draw(seed, path))
     times = times.long() if path == "ddpm" else times
     x_t = parametrisation.add_noise(x_0, noise, times)
-    output = parametrisation.output(x_0, noise, times)
+    output = parametrisation.exact_prediction(x_0, noise, times)
     error = randn(seed, *x_0.shape)
     change = parametrisation.velocity(output + error, x_t, times) - parametrisation.velocity(output, x_t, times)
     alpha, sigma = (c.view(-1, 1, 1) for c in parametrisation.coefficients(times.double()))
@@ -177,11 +177,11 @@ ZERO_SNR = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero term
 @pytest.mark.parametrize(
     ("parametrisation", "timesteps", "message"),
     [
-        (rectified_flow(1), (1000, 500), r"alpha \[-999.0, -499.0\].*alpha must be at least 0"),
+        (rectified_flow(1), (1000, 500), r"alpha \[-999.0, -499.0\].*alpha and sigma must be at least 0"),
         (rectified_flow(), (1.0, 0.5), "clean clips, nearly"),
         (rectified_flow(), (1000, 500, 0), "a sampler's last time, 0, is no step"),
         (rectified_flow(prediction="x_0"), (1000, 0), "a sampler's last time, 0, is no step"),
-        (trigflow(), (1000, 900, 757, 522), "alpha must be at least 0"),
+        (trigflow(), (1000, 900, 757, 522), "alpha and sigma must be at least 0"),
         (trigflow(), (1.5, 0.0), "a sampler's last time"),
         (
             variance_preserving(ZERO_SNR, "v"),
@@ -193,12 +193,47 @@ ZERO_SNR = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero term
         (Parametrisation(lambda t: (1 - t.round(), t.round())), (0.9, 0.8, 0.7), "noise must rise or fall"),
         (Parametrisation(lambda t: (t, t.to("meta") + t)), (0.9, 0.8), "tables be brought to times.device"),
         (variance_preserving(ZERO_SNR), (999, 499), "a prediction of the noise says nothing of the clip"),
-        (Parametrisation(lambda t: (t, 1 - t)), (1.0, 0.5), "sigma above 0"),
+        (Parametrisation(lambda t: (t, 1 - t)), (1.0, 0.5), "sigma must be above 0"),
     ],
 )
 def test_times_that_are_not_steps_on_the_path_are_refused(parametrisation, timesteps, message):
     with pytest.raises(ValueError, match=message):
         check_times(parametrisation, timesteps)
+
+
+@pytest.mark.parametrize(
+    ("parametrisation", "time_range", "message"),
+    [
+        (rectified_flow(prediction="noise"), (0, 1000), "a prediction of the noise says nothing of the clip"),
+        (rectified_flow(prediction="x_0"), (0, 900), "a prediction of x_0 says nothing of the noise"),
+        (rectified_flow(prediction="v"), (0, 1000), 'Say prediction="velocity"'),
+        (rectified_flow(1), (0, 1000), "in the unit that coefficients takes"),
+        (variance_preserving(ZERO_SNR, "v"), (0, 999), "whole numbers"),
+    ],
+)
+def test_ranges_that_do_not_fit_the_path_are_refused(parametrisation, time_range, message):
+    low, high = time_range
+    middles = [low + (high - low) * part for part in (0.125, 0.375, 0.625, 0.875)]
+    with pytest.raises(ValueError, match=message):
+        check_times(parametrisation, middles, time_range)
+
+
+@pytest.mark.parametrize("path", [rectified_flow(1), Parametrisation(lambda t: (1 - t, t))])
+def test_v_on_the_path_of_flow_models_is_refused_with_the_hint(path):
+    for timesteps in ((1.0, 0.9, 0.5), (0.9,)):
+        with pytest.raises(ValueError, match=r'whose hosts call their velocity "v". Say prediction="velocity"'):
+            check_times(Parametrisation(path.coefficients, "v"), timesteps)
+        check_times(path, timesteps)
+    # Where pure noise is the only step, no path can be told from another.
+    check_times(trigflow(), (math.pi / 2,))
+
+
+def test_noise_predictions_near_pure_noise_are_said():
+    times = (995.0, 500.0)
+    with pytest.warns(UserWarning, match=r"at timestep 995 alpha is 0.005: its errors are 200 times as large"):
+        check_times(rectified_flow(prediction="noise"), times)
+    check_times(rectified_flow(prediction="noise"), (980.0, 500.0))
+    check_times(rectified_flow(), times)
 
 
 @pytest.mark.parametrize("coefficients", [lambda t: 1 - t, lambda t: (1.0, t), lambda t: torch.stack([1 - t, t])])
@@ -217,6 +252,7 @@ def test_coefficients_are_a_pair_of_tensors(coefficients):
         (variance_preserving(ZERO_SNR), (998, 399)),
         (variance_preserving(ZERO_SNR), (399,)),
         (Parametrisation(lambda t: (torch.ones_like(t), t), "x_0"), (80.0, 2.0, 0.5)),  # EDM's
+        (variance_preserving(ALPHAS_CUMPROD), (999, 749, 499, 249)),
     ],
 )
 def test_times_of_real_hosts_are_taken(parametrisation, timesteps):

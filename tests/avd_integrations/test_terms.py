@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import avd_integrations.terms
 from avd_core import AVDConfig, AVDObjective, FlowMatchingSchedule, LossMeanCache, MotionConfig, RegressionConfig
 from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow, variance_preserving
-from helpers import GRID
+from helpers import GRID, NoHostWait
 
 CLIPS = torch.randn(3, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
 
@@ -22,6 +23,14 @@ class Student(nn.Module):
     def forward(self, x_t, times, batch=None):
         self.seen.append((x_t.detach(), times))
         return self.scale * x_t
+
+
+def ready(path, times, clips=CLIPS):
+    """What a host passes that has noised its clips and run its student itself; the prediction is wrong by noise."""
+    times, noise = torch.tensor(times), torch.randn_like(clips)
+    prediction = path.exact_prediction(clips, noise, times) + 0.1 * torch.randn_like(clips)
+    x_t = path.add_noise(clips, noise, times)
+    return {"prediction": prediction.requires_grad_(), "x_t": x_t, "clips": clips, "noise": noise, "times": times}
 
 
 def host(config=None, parametrisation=None, student=None, **options):
@@ -63,8 +72,8 @@ def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flo
         flow_x_t = x_t / (alpha + sigma)
         velocity = velocity_of(flow_x_t)
         x_0 = (x_t - sigma * velocity) / (alpha + sigma)
-        output = parametrisation.output(x_0, x_0 + velocity, times)
-        results.append(terms.on_prediction(output, x_t, CLIPS, noise, times).loss)
+        output = parametrisation.exact_prediction(x_0, x_0 + velocity, times)
+        results.append(terms.on_prediction(prediction=output, x_t=x_t, clips=CLIPS, noise=noise, times=times).loss)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
@@ -90,13 +99,15 @@ def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32(path):
     config = AVDConfig(motion=MotionConfig(floor=-9.0))
     noise, times = torch.randn_like(CLIPS), torch.tensor([900.0, 757.0, 522.0])
     x_t = path.add_noise(CLIPS, noise, times).bfloat16()
-    output = (path.output(CLIPS, noise, times) + 0.01 * torch.randn_like(CLIPS)).bfloat16().requires_grad_()
-    found = host(config, path)[1].from_prediction(output, x_t, CLIPS, noise, times)
-    expected = host(config, path)[1].from_prediction(output.float(), x_t.float(), CLIPS, noise, times)
+    output = (path.exact_prediction(CLIPS, noise, times) + 0.01 * torch.randn_like(CLIPS)).bfloat16().requires_grad_()
+    found = host(config, path)[1].from_prediction(prediction=output, x_t=x_t, clips=CLIPS, noise=noise, times=times)
+    expected = host(config, path)[1].from_prediction(
+        prediction=output.float(), x_t=x_t.float(), clips=CLIPS, noise=noise, times=times
+    )
     assert expected.metrics["regression/sample_losses"].min() > 0
     for name, value in expected.metrics.items():
         torch.testing.assert_close(found.metrics[name], value, rtol=0, atol=0)
-    alone = host(config, path)[1].on_prediction(output, x_t, CLIPS, noise, times)
+    alone = host(config, path)[1].on_prediction(prediction=output, x_t=x_t, clips=CLIPS, noise=noise, times=times)
     torch.testing.assert_close(alone.metrics["regression/loss"], expected.metrics["regression/loss"], rtol=0, atol=0)
 
 
@@ -179,7 +190,7 @@ def test_a_ready_prediction_gives_both_terms_and_runs_nothing():
     terms = HostTerms(AVDConfig(motion=MotionConfig(floor=-9)), path)
     output = (0.1 * torch.randn_like(CLIPS)).requires_grad_()
     state = torch.get_rng_state()
-    loss, metrics = terms.from_prediction(output, x_t, CLIPS, noise, times)
+    loss, metrics = terms.from_prediction(prediction=output, x_t=x_t, clips=CLIPS, noise=noise, times=times)
     assert torch.equal(state, torch.get_rng_state())
     x_0 = x_t - times.view(-1, 1, 1, 1, 1) / 1000 * output
     parts = [
@@ -193,7 +204,9 @@ def test_a_ready_prediction_gives_both_terms_and_runs_nothing():
     )
     torch.testing.assert_close(ours, by_hand)
     for left_out in ({"motion": None}, {"regression": None}):
-        part = HostTerms(AVDConfig(**left_out), path).from_prediction(output, x_t, CLIPS, noise, times)
+        part = HostTerms(AVDConfig(**left_out), path).from_prediction(
+            prediction=output, x_t=x_t, clips=CLIPS, noise=noise, times=times
+        )
         assert not any(name.startswith(next(iter(left_out))) for name in part.metrics)
 
 
@@ -252,12 +265,12 @@ MOVING = torch.randn_like(CLIPS, requires_grad=True)
         (
             lambda: host(student=lambda x_t, t, batch: x_t)[1](BATCH, MOVING),
             ValueError,
-            "The prediction has no gradient",
+            "prediction has no gradient",
         ),
         (
             lambda: host(student=lambda x_t, t, batch: x_t[:, :, :1].requires_grad_())[1](BATCH, MOVING),
             ValueError,
-            r"output, .* must have the shape of the clips, \[3, 4, 5, 2, 2\], got \[3, 4, 1, 2, 2\]",
+            r"prediction must have the shape of the clips, \[3, 4, 5, 2, 2\], got \[3, 4, 1, 2, 2\]",
         ),
     ],
 )
@@ -272,7 +285,7 @@ def test_wrong_input_is_refused_before_anything_is_recorded(call, error, message
 
 
 @pytest.mark.parametrize("config", [AVDConfig(), AVDConfig(regression=None)], ids=["both", "motion"])
-@pytest.mark.parametrize("which", ["output", "x_t", "clips", "noise"])
+@pytest.mark.parametrize("which", ["prediction", "x_t", "clips", "noise"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -283,7 +296,7 @@ def test_wrong_input_is_refused_before_anything_is_recorded(call, error, message
     ids=["shape", "tuple", "integer"],
 )
 def test_a_ready_prediction_is_looked_at_first(config, which, change, error, message):
-    given = {name: torch.randn_like(CLIPS, requires_grad=True) for name in ("output", "x_t", "clips", "noise")}
+    given = {name: torch.randn_like(CLIPS, requires_grad=True) for name in ("prediction", "x_t", "clips", "noise")}
     given[which] = change(given[which])
     terms = HostTerms(config, rectified_flow())
     calls = (terms.on_prediction, terms.from_prediction) if config.regression is not None else (terms.from_prediction,)
@@ -292,11 +305,128 @@ def test_a_ready_prediction_is_looked_at_first(config, which, change, error, mes
             call(**given, times=torch.tensor([900.0, 757.0, 522.0]))
 
 
+FEW_STEPS = (900.0, 757.0, 522.0)
+
+
+def moved(**changes):
+    """A change of some arguments, made of all of them."""
+    return lambda given: given | {name: change(given) for name, change in changes.items()}
+
+
+NOT_NOISED_SO = {
+    "backward simulation": moved(x_t=lambda g: torch.randn_like(CLIPS)),
+    "clips and noise swapped": moved(clips=lambda g: g["noise"], noise=lambda g: g["clips"]),
+    "x_t and clips swapped": moved(clips=lambda g: g["x_t"], x_t=lambda g: g["clips"]),
+    "other noise": moved(noise=lambda g: torch.randn_like(CLIPS)),
+    "times in [0, 1]": moved(times=lambda g: g["times"] / 1000),
+    "times of the other end": moved(times=lambda g: 1000 - g["times"]),
+    "another path": moved(x_t=lambda g: trigflow().add_noise(CLIPS, g["noise"], g["times"] * math.pi / 2000)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("config", [AVDConfig(), AVDConfig(regression=None)], ids=["both", "motion"])
+@pytest.mark.parametrize("change", NOT_NOISED_SO.values(), ids=NOT_NOISED_SO)
+def test_x_t_that_is_not_made_of_what_is_given_is_refused_in_the_first_call(change, config, training):
+    terms = HostTerms(config, rectified_flow()).train(training)
+    given = change(ready(rectified_flow(), FEW_STEPS))
+    for call in (terms.from_prediction, *([terms.on_prediction] if config.regression else [])):
+        with pytest.raises(ValueError, match=r"x_t is not made of clips and noise at times: .*backward simulation"):
+            call(**given)
+    assert terms.objective.regression is None or not terms.objective.regression.cache.seen.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rounding_is_no_other_x_t(dtype):
+    given = {name: tensor.to(dtype) for name, tensor in ready(rectified_flow(), FEW_STEPS).items()}
+    assert HostTerms(AVDConfig(), rectified_flow()).from_prediction(**given).loss.isfinite()
+
+
+def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever():
+    """At t = 1000 any clips are in x_t as well as the right ones."""
+    terms = HostTerms(AVDConfig(motion=None), rectified_flow())
+    pure, other = ready(rectified_flow(), (1000.0,) * 3), NOT_NOISED_SO["other noise"]
+    terms.on_prediction(**pure | {"clips": CLIPS + 1})
+    with pytest.raises(ValueError, match="x_t is not made of"):
+        terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
+    for _ in range(7):
+        terms.on_prediction(**pure)
+    terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
+
+
+def test_values_that_are_not_finite_are_left_to_who_guards_against_them():
+    given = ready(rectified_flow(), FEW_STEPS)
+    given |= {"clips": given["clips"] * math.nan}
+    assert HostTerms(AVDConfig(motion=None), rectified_flow()).on_prediction(**given).loss.isnan()
+
+
+def test_no_call_after_the_first_waits_for_a_gpu(monkeypatch):
+    """Reading a value of a tensor on the meta device is an error."""
+    terms = HostTerms(AVDConfig(), rectified_flow())
+    given = ready(rectified_flow(), FEW_STEPS)
+    terms.from_prediction(**given)
+    monkeypatch.setattr(avd_integrations.terms, "check_noising", None)  # which reads values: no more calls
+    terms.from_prediction(**given)
+    terms.to("meta")
+    with NoHostWait():
+        terms.from_prediction(**{name: tensor.to("meta") for name, tensor in given.items()})
+
+
+@pytest.mark.parametrize("config", [AVDConfig(), AVDConfig(regression=None)], ids=["both", "motion"])
+@pytest.mark.parametrize(
+    "times", [torch.full((1, 5), 900.0), torch.full((3, 5), 900.0), torch.tensor(900.0), torch.full((2,), 900.0)]
+)
+def test_times_are_one_per_sample_in_every_call(config, times):
+    terms = HostTerms(config, rectified_flow())
+    given = ready(rectified_flow(), FEW_STEPS)
+    terms.from_prediction(**given)
+    with pytest.raises(ValueError, match=r"\[3\], one per sample, got"):
+        terms.from_prediction(**given | {"times": times})
+    with pytest.raises(TypeError, match=r"must be a torch.Tensor of shape \[B\], got float"):
+        terms.from_prediction(**given | {"times": 900.0})
+
+
+@pytest.mark.parametrize(
+    ("path", "times", "message"),
+    [
+        (rectified_flow(1), 900.0, r"times .* have alpha \[-899.0, .* in the unit that coefficients takes"),
+        (rectified_flow(1), math.nan, "times .* must be at least 0"),
+        (rectified_flow(prediction="noise"), 1000.0, r"at pure noise \(alpha 0\) a prediction of the noise"),
+        (rectified_flow(prediction="x_0"), 0.0, r"at clean clips \(sigma 0; .* a prediction of x_0"),
+        (
+            variance_preserving(torch.linspace(0.99, 0.01, 1000)),
+            1000.0,
+            "cannot be looked up at times .* from 0 to 999",
+        ),
+    ],
+)
+def test_with_the_motion_term_alone_times_are_looked_at_in_the_first_call(path, times, message):
+    given = ready(rectified_flow(), FEW_STEPS) | {"times": torch.full((3,), times)}
+    with pytest.raises(ValueError, match=message):
+        HostTerms(AVDConfig(regression=None), path).from_prediction(**given)
+
+
+def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins():
+    _, terms = host(AVDConfig(motion=None), rectified_flow(1), time_range=(0.2, 1.0), bins=4)
+    cache = terms.objective.regression.cache
+    assert torch.equal(cache.timesteps, LossMeanCache.uniform(0.2, 1.0, 4).timesteps)
+    times = terms.draw_times(1000, CLIPS.device, generator=torch.Generator().manual_seed(0))
+    assert torch.histc(times, 4, 0.2, 1.0).min() > 200
+    assert len(times.unique()) > 990
+    for _ in range(20):
+        assert terms({"clips": CLIPS}).loss.isfinite()
+    assert cache.seen.all()
+    ends = ready(rectified_flow(1), (0.2, 0.6, 1.0))
+    assert terms.on_prediction(**ends).metrics["regression/means"].isfinite().all()
+    other = host(AVDConfig(motion=None), rectified_flow(1), time_range=(0.0, 1.0), bins=4)[1]
+    with pytest.raises(RuntimeError, match="the saved cache is for the grid"):
+        other.load_state_dict(terms.state_dict())
+
+
 def test_one_frame_is_refused_before_the_regression_is_recorded():
-    still = [torch.randn(3, 4, 1, 2, 2, requires_grad=True) for _ in range(4)]
     terms = HostTerms(AVDConfig(), rectified_flow())
     with pytest.raises(ValueError, match="at least 2 frames, and clips"):
-        terms.from_prediction(*still, torch.tensor([900.0, 757.0, 522.0]))
+        terms.from_prediction(**ready(rectified_flow(), (900.0, 757.0, 522.0), CLIPS[:, :, :1]))
     assert not terms.objective.regression.cache.seen.any()
 
 
@@ -304,12 +434,11 @@ def test_one_frame_is_refused_before_the_regression_is_recorded():
 def test_the_terms_compile_in_one_graph(path):
     steps = (1.5, 1.0) if path.prediction == "v" else (900, 500)
     terms = HostTerms(AVDConfig(timesteps=steps), path)
-    output, x_t, noise = (torch.randn_like(CLIPS, requires_grad=True) for _ in range(3))
-    given = (output, x_t.detach(), CLIPS, noise.detach(), torch.tensor([steps[0], steps[1], steps[1]]))
-    expected = terms.from_prediction(*given).loss
-    terms.objective.regression.cache.reset()
+    given = ready(path, (steps[0], steps[1], steps[1]))
     compiled = torch.compile(terms.from_prediction, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*given).loss, expected)
+    found = compiled(**given).loss
+    terms.objective.regression.cache.reset()
+    torch.testing.assert_close(found, terms.from_prediction(**given).loss)
 
 
 def test_metrics_can_be_looked_at_without_gradient():
@@ -327,6 +456,12 @@ def test_metrics_can_be_looked_at_without_gradient():
         ({"parametrisation": rectified_flow}, TypeError, r"such as rectified_flow\(\) returns, got function"),
         ({"config": {"motion": None}}, TypeError, "config must be an AVDConfig, got dict"),
         ({"parametrisation": rectified_flow(1)}, ValueError, r"alpha \[-999.0, .* Give them in the unit"),
+        ({"parametrisation": rectified_flow(prediction="v")}, ValueError, r'Say prediction="velocity"'),
+        ({"parametrisation": rectified_flow(1), "time_range": (0, 1000)}, ValueError, "Give them in the unit"),
+        ({"time_range": (0, 1000), "bins": 1}, ValueError, "bins must be at least 2, got 1"),
+        ({"time_range": (900, 100)}, ValueError, "uniform needs low < high"),
+        ({"config": AVDConfig(timesteps=GRID), "time_range": (0, 1000)}, ValueError, "both say which times"),
+        ({"config": {"motion": None}, "time_range": (0, 1000)}, TypeError, "config must be an AVDConfig, got dict"),
     ],
 )
 def test_wrong_options_are_refused_by_what_they_should_be(options, error, message):

@@ -6,7 +6,14 @@ from page_lines import assert_in_order, assignments, call, page_lines, with_line
 
 pytestmark = pytest.mark.hosts
 
-READ = ["model_pred", "noisy_model_input", "model_input", "noise", "index", "end_index"]
+READ = {
+    "prediction": "model_pred",
+    "x_t": "noisy_model_input",
+    "clips": "model_input",
+    "noise": "noise",
+    "index": "index",
+    "end_index": "end_index",
+}
 WAN_CREATE, TERM, MAIN, UPDATE, HY_CREATE, HY_END, DETAIL_CREATE, DETAIL_TERM = page_lines("dcm.md")
 BLOCKS = {
     "wan_semantic": [WAN_CREATE, TERM, MAIN, UPDATE],
@@ -37,7 +44,7 @@ def test_the_lines_pass_what_the_terms_take_and_fit(source, script):
     blocks = BLOCKS[script]
     compile(with_lines(source(script), blocks), script, "exec")
     code = "".join(code for *_, code in blocks)
-    assert call(code, "from_prediction") == (READ, {})
+    assert call(code, "from_prediction") == ([], READ)
     arguments, options = call(code, "dcm_terms")
     assert arguments == ["solver"]
     assert options.pop("sp_size") == "args.sp_size"

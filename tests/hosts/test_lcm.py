@@ -24,8 +24,14 @@ def test_the_lines_pass_what_the_terms_take():
     create, term, _ = (code for _, _, code in page_lines("lcm.md"))
     assert call(create, "lcm_terms") == (["noise_scheduler", "solver.ddim_timesteps"], {})
     assert call(term, "from_prediction") == (
-        ["model_pred", "noisy_model_input", "latents", "noise", "start_timesteps"],
-        {},
+        [],
+        {
+            "prediction": "model_pred",
+            "x_t": "noisy_model_input",
+            "clips": "latents",
+            "noise": "noise",
+            "times": "start_timesteps",
+        },
     )
 
 

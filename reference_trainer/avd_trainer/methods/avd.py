@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from avd_core import AVDConfig, AVDObjective, BalanceConfig, LossOutput, MotionConfig, RegressionConfig
-from avd_trainer.methods.base import Batches, Loss, Setting, Turn
+from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.models.roles import Model
 from avd_trainer.models.samplers import schedule
@@ -34,6 +34,10 @@ class AVDMethodConfig(DMDMethodConfig):
     """Ratio of the regression's gradient to the matching term's to hold. Paper: None, a constant weight."""
     balance: BalanceConfig = BalanceConfig()
     """How that ratio is measured."""
+
+    def calls(self) -> Sequence[Call]:
+        on_clips = [] if self.regression is None else [Call("student", 1, backward=True)]
+        return (*super().calls(), *on_clips)
 
     @property
     def objective(self) -> AVDConfig:
@@ -87,28 +91,28 @@ class AVD(DMD):
         data = student.data if self.objective.regression is None else (*student.data, "clips")
         return [student._replace(data=data), *online]
 
-    def on_samples(self, x_0: Tensor) -> Iterator[LossOutput]:
+    def on_samples(self, x_BCFHW: Tensor) -> Iterator[LossOutput]:
         """Eq. 8: samples that move."""
         if self.objective.motion is not None:
-            yield self.objective.on_samples(x_0)
+            yield self.objective.on_samples(x_BCFHW)
 
     def on_clips(self, batch: Batches, draws: Draws, matching_loss: Tensor, matching_output: Tensor) -> Iterator[Loss]:
         """Eq. 5-7: the student's velocity on real clips, noised to one of its few steps."""
         if self.objective.regression is None:
             return
-        clips, text = batch["clips"]
-        few_steps = torch.tensor(self.config.few_steps, device=clips.device)
-        timesteps = few_steps[(draws.uniform("regression_timesteps") * len(few_steps)).long()]
-        noise = draws.normal("regression_noise", clips.shape[1:])
-        velocity = self.student(schedule.add_noise(clips, noise, timesteps), timesteps, text)
+        clips_BCFHW, text_BLD = batch["clips"]
+        few_steps = torch.tensor(self.config.few_steps, device=clips_BCFHW.device)
+        t_B = few_steps[(draws.uniform("regression_timesteps") * len(few_steps)).long()]
+        noise_BCFHW = draws.normal("regression_noise", clips_BCFHW.shape[1:])
+        velocity_BCFHW = self.student(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
         loss, metrics = self.objective.on_clips(
-            velocity,
-            schedule.velocity(clips, noise),
-            timesteps,
+            velocity_BCFHW,
+            schedule.velocity(clips_BCFHW, noise_BCFHW),
+            t_B,
             matching_loss=matching_loss,
             matching_output=matching_output,
         )
-        yield Loss(loss, metrics | {"regression/timesteps": timesteps})
+        yield Loss(loss, metrics | {"regression/timesteps": t_B})
 
     def after(self, turn: Turn, *, accepted: bool) -> None:
         if turn.role == "student":

@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from avd_core import LossOutput
+from avd_core import LossOutput, temporal_variance
 from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, Section
 from avd_trainer.data.batches import Batch
 from avd_trainer.data.examples import Examples
@@ -38,6 +38,29 @@ class Turn(NamedTuple):
 
     role: str
     data: tuple[str, ...] = ()
+
+
+class Call(NamedTuple):
+    """Forwards of a model in an update.
+
+    Attributes:
+        role: Which model.
+        times: How many for each example of the batch; a mean where the number is drawn.
+        backward: Whether a backward pass follows each.
+        guidance_scale: Of classifier-free guidance, which asks twice; 1 asks once.
+        beside: The role whose graph waits meanwhile; None for none.
+    """
+
+    role: str
+    times: float
+    backward: bool = False
+    guidance_scale: float = 1.0
+    beside: str | None = None
+
+    @property
+    def forwards(self) -> float:
+        """Forwards of one example, guidance counted."""
+        return self.times * (1 if self.guidance_scale == 1 else 2)
 
 
 class Setting(NamedTuple):
@@ -104,6 +127,10 @@ class MethodConfig(Section):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         """Who takes part. ``student_weights`` are what a student starts from in place of the teacher."""
+        raise NotImplementedError
+
+    def calls(self) -> Sequence[Call]:
+        """How often each transformer is asked in a step, for planning; a contract test counts it in a trainer."""
         raise NotImplementedError
 
     @property
@@ -207,6 +234,17 @@ class DistillationConfig(MethodConfig):
             "student": Trained(self.student.optimizer, self.student.lora, student_weights),
             "ema": Average("student", self.ema_decay),
         }
+
+
+def describe_samples(x_0: Tensor, timestep: float, few_steps: Sequence[float]) -> dict[str, Tensor]:
+    """Metrics of samples ``[B, C, F, H, W]`` that stopped at one of the few steps, and themselves if it is the last."""
+    # Samples of earlier steps are blurred by nature and would look like a collapse.
+    shown = {"x_0": x_0} if timestep == few_steps[-1] else {}
+    return shown | {
+        "sample/timestep": x_0.new_tensor(timestep),
+        "sample/std": x_0.flatten(1).std(dim=1).mean(),
+        "sample/variance": temporal_variance(x_0),
+    }
 
 
 def weighted_sum(*terms: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:

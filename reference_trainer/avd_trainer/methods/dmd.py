@@ -1,7 +1,6 @@
 """Distribution matching: samples move from where the online model sees them to where the teacher does.
 
-Algorithm 1 of You et al. 2026 without its two terms, which is DMD2 without its GAN: one update of the student, then
-several of the online model, which learns to denoise the student's samples. Equation numbers are those of that paper.
+Algorithm 1 of You et al. 2026 without its two terms, which is DMD2 without its GAN. Equation numbers are that paper's.
 """
 
 from __future__ import annotations
@@ -14,10 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from avd_core import DistributionMatchingLoss, LossOutput, shift_timesteps, temporal_variance
+from avd_core import DistributionMatchingLoss, LossOutput, shift_timesteps
 from avd_trainer.config.sections import ScoreTimestepsConfig
 from avd_trainer.methods.base import (
     Batches,
+    Call,
     Cut,
     DistillationConfig,
     Loss,
@@ -25,6 +25,7 @@ from avd_trainer.methods.base import (
     Setting,
     StudentRoleConfig,
     Turn,
+    describe_samples,
     weighted_sum,
 )
 from avd_trainer.models.roles import Model, Roles, Trained
@@ -52,6 +53,16 @@ class DMDMethodConfig(DistillationConfig):
     def roles(self, student_weights: str | None = None) -> Roles:
         return {**super().roles(student_weights), "online": Trained(self.online.optimizer, self.online.lora)}
 
+    def calls(self) -> Sequence[Call]:
+        before = (len(self.few_steps) - 1) / 2  # steps without gradient: a sample stops at each as often as at others
+        return (
+            Call("student", before + (self.online_updates - 1) * (before + 1)),
+            Call("student", 1, backward=True),
+            Call("teacher", 1, guidance_scale=self.guidance_scale, beside="student"),
+            Call("online", 1, beside="student"),
+            Call("online", self.online_updates, backward=True),
+        )
+
 
 class DMD(Method):
     """Distribution matching; see :class:`DMDMethodConfig`."""
@@ -72,21 +83,23 @@ class DMD(Method):
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.role == "online":
-            samples = self._samples(batch["prompts"].text, draws) if turn.data else self._generated.pop(0)
-            yield self._denoise(*samples, draws)  # Eq. 2
+            if turn.data:
+                with torch.no_grad():
+                    self._generated.append((self._rollout(batch["prompts"].text, draws).x_0, batch["prompts"].text))
+            yield self._denoise(*self._generated.pop(0), draws)  # Eq. 2
             return
-        text = batch["prompts"].text
-        rollout = self._rollout(text, draws)  # Algorithm 1: x = G(...), stopped at one of the few steps
+        text_BLD = batch["prompts"].text
+        rollout = self._rollout(text_BLD, draws)  # Algorithm 1: x = G(...), stopped at one of the few steps
         cut = Cut(rollout.velocity)
-        x_0 = rollout._replace(velocity=cut.output).x_0
-        self._generated.append((x_0.detach(), text))
-        matching = self._match(x_0, text, draws)  # Eq. 4
-        value, metrics = weighted_sum(matching, *self.on_samples(x_0))
-        yield Loss(value, metrics | self._describe(x_0.detach(), rollout.timestep), cut)
+        x_BCFHW = rollout._replace(velocity=cut.output).x_0
+        self._generated.append((x_BCFHW.detach(), text_BLD))
+        matching = self._match(x_BCFHW, text_BLD, draws)  # Eq. 4
+        value, metrics = weighted_sum(matching, *self.on_samples(x_BCFHW))
+        yield Loss(value, metrics | describe_samples(x_BCFHW.detach(), rollout.timestep, self.config.few_steps), cut)
         yield from self.on_clips(batch, draws, matching.loss, cut.output)
 
-    def on_samples(self, x_0: Tensor) -> Iterator[LossOutput]:
-        """Further terms on the student's samples ``[B, C, F, H, W]``."""
+    def on_samples(self, x_BCFHW: Tensor) -> Iterator[LossOutput]:
+        """Further terms on the student's samples."""
         yield from ()
 
     def on_clips(self, batch: Batches, draws: Draws, matching_loss: Tensor, matching_output: Tensor) -> Iterator[Loss]:
@@ -101,50 +114,36 @@ class DMD(Method):
         # Only one step in so many has finished samples to look at: as many steps are averaged over as by default.
         return {"decay": 0.95 ** len(self.config.few_steps)}
 
-    def _match(self, x_0: Tensor, text: Tensor, draws: Draws) -> LossOutput:
+    def _match(self, x_BCFHW: Tensor, text_BLD: Tensor, draws: Draws) -> LossOutput:
         """Eq. 4: both models' clean predictions of the noised sample."""
         with torch.no_grad():
-            timesteps = self._score_timesteps(draws)
-            x_t = schedule.add_noise(x_0.detach(), draws.normal("score_noise", x_0.shape[1:]), timesteps)
-            scale, unconditional = self.config.guidance_scale, self.setting.unconditional
-            real = guided_velocity(self.teacher, x_t, timesteps, text, unconditional, scale)
-            online = self.online(x_t, timesteps, text)
-            real_x_0 = schedule.velocity_to_x_0(real, x_t, timesteps)
-            online_x_0 = schedule.velocity_to_x_0(online, x_t, timesteps)
-        loss, metrics = self.matching(x_0, real_x_0, online_x_0)
+            t_B, noise_BCFHW = self._score_timesteps(draws), draws.normal("score_noise", x_BCFHW.shape[1:])
+            x_t_BCFHW = schedule.add_noise(x_BCFHW.detach(), noise_BCFHW, t_B)
+            scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
+            real_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, text_BLD, unconditional_LD, scale)
+            online_BCFHW = self.online(x_t_BCFHW, t_B, text_BLD)
+            real_x_0 = schedule.velocity_to_x_0(real_BCFHW, x_t_BCFHW, t_B)
+            online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
+        loss, metrics = self.matching(x_BCFHW, real_x_0, online_x_0)
         return LossOutput(loss, {f"matching/{k}": v for k, v in metrics.items()} | {"matching/loss": loss.detach()})
 
-    def _denoise(self, x_0: Tensor, text: Tensor, draws: Draws) -> Loss:
+    def _denoise(self, x_BCFHW: Tensor, text_BLD: Tensor, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""
-        timesteps = self._score_timesteps(draws)
-        noise = draws.normal("score_noise", x_0.shape[1:])
-        velocity = self.online(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
-        return Loss(F.mse_loss(velocity, schedule.velocity(x_0, noise)), {})
+        t_B, noise_BCFHW = self._score_timesteps(draws), draws.normal("score_noise", x_BCFHW.shape[1:])
+        velocity_BCFHW = self.online(schedule.add_noise(x_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
+        return Loss(F.mse_loss(velocity_BCFHW, schedule.velocity(x_BCFHW, noise_BCFHW)), {})
 
-    def _samples(self, text: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return self._rollout(text, draws).x_0, text
-
-    def _rollout(self, text: Tensor, draws: Draws) -> Rollout:
+    def _rollout(self, text_BLD: Tensor, draws: Draws) -> Rollout:
         """Backward simulation: the student's own trajectory, up to one of its steps."""
         few_steps, noise = self.config.few_steps, draws.named("trajectory")
         # One step for the whole batch: every rank must run the same number of forwards.
         last = draws.shared_integer("exit_step", len(few_steps))
-        return few_step_rollout(self.student, text, self.setting.latent_shape, few_steps, noise, last=last)
+        return few_step_rollout(self.student, text_BLD, self.setting.latent_shape, few_steps, noise, last=last)
 
     def _score_timesteps(self, draws: Draws) -> Tensor:
         options = self.config.score_timesteps
-        uniform = schedule.num_train_timesteps * draws.uniform("score_timesteps")
-        return shift_timesteps(uniform, options.shift).clamp(options.low, options.high)
-
-    def _describe(self, x_0: Tensor, timestep: float) -> dict[str, Tensor]:
-        # Samples of earlier steps are blurred by nature and would look like a collapse.
-        finished = {"x_0": x_0} if timestep == self.config.few_steps[-1] else {}
-        return finished | {
-            "sample/timestep": x_0.new_tensor(timestep),
-            "sample/std": x_0.flatten(1).std(dim=1).mean(),
-            "sample/variance": temporal_variance(x_0),
-        }
+        uniform_B = schedule.num_train_timesteps * draws.uniform("score_timesteps")
+        return shift_timesteps(uniform_B, options.shift).clamp(options.low, options.high)
 
 
 METHOD = DMD

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from avd_core import shift_timesteps
 from avd_trainer.config.sections import ArchitectureConfig, OptimizerConfig
-from avd_trainer.methods.base import Batches, Loss, Method, MethodConfig, Setting, Turn
+from avd_trainer.methods.base import Batches, Call, Loss, Method, MethodConfig, Setting, Turn
 from avd_trainer.models.roles import Average, Built, Model, Roles
 from avd_trainer.models.samplers import EulerSampler, schedule
 from avd_trainer.models.transformer import build_transformer
@@ -44,6 +44,9 @@ class FlowMatchingMethodConfig(MethodConfig):
             "ema": Average("teacher", self.ema_decay),
         }
 
+    def calls(self) -> Sequence[Call]:
+        return (Call("teacher", 1, backward=True),)
+
     @property
     def main_role(self) -> str:
         return "teacher"
@@ -66,14 +69,14 @@ class FlowMatching(Method):
         return [Turn("teacher", ("clips",))]
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
-        clips, text = batch["clips"]
-        without = draws.uniform("caption_dropout") < self.config.caption_dropout
-        text = torch.where(without.view(-1, 1, 1), self.setting.unconditional, text)
-        uniform = schedule.num_train_timesteps * draws.uniform("timesteps")
-        timesteps = shift_timesteps(uniform, self.config.timestep_shift)
-        noise = draws.normal("noise", clips.shape[1:])
-        velocity = self.teacher(schedule.add_noise(clips, noise, timesteps), timesteps, text)
-        yield Loss(F.mse_loss(velocity, schedule.velocity(clips, noise)), {})
+        clips_BCFHW, text_BLD = batch["clips"]
+        without_B = draws.uniform("caption_dropout") < self.config.caption_dropout
+        text_BLD = torch.where(without_B.view(-1, 1, 1), self.setting.unconditional, text_BLD)
+        uniform_B = schedule.num_train_timesteps * draws.uniform("timesteps")
+        t_B = shift_timesteps(uniform_B, self.config.timestep_shift)
+        noise_BCFHW = draws.normal("noise", clips_BCFHW.shape[1:])
+        velocity_BCFHW = self.teacher(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
+        yield Loss(F.mse_loss(velocity_BCFHW, schedule.velocity(clips_BCFHW, noise_BCFHW)), {})
 
 
 METHOD = FlowMatching

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from avd_core import LatentFrameInterpolator, interpolate_linearly, repeat_frames
 from avd_trainer.config.sections import OptimizerConfig
 from avd_trainer.data.examples import Examples
-from avd_trainer.methods.base import Batches, Loss, Method, MethodConfig, Setting, Turn
+from avd_trainer.methods.base import Batches, Call, Loss, Method, MethodConfig, Setting, Turn
 from avd_trainer.models.roles import Built, Model, Roles
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
@@ -47,6 +47,9 @@ class FrameInterpolationMethodConfig(MethodConfig):
         return {
             "interpolator": Built(self.optimizer, lambda shape: LatentFrameInterpolator(shape[0], self.widths)),
         }
+
+    def calls(self) -> Sequence[Call]:
+        return ()  # of transformers there are none
 
     @property
     def main_role(self) -> str:
@@ -89,8 +92,8 @@ class FrameInterpolation(Method):
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         # The frames that were kept are those of the clip by construction; counting them would only scale the loss.
-        kept, missing = split_frames(batch["clips"].latents)
-        yield Loss(F.mse_loss(self.interpolator(kept)[:, :, 1::2], missing), {})
+        kept_BCFHW, missing_BCFHW = split_frames(batch["clips"].latents)
+        yield Loss(F.mse_loss(self.interpolator(kept_BCFHW)[:, :, 1::2], missing_BCFHW), {})
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module, held_out: Examples) -> InterpolatorErrors:

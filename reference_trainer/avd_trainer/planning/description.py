@@ -15,9 +15,7 @@ from avd_trainer.config.sections import CheckpointConfig, LoRAConfig, ShapesData
 from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
-from avd_trainer.methods.avd import AVDMethodConfig
-from avd_trainer.methods.base import MethodConfig
-from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.methods.base import Call, MethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
 from avd_trainer.models.roles import Average, Built, Frozen, Trained
@@ -67,29 +65,6 @@ class Role(NamedTuple):
     def owns_weights(self) -> bool:
         """Whether it is a model of its own: all of its weights are trained."""
         return self.trained and self.adapter is None
-
-
-class Call(NamedTuple):
-    """Forwards of a model in an update.
-
-    Attributes:
-        role: Which model.
-        times: How many for each example of the batch; a mean where the number is drawn.
-        backward: Whether a backward pass follows each.
-        guidance_scale: Of classifier-free guidance, which asks twice; 1 asks once.
-        beside: The role whose graph waits meanwhile; None for none.
-    """
-
-    role: str
-    times: float
-    backward: bool = False
-    guidance_scale: float = 1.0
-    beside: str | None = None
-
-    @property
-    def forwards(self) -> float:
-        """Forwards of one example, guidance counted."""
-        return self.times * (1 if self.guidance_scale == 1 else 2)
 
 
 class Batches(NamedTuple):
@@ -205,7 +180,7 @@ def describe(
     """
     run = Run(
         roles=tuple(_roles(config)),
-        calls=tuple(_calls(config.method)),
+        calls=tuple(config.method.calls()),
         steps=config.max_steps,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -225,7 +200,24 @@ def describe(
     return run
 
 
-def find_architecture(teacher: str | None) -> dict[str, Any]:
+def architecture_of(config: TrainConfig) -> dict[str, Any]:
+    """The architecture of a run's transformers. Nothing is downloaded.
+
+    Raises:
+        UserError: If it is not known here, or the method trains no transformer.
+    """
+    if config.teacher is not None:
+        return find_architecture(config.teacher)
+    own = config.method.transformer_config(None)
+    if own is None:
+        raise UserError(
+            f"Method {config.method.kind} trains its {config.method.main_role}, which is no transformer, and a plan "
+            "is of transformers. Choose another --method; docs/interpolator.md says what the interpolator needs."
+        )
+    return own
+
+
+def find_architecture(teacher: str) -> dict[str, Any]:
     """The architecture of a teacher that is on this machine, or of a known one on the Hugging Face hub.
 
     Args:
@@ -234,8 +226,6 @@ def find_architecture(teacher: str | None) -> dict[str, Any]:
     Raises:
         UserError: If it is neither.
     """
-    if teacher is None:
-        raise UserError("this run has no teacher, and a plan is of methods that distil one. Choose another --method.")
     if teacher in _ARCHITECTURES and not Path(teacher).exists():
         return _COMMON | _ARCHITECTURES[teacher]
     if not teacher.startswith(BUNDLED) and not Path(teacher.partition("#")[0]).exists():
@@ -251,7 +241,7 @@ def find_latent_shape(config: TrainConfig) -> tuple[int, ...]:
     """The size ``(C, F, H, W)`` of a run's clips; where the data is not there yet, that of Wan2.1's 832x480x81."""
     data = config.data
     if isinstance(data, ShardsData):
-        latent = ShardDataset(*data.path)[0].latent if _there(data) else None
+        latent = ShardDataset(*data.path)[0].latent if are_there(data.path) else None
         return wan_latent_shape(WAN_SIZE) if latent is None else tuple(latent.shape)
     assert isinstance(data, ShapesData | VideosData)  # videos are brought to the size of shapes
     return tuple(encode_shapes(MovingShapes(1, 0), BlockDCTCodec()).latents.shape[1:])
@@ -262,7 +252,12 @@ def find_text_length(config: TrainConfig) -> int:
     data = config.prompts or config.data
     if not isinstance(data, ShardsData):
         return TEXT_LENGTH
-    return ShardDataset(*data.path).text_length if _there(data) else WAN_TEXT_LENGTH
+    return ShardDataset(*data.path).text_length if are_there(data.path) else WAN_TEXT_LENGTH
+
+
+def are_there(folders: Sequence[Path]) -> bool:
+    """Whether data was made already: all of its folders exist."""
+    return bool(folders) and all(folder.exists() for folder in folders)
 
 
 def _roles(config: TrainConfig) -> Iterator[Role]:
@@ -270,36 +265,13 @@ def _roles(config: TrainConfig) -> Iterator[Role]:
     averaged = {role.of for role in roles.values() if isinstance(role, Average)}
     for name, role in roles.items():
         if isinstance(role, Built):
-            raise UserError(
-                f"method {config.method.kind} builds its own {name}, and a plan is of methods that distil a teacher. "
-                "Choose one of those with --method."
-            )
+            yield Role(name, name, trained=True, averaged=name in averaged)
         if isinstance(role, Frozen):
             yield Role(name, name)
         if isinstance(role, Trained):
             # Adapters are of the teacher's weights, so a model with weights of its own cannot have any.
             setting = f"method.{name}.lora" if role.weights is None else None
             yield Role(name, _TITLES.get(name, name), True, role.lora, name in averaged, setting)
-
-
-def _calls(method: MethodConfig) -> list[Call]:
-    """How often each model is asked; ``tests/avd_trainer/planning/test_description.py`` counts it in a trainer."""
-    if not isinstance(method, DMDMethodConfig):
-        raise UserError(f"how often method {method.kind} asks its models is not known here. Plan avd or dmd.")
-    # A sample is finished at each of the few steps equally often; the steps before it are run without gradient.
-    before = (len(method.few_steps) - 1) / 2
-    # The first online update takes the student's samples.
-    own_samples = method.online_updates - 1
-    calls = [
-        Call("student", before + own_samples * (before + 1)),
-        Call("student", 1, backward=True),
-        Call("teacher", 1, guidance_scale=method.guidance_scale, beside="student"),
-        Call("online", 1, beside="student"),
-        Call("online", method.online_updates, backward=True),
-    ]
-    if isinstance(method, AVDMethodConfig) and method.regression is not None:
-        calls.append(Call("student", 1, backward=True))  # on real clips
-    return calls
 
 
 def _can_accumulate(method: MethodConfig) -> bool:
@@ -319,7 +291,3 @@ def _check_shape(shape: Sequence[int], architecture: Mapping[str, Any]) -> Laten
         )
     channels, frames, height, width = shape
     return channels, frames, height, width
-
-
-def _there(data: ShardsData) -> bool:
-    return all(path.exists() for path in data.path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
 from pathlib import Path
@@ -12,13 +11,16 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
-from avd_trainer.planning.description import Run
+from avd_trainer.planning.description import Run, are_there
 from avd_trainer.planning.meta_models import META, trained_shapes
 
 LATENT_BYTES = 2
 """Of a latent's number: ``avd data`` stores float16."""
 TEXT_BYTES = 2
 """Of a text embedding's number: bfloat16, where that loses nothing, as with UMT5."""
+
+UMT5_DIM = 4096
+"""Width of Wan2.1's text embedding: what tells its models, whose clips its VAE encodes, from the tiny one."""
 
 
 class DiskPlan(NamedTuple):
@@ -62,17 +64,17 @@ def plan_disk(run: Run, clips: int) -> DiskPlan:
         run: The run.
         clips: How many clips there will be, where they are not there yet.
     """
-    there = bool(run.clip_folders) and all(folder.exists() for folder in run.clip_folders)
+    there = are_there(run.clip_folders)
     trained = trained_shapes(run)
     numbers = {name: sum(math.prod(shape.shape) for shape in shapes) for name, shapes in trained.items()}
     averaged = sum(numbers[role.name] for role in run.trained if role.averaged)
     # Weights and two moments each, a number of steps for each parameter, and the averages; all in float32.
     checkpoint = 4 * (3 * sum(numbers.values()) + sum(map(len, trained.values())) + averaged)
-    encodes = bool(run.clip_folders) and not there and run.latent_shape[0] == 16
+    encodes = bool(run.clip_folders) and not there and run.text_dim == UMT5_DIM
     return DiskPlan(
         clips=0 if not run.clip_folders else clips,
         latent=LATENT_BYTES * math.prod(run.latent_shape),
-        text=TEXT_BYTES * run.text_length * int(json.loads(run.architecture)["text_dim"]),
+        text=TEXT_BYTES * run.text_length * run.text_dim,
         stored=sum(map(_size, run.clip_folders)) if there else None,
         encoding=vae_operations(run.latent_shape) if encodes else None,
         checkpoint=checkpoint,

@@ -6,15 +6,15 @@ PyTorch's allocator, is computed; docs/memory.md says how.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
 
+from avd_trainer.methods.base import Call
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.planning.activations import inference_activations, training_activations
-from avd_trainer.planning.description import Call, Run
+from avd_trainer.planning.description import Run
 from avd_trainer.planning.meta_models import MetaModel, meta_models, parameter_shapes, tables, trained_shapes
 
 GB = 2**30
@@ -88,7 +88,9 @@ def _phases(run: Run) -> Iterator[Phase]:
     weights = {
         role: sum(4 * shape.sharded(run.shards) for shape in shapes) for role, shapes in trained_shapes(run).items()
     }
-    yield max((_answer(run, call, weights) for call in run.calls if call.beside), key=lambda phase: phase.needed)
+    answers = tuple(_answer(run, call, weights) for call in run.calls if call.beside)
+    if answers:
+        yield worst(answers)
     for name in weights:
         yield _phase(
             run,
@@ -176,7 +178,7 @@ def _scattered(model: MetaModel, role: str) -> int:
 
 def _step_data(run: Run) -> int:
     share, micro = run.batches
-    text = 4 * run.text_length * int(json.loads(run.architecture)["text_dim"])
+    text = 4 * run.text_length * run.text_dim
     latent = 4 * math.prod(run.latent_shape)
     # The step's samples and their prompts; the clips' prompts, and the negative one.
     return share * (text + latent) + micro * text + text + micro * LATENTS_IN_FLIGHT * latent

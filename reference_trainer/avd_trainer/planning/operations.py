@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from avd_trainer.planning.description import Call, LatentShape, Run
+from avd_trainer.methods.base import Call
+from avd_trainer.planning.description import LatentShape, Run
 from avd_trainer.planning.meta_models import MetaModel, empty_inputs, meta_models, over_layers
 
 

@@ -10,8 +10,8 @@ from avd_trainer.models.codecs.wan import wan_latent_shape
 from avd_trainer.planning.changes import Change, find_changes
 from avd_trainer.planning.description import (
     Run,
+    architecture_of,
     describe,
-    find_architecture,
     find_latent_shape,
     find_text_length,
 )
@@ -85,7 +85,7 @@ def make_plan(
     """
     run = describe(
         config,
-        find_architecture(config.teacher),
+        architecture_of(config),
         find_latent_shape(config) if size is None else wan_latent_shape(size),
         gpus=gpus,
         text_length=find_text_length(config),

@@ -14,7 +14,7 @@ from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.training.checkpoint import latest_checkpoint, read_state
 
-QUICK = ("--set", "batch_size=2", "--set", "online_updates=1", "--set", "data.workers=0")
+QUICK = ("--set", "batch_size=2", "--set", "method.online_updates=1", "--set", "data.workers=0")
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -23,7 +23,7 @@ def test_overrides_reach_nested_fields() -> None:
 def test_values_are_replaced_and_taken_where_there_are_none() -> None:
     data = {"data": {"kind": "shards", "path": "here"}}
     replaced = load_config(TrainConfig, "tiny", replace=data, missing={"seed": 3, "max_steps": 1})
-    assert replaced.model_dump()["data"]["path"] == Path("here")
+    assert replaced.model_dump()["data"]["path"] == (Path("here"),)
     assert (replaced.seed, replaced.max_steps) == (3, 200)
 
 

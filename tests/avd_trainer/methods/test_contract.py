@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Loss
 from avd_trainer.methods.registry import list_methods, load_method
-from avd_trainer.models.roles import Average, Frozen
+from avd_trainer.models.roles import Average, Built, Frozen, Trained
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, build_transformer
+from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.draws import Draws
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
@@ -212,6 +215,62 @@ def test_what_it_trained_is_loaded_and_sampled_by_its_own_sampler(
         found = sampler(model, text, data.prompts.unconditional(), data.latent_shape, noise)
     half = exported.dtype == torch.bfloat16 or config.method.main_role == "teacher"
     torch.testing.assert_close(found, expected, rtol=0, atol=0.1 if half else 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_knows_its_roles(kind: str, configure: Callable[..., TrainConfig]) -> None:
+    config = configure(kind)
+    roles = config.method.roles()
+    if config.method.transformer_config(config.teacher) is None:
+        with pytest.raises(UserError, match=f"Method {kind} trains its {config.method.main_role}, which is no transf"):
+            make_plan(config)
+        return
+    plan = make_plan(config)
+    trained = {name for name, role in roles.items() if isinstance(role, Trained | Built)}
+    assert {role.name for role in plan.run.trained} == trained
+    assert {role.name for role in plan.run.roles} == {n for n, role in roles.items() if not isinstance(role, Average)}
+    assert {role.name for role in plan.run.roles if role.averaged} == {
+        role.of for role in roles.values() if isinstance(role, Average)
+    }
+    assert {f"{name} update" for name in trained} <= {phase.name for phase in plan.memory}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_calls_are_those_of_a_step(
+    kind: str,
+    configure: Callable[..., TrainConfig],
+    data: TrainingData,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Summed over the steps that a sample may stop at, which are equally likely."""
+    config = configure(kind)
+    steps = len(config.few_steps or (0,))
+    asked: Counter[tuple[str, bool]] = Counter()
+    for last in range(steps):
+        monkeypatch.setattr(Draws, "shared_integer", lambda *_, last=last: last)
+        trainer = Trainer(config, data, ranks)
+        for name, model in trainer.models.items():
+            if isinstance(model, VelocityModel):
+                monkeypatch.setattr(model, "module", counted(model.module, name, asked))
+        next(trainer.run())
+        monkeypatch.undo()
+    calls = config.method.calls()
+    planned: Counter[tuple[str, bool]] = Counter()
+    for call in calls:
+        planned[call.role, call.backward] += round(steps * config.batch_size * call.forwards)
+    assert +planned == asked
+
+
+def counted(module: Any, name: str, asked: Counter[tuple[str, bool]]) -> Callable[..., Any]:
+    """A transformer that counts its samples, by role and by whether a graph is kept."""
+
+    def forward(x_t: Tensor, *inputs: Any, **options: Any) -> Any:
+        output = module(x_t, *inputs, **options)
+        asked[name, output[0].requires_grad] += len(x_t)
+        return output
+
+    return forward
 
 
 def test_every_method_has_a_golden_curve_and_no_curve_is_left_over() -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 
 import numpy as np
 
@@ -46,17 +47,21 @@ class RegressionByHand:
 
 
 class Calls:
-    """Arguments, loss and cache of every call of ``from_prediction`` of a class of terms, whoever makes it."""
+    """Arguments, loss and cache of every call of ``from_prediction`` of a class of terms, whoever makes it.
+
+    Arguments are in the order in which the method has them.
+    """
 
     def __init__(self, kind):
         self.arguments, self.losses, self.before, self.after = [], [], [], []
         method = kind.from_prediction
+        names = list(inspect.signature(method).parameters)[1:]
 
         @functools.wraps(method)
-        def recorded(terms, *arguments):
-            self.arguments.append([a.detach().clone() for a in arguments])
+        def recorded(terms, **given):
+            self.arguments.append([given[name].detach().clone() for name in names])
             self.before.append(state_of(terms))
-            output = method(terms, *arguments)
+            output = method(terms, **given)
             self.losses.append(output.loss.item())
             self.after.append(state_of(terms))
             return output

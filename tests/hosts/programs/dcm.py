@@ -207,7 +207,7 @@ def main(folder):
     def added_to_the_loss(**options):
         """Without the terms first, from the same weights and random numbers: the difference is the terms."""
         before, terms = deepcopy(transformer.state_dict()), solver.avd
-        solver.avd = types.SimpleNamespace(from_prediction=lambda *_: (torch.zeros(()), {}), update=lambda: None)
+        solver.avd = types.SimpleNamespace(from_prediction=lambda **_: (torch.zeros(()), {}), update=lambda: None)
         torch.manual_seed(5)
         alone = step(2, 1, **options)
         elsewhere = deepcopy(transformer.state_dict())
@@ -265,9 +265,9 @@ def main(folder):
     exec(create, names)
     terms, gradients = names["solver"].avd, []
 
-    def with_gradient(*arguments):
-        output = terms.from_prediction(*arguments)
-        gradients.append(torch.autograd.grad(output.loss, arguments[0], retain_graph=True)[0].numpy())
+    def with_gradient(**given):
+        output = terms.from_prediction(**given)
+        gradients.append(torch.autograd.grad(output.loss, given["prediction"], retain_graph=True)[0].numpy())
         return output
 
     # With another cache first, as the transformer's samples move little enough by now for the motion term to act.

@@ -98,11 +98,12 @@ class Watch:
     def __init__(self, base):
         self.arguments, self.before, self.after, self.added = [], [], [], []
         on_prediction, host = HostTerms.on_prediction, base.forward
+        names = list(inspect.signature(on_prediction).parameters)[1:]
 
-        def recorded(terms, *arguments):
-            self.arguments.append([a.detach().clone() for a in arguments])
+        def recorded(terms, **given):
+            self.arguments.append([given[name].detach().clone() for name in names])
             self.before.append(state_of(terms))
-            result = on_prediction(terms, *arguments)
+            result = on_prediction(terms, **given)
             self.after.append(state_of(terms))
             return result
 

@@ -57,7 +57,7 @@ def schedules_agree():
             t32 = terms.objective.regression.cache.timesteps
             x_t = schedule.forward_process(x_0, noise, t64)
             torch.testing.assert_close(terms.parametrisation.add_noise(x_0, noise, t32), x_t, rtol=1e-5, atol=1e-5)
-            host_prediction = adapter._prediction_of(model.net)[0]
+            host_prediction = adapter.terms._prediction_of(model.net)[0]
             output = schedule.convert_model_output(x_t.double(), x_0.double(), t64, "x0", host_prediction)
             velocity = terms.parametrisation.velocity(output, x_t.double(), t32)
             worst = max(worst, (velocity - (noise - x_0)).abs().max().item())
@@ -161,7 +161,7 @@ def a_moved_host_is_named(monkeypatch):
     def renamed(self, model, batch, losses):
         pass
 
-    adapter._callback_class.cache_clear()
+    adapter.callback._callback_class.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Callback, "on_backward_begin", renamed)
         with pytest.raises(RuntimeError, match=r"on_backward_begin takes no argument .*not the FastGen .*34f30e8"):

@@ -174,9 +174,9 @@ def check_motion_gradient(calls, plain_calls):
     assert torch.equal(sample.x_0, plain_sample.x_0)
     (gradient,), (plain_gradient,) = sample.gradients, plain_sample.gradients
     x = sample.x_0.double().requires_grad_()
-    unclipped = -((x - x.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
-    assert unclipped > 0.6, f"{unclipped.item()} is at the floor"
-    (by_hand,) = torch.autograd.grad(0.05 * unclipped, x)
+    temporal_loss = -((x - x.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
+    assert temporal_loss > 0.6, f"{temporal_loss.item()} is at the floor"
+    (by_hand,) = torch.autograd.grad(0.05 * temporal_loss, x)
     assert_close_gradient((gradient - plain_gradient).double(), by_hand)
 
 

@@ -8,7 +8,7 @@ import textwrap
 from pathlib import Path
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "hosts"
-MOST_LINES = 10
+MOST_LINES = 12
 
 _BLOCK = re.compile(r"^(After|Before|Instead of) `([^`\n]+)`[^\n]*:\n\n```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 

@@ -173,7 +173,7 @@ class ByHand(RegressionByHand):
 
     def __init__(self, angles):
         super().__init__(sharpness=SHARPNESS)
-        self.unclipped = []
+        self.temporal_loss = []
         self.levels = {t: math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles}  # of rectified flow
 
     def regression(self, clips, seen, text):
@@ -193,10 +193,10 @@ class ByHand(RegressionByHand):
     def motion(self, video, added_gradient):
         """The same of Eq. 8, whose gradient is compared, too."""
         x = video.detach().double().requires_grad_()
-        unclipped = -((x - x.mean(dim=2, keepdim=True)).square().mean() + 1e-6).log()
-        self.unclipped.append(unclipped.item())
+        temporal_loss = -((x - x.mean(dim=2, keepdim=True)).square().mean() + 1e-6).log()
+        self.temporal_loss.append(temporal_loss.item())
         scale = len(video) * 2 * VALUES
-        (gradient,) = torch.autograd.grad(scale * 0.05 * unclipped.clamp_min(FLOOR), x)
+        (gradient,) = torch.autograd.grad(scale * 0.05 * temporal_loss.clamp_min(FLOOR), x)
         slack = 1e-3 * gradient.abs().max().item()
         torch.testing.assert_close(added_gradient.double(), gradient, rtol=1e-3, atol=slack)
         return scale * reference_motion(video.tolist(), FLOOR)
@@ -262,10 +262,10 @@ def parameters(module):
 def check_scale():
     """The constant between the two losses, by the gradients of rCM's own expression and of ours."""
     shape = (1, 16, 21, 60, 104)
-    fake, teacher, generated = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).unbind()
+    online_mean, teacher, generated = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).unbind()
     gradients = []
     for batch in (1, 3):
-        x_0, real, online = (t.expand(batch, *shape[1:]).clone() for t in (generated, teacher, fake))
+        x_0, real, online = (t.expand(batch, *shape[1:]).clone() for t in (generated, teacher, online_mean))
         x_0.requires_grad_()
         answers = {"fake_score": online, "teacher": real}
         pieces = types.SimpleNamespace(
@@ -309,7 +309,7 @@ with CPU():
     resumed = instantiate(gathering.model)
     third = train(gathering, resumed, by_hand, max_iter=12)
     assert third == [8, 8, 9, 9, 10, 10, 11, 11]
-    assert min(by_hand.unclipped) < FLOOR < max(by_hand.unclipped)
+    assert min(by_hand.temporal_loss) < FLOOR < max(by_hand.temporal_loss)
 
     # The host's own model reads our checkpoint, we read one of its, and another grid is refused.
     saved = resumed.state_dict()

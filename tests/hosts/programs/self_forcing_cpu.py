@@ -145,9 +145,9 @@ class ByHand(RegressionByHand):
     def motion(video, added_gradient):
         """Of samples that move less than the floor asks for, so that there is a gradient, which is compared too."""
         x = video.double().requires_grad_()  # [B, F, C, H, W]
-        unclipped = -((x - x.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
-        assert unclipped > 0.6, f"{unclipped.item()} is at the floor"
-        (gradient,) = torch.autograd.grad(0.05 * unclipped, x)
+        temporal_loss = -((x - x.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
+        assert temporal_loss > 0.6, f"{temporal_loss.item()} is at the floor"
+        (gradient,) = torch.autograd.grad(0.05 * temporal_loss, x)
         slack = 1e-3 * gradient.abs().max().item()
         torch.testing.assert_close(added_gradient.double(), gradient, rtol=1e-3, atol=slack)
         return reference_motion(video.transpose(1, 2).tolist())

@@ -1,201 +1,29 @@
-"""Students in diffusers: the exact few steps as a scheduler, and Wan's pipeline at half the frame rate.
-
-A folder that ``avd export`` wrote is loaded by diffusers alone; this module adds the exact grid and half rate.
-"""
+"""Wan's pipeline with its high-noise steps at half the frame rate."""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchLCMScheduler,
+    SchedulerMixin,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from avd_core import FlowMatchingSchedule, LatentFrameInterpolator, kept_frames, raise_frame_rate, step_rates
-
-try:
-    from diffusers import (
-        AutoencoderKLWan,
-        ConfigMixin,
-        FlowMatchLCMScheduler,
-        ModelMixin,
-        SchedulerMixin,
-        WanPipeline,
-        WanTransformer3DModel,
-    )
-    from diffusers.configuration_utils import register_to_config
-    from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
-    from diffusers.utils.torch_utils import randn_tensor
-    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
-except ImportError as error:
-    raise ImportError(
-        f"avd_integrations.diffusers needs diffusers with its Wan pipeline, and transformers: {error}. Install them "
-        'with pip install "avd-core[trainer,wan]".'
-    ) from error
-
-logger = logging.getLogger(__name__)
-
-# Where ``avd export`` puts the grid in the config of diffusers' scheduler, which has no name for it.
-_EXPORTED_GRID = "_timesteps"
-
-Generators = torch.Generator | list[torch.Generator]
-
-
-class FewStepScheduler(SchedulerMixin, ConfigMixin):
-    """Samples on one grid of few timesteps, which is saved with it.
-
-    A step takes the clean prediction ``x_0 = x_t - sigma velocity`` and noises it to the next timestep with fresh
-    noise, ``(1 - sigma') x_0 + sigma' noise``, with ``sigma = t / num_train_timesteps``; the last gives ``x_0``. This
-    is the step of diffusers' ``FlowMatchLCMScheduler``, and the sampler that DMD students are trained for. Between the
-    steps samples are float32, whatever the model computes in.
-
-    The grid belongs to the student: it is used whatever ``num_inference_steps`` a pipeline is called with, and another
-    number is warned about once.
-
-    An exported folder is set to ``FlowMatchLCMScheduler``, which diffusers has and which comes close to the grid, and
-    carries the grid itself along: ``FewStepScheduler.from_config(pipeline.scheduler.config)`` is exact.
-
-    Args:
-        timesteps: The few steps, falling. Paper: 1000, 900, 757, 522.
-        num_train_timesteps: The timestep of pure noise.
-
-    Raises:
-        ValueError: If the timesteps do not fall strictly within ``(0, num_train_timesteps]``.
-
-    Attributes:
-        timesteps: ``[N]`` float32, on the device that :meth:`set_timesteps` was given.
-        sigmas: ``[N + 1]`` float32 on the CPU; the last is 0.
-
-    Example:
-        >>> scheduler = FewStepScheduler(timesteps=(1000, 900, 757, 522))
-        >>> x_t = torch.randn(1, 16, 21, 6, 8)
-        >>> for timestep in scheduler.timesteps:
-        ...     x_t = scheduler.step(0.1 * x_t, timestep, x_t).prev_sample
-    """
-
-    order = 1
-    # Its settings may stand in a config beside ours, without a warning.
-    _compatibles = ["FlowMatchLCMScheduler"]
-
-    @register_to_config
-    def __init__(
-        self, timesteps: Sequence[float] = (1000.0, 900.0, 757.0, 522.0), num_train_timesteps: int = 1000
-    ) -> None:
-        values = [float(timestep) for timestep in timesteps]
-        if (
-            not values
-            or not 0 < values[-1] <= values[0] <= num_train_timesteps
-            or not all(a > b for a, b in pairwise(values))
-        ):
-            raise ValueError(
-                f"timesteps must fall strictly from at most {num_train_timesteps} to above 0, got {values}."
-            )
-        self.register_to_config(timesteps=values)  # integers and tensors are saved as floats too
-        self.sigmas = torch.tensor([*values, 0.0]) / num_train_timesteps
-        self._path = FlowMatchingSchedule(num_train_timesteps)
-        self._warned = False
-        self.set_timesteps()
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers', of its own config or of an exported folder's, whose grid stands under another name there."""
-        if _EXPORTED_GRID in config:
-            kwargs.setdefault("timesteps", config[_EXPORTED_GRID])
-        return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
-        """Begin a sample.
-
-        Args:
-            num_inference_steps: None, or the number of timesteps of the grid; another is warned about and ignored.
-            device: Where ``timesteps`` shall be.
-        """
-        steps = len(self.config.timesteps)
-        if num_inference_steps not in (None, steps) and not self._warned:
-            logger.warning(
-                "This student samples in %d steps, at timesteps %s; num_inference_steps=%s is ignored. Pass %d, and "
-                "guidance_scale=1.0 if it was trained with guidance.",
-                steps, ", ".join(f"{timestep:g}" for timestep in self.config.timesteps), num_inference_steps, steps,
-            )  # fmt: skip
-            self._warned = True
-        self.timesteps = torch.tensor(self.config.timesteps, device=device)
-        self._index = 0
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Which step of the grid the next call of :meth:`step` is."""
-        self._index = begin_index
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Tensor | float,
-        sample: Tensor,
-        generator: Generators | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """Go from one timestep of the grid to the next.
-
-        Args:
-            model_output: ``[B, C, F, H, W]`` the velocity that the model predicts.
-            timestep: Ignored, for diffusers' sake: steps are counted from :meth:`set_timesteps` on, so that no device
-                is waited for.
-            sample: ``[B, C, F, H, W]`` what the model was given.
-            generator: Draws the noise: one for the batch, or one per sample. None is PyTorch's global one.
-            return_dict: Whether to return a ``SchedulerOutput`` or a tuple of one.
-
-        Returns:
-            ``[B, C, F, H, W]`` float32: the sample at the next timestep, after the last the clean one.
-
-        Raises:
-            ValueError: If the grid is at its end, or the shapes differ.
-        """
-        index, steps = self._index, len(self.config.timesteps)
-        if index >= steps:
-            raise ValueError(f"All {steps} steps are done. Call set_timesteps before the next sample.")
-        self._index += 1
-        x_0 = self._path.velocity_to_x_0(model_output.float(), sample.float(), self._batch(index, sample))
-        x_t = self._following(x_0, index, generator)
-        return SchedulerOutput(prev_sample=x_t) if return_dict else (x_t,)
-
-    def _following(self, x_0: Tensor, index: int, generator: Generators | None) -> Tensor:
-        """From the clean prediction of a step to what the next one starts from."""
-        if index + 1 == len(self.config.timesteps):
-            return x_0
-        return self._add_noise(x_0, randn_tensor(x_0.shape, generator, x_0.device, x_0.dtype), index + 1)
-
-    def _add_noise(self, x_0: Tensor, noise: Tensor, index: int) -> Tensor:
-        return self._path.add_noise(x_0, noise, self._batch(index, x_0))
-
-    def _batch(self, index: int, like: Tensor) -> Tensor:
-        return torch.full((len(like),), self.config.timesteps[index], device=like.device)
-
-
-class LatentFrameInterpolatorModel(ModelMixin, LatentFrameInterpolator, ConfigMixin):
-    """:class:`avd_core.LatentFrameInterpolator` as a model of diffusers: a pipeline saves, loads, casts and moves it.
-
-    The files are the same: either class loads what the other has saved. New, it interpolates linearly.
-
-    Args:
-        channels: C, latent channels. Wan2.1: 16.
-        widths: Channels of the three levels; multiples of 8.
-
-    Raises:
-        ValueError: If an option is out of range.
-
-    Attributes:
-        chunk_size: Pairs that the network takes at once, as there; None by default. Is not saved.
-    """
-
-    @register_to_config
-    def __init__(self, channels: int = 16, widths: Sequence[int] = (32, 64, 128)) -> None:
-        # ModelMixin's own would call the network's without arguments.
-        LatentFrameInterpolator.__init__(self, channels, widths)
-        self._gradient_checkpointing_func = None
+from avd_core import kept_frames, raise_frame_rate, step_rates
+from avd_integrations.diffusers.interpolator import LatentFrameInterpolatorModel
+from avd_integrations.diffusers.positions import check_positions, frame_positions
+from avd_integrations.diffusers.scheduler import EXPORTED_GRID, FewStepScheduler, Generators
 
 
 class WanHalfRatePipeline(WanPipeline):
@@ -223,6 +51,8 @@ class WanHalfRatePipeline(WanPipeline):
             frames = pipeline("a red square moves right").frames[0]
     """
 
+    __module__ = "avd_integrations.diffusers"  # as saved pipelines name it, whichever file it is in
+
     scheduler: SchedulerMixin
     interpolator: LatentFrameInterpolatorModel | None
 
@@ -243,7 +73,7 @@ class WanHalfRatePipeline(WanPipeline):
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
     ) -> None:
-        if isinstance(scheduler, FlowMatchLCMScheduler) and _EXPORTED_GRID in scheduler.config:
+        if isinstance(scheduler, FlowMatchLCMScheduler) and EXPORTED_GRID in scheduler.config:
             scheduler = FewStepScheduler.from_config(scheduler.config)  # an exported folder's
         super().__init__(
             tokenizer=tokenizer,
@@ -394,57 +224,7 @@ class WanHalfRatePipeline(WanPipeline):
                 "A clip of one latent frame has no half frame rate. Pass half_rate_steps=0, or more frames."
             )
         for transformer in transformers:
-            _check_positions(transformer, range(shape[2]))
-
-
-@contextmanager
-def frame_positions(transformer: WanTransformer3DModel, positions: Sequence[int]) -> Iterator[None]:
-    """Give the frames of a clip other places in a transformer's rotary embedding.
-
-    Inside, the transformer takes the frame ``i`` of a clip to be at ``positions[i]``. So a clip at half rate can keep
-    the places that its frames have in the whole one.
-
-    Args:
-        transformer: Of Wan, with one latent frame per token.
-        positions: As many as the clips will have frames; each in ``[0, rope_max_seq_len)``.
-
-    Raises:
-        ValueError: If the transformer has no such place, or its tokens have several frames.
-
-    Example:
-        ::
-
-            with frame_positions(transformer, kept_frames(21, rate=2)):
-                velocity = transformer(latents[:, :, ::2], timesteps, captions).sample
-    """
-    _check_positions(transformer, positions)
-    rope, rows = transformer.rope, len(positions)
-    temporal = rope.attention_head_dim - 4 * (rope.attention_head_dim // 6)  # the rest is of height and width
-    before = {name: getattr(rope, name)[:rows, :temporal].clone() for name in ("freqs_cos", "freqs_sin")}
-    try:
-        for name in before:
-            # In place, since compiled graphs and offloading hold on to the tensors themselves.
-            table = getattr(rope, name)
-            table[:rows, :temporal] = table[list(positions), :temporal]
-        yield
-    finally:
-        for name, values in before.items():
-            getattr(rope, name)[:rows, :temporal] = values
-
-
-def _check_positions(transformer: WanTransformer3DModel, positions: Sequence[int]) -> None:
-    frames_per_token = transformer.config.patch_size[0]
-    if frames_per_token != 1:
-        raise ValueError(
-            f"This transformer has {frames_per_token} frames in a token, which have one place between them. Use "
-            "consecutive positions."
-        )
-    places = transformer.rope.max_seq_len
-    if min(positions) < 0 or max(positions) >= places:
-        raise ValueError(
-            f"positions must be from 0 to {places - 1}, the last place of this transformer's rotary embedding, got "
-            f"{min(positions)} to {max(positions)}. Use consecutive positions, or generate fewer frames."
-        )
+            check_positions(transformer, range(shape[2]))
 
 
 class _HalfRateScheduler(FewStepScheduler):
