@@ -207,7 +207,7 @@ class Trainer:
             loss.backward(len(self.micro_batches))
             values.append(loss.value.detach())
             metrics |= loss.metrics
-        return metrics | {"loss": torch.stack(values).sum()}
+        return {"loss": torch.stack(values).sum(), **metrics}
 
     def _reads_per_step(self, step: int) -> Counter[str]:
         """How often each kind of data is read in a step."""
