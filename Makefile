@@ -3,24 +3,45 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+HOSTS ?= runs/hosts
 
-.PHONY: demo test lint types bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types check format docs bench hosts clean
 
-demo: $(READY)
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY) ## distil two small students and compare them, in runs/demo
 	$(BIN)/avd demo --output runs/demo
 
-test: $(READY)
+test: $(READY) ## run all tests
 	$(BIN)/python -m pytest
 
-lint: $(READY)
+lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY) ## check types
 	$(BIN)/mypy
 
-bench: $(READY)
+check: lint types test ## lint, types and test: what has to pass before a commit
+
+format: $(READY) ## format the code and sort its imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(READY) ## check the pages: commands, links, names, code blocks
+	$(BIN)/python -m pytest tests/test_pages.py tests/test_readme.py tests/test_recipe.py tests/test_architecture.py tests/avd_integrations/test_docs.py
+
+bench: $(READY) ## measure the speed of losses and training
 	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+hosts: $(READY) ## bring the other projects into HOSTS (1 GB) and run the adapters inside them
+	$(BIN)/python tests/hosts/prepare.py "$(HOSTS)"
+	AVD_HOSTS="$(abspath $(HOSTS))" $(BIN)/python -m pytest -m hosts tests/hosts
+
+clean: ## remove .venv and builds
+	rm -rf $(VENV) dist build
 
 # Written last, so that an interrupted set-up is taken up again.
 $(READY): pyproject.toml constraints.txt
@@ -29,6 +50,3 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
-
-clean:
-	rm -rf $(VENV) dist build

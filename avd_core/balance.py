@@ -1,4 +1,4 @@
-"""How hard the regression pulls at the generator's output, compared with distribution matching."""
+"""The size of the regression's gradient, relative to that of the matching term."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from avd_core.output import LossOutput
 
 
 class GradientBalance(nn.Module):
-    """Measures, and on request holds, the ratio of two losses' gradients at the generator's output.
+    """Measures the ratio of two losses' gradients at the student's output, and holds it if ``target`` is set.
 
-    What a regression weight does depends on this ratio, not on the weight alone: a regression at the first, pure-noise
-    timestep seeks the mean of everything that the caption allows, so where it dominates the student ends as a blurred
-    standstill, and where it vanishes distribution matching oversaturates. With ``target=None`` the regression's loss
-    passes unchanged and the ratio is only reported; otherwise the loss is multiplied by ``target / ratio``, with the
-    ratio taken over recent calls.
+    The effect of a regression depends on this ratio, and not on its weight alone. At pure noise a regression wants the
+    mean of everything that fits the caption. If it dominates, the student ends up blurred and still; if it vanishes,
+    distribution matching oversaturates. With ``target=None`` the regression's loss is unchanged and the ratio is only
+    reported. Otherwise the loss is multiplied by ``target / ratio``, with the ratio taken over recent calls.
 
-    The ratio is ``sqrt(E|dL_reg/dv|^2 / E|dL_dm/dv'|^2)`` with ``v`` and ``v'`` the generator's outputs for the two
-    losses and E a running mean over calls and ranks, so one extreme sample moves it little. Both gradients stop at the
-    outputs: no pass through the generator is added.
+    The ratio is ``sqrt(E|dL_reg/dv|^2 / E|dL_dm/dv'|^2)``, with ``v`` and ``v'`` the student's outputs for the two
+    losses, and E a running mean over calls and ranks, so that one extreme sample changes it little. Both gradients are
+    taken at the outputs, so no backward pass through the student is added.
 
-    Each call in training mode measures both gradients and moves the means before the ratio is taken; a call whose
+    Each call in training mode measures both gradients and moves the means before the ratio is taken. A call whose
     gradients are not finite is left out. In evaluation mode the ratio is that of the means so far. The state is two
-    buffers: ``means`` ``[2]``, the means of the squared gradient norms (regression, matching), and ``calls``, how many
-    they are of.
+    buffers: ``means`` ``[2]``, the means of the squared gradient norms (regression, matching), and ``calls``, the
+    number of calls that they contain.
 
     Args:
         target: The ratio to hold, positive, or None to leave the loss alone. (The paper has a constant weight.)
         decay: Decay of the running means per call in training mode, in [0, 1).
-        sync_ranks: Whether the means run over all ranks; a collective. Otherwise each rank holds a ratio of its own.
+        sync_ranks: Whether the means are over all ranks; a collective. If False, each rank has a ratio of its own.
         process_group: The ranks; None is the default group.
     """
 

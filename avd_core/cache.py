@@ -24,9 +24,9 @@ _FORGOTTEN = 1000
 
 
 class LossMeanCache(nn.Module):
-    """A running mean of the regression loss at each timestep of a few-step grid.
+    """A running mean of the regression loss at each of the student's few timesteps.
 
-    After iteration ``s``, every entry ``t`` that occurred in it becomes (Eq. 6)::
+    After iteration ``s``, the entry of every timestep ``t`` that occurred in it becomes (Eq. 6)::
 
         Lbar_{t,s} = decay * Lbar_{t,s-1} + (1 - decay) * L_{t,s}
 
@@ -35,31 +35,31 @@ class LossMeanCache(nn.Module):
 
     One iteration is one update:
 
-    - *One call per optimizer step, one process*: nothing to do, each call in training mode is an iteration.
-    - *Several ranks*: nothing to do, sums and counts are added over ranks before they are divided. All ranks must
-      call equally often. ``sync_ranks=False`` keeps a cache per process.
+    - *One call per optimizer step, one process*: nothing to do. Each call in training mode is an iteration.
+    - *Several ranks*: nothing to do. Sums and counts are added over ranks before they are divided. All ranks must call
+      equally often. ``sync_ranks=False`` keeps one cache per process.
     - *Gradient accumulation*: construct with ``auto_update=False`` and call :meth:`update` once per optimizer step.
-      All micro-batches of the step are then weighted by the same means. A warning is logged once if a thousand calls
-      pass without :meth:`update`, as their means would stay empty for good. (Several calls per optimizer step with
-      ``auto_update=True`` cannot be noticed here: each of them counts as an iteration.) Keep the cache out of modules
-      that DDP wraps, which would overwrite the running iteration of all ranks but the first, or pass it
-      ``broadcast_buffers=False``.
+      All micro-batches of the step are then weighted by the same means. If a thousand calls pass without
+      :meth:`update`, a warning is logged once, since the means stay empty. (The opposite mistake, several calls per
+      optimizer step with ``auto_update=True``, cannot be noticed: each call counts as an iteration.) Keep the cache
+      out of modules that DDP wraps, or pass DDP ``broadcast_buffers=False``: otherwise it overwrites the running
+      iteration of all ranks but the first.
 
-    In evaluation mode (``cache.eval()``) means are read and never changed, like the statistics of a batch norm.
+    In evaluation mode (``cache.eval()``) means are read and not changed, like the statistics of a batch norm.
 
-    The state is four buffers, so the cache moves, saves and loads with the module it is part of. Its floating-point
-    buffers stay float32 under ``.to(bfloat16)`` or ``.half()``, where a decay of 0.95 would stop moving the mean; the
-    next call refuses a cast by other ways, such as FSDP's ``buffer_dtype``.
+    The state is four buffers, so the cache moves, saves and loads with the module that it is part of. The buffers stay
+    float32 under ``.to(bfloat16)`` and ``.half()``, because in half precision a decay of 0.95 would not move the mean
+    any more. If they are cast in another way, such as FSDP's ``buffer_dtype``, the next call raises an error.
 
     Args:
         timesteps: The grid, strictly rising or falling, in the unit in which timesteps are passed later. Each sample
             counts for the nearest entry, so 999 is found at 1000. For times drawn from a range see :meth:`uniform`.
         decay: ``alpha`` of Eq. 6, in [0, 1). The paper's is 0.95.
-        order: ``"weight_first"`` weights with the mean from before the iteration (Eq. 7). ``"update_first"`` is what
-            the released code does: the mean already contains the loss that it is compared with, so a deviation is
-            ``decay`` times the paper's (an effective sharpness of 2.85 in place of 3).
+        order: ``"weight_first"`` compares a loss with the mean from before the iteration (Eq. 7). ``"update_first"``,
+            as in the released code, compares it with a mean that already contains it. Deviations are then ``decay``
+            times as large, like a sharpness of 2.85 in place of 3.
         auto_update: Whether each training call is an iteration of its own. See above.
-        sync_ranks: Whether an update adds up sums and counts over ranks.
+        sync_ranks: Whether sums and counts are added over ranks.
         process_group: The ranks; None is the default group, where torch.distributed is initialised.
 
     Raises:
@@ -116,7 +116,7 @@ class LossMeanCache(nn.Module):
 
     @classmethod
     def uniform(cls, low: float, high: float, bins: int, **options: Any) -> Self:
-        """A cache over ``bins`` equal parts of ``[low, high]``, for distillers that draw time continuously.
+        """A cache over ``bins`` equal parts of ``[low, high]``, for distillers that draw times from a range.
 
         Args:
             low: Lower end of the range, for example 0.

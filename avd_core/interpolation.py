@@ -24,21 +24,21 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 class LatentFrameInterpolator(nn.Module):
     """Predicts the latent frame between each neighbouring pair with a U-Net (You et al., Sec. 8).
 
-    The two frames side by side in the channels, ``2 C``, go through three levels of convolutions, halved by max pooling
-    between them, and back by transposed convolutions, with a skip connection at each level; a 1x1 convolution gives
-    the ``C`` channels between them.
+    The two frames are joined along channels (``2 C``). They go through three levels of convolutions with max pooling
+    between them, and back through transposed convolutions, with a skip connection at each level. A 1x1 convolution
+    gives the ``C`` channels of the new frame.
 
-    Two departures from the released code. The network's output is added to the mean of the two frames and is zero at
-    first, so that training starts at linear interpolation, not at noise. Its normalisation is over groups of a
-    sample's own channels, so that training and evaluation, and any batch, give the same frame.
+    It differs from the released code in two ways. The network's output is added to the mean of the two frames and is
+    zero at first, so that training starts from linear interpolation. And it normalises over groups of a sample's own
+    channels, so that a frame does not depend on its batch, in training or evaluation.
 
-    Frames of any height and width from 4 on: what four does not divide is padded by its edge and cut again.
+    Height and width may be any from 4 on. Those that 4 does not divide are padded by their edge and cut again.
 
     Args:
         channels: C, latent channels. Wan2.1: 16.
         widths: Channels of the three levels; multiples of 8.
-        chunk_size: Pairs that the network takes at once, which bounds its memory. None takes all; on the CPU as many
-            as stay near its cache, since more at once are slower there. Changes no result beyond rounding.
+        chunk_size: How many pairs the network takes at once, which limits its memory. None takes all; on a CPU only as
+            many as fit its cache, since more at once are slower there. Results change by rounding only.
 
     Raises:
         ValueError: If an option is out of range.

@@ -20,12 +20,12 @@ _PIECES = 16
 
 
 class ClippedTemporalVarianceLoss(nn.Module):
-    """Pushes generated samples away from standing still, up to a floor.
+    """Pushes generated samples to move, until a floor is reached.
 
     See :func:`clipped_temporal_variance_loss` for the equation and the arguments, which are the same.
 
-    The floor belongs to a latent space: 0.6 is for Wan2.1's normalised latents, where samples of the teacher have about
-    1.5. For another latent space take :func:`derive_floor` on samples of its teacher.
+    The floor depends on the latent space. 0.6 is for Wan2.1's normalised latents, where samples of the teacher have
+    about 1.5. For other latents, call :func:`derive_floor` on samples of their teacher.
 
     Example:
         >>> motion = ClippedTemporalVarianceLoss(weight=0.05, floor=0.6, channels=16)
@@ -99,22 +99,22 @@ def clipped_temporal_variance_loss(
     .. math::
         \mathcal{L} = w_\mathrm{temp} \max(-\log(\mathbb{E}_x[\mathrm{Var}_t(x)] + \epsilon), \mathrm{floor})
 
-    The variance runs along frames and divides by their number. The loss is continuous; at or below the floor its
-    gradient is exactly 0. The released code drops the term there instead: the same gradient, but the logged loss jumps.
+    The variance is taken along frames and divided by their number. At the floor and below, the loss is constant and its
+    gradient exactly 0. (The released code drops the term there, which has the same gradient, but the logged loss jumps.)
 
     Args:
-        x_0: ``[B, C, F, H, W]`` generated clean samples, floating, with gradient. Any other shape with at least two
-            dimensions works too, as long as ``frame_dim`` names the frames.
+        x_0: ``[B, C, F, H, W]`` generated samples, floating, with gradient. Any other shape of at least two dimensions
+            works too, if ``frame_dim`` says which one holds the frames.
         weight: ``w_temp`` of Eq. 9, at least 0. The paper's is 0.05.
         floor: Where the loss stops falling, in nats. A larger floor asks for less motion. The paper's is 0.6.
         eps: Added to the variance, positive. The paper's is 1e-6.
         frame_dim: The dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``. None is 2 for five
-            dimensions; with any other number of them it has to be said.
-        channels: How many channels the latent space has, to be told when the layout is another: looked for in the
-            first dimension after the batch's that is not that of frames. None does not look.
-        sync_ranks: Take the expectation over the samples of all ranks, as in Eq. 8; a collective. Gradients are scaled
-            so that their average over ranks, as DDP and FSDP2 compute it, is the gradient of one process with the whole
-            batch. Without it each rank has a loss of its own samples alone, clipped by itself.
+            dimensions, and an error for any other number.
+        channels: How many channels the latent space has. If given, it is compared with the first dimension after the
+            batch that does not hold frames, which finds a swapped layout. None does not compare.
+        sync_ranks: Take the expectation over the samples of all ranks, as in Eq. 8; a collective. Gradients are scaled:
+            DDP and FSDP2 average them over ranks, and the average is the gradient of one process with the whole batch.
+            If False, each rank computes and clips the loss of its own samples.
         process_group: The ranks of ``sync_ranks``; None is the default group.
 
     Returns:
@@ -204,13 +204,13 @@ def _check_channels(x_0: Tensor, frame_dim: int, channels: int) -> None:
 
 
 def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = None) -> float:
-    """A floor for another latent space, from samples that move as they should.
+    """A floor for your latent space, from samples that move as much as you want.
 
     Args:
         x_0: Samples of the teacher (or real latents), ``[B, C, F, H, W]``; a few dozen suffice.
-        margin: How far below the samples' temporal loss the floor lies, in nats. With 0 the term stops acting once the
-            student moves as much as the samples do. The paper's 0.6 lies 0.9 below the 1.5 of its teacher: it asks for
-            up to ``exp(0.9)`` = 2.5 times the teacher's variance.
+        margin: How far the floor is below the samples' temporal loss, in nats. With 0 the loss stops pushing when the
+            student moves as much as the samples. The paper's floor of 0.6 is 0.9 below the 1.5 of its teacher, so it
+            asks for up to ``exp(0.9)`` = 2.5 times the teacher's variance.
         frame_dim: The dimension of frames, as in :func:`clipped_temporal_variance_loss`.
 
     Returns:

@@ -15,10 +15,10 @@ from avd_core.regression import AdaptiveRegressionLoss
 
 
 class AVDObjective(nn.Module):
-    """Adaptive regression and clipped temporal variance, to be added to the loss that a distiller has already.
+    """Adaptive regression and clipped temporal variance, to be added to a matching loss that you have.
 
     ``L_G = L_matching + w_reg w_{t,s} L_reg + w_temp L_temp`` (You et al. 2026, Eq. 9); this module gives the second
-    and third term. It has no parameters; its state is the cache and the balance, so save it with the rest of the run.
+    and third term. It has no parameters. Its state is the cache and the balance: save it with the rest of the run.
 
     Args:
         config: Hyperparameters; None is the paper's. A part that is None there is left out here.
@@ -26,9 +26,8 @@ class AVDObjective(nn.Module):
     Attributes:
         regression: The regression loss with its ``cache``, or None.
         motion: The temporal variance loss, or None.
-        balance: The :class:`GradientBalance` of the regression and distribution matching. Always
-            there; it takes part in calls that pass ``matching_loss`` and ``matching_output``, where it measures the
-            ratio, and holds it if ``config.gradient_ratio`` is set.
+        balance: The :class:`GradientBalance` of the regression and the matching term. It measures their ratio in calls
+            that pass ``matching_loss`` and ``matching_output``, and holds it if ``config.gradient_ratio`` is set.
 
     Example:
         >>> objective = AVDObjective()
@@ -82,14 +81,14 @@ class AVDObjective(nn.Module):
         """Compute both terms.
 
         Args:
-            x_0: ``[B, C, F, H, W]`` generated samples, for the motion term; unused where that is left out.
-            prediction: ``[B', ...]`` the student's velocity on noised real clips, for the regression; this and what
-                follows is unused where that is left out.
+            x_0: ``[B, C, F, H, W]`` generated samples, for the motion term. Unused if the configuration has none.
+            prediction: ``[B', ...]`` the student's velocity on noised real clips, for the regression. This and all that
+                follows is unused if the configuration has none.
             target: ``[B', ...]`` the velocity ``noise - x_0`` of those clips.
             timesteps: ``[B']`` the few-step timesteps at which they were noised.
-            matching_loss: Scalar, your distribution-matching loss, before its ``backward()``. With it and the next
-                argument the ratio of gradients is reported, and held where ``config.gradient_ratio`` is set. It is not
-                added to the result.
+            matching_loss: Scalar, your matching loss, before its ``backward()``. With this and the next argument the
+                ratio of gradients is reported, and held if ``config.gradient_ratio`` is set. It is not added to the
+                result.
             matching_output: ``[B, ...]`` the velocity that the student predicted for the generated samples and from
                 which ``matching_loss`` was computed.
 
@@ -116,10 +115,10 @@ class AVDObjective(nn.Module):
         return LossOutput(torch.stack([part.loss for part in parts]).sum(), metrics)
 
     def on_samples(self, x_0: Tensor | None) -> LossOutput:
-        """The term on generated samples alone, for loops that call ``backward()`` before they turn to real clips.
+        """The term on generated samples, for loops with a backward pass of its own for real clips.
 
-        Two passes hold the activations of one forward at a time; their gradients add up to those of :meth:`forward`.
-        Arguments and metrics are the same as there.
+        Then the activations of only one forward are held at a time. The gradients of both passes add up to those of
+        :meth:`forward`. Arguments and metrics are the same as there.
 
         Raises:
             ValueError: If the part is left out; otherwise as :meth:`forward`.
@@ -138,7 +137,7 @@ class AVDObjective(nn.Module):
         matching_loss: Tensor | None = None,
         matching_output: Tensor | None = None,
     ) -> LossOutput:
-        """The term on real clips alone; see :meth:`on_samples`.
+        """The term on real clips; see :meth:`on_samples`.
 
         ``matching_output`` may be a detached copy of the generator's velocity, with ``matching_loss`` computed from it:
         the graph of the generator is not needed.
@@ -158,9 +157,9 @@ class AVDObjective(nn.Module):
         return LossOutput(output.loss, balance | output.metrics)
 
     def update(self) -> None:
-        """End the optimizer step: once per step, on every rank (a collective where ranks are synchronised).
+        """End an optimizer step. Call it once per step, on every rank (a collective if ranks are synchronised).
 
-        Does something with ``RegressionConfig(auto_update=False)`` only, so a loop can call it in any case.
+        It only acts with ``RegressionConfig(auto_update=False)``, so a loop can call it in any case.
         """
         if self.regression is not None and not self.regression.cache.auto_update:
             self.regression.cache.update()

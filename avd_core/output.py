@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class LossOutput(NamedTuple):
-    """A loss and what is worth logging about it; unpacks as ``loss, metrics = ...``.
+    """A loss and its metrics; unpacks as ``loss, metrics = ...``.
 
     Attributes:
         loss: Scalar, float32 at least, already multiplied by the loss's weight: add it to your total.
-        metrics: Detached tensors on the loss's device, scalars or one value per sample ``[B]``. Reading one waits for
-            the device; storing it does not.
+        metrics: Detached tensors on the loss's device: scalars, or one value per sample ``[B]``. Reading a value waits
+            for the device; keeping the tensor does not.
     """
 
     loss: Tensor
@@ -23,7 +23,7 @@ class LossOutput(NamedTuple):
     def scalars(self) -> dict[str, float]:
         """The metrics as Python numbers, for any logger: what has one value per sample is averaged over the samples.
 
-        NaN stays NaN. Waits for the device, once for all of them: call it in steps that are logged.
+        NaN stays NaN. Waits for the device, once for all values: call it only in steps that are logged.
 
         >>> LossOutput(torch.tensor(1.0), {"weights": torch.tensor([0.5, 1.5])}).scalars()
         {'weights': 1.0}

@@ -20,18 +20,18 @@ from avd_core.output import LossOutput
 
 
 class AdaptiveRegressionLoss(nn.Module):
-    """Regression on real data whose weight falls for samples that fit worse than usual at their timestep.
+    """Regression on real data, in which samples with a larger error than usual at their timestep count less.
 
-    See :func:`adaptive_regression_loss` for the equation. This module keeps the options and asks ``cache`` for the
-    means; the cache is its submodule, so ``state_dict()`` contains it.
+    See :func:`adaptive_regression_loss` for the equation. This module holds the options and asks ``cache`` for the
+    means. The cache is a submodule, so ``state_dict()`` contains it.
 
-    Pass velocities (``noise - x_0`` and the model's prediction of it). In the space of x_0 or of the noise the same
-    error is multiplied by ``sigma`` or ``1 - sigma``: in noise space it is identically zero at the first step of a
-    few-step student (t = 1000), so that step would learn nothing. :class:`FlowMatchingSchedule` converts.
+    Pass velocities: ``noise - x_0``, and the model's prediction of it. In x_0 the same error is multiplied by
+    ``sigma``, in noise by ``1 - sigma``. So in noise it is always zero at t = 1000, the first step of a few-step
+    student, and that step would learn nothing. :class:`FlowMatchingSchedule` converts predictions.
 
     Args:
-        cache: The means, shared with nobody else.
-        weight: ``w_reg`` of Eq. 9, at least 0. A sample of average loss has half of it. The paper's is 2.0.
+        cache: The means. Give each loss a cache of its own.
+        weight: ``w_reg`` of Eq. 9, at least 0. A sample of average loss gets half of it. The paper's is 2.0.
         sharpness: ``k`` of Eq. 7, at least 0; 0 switches the adaptation off. The paper's is 3.0.
 
     Example:

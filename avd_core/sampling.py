@@ -14,7 +14,7 @@ from avd_core._checks import check_floating
 from avd_core.schedule import FlowMatchingSchedule
 
 Denoiser = Callable[..., Tensor]
-"""``(x_t [B, C, F, H, W], timesteps [B], **conditioning)`` to the clean prediction ``x_0`` of the same shape."""
+"""``(x_t [B, C, F, H, W], timesteps [B], **conditioning)`` to the prediction of ``x_0``, of the same shape."""
 
 Interpolator = Callable[[Tensor], Tensor]
 """``[B, C, F, H, W]`` to ``[B, C, 2 F - 1, H, W]``: a frame between each neighbouring pair."""
@@ -27,8 +27,8 @@ class SamplingStep:
     Attributes:
         index: Which step, from 0.
         timestep: Where it started.
-        rate: It ran on one frame of so many.
-        x_0: ``[B, C, f, H, W]`` its clean prediction, at that rate.
+        rate: 1 ran on all frames, 2 on every second one, and so on.
+        x_0: ``[B, C, f, H, W]`` what it predicted, at that rate.
     """
 
     index: int
@@ -40,34 +40,33 @@ class SamplingStep:
 class HalfRateInterpolationSampler:
     """Samples in a few steps, the first of them on every second frame.
 
-    A step predicts ``x_0`` and noises it to the next timestep with fresh noise. Where the next step runs at a higher
-    frame rate, the interpolator first inserts the missing frames into ``x_0``; what it gets wrong, the remaining steps
-    repair (You et al., Sec. 3.4 and 8). With no step at half rate this is the plain few-step sampler of DMD.
+    A step predicts ``x_0`` and adds fresh noise up to the next timestep. If the next step runs at a higher frame rate,
+    the interpolator first inserts the missing frames into ``x_0``, and the remaining steps repair its errors (You et
+    al., Sec. 3.4 and 8). Without a step at half rate this is the usual few-step sampler of DMD.
 
-    Which frames are kept: every second one, **and the last**. So 21 frames become 11, and 20 become 11 too: of an even
-    number the last two stay neighbours and nothing is inserted between them. Rates of 4 and more repeat that. The last
-    frame of a clip is therefore always the model's own, and a clip never gets shorter than asked for.
+    Every second frame is kept, **and the last one**. So 21 frames become 11, and 20 become 11, too: of an even number
+    the last two stay neighbours, and nothing is inserted between them. Rates of 4 and more repeat that. So the last
+    frame of a clip is always the model's own, and the clip has the length that was asked for.
 
-    Noise is drawn at the full rate whatever a step's rate is: under one seed, samples at different rates see the same
-    noise where they have the same frames, and can be compared.
+    Noise is always drawn at the full rate. So with one seed, samples at different rates have the same noise in the
+    frames that they share, and can be compared.
 
     Args:
         denoiser: ``denoiser(x_t, timesteps, **conditioning) -> x_0``, with ``x_t`` ``[B, C, f, H, W]`` and
             ``timesteps`` ``[B]`` floating point. Of a velocity model:
             ``lambda x_t, t, **c: schedule.velocity_to_x_0(model(x_t, t, **c), x_t, t)``.
         interpolator: Inserts a frame between each neighbouring pair, ``[B, C, F, H, W]`` to ``[B, C, 2 F - 1, H, W]``:
-            a :class:`LatentFrameInterpolator`, or :func:`interpolate_linearly`, which needs no training. One with a
-            method ``check_input`` is asked before the first step whether it can take the clips.
+            a :class:`LatentFrameInterpolator`, or :func:`interpolate_linearly`, which needs no training. If it has a
+            method ``check_input``, that is called before the first step to see whether it can take the clips.
         timesteps: The few steps, falling. Paper: 1000, 900, 757, 522.
         half_rate_steps: How many of them, counted from the first, run at half rate. Paper: 2.
-        rates: In place of ``half_rate_steps``: for each step, on one frame of how many it runs; powers of two that do
-            not grow, such as ``(4, 2, 1, 1)``. If the last is not 1, the sample itself is interpolated.
-        positions: What the model is told about where its frames are. ``"consecutive"`` tells nothing: to the model,
-            a clip at half rate is a shorter clip, whose motion is twice as fast. ``"strided"`` passes the keyword
-            ``frame_positions``, a list of the frames' places in the whole clip, for a denoiser that can place its
-            rotary embedding there.
+        rates: In place of ``half_rate_steps``: a rate for each step, where rate 4 runs on every fourth frame. Powers of
+            two that do not grow, such as ``(4, 2, 1, 1)``. If the last is not 1, the finished sample is interpolated.
+        positions: How frames are numbered for the model. With ``"consecutive"`` it sees a shorter clip whose motion is
+            twice as fast. ``"strided"`` passes the keyword ``frame_positions``, a list of the frames' places in the
+            whole clip, for a denoiser whose rotary embedding can use them.
         on_step: Called after each step with a :class:`SamplingStep`.
-        schedule: Counts the noise.
+        schedule: How noise is added; None is ``FlowMatchingSchedule()``.
 
     Raises:
         ValueError: If the timesteps do not fall, there are more half-rate steps than steps, or the rates are not as

@@ -20,9 +20,9 @@ class FlowMatchingSchedule:
     Tensors may have any shape ``[B, ...]``; ``timesteps`` is ``[B]``, integer or floating. Results have the dtype of
     the tensors that come in; ``sigma`` itself is computed in float32 at least.
 
-    Timesteps outside ``[0, num_train_timesteps]``, in another unit say, raise ValueError. They are looked at in every
-    call on a CPU, where that costs nothing, and elsewhere in the first call only, which waits for the device: so make
-    one schedule and keep it.
+    Timesteps outside ``[0, num_train_timesteps]``, for example in another unit, raise ValueError. On a CPU every call
+    checks them. On other devices only the first call does, since it has to wait for the device. So make one schedule and
+    keep it.
 
     Args:
         num_train_timesteps: The timestep of pure noise. 1000 for Wan2.1; 1 for code that counts time in [0, 1].
@@ -88,8 +88,8 @@ def shift_timesteps(timesteps: Tensor, shift: float, num_train_timesteps: float 
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """``unconditional + scale (conditional - unconditional)``: scale 1 is the conditional prediction.
 
-    Some code, the released AVD code among it, writes ``conditional + g (conditional - unconditional)`` instead: there
-    the same picture has ``g = scale - 1``. Convert a published ``g`` with :func:`standard_guidance_scale`.
+    Some code, also the released AVD code, computes ``conditional + g (conditional - unconditional)``, which is the same
+    for ``g = scale - 1``. Convert a published ``g`` with :func:`standard_guidance_scale`.
     """
     check_same_shape("conditional", conditional, "unconditional", unconditional)
     return unconditional + scale * (conditional - unconditional)

@@ -15,13 +15,13 @@ from avd_core.callbacks.base import Callback, Metrics
 class EMACallback(Callback):
     """Keeps an exponential moving average of parameters, by torch-ema.
 
-    Few-step students swing from update to update; their average is what to sample from and to export.
+    Few-step students change much from update to update. Sample from the average and export it.
 
     Reads no metrics. Needs the ``torch-ema`` package: ``pip install "avd-core[ema]"``.
 
     Args:
-        parameters: The student's parameters. The average is kept in float32 on their device: in bfloat16 it would
-            stand still, since a hundredth of a step is below the last digit.
+        parameters: The student's parameters. The average is kept in float32 on their device. In bfloat16 it would not
+            change, since a hundredth of a step is smaller than the last digit.
         decay: In [0, 1). The average covers about ``1 / (1 - decay)`` steps.
         warmup: Whether the decay starts low and rises with the number of updates, so that the first averages are not
             the initial weights (torch-ema's ``use_num_updates``).

@@ -23,16 +23,16 @@ class NonFiniteError(RuntimeError):
 class NonFiniteGuard(Callback):
     """Asks the loop to skip a step when the loss or the gradient of any rank is NaN or infinite.
 
-    All ranks agree before any of them skips or stops, so no rank waits for another forever.
+    All ranks decide together, so no rank waits for another that has skipped.
 
-    Reads, where present (at least one must be):
+    Reads these metrics; at least one must be there:
 
     ==================  ====================================================
     ``loss``            scalar, the total loss
     ``gradient_norm``   scalar, the gradient norm before clipping
     ==================  ====================================================
 
-    Waits for the device once per step: a decision to skip cannot be made without the value.
+    Waits for the device once per step, because the decision needs the value.
 
     Args:
         max_consecutive: Skipped steps in a row after which :class:`NonFiniteError` is raised, at least 1.
