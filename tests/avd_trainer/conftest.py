@@ -1,7 +1,6 @@
 """What most tests of the trainer start from: runs of :mod:`runs`, their data and their processes."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.transformer import build_transformer
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from runs import ARCHITECTURE, LATENT_SHAPE, MakeConfig, MakeTrainer, both, in_memory, tiny_config
 
@@ -43,8 +43,12 @@ def data(clips: CaptionedLatents) -> TrainingData:
 
 @pytest.fixture
 def make_config(teacher_folder: Path) -> MakeConfig:
-    """:func:`runs.tiny_config` with a teacher."""
-    return partial(tiny_config, teacher_folder)
+    """:func:`runs.tiny_config`, with a teacher unless one is named."""
+
+    def make(*kind: str, teacher: str | Path = teacher_folder, **changes: Any) -> TrainConfig:
+        return tiny_config(teacher, *kind, **changes)
+
+    return make
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ class Trainer:
             loss.backward(len(self.micro_batches))
             values.append(loss.value.detach())
             metrics |= loss.metrics
-        return metrics | {"loss": torch.stack(values).sum()}
+        return {"loss": torch.stack(values).sum(), **metrics}
 
     def _streams(self) -> dict[str, Iterator[Batch]]:
         """This rank's part of what turns read, by name: micro-batch by micro-batch, from the current step on."""

@@ -1,8 +1,6 @@
 import importlib.metadata
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -80,18 +78,6 @@ def test_methods_are_listed_with_what_they_do_and_their_papers() -> None:
     for method in list_methods():
         assert method.kind in printed
         assert set(method.summary.split()) | set(method.paper.split()) <= set(printed.replace("│", " ").split())
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["train", "--help"], ["plan", "--help"]])
-def test_what_needs_no_torch_imports_none(arguments: list[str]) -> None:
-    """It would take two seconds of everyone who asks what there is."""
-    program = """
-import sys
-from avd_trainer.commands.app import app
-app(sys.argv[1:], standalone_mode=False)
-assert not {"torch", "diffusers", "numpy"} & set(sys.modules)
-"""
-    subprocess.run([sys.executable, "-c", program, *arguments], check=True, capture_output=True)
 
 
 def test_train_never_overwrites(tmp_path: Path) -> None:

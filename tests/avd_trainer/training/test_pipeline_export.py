@@ -226,17 +226,6 @@ def test_the_latent_space_is_the_datas_and_not_guessed_by_the_teacher(wan_run: W
     assert export_pipeline(run, tmp_path / "out").latent_space == "block-dct"
 
 
-def test_a_checkpoint_that_does_not_say_the_latent_space_is_exported_by_its_teachers(
-    wan_run: WanRun, tmp_path: Path
-) -> None:
-    run = wan_run()
-    for path in (run / "checkpoints").glob("*/state.json"):
-        state = read_json(path)
-        del state["encoding"]
-        path.write_text(json.dumps(state))
-    assert export_pipeline(run, tmp_path / "out").latent_space == "wan"
-
-
 def test_a_tiny_run_needs_no_parts(run: Path, wan: Path, tmp_path: Path) -> None:
     assert export_pipeline(run, tmp_path / "out") == ExportedPipeline(
         "block-dct", ("vae", "text_encoder", "tokenizer"), pytest.approx(1.1, abs=0.01)
