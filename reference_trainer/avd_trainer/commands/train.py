@@ -117,11 +117,11 @@ def _show(config: TrainConfig, folder: Path) -> None:
 
     step = check_run(folder, config)
     say(to_yaml(config.model_dump(mode="json")))
-    if config.method.needs_teacher:
+    if config.teacher is None and config.method.transformer_config(None) is None:
+        say(f"avd plan is of transformers, so what {config.method.kind} needs is not known.")
+    else:
         made = make_plan(config, gpus=int(os.environ.get("WORLD_SIZE", "1")))
         Console().print(render(made), highlight=False)
-    else:
-        say(f"avd plan is of methods that distil a teacher, so what {config.method.kind} needs is not known.")
     begins = "start a new run" if step is None else f"go on at step {step}"
     say(f"Nothing is written. Without --dry-run this would {begins} in {folder}.")
 

@@ -68,13 +68,13 @@ def test_what_is_wrong_about_going_on_is_said(finished: tuple[Path, str], argume
     assert message in printed
 
 
-@pytest.mark.parametrize("method", ["avd", "flow_matching"])
+@pytest.mark.parametrize("method", ["avd", "flow_matching", "frame_interpolation"])
 def test_a_dry_run_prints_values_and_plan_and_writes_nothing(tmp_path: Path, method: str) -> None:
     status, printed = run("train", "tiny", "--method", method, "--output", tmp_path / "run", *SMALL, "--dry-run")
     assert status == 0, printed
     assert f"kind: {method}" in printed
     assert "max_steps: 1 " in printed
-    assert ("It fits" if method == "avd" else "what flow_matching needs is not known") in printed
+    assert ("what frame_interpolation needs is not known" if method == "frame_interpolation" else "It fits") in printed
     assert f"this would start a new run in {tmp_path / 'run'}" in printed
     assert not list(tmp_path.iterdir())
 
