@@ -1,18 +1,19 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from avd_core import GradientBalance
+from avd_core import GradientBalance, LossOutput
 from helpers import assert_same_state, flatten, randn, state_of
 
 seeds = st.integers(0, 2**32 - 1)
 
 
-def call(balance, regression_gradient, matching_gradient):
+def call(balance: GradientBalance, regression_gradient: Tensor, matching_gradient: Tensor) -> LossOutput:
     """Two losses with the given gradients at their outputs."""
     outputs = [torch.zeros_like(gradient).requires_grad_() for gradient in (regression_gradient, matching_gradient)]
     losses = [
@@ -21,7 +22,7 @@ def call(balance, regression_gradient, matching_gradient):
     return balance(losses[0], outputs[0], losses[1], outputs[1])
 
 
-def squared_norm(gradient):
+def squared_norm(gradient: Tensor) -> float:
     return math.fsum(value**2 for value in flatten(gradient.tolist()))
 
 
@@ -29,7 +30,7 @@ def squared_norm(gradient):
 
 
 @given(seeds, st.sampled_from([0.0, 0.5, 0.9]), st.integers(1, 5))
-def test_the_ratio_is_that_of_running_means_of_squared_norms(seed, decay, calls):
+def test_the_ratio_is_that_of_running_means_of_squared_norms(seed: int, decay: float, calls: int) -> None:
     balance = GradientBalance(decay=decay)
     means = None
     for i in range(calls):
@@ -40,7 +41,7 @@ def test_the_ratio_is_that_of_running_means_of_squared_norms(seed, decay, calls)
         assert ratio == pytest.approx(math.sqrt(means[0] / means[1]), rel=1e-5)
 
 
-def test_without_a_target_the_loss_passes_unchanged():
+def test_without_a_target_the_loss_passes_unchanged() -> None:
     loss, metrics = call(GradientBalance(), torch.tensor([3.0, 4.0]), torch.tensor([0.5]))
     assert loss.item() == 5.0
     assert metrics["gradient_ratio"].item() == pytest.approx(10.0)
@@ -48,7 +49,7 @@ def test_without_a_target_the_loss_passes_unchanged():
 
 
 @given(seeds, st.floats(0.01, 10))
-def test_with_a_target_the_gradients_have_this_ratio(seed, target):
+def test_with_a_target_the_gradients_have_this_ratio(seed: int, target: float) -> None:
     output = randn(seed, 3, dtype=torch.float32).requires_grad_()
     other = randn(seed + 1, 3, dtype=torch.float32).requires_grad_()
     matching_loss = (other**2).sum()
@@ -58,7 +59,7 @@ def test_with_a_target_the_gradients_have_this_ratio(seed, target):
     assert (metrics["scale"] * metrics["gradient_ratio"]).item() == pytest.approx(target, rel=1e-5)
 
 
-def test_the_scale_is_a_constant_of_the_loss():
+def test_the_scale_is_a_constant_of_the_loss() -> None:
     # A scale with a gradient would let the student lower its loss by making its gradient large.
     weight = torch.tensor(3.0, requires_grad=True)
     output, other = weight * torch.ones(2), torch.ones(2, requires_grad=True)
@@ -68,7 +69,7 @@ def test_the_scale_is_a_constant_of_the_loss():
     torch.testing.assert_close(torch.autograd.grad(loss, weight)[0], expected)
 
 
-def test_one_extreme_sample_moves_the_ratio_little():
+def test_one_extreme_sample_moves_the_ratio_little() -> None:
     balance = GradientBalance(decay=0.9)
     for _ in range(20):
         call(balance, torch.ones(1), torch.ones(1))
@@ -78,7 +79,7 @@ def test_one_extreme_sample_moves_the_ratio_little():
 # --- Beside a training loop
 
 
-def test_both_losses_can_be_passed_to_backward_afterwards():
+def test_both_losses_can_be_passed_to_backward_afterwards() -> None:
     generator = nn.Linear(3, 2)
     regression_output, matching_output = generator(randn(0, 4, 3).float()), generator(randn(1, 4, 3).float())
     losses = regression_output.square().mean(), matching_output.abs().mean()
@@ -87,7 +88,7 @@ def test_both_losses_can_be_passed_to_backward_afterwards():
     assert generator.weight.grad.isfinite().all()
 
 
-def test_no_pass_through_the_generator_is_added():
+def test_no_pass_through_the_generator_is_added() -> None:
     passes = []
     weight = torch.ones(2, requires_grad=True)
     weight.register_hook(passes.append)
@@ -98,7 +99,7 @@ def test_no_pass_through_the_generator_is_added():
     assert len(passes) == 1
 
 
-def test_evaluation_mode_reads_only():
+def test_evaluation_mode_reads_only() -> None:
     balance = GradientBalance(target=2.0)
     assert call(balance.eval(), torch.ones(2), torch.ones(2)).metrics["scale"].item() == 1.0  # nothing measured yet
     call(balance.train(), 2 * torch.ones(2), torch.ones(2))
@@ -108,7 +109,7 @@ def test_evaluation_mode_reads_only():
     assert_same_state(state_of(balance), before)
 
 
-def test_a_restart_changes_nothing():
+def test_a_restart_changes_nothing() -> None:
     balance, restarted = GradientBalance(target=1.0), GradientBalance(target=1.0)
     for i in range(3):
         call(balance, randn(i, 3), randn(i + 10, 3))
@@ -125,7 +126,7 @@ def test_a_restart_changes_nothing():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("measured", [False, True])
-def test_gradients_that_are_not_finite_never_enter_a_mean(bad, side, measured):
+def test_gradients_that_are_not_finite_never_enter_a_mean(bad: float, side: int, measured: bool) -> None:
     balance = GradientBalance(target=1.0)
     if measured:
         call(balance, 2 * torch.ones(2), torch.ones(2))
@@ -139,14 +140,14 @@ def test_gradients_that_are_not_finite_never_enter_a_mean(bad, side, measured):
     assert call(balance, 2 * torch.ones(2), torch.ones(2)).metrics["gradient_ratio"].item() == pytest.approx(2.0)
 
 
-def test_a_loss_that_is_not_finite_stays_visible():
+def test_a_loss_that_is_not_finite_stays_visible() -> None:
     output, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
     assert GradientBalance(target=1.0)(output.sum() * math.nan, output, other.sum(), other).loss.isnan()
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("side", ["regression", "matching"])
-def test_a_term_without_gradient_leaves_the_loss_alone(size, side):
+def test_a_term_without_gradient_leaves_the_loss_alone(size: float, side: str) -> None:
     # A matching term at weight zero, say: there is nothing to be in a ratio to.
     some, none = size * torch.ones(3), torch.zeros(3)
     loss, metrics = call(GradientBalance(target=1.0), *((none, some) if side == "regression" else (some, none)))
@@ -167,12 +168,12 @@ def test_a_term_without_gradient_leaves_the_loss_alone(size, side):
         ({"decay": -0.1}, "decay must be a finite number at least 0 and below 1"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GradientBalance(**options)
 
 
-def arguments():
+def arguments() -> dict[str, Tensor]:
     outputs = [torch.ones(2, requires_grad=True) for _ in range(2)]
     return {
         "regression_loss": outputs[0].sum(),
@@ -183,7 +184,7 @@ def arguments():
 
 
 @pytest.mark.parametrize("name", ["regression", "matching"])
-def test_integer_outputs_are_refused(name):
+def test_integer_outputs_are_refused(name: str) -> None:
     balance = GradientBalance()
     with pytest.raises(TypeError, match=f"{name}_output must be a floating"):
         balance(**arguments() | {f"{name}_output": torch.ones(2, dtype=torch.int)})
@@ -192,7 +193,7 @@ def test_integer_outputs_are_refused(name):
 
 @pytest.mark.parametrize("name", ["regression", "matching"])
 @pytest.mark.parametrize("wrong", ["output detached", "loss detached", "another output"])
-def test_a_loss_that_was_not_computed_from_its_output_is_refused(name, wrong):
+def test_a_loss_that_was_not_computed_from_its_output_is_refused(name: str, wrong: str) -> None:
     balance, given = GradientBalance(), arguments()
     if wrong == "another output":
         given[f"{name}_output"] = torch.ones(2, requires_grad=True)
@@ -204,13 +205,13 @@ def test_a_loss_that_was_not_computed_from_its_output_is_refused(name, wrong):
     assert balance.calls == 0
 
 
-def test_before_the_first_call_the_ratio_is_unknown():
+def test_before_the_first_call_the_ratio_is_unknown() -> None:
     metrics = GradientBalance(target=0.5).eval()(**arguments()).metrics
     assert metrics["gradient_ratio"].isnan()
     assert metrics["scale"] == 1
 
 
-def test_evaluation_mode_needs_no_gradients():
+def test_evaluation_mode_needs_no_gradients() -> None:
     balance = GradientBalance(target=0.5)
     call(balance, torch.ones(2), torch.ones(2))
     with torch.no_grad():

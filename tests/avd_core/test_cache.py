@@ -1,10 +1,13 @@
 import math
+from collections.abc import Callable
+from random import Random
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import AdaptiveRegressionLoss, LossMeanCache
 from helpers import GRID, NoArithmetic, ReferenceCache, assert_same_state, cut, state_of
@@ -14,19 +17,19 @@ samples = st.tuples(st.sampled_from(GRID), losses)
 iterations = st.lists(st.lists(samples, min_size=1, max_size=6), min_size=1, max_size=6)
 
 
-def record(cache, batch):
+def record(cache: LossMeanCache, batch: list[tuple[float, float]]) -> Tensor:
     """One call with a list of (timestep, loss)."""
     timesteps, values = zip(*batch, strict=True)
     return cache(torch.tensor(timesteps), torch.tensor(values))
 
 
-def means_of(cache):
+def means_of(cache: LossMeanCache) -> dict[float, float]:
     """Timestep -> mean, for the entries that have one."""
     entries = zip(cache.timesteps.tolist(), cache.means.tolist(), cache.seen.tolist(), strict=True)
     return {timestep: mean for timestep, mean, seen in entries if seen}
 
 
-def assert_means(cache, expected, rtol=1e-5, atol=1e-4):
+def assert_means(cache: LossMeanCache, expected: dict[float, float], rtol: float = 1e-5, atol: float = 1e-4) -> None:
     actual = means_of(cache)
     assert actual.keys() == expected.keys()
     for timestep, mean in expected.items():
@@ -37,7 +40,7 @@ def assert_means(cache, expected, rtol=1e-5, atol=1e-4):
 
 
 @given(iterations, st.sampled_from([0.0, 0.5, 0.95]))
-def test_means_and_returned_values_are_the_reference(batches, decay):
+def test_means_and_returned_values_are_the_reference(batches: list[list[tuple[float, float]]], decay: float) -> None:
     cache, reference = LossMeanCache(GRID, decay=decay), ReferenceCache(decay)
     for batch in batches:
         expected = [reference.read(timestep, loss) for timestep, loss in batch]
@@ -46,7 +49,7 @@ def test_means_and_returned_values_are_the_reference(batches, decay):
     assert_means(cache, reference.means)
 
 
-def test_an_entry_starts_with_its_first_loss_not_at_zero():
+def test_an_entry_starts_with_its_first_loss_not_at_zero() -> None:
     cache = LossMeanCache(GRID, decay=0.95)
     record(cache, [(900, 4.0)])
     assert means_of(cache) == {900: 4.0}
@@ -54,12 +57,12 @@ def test_an_entry_starts_with_its_first_loss_not_at_zero():
     assert means_of(cache)[900] == pytest.approx(0.95 * 4.0 + 0.05 * 8.0)
 
 
-def test_an_entry_without_a_mean_is_compared_with_the_loss_itself():
+def test_an_entry_without_a_mean_is_compared_with_the_loss_itself() -> None:
     cache = LossMeanCache(GRID)
     assert record(cache, [(1000, 3.0), (1000, 5.0), (522, 7.0)]).tolist() == [3.0, 5.0, 7.0]
 
 
-def test_an_iteration_without_an_entry_leaves_its_mean_alone():
+def test_an_iteration_without_an_entry_leaves_its_mean_alone() -> None:
     cache = LossMeanCache(GRID)
     record(cache, [(1000, 1.1), (522, 2.2)])
     before = means_of(cache)
@@ -69,7 +72,7 @@ def test_an_iteration_without_an_entry_leaves_its_mean_alone():
 
 
 @given(iterations)
-def test_a_mean_stays_within_the_range_of_the_losses_seen(batches):
+def test_a_mean_stays_within_the_range_of_the_losses_seen(batches: list[list[tuple[float, float]]]) -> None:
     cache = LossMeanCache(GRID, decay=0.7)
     for batch in batches:
         record(cache, batch)
@@ -79,7 +82,9 @@ def test_a_mean_stays_within_the_range_of_the_losses_seen(batches):
 
 
 @given(iterations, st.randoms(use_true_random=False))
-def test_the_order_of_samples_within_an_iteration_does_not_matter(batches, random):
+def test_the_order_of_samples_within_an_iteration_does_not_matter(
+    batches: list[list[tuple[float, float]]], random: Random
+) -> None:
     cache, shuffled = LossMeanCache(GRID), LossMeanCache(GRID)
     for batch in batches:
         record(cache, batch)
@@ -91,7 +96,9 @@ def test_the_order_of_samples_within_an_iteration_does_not_matter(batches, rando
 
 
 @given(iterations, st.data())
-def test_any_split_into_micro_batches_is_one_iteration(batches, data):
+def test_any_split_into_micro_batches_is_one_iteration(
+    batches: list[list[tuple[float, float]]], data: st.DataObject
+) -> None:
     whole, split = LossMeanCache(GRID), LossMeanCache(GRID, auto_update=False)
     for batch in batches:
         expected = record(whole, batch)
@@ -102,7 +109,7 @@ def test_any_split_into_micro_batches_is_one_iteration(batches, data):
     assert_means(split, means_of(whole))
 
 
-def test_micro_batches_of_a_step_read_the_means_from_before_it():
+def test_micro_batches_of_a_step_read_the_means_from_before_it() -> None:
     cache = LossMeanCache(GRID, auto_update=False)
     record(cache, [(900, 1.0)])
     cache.update()
@@ -112,7 +119,7 @@ def test_micro_batches_of_a_step_read_the_means_from_before_it():
     assert means_of(cache)[900] == pytest.approx(0.95 * 1.0 + 0.05 * 50.0)
 
 
-def test_an_update_without_losses_changes_nothing():
+def test_an_update_without_losses_changes_nothing() -> None:
     cache = LossMeanCache(GRID, auto_update=False)
     record(cache, [(900, 3.0)])
     cache.update()
@@ -121,11 +128,11 @@ def test_an_update_without_losses_changes_nothing():
     assert_same_state(state_of(cache), before)
 
 
-def forgotten(caplog):
+def forgotten(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if "since its last update()" in record.message]
 
 
-def test_a_forgotten_update_is_told_once(caplog):
+def test_a_forgotten_update_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     cache = LossMeanCache(GRID, auto_update=False)
     for _ in range(999):
         record(cache, [(900, 1.0)])
@@ -141,7 +148,7 @@ def test_a_forgotten_update_is_told_once(caplog):
 
 
 @pytest.mark.parametrize("kind", ["updated", "automatic", "evaluated"])
-def test_nothing_is_told_where_updates_come_or_are_not_needed(caplog, kind):
+def test_nothing_is_told_where_updates_come_or_are_not_needed(caplog: pytest.LogCaptureFixture, kind: str) -> None:
     cache = LossMeanCache(GRID, auto_update=kind == "automatic").train(kind != "evaluated")
     for call in range(2100):
         record(cache, [(900, 1.0)])
@@ -150,7 +157,7 @@ def test_nothing_is_told_where_updates_come_or_are_not_needed(caplog, kind):
     assert not forgotten(caplog)
 
 
-def test_evaluation_mode_reads_only():
+def test_evaluation_mode_reads_only() -> None:
     cache = LossMeanCache(GRID)
     record(cache, [(900, 2.0)])
     before = state_of(cache)
@@ -162,7 +169,7 @@ def test_evaluation_mode_reads_only():
     assert 522 in means_of(cache)
 
 
-def test_update_first_shrinks_the_deviation_by_the_decay():
+def test_update_first_shrinks_the_deviation_by_the_decay() -> None:
     # The released code's order: with k = 3 and a decay of 0.95 its sharpness is effectively 2.85.
     paper, released = LossMeanCache(GRID, decay=0.95), LossMeanCache(GRID, decay=0.95, order="update_first")
     for loss in (4.0, 5.5, 2.0, 9.0):
@@ -171,7 +178,7 @@ def test_update_first_shrinks_the_deviation_by_the_decay():
     assert means_of(released) == pytest.approx(means_of(paper))
 
 
-def test_update_first_leaves_evaluation_alone():
+def test_update_first_leaves_evaluation_alone() -> None:
     cache = LossMeanCache(GRID, order="update_first")
     record(cache, [(757, 4.0)])
     cache.eval()
@@ -179,7 +186,7 @@ def test_update_first_leaves_evaluation_alone():
     assert means_of(cache) == {757: 4.0}
 
 
-def test_reset_forgets_everything():
+def test_reset_forgets_everything() -> None:
     cache = LossMeanCache(GRID, auto_update=False)
     record(cache, [(900, 3.0)])
     cache.update()
@@ -188,7 +195,7 @@ def test_reset_forgets_everything():
     assert_same_state(state_of(cache), state_of(LossMeanCache(GRID)))
 
 
-def test_no_gradient_passes_through_the_means():
+def test_no_gradient_passes_through_the_means() -> None:
     cache = LossMeanCache(GRID)
     values = torch.tensor([2.0, 3.0], requires_grad=True)
     assert not cache(torch.tensor([900, 522]), values).requires_grad
@@ -200,7 +207,9 @@ def test_no_gradient_passes_through_the_means():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @given(batch=st.lists(samples, min_size=1, max_size=6), data=st.data())
-def test_losses_that_are_not_finite_never_enter_a_mean(bad, batch, data):
+def test_losses_that_are_not_finite_never_enter_a_mean(
+    bad: float, batch: list[tuple[float, float]], data: st.DataObject
+) -> None:
     where = data.draw(st.integers(0, len(batch)))
     timestep = data.draw(st.sampled_from(GRID))
     cache, clean = LossMeanCache(GRID), LossMeanCache(GRID)
@@ -209,14 +218,14 @@ def test_losses_that_are_not_finite_never_enter_a_mean(bad, batch, data):
     assert_means(cache, means_of(clean))
 
 
-def test_an_entry_that_saw_only_nan_has_no_mean_yet():
+def test_an_entry_that_saw_only_nan_has_no_mean_yet() -> None:
     cache = LossMeanCache(GRID)
     assert math.isnan(record(cache, [(900, math.nan)]).item())
     assert means_of(cache) == {}
     assert record(cache, [(900, 6.0)]).item() == 6.0
 
 
-def test_a_sum_that_overflows_never_enters_a_mean():
+def test_a_sum_that_overflows_never_enters_a_mean() -> None:
     cache = LossMeanCache(GRID)
     record(cache, [(900, 2.0)])
     record(cache, [(900, 3e38), (900, 3e38)])
@@ -229,7 +238,7 @@ def test_a_sum_that_overflows_never_enters_a_mean():
 
 
 @given(st.floats(400, 1100))
-def test_a_sample_counts_for_the_nearest_entry(timestep):
+def test_a_sample_counts_for_the_nearest_entry(timestep: float) -> None:
     cache = LossMeanCache(GRID)
     timestep = torch.tensor(timestep, dtype=torch.float32).item()
     record(cache, [(timestep, 1.0)])
@@ -239,13 +248,13 @@ def test_a_sample_counts_for_the_nearest_entry(timestep):
 
 @pytest.mark.parametrize(("timestep", "entry"), [(999, 1000), (1000, 1000), (901, 900), (640, 757), (639, 522)])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.float64])
-def test_timesteps_may_be_integer_or_floating(timestep, entry, dtype):
+def test_timesteps_may_be_integer_or_floating(timestep: float, entry: int, dtype: torch.dtype) -> None:
     cache = LossMeanCache(GRID)
     cache(torch.tensor([timestep], dtype=dtype), torch.tensor([1.0]))
     assert list(means_of(cache)) == [entry]
 
 
-def test_a_rising_grid_and_one_of_a_single_entry_work_too():
+def test_a_rising_grid_and_one_of_a_single_entry_work_too() -> None:
     rising = LossMeanCache((0.25, 0.5, 1.0))
     record(rising, [(0.3, 2.0)])
     assert means_of(rising) == {0.25: 2.0}
@@ -255,7 +264,9 @@ def test_a_rising_grid_and_one_of_a_single_entry_work_too():
 
 
 @given(st.floats(-5, 5), st.floats(0.1, 1000), st.integers(1, 30), st.data())
-def test_uniform_puts_a_time_into_its_part_of_the_range(low, width, bins, data):
+def test_uniform_puts_a_time_into_its_part_of_the_range(
+    low: float, width: float, bins: int, data: st.DataObject
+) -> None:
     cache = LossMeanCache.uniform(low, low + width, bins)
     part = data.draw(st.integers(0, bins - 1))
     # Away from the borders, where rounding may decide either way.
@@ -264,7 +275,7 @@ def test_uniform_puts_a_time_into_its_part_of_the_range(low, width, bins, data):
     assert cache.seen.nonzero().flatten().tolist() == [part]
 
 
-def test_uniform_passes_options_on_and_covers_both_ends():
+def test_uniform_passes_options_on_and_covers_both_ends() -> None:
     cache = LossMeanCache.uniform(0, 1, 4, decay=0.5, auto_update=False)
     assert cache.timesteps.tolist() == [0.125, 0.375, 0.625, 0.875]
     assert (cache.decay, cache.auto_update) == (0.5, False)
@@ -287,7 +298,9 @@ def test_uniform_passes_options_on_and_covers_both_ends():
     ],
     ids=["to", "half", "bfloat16", "double", "type"],
 )
-def test_buffers_keep_their_dtype_and_values_when_the_model_is_converted(convert):
+def test_buffers_keep_their_dtype_and_values_when_the_model_is_converted(
+    convert: Callable[[nn.Module], nn.Module],
+) -> None:
     cache = LossMeanCache((1000, 757.3), decay=0.95)
     record(cache, [(1000, 1.001)])  # Neither number is a bfloat16.
     before = state_of(cache)
@@ -297,7 +310,7 @@ def test_buffers_keep_their_dtype_and_values_when_the_model_is_converted(convert
     assert_same_state(state_of(cache), before)
 
 
-def test_the_cache_moves_with_its_module():
+def test_the_cache_moves_with_its_module() -> None:
     model = nn.Sequential(nn.Linear(2, 2), AdaptiveRegressionLoss(LossMeanCache(GRID)))
     model.to("meta", torch.bfloat16)
     cache = model[1].cache
@@ -306,7 +319,7 @@ def test_the_cache_moves_with_its_module():
 
 
 @pytest.mark.parametrize("names", [("timesteps", "means", "pending"), ("means",), ("pending",)])
-def test_buffers_that_were_cast_in_place_are_refused(names):
+def test_buffers_that_were_cast_in_place_are_refused(names: tuple[str, ...]) -> None:
     """As FSDP casts the buffers of what it wraps."""
     cache = LossMeanCache(GRID)
     for name in names:
@@ -316,7 +329,7 @@ def test_buffers_that_were_cast_in_place_are_refused(names):
         record(cache, [(1000, 1.0)])
 
 
-def test_buffers_are_float32_whatever_the_default_is():
+def test_buffers_are_float32_whatever_the_default_is() -> None:
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
@@ -327,7 +340,7 @@ def test_buffers_are_float32_whatever_the_default_is():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype):
+def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype: torch.dtype) -> None:
     cache = LossMeanCache(GRID)
     loss = torch.tensor([1.1], dtype=dtype)
     for _ in range(2):
@@ -337,13 +350,15 @@ def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype):
     assert cache.means.dtype == torch.float32
 
 
-def test_the_first_deviation_is_exactly_zero_in_float64_too():
+def test_the_first_deviation_is_exactly_zero_in_float64_too() -> None:
     first = torch.tensor([0.1, 1 / 3], dtype=torch.float64)
     assert torch.equal(LossMeanCache(GRID)(torch.tensor([900, 522]), first), first)
 
 
 @given(iterations, st.lists(samples, max_size=4))
-def test_a_restart_in_the_middle_of_an_iteration_changes_nothing(batches, rest):
+def test_a_restart_in_the_middle_of_an_iteration_changes_nothing(
+    batches: list[list[tuple[float, float]]], rest: list[tuple[float, float]]
+) -> None:
     cache = LossMeanCache(GRID, auto_update=False)
     for batch in batches[:-1]:
         record(cache, batch)
@@ -358,13 +373,13 @@ def test_a_restart_in_the_middle_of_an_iteration_changes_nothing(batches, rest):
     assert_same_state(state_of(restarted), state_of(cache))
 
 
-def test_the_state_is_these_four_buffers():
+def test_the_state_is_these_four_buffers() -> None:
     # Checkpoints depend on the names.
     assert set(LossMeanCache(GRID).state_dict()) == {"timesteps", "means", "seen", "pending"}
 
 
 @pytest.mark.parametrize("grid", [(1000, 900, 757, 520), (1, 0.9, 0.757, 0.522), (1000, 900)])
-def test_the_state_of_another_grid_is_refused(grid):
+def test_the_state_of_another_grid_is_refused(grid: tuple[float, ...]) -> None:
     saved = LossMeanCache(GRID)
     record(saved, [(1000, 2.0)])
     cache = LossMeanCache(grid)
@@ -374,7 +389,7 @@ def test_the_state_of_another_grid_is_refused(grid):
     assert_same_state(state_of(cache), before)
 
 
-def test_the_refusal_names_both_grids_and_the_place():
+def test_the_refusal_names_both_grids_and_the_place() -> None:
     saved, model = nn.Sequential(LossMeanCache((4, 3))), nn.Sequential(LossMeanCache((4, 2)))
     with pytest.raises(RuntimeError, match=r"0\.timesteps: .*\[4\.0, 3\.0\].*\[4\.0, 2\.0\].*Build the cache"):
         model.load_state_dict(saved.state_dict())
@@ -398,13 +413,13 @@ def test_the_refusal_names_both_grids_and_the_place():
         ({"timesteps": GRID, "order": "update_first", "auto_update": False}, "needs auto_update=True"),
     ],
 )
-def test_wrong_options_are_refused(arguments, message):
+def test_wrong_options_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LossMeanCache(**arguments)
 
 
 @pytest.mark.parametrize("arguments", [(0, 1, 0), (1, 0, 4), (1, 1, 4), (0, math.inf, 4), (math.nan, 1, 4)])
-def test_uniform_refuses_an_empty_range(arguments):
+def test_uniform_refuses_an_empty_range(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ValueError, match="low < high and bins >= 1"):
         LossMeanCache.uniform(*arguments)
 
@@ -425,7 +440,9 @@ def test_uniform_refuses_an_empty_range(arguments):
         (torch.ones(1, device="meta"), torch.ones(1, device="meta"), ValueError, r"cpu.*meta.*\.to\(device\)"),
     ],
 )
-def test_wrong_input_is_refused_before_anything_changes(timesteps, values, error, message):
+def test_wrong_input_is_refused_before_anything_changes(
+    timesteps: Any, values: Any, error: type[Exception], message: str
+) -> None:
     cache = LossMeanCache(GRID)
     before = state_of(cache)
     with pytest.raises(error, match=message), NoArithmetic():
@@ -447,7 +464,7 @@ ANOTHER_UNIT = {
 
 @pytest.mark.parametrize("case", ANOTHER_UNIT)
 @pytest.mark.parametrize("order", ["first", "last"])
-def test_timesteps_in_another_unit_are_refused(case, order):
+def test_timesteps_in_another_unit_are_refused(case: str, order: str) -> None:
     grid, timestep, hint = ANOTHER_UNIT[case]
     cache = LossMeanCache(grid)
     good = cache.timesteps[0].item()
@@ -458,16 +475,16 @@ def test_timesteps_in_another_unit_are_refused(case, order):
     assert_same_state(state_of(cache), before)
 
 
-def test_a_range_refuses_times_in_another_unit_too():
+def test_a_range_refuses_times_in_another_unit_too() -> None:
     with pytest.raises(ValueError, match="outside the cache's grid"):
         LossMeanCache.uniform(0, 1, 20)(torch.tensor([500.0]), torch.ones(1))
 
 
-def test_repr_names_the_options():
+def test_repr_names_the_options() -> None:
     assert "4 entries in [522, 1000], decay=0.95, order='weight_first'" in repr(LossMeanCache(GRID))
 
 
-def test_a_mistaken_unit_is_refused_on_a_grid_of_one_step():
+def test_a_mistaken_unit_is_refused_on_a_grid_of_one_step() -> None:
     cache = LossMeanCache((1000,))
     cache(torch.tensor([999]), torch.ones(1))
     with pytest.raises(ValueError, match="outside the cache's grid"):

@@ -4,13 +4,15 @@ import io
 import logging
 import math
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import (
     Callback,
@@ -26,7 +28,7 @@ from helpers import assert_same_state, randn
 # --- The contract of every callback
 
 
-def clips(seed, motion=1.0, spread=1.0, shape=(2, 3, 4, 2, 2)):
+def clips(seed: int, motion: float = 1.0, spread: float = 1.0, shape: tuple[int, ...] = (2, 3, 4, 2, 2)) -> Tensor:
     """Latents [B, C, F, H, W]; ``motion`` scales what changes along frames, ``spread`` everything."""
     still = randn(seed, *shape)[:, :, :1].float()
     moving = randn(seed + 1, *shape).float()
@@ -36,7 +38,7 @@ def clips(seed, motion=1.0, spread=1.0, shape=(2, 3, 4, 2, 2)):
 REFERENCE = LatentStatistics.measure(clips(1000, shape=(64, 3, 4, 2, 2)))
 
 
-def metrics_at(step):
+def metrics_at(step: int) -> dict[str, Tensor]:
     """What a loop reports at a step: now and then a loss that is not finite, samples that move less and less."""
     return {
         "loss": torch.tensor(math.nan if step in (3, 4, 9) else 1.0),
@@ -56,7 +58,7 @@ LIMITS = {
 }
 
 
-def make_monitor(model):
+def make_monitor(model: nn.Module | None) -> CollapseMonitor:
     return CollapseMonitor(REFERENCE, regression_weight=2.0, every=2, grace=1, decay=0.5, **LIMITS)
 
 
@@ -84,13 +86,13 @@ class Run:
     name: str
     answers: list = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.model = nn.Linear(3, 1, bias=False)
         with torch.no_grad():
             self.model.weight.fill_(1.0)
         self.callback = FACTORIES[self.name](self.model)
 
-    def steps(self, steps, **extra):
+    def steps(self, steps: Iterable[int], **extra: Tensor) -> None:
         for step in steps:
             metrics = {**metrics_at(step), **extra}
             self.answers.append(self.callback.before_step(step, metrics))
@@ -101,13 +103,13 @@ class Run:
 
 
 @pytest.fixture(params=FACTORIES)
-def name(request):
+def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.mark.parametrize("hook", ["before_step", "after_step", "state_dict", "load_state_dict"])
-def test_hooks_have_the_protocols_signature(name, hook):
-    def parameters(callback):
+def test_hooks_have_the_protocols_signature(name: str, hook: str) -> None:
+    def parameters(callback: Callback) -> list[tuple[str, Any]]:
         return [(p.name, p.kind) for p in inspect.signature(getattr(type(callback), hook)).parameters.values()]
 
     callback = Run(name).callback
@@ -115,13 +117,13 @@ def test_hooks_have_the_protocols_signature(name, hook):
     assert parameters(callback) == parameters(Callback())
 
 
-def test_before_step_returns_a_bool_and_after_step_nothing(name):
+def test_before_step_returns_a_bool_and_after_step_nothing(name: str) -> None:
     run = Run(name)
     assert run.callback.before_step(0, metrics_at(0)) is True
     assert run.callback.after_step(0, metrics_at(0)) is None
 
 
-def test_unknown_metrics_are_ignored(name):
+def test_unknown_metrics_are_ignored(name: str) -> None:
     run, other = Run(name), Run(name)
     run.steps(range(6))
     other.steps(range(6), **{"something/else": torch.full((3,), math.nan), "x_1": torch.zeros(0)})
@@ -129,7 +131,7 @@ def test_unknown_metrics_are_ignored(name):
     assert_same_state(other.callback.state_dict(), run.callback.state_dict())
 
 
-def test_metrics_and_parameters_are_left_alone(name):
+def test_metrics_and_parameters_are_left_alone(name: str) -> None:
     run = Run(name)
     metrics = metrics_at(3)
     copies = {key: value.clone() for key, value in metrics.items()}
@@ -141,7 +143,7 @@ def test_metrics_and_parameters_are_left_alone(name):
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 5, 8])
-def test_going_on_after_a_restart_gives_the_same_as_not_stopping(name, stop):
+def test_going_on_after_a_restart_gives_the_same_as_not_stopping(name: str, stop: int) -> None:
     whole = Run(name)
     whole.steps(range(12))
     first = Run(name)
@@ -166,18 +168,18 @@ def test_going_on_after_a_restart_gives_the_same_as_not_stopping(name, stop):
 
 
 class Recorder(Callback):
-    def __init__(self, log, name, answer=True):
+    def __init__(self, log: list[tuple[str, str, int]], name: str, answer: bool = True) -> None:
         self.log, self.name, self.answer = log, name, answer
 
-    def before_step(self, step, metrics):
+    def before_step(self, step: int, metrics: Mapping[str, Tensor]) -> bool:
         self.log.append(("before", self.name, step))
         return self.answer
 
-    def after_step(self, step, metrics):
+    def after_step(self, step: int, metrics: Mapping[str, Tensor]) -> None:
         self.log.append(("after", self.name, step))
 
 
-def test_a_list_asks_every_callback_in_order_even_after_a_refusal():
+def test_a_list_asks_every_callback_in_order_even_after_a_refusal() -> None:
     # An answer can be a collective: a callback that is asked on one rank and not on another would wait forever.
     log = []
     callbacks = NamedCallbacks({"a": Recorder(log, "a"), "b": Recorder(log, "b", False), "c": Recorder(log, "c")})
@@ -186,16 +188,16 @@ def test_a_list_asks_every_callback_in_order_even_after_a_refusal():
     assert log == [(hook, name, 7) for hook in ("before", "after") for name in "abc"]
 
 
-def test_an_empty_list_lets_every_step_pass():
+def test_an_empty_list_lets_every_step_pass() -> None:
     assert NamedCallbacks({}).before_step(0, {}) is True
 
 
-def test_a_list_refuses_what_is_no_callback():
+def test_a_list_refuses_what_is_no_callback() -> None:
     with pytest.raises(TypeError, match="callback 'print' must be a Callback, got builtin_function_or_method"):
         NamedCallbacks({"print": print})
 
 
-def test_a_list_refuses_the_state_of_other_callbacks():
+def test_a_list_refuses_the_state_of_other_callbacks() -> None:
     saved = NamedCallbacks({"guard": NonFiniteGuard()}).state_dict()
     with pytest.raises(ValueError, match=r"\['guard'\].*\['monitor'\].*Construct the same callbacks"):
         NamedCallbacks({"monitor": make_monitor(None)}).load_state_dict(saved)
@@ -204,7 +206,7 @@ def test_a_list_refuses_the_state_of_other_callbacks():
 # --- EMACallback
 
 
-def play_ema(decay, warmup, values):
+def play_ema(decay: float, warmup: bool, values: list[float]) -> float:
     """The average after the parameter took each of the values, the first before any step."""
     parameter = nn.Parameter(torch.tensor([values[0]], dtype=torch.float64))
     ema = EMACallback([parameter], decay, warmup=warmup)
@@ -216,7 +218,7 @@ def play_ema(decay, warmup, values):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0, 0.999))
-def test_the_average_is_exponential(values, decay):
+def test_the_average_is_exponential(values: list[float], decay: float) -> None:
     average = values[0]
     for value in values[1:]:
         average = decay * average + (1 - decay) * value
@@ -224,7 +226,7 @@ def test_the_average_is_exponential(values, decay):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=8), st.floats(0, 0.999))
-def test_with_warmup_the_decay_rises_with_the_number_of_updates(values, decay):
+def test_with_warmup_the_decay_rises_with_the_number_of_updates(values: list[float], decay: float) -> None:
     average = values[0]
     for n, value in enumerate(values[1:], start=1):
         warm = min(decay, (1 + n) / (10 + n))
@@ -232,18 +234,18 @@ def test_with_warmup_the_decay_rises_with_the_number_of_updates(values, decay):
     assert play_ema(decay, True, values) == pytest.approx(average, rel=1e-9, abs=1e-9)
 
 
-def test_warmup_forgets_the_initial_weights_sooner():
+def test_warmup_forgets_the_initial_weights_sooner() -> None:
     assert play_ema(0.99, True, [100.0, 0.0, 0.0, 0.0]) < 2
     assert play_ema(0.99, False, [100.0, 0.0, 0.0, 0.0]) > 97
 
 
-def test_the_context_restores_the_weights_also_on_an_error():
+def test_the_context_restores_the_weights_also_on_an_error() -> None:
     parameter = nn.Parameter(torch.tensor([1.0]))
     ema = EMACallback([parameter], 0.5, warmup=False)
     parameter.data.fill_(3.0)
     ema.after_step(0, {})
 
-    def fail_within():
+    def fail_within() -> None:
         with ema.average_parameters():
             assert parameter.item() == 2.0
             raise KeyError("sampling failed")
@@ -254,7 +256,7 @@ def test_the_context_restores_the_weights_also_on_an_error():
     assert parameter.requires_grad
 
 
-def test_after_the_context_the_weights_are_in_memory_once():
+def test_after_the_context_the_weights_are_in_memory_once() -> None:
     parameter = nn.Parameter(torch.ones(12_345))
     ema = EMACallback([parameter])
     with ema.average_parameters():
@@ -264,7 +266,7 @@ def test_after_the_context_the_weights_are_in_memory_once():
     assert len({x.untyped_storage().data_ptr() for x in alive}) == 2  # the weights and their average
 
 
-def test_a_checkpoint_within_the_context_holds_no_weights_that_were_set_aside():
+def test_a_checkpoint_within_the_context_holds_no_weights_that_were_set_aside() -> None:
     parameter = nn.Parameter(torch.tensor([1.0]))
     ema = EMACallback([parameter])
     with ema.average_parameters():
@@ -275,7 +277,7 @@ def test_a_checkpoint_within_the_context_holds_no_weights_that_were_set_aside():
         assert parameter.item() == 1.0
 
 
-def test_ema_of_half_precision_weights_does_not_stand_still():
+def test_ema_of_half_precision_weights_does_not_stand_still() -> None:
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     ema = EMACallback([weight], decay=0.99, warmup=False)
     weight.data.fill_(1.25)
@@ -288,17 +290,17 @@ def test_ema_of_half_precision_weights_does_not_stand_still():
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
-def test_ema_refuses_a_decay_outside_its_range(decay):
+def test_ema_refuses_a_decay_outside_its_range(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be a finite number at least 0 and below 1"):
         EMACallback([nn.Parameter(torch.ones(1))], decay)
 
 
-def test_ema_refuses_no_parameters():
+def test_ema_refuses_no_parameters() -> None:
     with pytest.raises(ValueError, match="at least one parameter"):
         EMACallback(iter([]))
 
 
-def test_ema_without_torch_ema_says_what_to_install(monkeypatch):
+def test_ema_without_torch_ema_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_ema", None)
     with pytest.raises(ImportError, match=r"pip install \"avd-core\[ema\]\""):
         EMACallback([nn.Parameter(torch.ones(1))])
@@ -309,7 +311,7 @@ def test_ema_without_torch_ema_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("key", ["loss", "gradient_norm"])
-def test_the_guard_skips_a_step_that_is_not_finite(bad, key, caplog):
+def test_the_guard_skips_a_step_that_is_not_finite(bad: float, key: str, caplog: pytest.LogCaptureFixture) -> None:
     guard = NonFiniteGuard()
     metrics = {"loss": torch.tensor(1.0), "gradient_norm": torch.tensor(1.0)}
     assert guard.before_step(0, metrics) is True
@@ -318,7 +320,7 @@ def test_the_guard_skips_a_step_that_is_not_finite(bad, key, caplog):
 
 
 @given(st.lists(st.booleans(), max_size=12))
-def test_the_guard_counts_skipped_steps_and_those_in_a_row(finite):
+def test_the_guard_counts_skipped_steps_and_those_in_a_row(finite: list[bool]) -> None:
     guard = NonFiniteGuard(max_consecutive=100)
     for step, ok in enumerate(finite):
         assert guard.before_step(step, {"loss": torch.tensor(0.0 if ok else math.nan)}) is ok
@@ -327,7 +329,7 @@ def test_the_guard_counts_skipped_steps_and_those_in_a_row(finite):
 
 
 @pytest.mark.parametrize("limit", [1, 3])
-def test_the_guard_stops_after_too_many_in_a_row(limit):
+def test_the_guard_stops_after_too_many_in_a_row(limit: int) -> None:
     guard = NonFiniteGuard(limit)
     bad = {"gradient_norm": torch.tensor(math.inf)}
     for step in range(limit - 1):
@@ -336,21 +338,21 @@ def test_the_guard_stops_after_too_many_in_a_row(limit):
         guard.before_step(limit, bad)
 
 
-def test_a_finite_step_starts_the_row_anew():
+def test_a_finite_step_starts_the_row_anew() -> None:
     guard = NonFiniteGuard(2)
     for value in (math.nan, 1.0, math.nan, 1.0):
         guard.before_step(0, {"loss": torch.tensor(value)})
     assert (guard.skipped, guard.consecutive) == (2, 0)
 
 
-def test_the_guard_watches_what_is_there():
+def test_the_guard_watches_what_is_there() -> None:
     assert NonFiniteGuard().before_step(0, {"loss": torch.tensor(1.0), "x_0": torch.tensor(math.nan)}) is True
     assert NonFiniteGuard().before_step(0, {"gradient_norm": torch.tensor(1.0)}) is True
     with pytest.raises(ValueError, match=r"needs one of the metrics \['loss', 'gradient_norm'\], got \['x_0'\]"):
         NonFiniteGuard().before_step(0, {"x_0": torch.tensor(1.0)})
 
 
-def test_the_guard_refuses_a_limit_below_one():
+def test_the_guard_refuses_a_limit_below_one() -> None:
     with pytest.raises(ValueError, match="max_consecutive must be at least 1, got 0"):
         NonFiniteGuard(0)
 
@@ -358,27 +360,27 @@ def test_the_guard_refuses_a_limit_below_one():
 # --- CollapseMonitor
 
 
-def watch(monitor, stream):
+def watch(monitor: CollapseMonitor, stream: list[dict[str, Tensor]]) -> list[str]:
     """Feed metrics; returns the kinds found, in order."""
     for step, metrics in enumerate(stream):
         monitor.after_step(step, metrics)
     return [finding.kind for finding in monitor.findings]
 
 
-def samples(count, **options):
+def samples(count: int, **options: Any) -> list[dict[str, Tensor]]:
     return [{"x_0": clips(10 * step, **options)} for step in range(count)]
 
 
-def ratios(*values):
+def ratios(*values: float) -> list[dict[str, Tensor]]:
     return [{"balance/gradient_ratio": torch.tensor(value)} for value in values]
 
 
-def prompt_monitor(**options):
+def prompt_monitor(**options: Any) -> CollapseMonitor:
     """Judges every step by itself."""
     return CollapseMonitor(REFERENCE, **{"every": 1, "grace": 0, "decay": 0.0} | LIMITS | options)
 
 
-def test_statistics_are_the_variance_along_frames_and_the_spread_of_each_channel():
+def test_statistics_are_the_variance_along_frames_and_the_spread_of_each_channel() -> None:
     x_BCFHW = torch.zeros(1, 2, 2, 1, 2)
     x_BCFHW[0, 0, :, 0, :] = torch.tensor([[1.0, 3.0], [-1.0, -3.0]])  # variances 1 and 9 along two frames
     x_BCFHW[0, 1] = torch.tensor([[4.0, -4.0]])  # stands still
@@ -388,11 +390,11 @@ def test_statistics_are_the_variance_along_frames_and_the_spread_of_each_channel
         assert measured.channel_std == pytest.approx(expected.channel_std)
 
 
-def test_statistics_can_be_measured_on_samples_with_gradient():
+def test_statistics_can_be_measured_on_samples_with_gradient() -> None:
     assert LatentStatistics.measure(clips(1000, shape=(64, 3, 4, 2, 2)).requires_grad_()) == REFERENCE
 
 
-def test_a_healthy_stream_has_no_findings():
+def test_a_healthy_stream_has_no_findings() -> None:
     monitor = prompt_monitor(regression_weight=2.0, decay=0.8)
     healthy = {"regression/weights": torch.tensor([1.0, 0.8]), "balance/gradient_ratio": torch.tensor(0.4)}
     # 8 clips a batch, so that chance alone crosses no limit.
@@ -414,7 +416,7 @@ def test_a_healthy_stream_has_no_findings():
         (["frozen", "washed_out"], {"spread": 0.3}),
     ],
 )
-def test_a_failing_stream_is_named(kinds, options, caplog):
+def test_a_failing_stream_is_named(kinds: list[str], options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     monitor = CollapseMonitor(REFERENCE, grace=0, **LIMITS)
     assert watch(monitor, samples(20, **options, shape=(16, 3, 4, 2, 2))) == kinds
     for finding, record in zip(monitor.findings, caplog.records, strict=True):
@@ -425,7 +427,7 @@ def test_a_failing_stream_is_named(kinds, options, caplog):
         assert f"limit {finding.limit:g}" in finding.message
 
 
-def test_each_channel_is_compared_with_its_own():
+def test_each_channel_is_compared_with_its_own() -> None:
     # The same spread overall, in the wrong channels: a mean of ratios, not a ratio of means.
     reference = LatentStatistics(1.0, (0.1, 1.0))
     x_0 = clips(0, shape=(64, 2, 4, 4, 4))
@@ -435,7 +437,7 @@ def test_each_channel_is_compared_with_its_own():
     assert monitor.signals()["saturation"] == pytest.approx((10 + 0.1) / 2, rel=1e-2)
 
 
-def test_a_channel_that_holds_next_to_nothing_does_not_drown_the_others():
+def test_a_channel_that_holds_next_to_nothing_does_not_drown_the_others() -> None:
     # Grey clips leave a colour channel at 1e-6 of the others; the student's rounding is not its oversaturation.
     reference = LatentStatistics(1.0, (1e-6, 1.0))
     x_0 = clips(0, shape=(64, 2, 4, 4, 4))
@@ -445,7 +447,7 @@ def test_a_channel_that_holds_next_to_nothing_does_not_drown_the_others():
     assert monitor.signals()["saturation"] == pytest.approx((0.1 + 1) / 2, rel=1e-2)
 
 
-def test_the_gradient_ratio_counts_as_it_is_after_scaling():
+def test_the_gradient_ratio_counts_as_it_is_after_scaling() -> None:
     held = {"balance/gradient_ratio": torch.tensor(8.0), "balance/scale": torch.tensor(0.1)}
     monitor = prompt_monitor()
     assert watch(monitor, [held]) == []
@@ -453,7 +455,7 @@ def test_the_gradient_ratio_counts_as_it_is_after_scaling():
     assert watch(prompt_monitor(), [{**held, "balance/scale": torch.tensor(0.2)}]) == ["regression_dominates"]
 
 
-def test_the_regressions_signals_are_judged():
+def test_the_regressions_signals_are_judged() -> None:
     weights = {"regression/weights": torch.tensor([0.05, 0.05])}  # of at most 2
     assert watch(prompt_monitor(regression_weight=2.0), [weights]) == ["regression_silent"]
     assert watch(prompt_monitor(regression_weight=0.5), [weights]) == []
@@ -477,18 +479,18 @@ def test_the_regressions_signals_are_judged():
         ({"max_gradient_ratio": 3.0}, ratios(2.0), []),
     ],
 )
-def test_the_limits_can_be_set(options, stream, kinds):
+def test_the_limits_can_be_set(options: dict[str, Any], stream: list[dict[str, Tensor]], kinds: list[str]) -> None:
     assert watch(prompt_monitor(**options), stream) == kinds
 
 
-def test_a_finding_is_said_once_and_again_only_after_a_recovery():
+def test_a_finding_is_said_once_and_again_only_after_a_recovery() -> None:
     monitor = prompt_monitor()
     watch(monitor, ratios(0.5, 2.0, 2.0, 3.0, 0.5, 0.5, 2.0, 2.0))
     assert [finding.step for finding in monitor.findings] == [1, 6]
 
 
 @given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=8), st.sampled_from([0.0, 0.5, 0.8]))
-def test_signals_are_smoothed(values, decay):
+def test_signals_are_smoothed(values: list[float], decay: float) -> None:
     monitor = prompt_monitor(decay=decay)
     smoothed = None
     for step, value in enumerate(values):
@@ -497,12 +499,12 @@ def test_signals_are_smoothed(values, decay):
         assert monitor.signals()["gradient_ratio"] == pytest.approx(smoothed, rel=1e-5, abs=1e-6)
 
 
-def test_one_outlier_is_no_finding():
+def test_one_outlier_is_no_finding() -> None:
     assert watch(prompt_monitor(decay=0.8), ratios(*[0.5] * 5, 2.9, *[0.5] * 5)) == []
     assert watch(prompt_monitor(decay=0.8), ratios(*[0.5] * 5, *[2.9] * 5)) == ["regression_dominates"]
 
 
-def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends():
+def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends() -> None:
     monitor = prompt_monitor(every=3, grace=6)
     watch(monitor, ratios(*[2.0] * 6))
     assert not monitor.findings
@@ -512,7 +514,7 @@ def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends():
     assert [finding.step for finding in monitor.findings] == [8]
 
 
-def test_by_default_the_first_hundred_steps_are_not_judged():
+def test_by_default_the_first_hundred_steps_are_not_judged() -> None:
     # A few-step student starts out blurred and still: that is no news.
     monitor = CollapseMonitor(REFERENCE)
     watch(monitor, samples(100, motion=0.3))
@@ -521,12 +523,12 @@ def test_by_default_the_first_hundred_steps_are_not_judged():
     assert monitor.findings
 
 
-def test_the_other_layout_of_frames():
+def test_the_other_layout_of_frames() -> None:
     stream = [{"x_0": x["x_0"].transpose(1, 2)} for x in samples(1, spread=2.5)]
     assert watch(prompt_monitor(frame_dim=1), stream) == ["jitter", "oversaturated"]
 
 
-def test_samples_in_bfloat16_are_measured_in_float32():
+def test_samples_in_bfloat16_are_measured_in_float32() -> None:
     full, half = prompt_monitor(), prompt_monitor()
     for monitor, dtype in ((full, torch.float32), (half, torch.bfloat16)):
         x_0 = (100 + clips(0, shape=(8, 3, 4, 2, 2))).bfloat16()
@@ -535,7 +537,7 @@ def test_samples_in_bfloat16_are_measured_in_float32():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_one_bad_sample_does_not_blind_the_monitor(bad):
+def test_one_bad_sample_does_not_blind_the_monitor(bad: float) -> None:
     x_0 = clips(0)
     x_0[0, 0, 0, 0, 0] = bad
     first, later, clean = (prompt_monitor(decay=0.8) for _ in range(3))
@@ -546,7 +548,7 @@ def test_one_bad_sample_does_not_blind_the_monitor(bad):
     assert later.signals() == clean.signals()
 
 
-def test_the_monitor_lets_every_step_pass():
+def test_the_monitor_lets_every_step_pass() -> None:
     monitor = prompt_monitor()
     watch(monitor, ratios(9.0))
     assert monitor.before_step(1, ratios(9.0)[0]) is True
@@ -562,13 +564,13 @@ def test_the_monitor_lets_every_step_pass():
         ({"saturation_range": (0.0, 1.0)}, "saturation_range must be"),
     ],
 )
-def test_the_monitor_refuses_wrong_options(options, message):
+def test_the_monitor_refuses_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CollapseMonitor(REFERENCE, **options)
 
 
 @pytest.mark.parametrize("reference", [LatentStatistics(0.0, (1.0,)), LatentStatistics(1.0, (1.0, 0.0))])
-def test_the_monitor_refuses_a_reference_that_does_not_move(reference):
+def test_the_monitor_refuses_a_reference_that_does_not_move(reference: LatentStatistics) -> None:
     with pytest.raises(ValueError, match="Measure clips that move"):
         CollapseMonitor(reference)
 
@@ -581,6 +583,6 @@ def test_the_monitor_refuses_a_reference_that_does_not_move(reference):
         (torch.ones(1, 3, 1, 2, 2), "at least 2 frames"),
     ],
 )
-def test_the_monitor_refuses_samples_of_another_kind(x_0, message):
+def test_the_monitor_refuses_samples_of_another_kind(x_0: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         prompt_monitor().after_step(0, {"x_0": x_0})

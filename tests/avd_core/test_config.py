@@ -1,7 +1,9 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from avd_core import AVDConfig, AVDObjective, BalanceConfig, MotionConfig, RegressionConfig
 
@@ -21,12 +23,12 @@ PAPER = {
 }
 
 
-def test_the_defaults_are_the_papers():
+def test_the_defaults_are_the_papers() -> None:
     assert AVDConfig().model_dump() == PAPER
     assert AVDConfig.paper() == AVDConfig()
 
 
-def test_the_released_code_departs_in_four_values():
+def test_the_released_code_departs_in_four_values() -> None:
     expected = {
         **PAPER,
         "regression": {**PAPER["regression"], "weight": 1.0, "order": "update_first"},
@@ -36,18 +38,18 @@ def test_the_released_code_departs_in_four_values():
 
 
 @pytest.mark.parametrize("config", [AVDConfig(), AVDConfig.released_code(), AVDConfig(motion=None, gradient_ratio=0.3)])
-def test_a_configuration_survives_json(config):
+def test_a_configuration_survives_json(config: AVDConfig) -> None:
     assert AVDConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_parts_may_be_given_as_dictionaries():
+def test_parts_may_be_given_as_dictionaries() -> None:
     config = AVDConfig(regression={"weight": 0.5}, motion=None)
     assert config.regression == RegressionConfig(weight=0.5)
     assert config.motion is None
 
 
 @pytest.mark.parametrize("model", [AVDConfig, RegressionConfig, MotionConfig, BalanceConfig])
-def test_every_field_is_described(model):
+def test_every_field_is_described(model: type[BaseModel]) -> None:
     for name, field in model.model_fields.items():
         assert field.description, f"{model.__name__}.{name} has no docstring"
 
@@ -78,12 +80,12 @@ def test_every_field_is_described(model):
         (AVDConfig, {"motion": {"flor": 1}}, "flor"),
     ],
 )
-def test_wrong_values_are_refused_by_name(model, values, field):
+def test_wrong_values_are_refused_by_name(model: type[BaseModel], values: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         model(**values)
 
 
-def test_values_are_fixed_once_constructed():
+def test_values_are_fixed_once_constructed() -> None:
     config = AVDConfig()
     with pytest.raises(ValidationError, match="frozen"):
         config.gradient_ratio = 1.0
@@ -91,13 +93,13 @@ def test_values_are_fixed_once_constructed():
         config.motion.floor = 1.0
 
 
-def test_options_are_keyword_only():
+def test_options_are_keyword_only() -> None:
     with pytest.raises(TypeError):
         RegressionConfig(2.0)
 
 
 @pytest.mark.parametrize("timesteps", [(1000,), (0.25, 0.5, 1.0), (1000, 900)])
-def test_what_the_configuration_accepts_the_objective_can_be_built_from(timesteps):
+def test_what_the_configuration_accepts_the_objective_can_be_built_from(timesteps: tuple[float, ...]) -> None:
     assert AVDObjective(AVDConfig(timesteps=timesteps)).regression.cache.timesteps.tolist() == list(timesteps)
 
 
@@ -110,6 +112,6 @@ def test_what_the_configuration_accepts_the_objective_can_be_built_from(timestep
         (lambda: MotionConfig(frame_dim=0), "frame_dim"),
     ],
 )
-def test_values_that_do_not_fit_together_are_refused(make, message):
+def test_values_that_do_not_fit_together_are_refused(make: Callable[[], BaseModel], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         make()

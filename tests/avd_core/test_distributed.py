@@ -5,11 +5,13 @@ import pickle
 import random
 import time
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import avd_core
@@ -29,15 +31,17 @@ WORLD = 2
 SPLITS = range(12)
 STEPS = range(3)
 
+Ask = Callable[[str], list[Any]]  # what each rank answered to the question of that name
 
-def average(gradient):
+
+def average(gradient: Tensor) -> Tensor:
     """What DDP and FSDP2 do with gradients."""
     gradient = gradient.clone()
     dist.all_reduce(gradient)
     return gradient / WORLD
 
 
-def share(rank, first, total):
+def share(rank: int, first: int, total: int) -> list[int]:
     """The samples of a rank: the first ``first`` of the batch are rank 0's, the rest rank 1's."""
     return list(range(first)) if rank == 0 else list(range(first, total))
 
@@ -48,12 +52,12 @@ def share(rank, first, total):
 class Regression:
     """A student of one matrix, trained on batches of 6 samples that depend on a seed alone."""
 
-    def __init__(self, seed, **options):
+    def __init__(self, seed: int, **options: Any) -> None:
         self.seed = seed
         self.matrix = randn(seed, 3, 3).requires_grad_()
         self.loss = AdaptiveRegressionLoss(LossMeanCache(GRID, decay=0.6, **options))
 
-    def part(self, step, samples):
+    def part(self, step: int, samples: list[int]) -> Tensor:
         """The samples' loss, weighted with their share of the batch."""
         x, target = (randn(1000 * self.seed + 10 * step + i, 6, 3, 4) for i in range(2))
         timesteps = torch.tensor([1000, 522, 522, 522, 1000, 757])
@@ -61,7 +65,7 @@ class Regression:
         return self.loss(prediction[samples], target[samples], timesteps[samples]).loss * len(samples) / 6
 
 
-def regression_splits(rank):
+def regression_splits(rank: int) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Any split into ranks and micro-batches: loss, gradient, cache after every step."""
     outcomes = []
     for seed in SPLITS:
@@ -78,7 +82,7 @@ def regression_splits(rank):
     return outcomes
 
 
-def regression_on_ddp(rank):
+def regression_on_ddp(rank: int) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """One call per step under the real DistributedDataParallel."""
     run = Regression(0)
     model = DistributedDataParallel(linear())
@@ -93,7 +97,7 @@ def regression_on_ddp(rank):
     return outcomes
 
 
-def linear():
+def linear() -> nn.Linear:
     model = nn.Linear(3, 3, bias=False, dtype=torch.float64)
     with torch.no_grad():
         model.weight.copy_(randn(7, 3, 3))
@@ -103,7 +107,7 @@ def linear():
 # --- Cache
 
 
-def cache_cases(rank):
+def cache_cases(rank: int) -> dict[str, tuple[list[float], list[bool]]]:
     """Means after two iterations in which the ranks see different entries, and not all of them finite."""
     own_group = [dist.new_group([r]) for r in range(WORLD)][rank]
     caches = {
@@ -137,7 +141,7 @@ MOTION_CASES = [
 ]
 
 
-def motion_batch(seed, sizes, scales):
+def motion_batch(seed: int, sizes: tuple[int, ...], scales: tuple[float, ...]) -> Tensor:
     """The whole batch before the student, each rank's samples moving by another amount."""
     scale = torch.cat(
         [torch.full((size,), scale, dtype=torch.float64) for size, scale in zip(sizes, scales, strict=True)]
@@ -145,11 +149,11 @@ def motion_batch(seed, sizes, scales):
     return randn(seed, sum(sizes), 3, 4, 2, 2) * scale.view(-1, 1, 1, 1, 1)
 
 
-def student(matrix, x):
+def student(matrix: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("oc,bcfhw->bofhw", matrix, x)
 
 
-def motion_cases(rank):
+def motion_cases(rank: int) -> list[tuple[Tensor, dict[str, Tensor], Tensor, dict[str, Tensor]]]:
     outcomes = []
     for seed, (sizes, scales) in enumerate(MOTION_CASES):
         matrix = randn(seed + 50, 3, 3).requires_grad_()
@@ -161,7 +165,7 @@ def motion_cases(rank):
     return outcomes
 
 
-def motion_on_ddp(rank):
+def motion_on_ddp(rank: int) -> tuple[Tensor, Tensor]:
     model = DistributedDataParallel(linear())
     x = motion_batch(3, (1, 3), (0.2, 0.3))[share(rank, 1, 4)]
     loss = ClippedTemporalVarianceLoss(weight=1.0)(model(x.movedim(1, -1)).movedim(-1, 1)).loss
@@ -169,7 +173,7 @@ def motion_on_ddp(rank):
     return loss.detach(), model.module.weight.grad
 
 
-def motion_not_finite(rank):
+def motion_not_finite(rank: int) -> bool:
     x = motion_batch(0, (1, 1), (1.0, 1.0))[[rank]]
     if rank == 1:
         x[0, 0, 0, 0, 0] = NAN
@@ -179,7 +183,7 @@ def motion_not_finite(rank):
 # --- Balance, guard, compiler
 
 
-def balance_calls(rank, sync_ranks=True):
+def balance_calls(rank: int, sync_ranks: bool = True) -> list[tuple[float, float]]:
     balance = GradientBalance(target=0.5, decay=0.8, sync_ranks=sync_ranks)
     outcomes = []
     for call in range(4):
@@ -191,7 +195,7 @@ def balance_calls(rank, sync_ranks=True):
     return outcomes
 
 
-def balance_gradients(rank, call):
+def balance_gradients(rank: int, call: int) -> list[Tensor]:
     gradients = [(1 + rank) * randn(100 * rank + 10 * call + i, 3).float() for i in range(2)]
     if (rank, call) == (1, 2):
         gradients[0][0] = NAN
@@ -202,7 +206,7 @@ def balance_gradients(rank, call):
 GUARD_LOSSES = [(1.0, 1.0), (1.0, NAN), (1.0, 1.0), (float("inf"), 1.0), (1.0, NAN), (NAN, NAN), (1.0, 1.0)]
 
 
-def guard_answers(rank, sync_ranks=True):
+def guard_answers(rank: int, sync_ranks: bool = True) -> tuple[list[bool | str], dict[str, int]]:
     guard = NonFiniteGuard(3, sync_ranks=sync_ranks)
     answers = []
     for step, losses in enumerate(GUARD_LOSSES):
@@ -215,7 +219,7 @@ def guard_answers(rank, sync_ranks=True):
     return answers, guard.state_dict()
 
 
-def compiled_calls(rank):
+def compiled_calls(rank: int) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Losses that reduce over ranks, compiled as one graph, beside the same in eager mode."""
     outcomes = []
     for compiled in (False, True):
@@ -236,26 +240,26 @@ def compiled_calls(rank):
 
 
 class SmallStudent(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(5)
             self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 3)
 
-    def forward(self, x_BCFHW):
+    def forward(self, x_BCFHW: Tensor) -> Tensor:
         return self.second(torch.tanh(self.first(x_BCFHW.movedim(1, -1)))).movedim(-1, 1).contiguous()
 
 
-def fsdp_inputs(rank, step):
+def fsdp_inputs(rank: int, step: int) -> tuple[Tensor, ...]:
     x, clip, target = (randn(100 * rank + 10 * step + i, 2, 3, 4, 2, 2).float() for i in range(3))
     return x, clip, target, torch.tensor([1000, 757] if rank == 0 else [757, 522])
 
 
-def fsdp_objective():
+def fsdp_objective() -> AVDObjective:
     return AVDObjective()
 
 
-def fsdp_steps(rank):
+def fsdp_steps(rank: int) -> dict[str, Any]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.utils import clip_grad_norm_
@@ -290,14 +294,14 @@ class Failed(str):
     """The traceback of a question that raised; it fails that question's tests and no others."""
 
 
-def attempt(question):
+def attempt(question: Callable[[], Any]) -> Any:
     try:
         return question()
     except Exception:
         return Failed(traceback.format_exc())
 
 
-def identity(rank):
+def identity(rank: int) -> tuple[int, int, int]:
     return rank, dist.get_world_size(), os.getpid()
 
 
@@ -318,15 +322,15 @@ QUESTIONS = {
 }
 
 
-def answer_all(rank):
+def answer_all(rank: int) -> dict[str, Any]:
     return {name: attempt(lambda question=question: question(rank)) for name, question in QUESTIONS.items()}
 
 
 @pytest.fixture(scope="module")
-def ask():
+def ask() -> Ask:
     results = run_ranks(answer_all, WORLD)
 
-    def answers(name):
+    def answers(name: str) -> list[Any]:
         """What each rank answered."""
         for rank, result in enumerate(results):
             if isinstance(result[name], Failed):
@@ -339,7 +343,7 @@ def ask():
 # --- Regression and cache: two ranks are one batch
 
 
-def test_any_split_into_ranks_and_micro_batches_is_one_batch(ask):
+def test_any_split_into_ranks_and_micro_batches_is_one_batch(ask: Ask) -> None:
     ranks = ask("regression splits")
     assert_same_state(ranks[1], ranks[0])
     outcomes = iter(ranks[0])
@@ -351,7 +355,7 @@ def test_any_split_into_ranks_and_micro_batches_is_one_batch(ask):
             torch.testing.assert_close(next(outcomes), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_regression_under_ddp_is_one_process_with_the_whole_batch(ask):
+def test_regression_under_ddp_is_one_process_with_the_whole_batch(ask: Ask) -> None:
     ranks = ask("regression on DDP")
     assert_same_state(ranks[1], ranks[0])
     loss_module, model = AdaptiveRegressionLoss(LossMeanCache(GRID, decay=0.6)), linear()
@@ -362,13 +366,13 @@ def test_regression_under_ddp_is_one_process_with_the_whole_batch(ask):
         torch.testing.assert_close(ranks[0][step], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_cache_adds_sums_and_counts_of_all_ranks(ask):
+def test_the_cache_adds_sums_and_counts_of_all_ranks(ask: Ask) -> None:
     expected = [3.0, 0.0, 6.0, 2.0], [True, False, True, True]
     assert [answer["synchronised"] for answer in ask("cache")] == [expected, expected]
 
 
 @pytest.mark.parametrize("name", ["alone", "own group"])
-def test_a_cache_can_stay_with_its_process(ask, name):
+def test_a_cache_can_stay_with_its_process(ask: Ask, name: str) -> None:
     first, second = (answer[name] for answer in ask("cache"))
     assert first == ([1.0, 0.0, 4.0, 0.0], [True, False, True, False])
     assert second == ([4.0, 0.0, 8.0, 2.0], [True, False, True, True])
@@ -378,7 +382,7 @@ def test_a_cache_can_stay_with_its_process(ask, name):
 
 
 @pytest.mark.parametrize("case", range(len(MOTION_CASES)))
-def test_synchronised_motion_is_one_process_with_the_whole_batch(ask, case):
+def test_synchronised_motion_is_one_process_with_the_whole_batch(ask: Ask, case: int) -> None:
     sizes, scales = MOTION_CASES[case]
     matrix = randn(case + 50, 3, 3).requires_grad_()
     whole = ClippedTemporalVarianceLoss(floor=0.0, weight=1.0)(student(matrix, motion_batch(case, sizes, scales)))
@@ -390,7 +394,7 @@ def test_synchronised_motion_is_one_process_with_the_whole_batch(ask, case):
         assert (own["temporal_loss"] - whole.metrics["temporal_loss"]).abs() > 1e-3
 
 
-def test_the_motion_cases_lie_on_both_sides_of_the_floor(ask):
+def test_the_motion_cases_lie_on_both_sides_of_the_floor(ask: Ask) -> None:
     clipped = [answer[0].item() == 0 for answer in ask("motion")[0]]
     assert True in clipped
     assert False in clipped
@@ -401,7 +405,7 @@ def test_the_motion_cases_lie_on_both_sides_of_the_floor(ask):
     assert alone[-2:] == [True, True]
 
 
-def test_synchronised_motion_under_ddp_is_one_process_with_the_whole_batch(ask):
+def test_synchronised_motion_under_ddp_is_one_process_with_the_whole_batch(ask: Ask) -> None:
     model = linear()
     x = motion_batch(3, (1, 3), (0.2, 0.3))
     loss = ClippedTemporalVarianceLoss(weight=1.0)(model(x.movedim(1, -1)).movedim(-1, 1)).loss
@@ -411,14 +415,14 @@ def test_synchronised_motion_under_ddp_is_one_process_with_the_whole_batch(ask):
         torch.testing.assert_close(answer, (loss.detach(), gradient))
 
 
-def test_nan_on_one_rank_shows_on_both(ask):
+def test_nan_on_one_rank_shows_on_both(ask: Ask) -> None:
     assert ask("motion not finite") == [False, False]
 
 
 # --- Balance and guard
 
 
-def test_the_balance_is_equal_on_all_ranks(ask):
+def test_the_balance_is_equal_on_all_ranks(ask: Ask) -> None:
     first, second = ask("balance")
     assert first == second
     means = None
@@ -433,14 +437,14 @@ def test_the_balance_is_equal_on_all_ranks(ask):
         assert scale == pytest.approx(0.5 / ratio, rel=1e-5)
 
 
-def test_a_balance_can_stay_with_its_process(ask):
+def test_a_balance_can_stay_with_its_process(ask: Ask) -> None:
     first, second = ask("balance alone")
     assert first != second
     gradients = balance_gradients(0, 0)
     assert first[0][0] == pytest.approx((gradients[0].norm() / gradients[1].norm()).item(), rel=1e-5)
 
 
-def test_all_ranks_skip_and_stop_together_when_one_is_not_finite(ask):
+def test_all_ranks_skip_and_stop_together_when_one_is_not_finite(ask: Ask) -> None:
     first, second = ask("guard")
     assert first == second
     answers, state = first
@@ -450,21 +454,21 @@ def test_all_ranks_skip_and_stop_together_when_one_is_not_finite(ask):
     assert state == {"skipped": 4, "consecutive": 3}
 
 
-def test_a_guard_can_decide_alone(ask):
+def test_a_guard_can_decide_alone(ask: Ask) -> None:
     (first, _), (second, _) = ask("guard alone")
     assert first == [True, True, True, False, True, False, True]
     assert second == [True, False, True, True, False, False, True]
 
 
-def test_every_reduction_is_within_its_process_group(monkeypatch):
+def test_every_reduction_is_within_its_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two ranks cannot tell a group of both from the default one, so here the calls are looked at.
     group, asked, summed = object(), [], []
 
-    def world_size(of):
+    def world_size(of: object) -> int:
         asked.append(of)
         return 2
 
-    def sum_over_ranks(values, within):
+    def sum_over_ranks(values: Tensor, within: object) -> Tensor:
         summed.append(within)
         return 2 * values
 
@@ -483,7 +487,7 @@ def test_every_reduction_is_within_its_process_group(monkeypatch):
 # --- Compiler and FSDP2
 
 
-def test_reductions_over_ranks_compile_into_the_graph(ask):
+def test_reductions_over_ranks_compile_into_the_graph(ask: Ask) -> None:
     for eager, compiled in ask("compiled"):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-7)
     (first, _), (second, _) = ask("compiled")
@@ -491,7 +495,7 @@ def test_reductions_over_ranks_compile_into_the_graph(ask):
     assert first[0][1] == second[0][1]
 
 
-def test_the_objective_on_a_sharded_student_is_one_process_with_both_batches(ask):
+def test_the_objective_on_a_sharded_student_is_one_process_with_both_batches(ask: Ask) -> None:
     ranks = [answer["steps"] for answer in ask("FSDP2")]
     assert_same_state(ranks[1], ranks[0])
     model, objective = SmallStudent(), fsdp_objective()
@@ -509,7 +513,7 @@ def test_the_objective_on_a_sharded_student_is_one_process_with_both_batches(ask
         optimizer.step()
 
 
-def test_a_sharded_student_has_an_average(ask):
+def test_a_sharded_student_has_an_average(ask: Ask) -> None:
     first, second = (answer["averaged"] for answer in ask("FSDP2"))
     assert_same_state(first, second)
     assert all(
@@ -517,7 +521,7 @@ def test_a_sharded_student_has_an_average(ask):
     )
 
 
-def test_the_guard_reads_the_gradient_norm_of_a_sharded_student(ask):
+def test_the_guard_reads_the_gradient_norm_of_a_sharded_student(ask: Ask) -> None:
     # As in the example of Callback: clip_grad_norm_ returns a DTensor there.
     for answer in ask("FSDP2"):
         assert answer["guard"] is True, answer["guard"]
@@ -526,39 +530,39 @@ def test_the_guard_reads_the_gradient_norm_of_a_sharded_student(ask):
 # --- Processes that fail
 
 
-def raise_on_the_second(rank):
+def raise_on_the_second(rank: int) -> None:
     if rank == 1:
         raise ValueError("the data ended")
     dist.barrier()  # waits for the other until it is stopped
 
 
-def die_without_a_word(rank):
+def die_without_a_word(rank: int) -> None:
     os._exit(3)
 
 
-def test_ranks_are_processes_of_one_group_and_answer_in_order(ask):
+def test_ranks_are_processes_of_one_group_and_answer_in_order(ask: Ask) -> None:
     (first, first_size, first_process), (second, second_size, second_process) = ask("identity")
     assert (first, first_size, second, second_size) == (0, 2, 1, 2)
     assert len({os.getpid(), first_process, second_process}) == 3
 
 
-def test_a_rank_that_raises_fails_the_run_at_once():
+def test_a_rank_that_raises_fails_the_run_at_once() -> None:
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?s)rank 1 raised:.*ValueError: the data ended"):
         run_ranks(raise_on_the_second, WORLD, timeout=100)
     assert time.monotonic() - start < 60
 
 
-def test_a_rank_that_dies_fails_the_run():
+def test_a_rank_that_dies_fails_the_run() -> None:
     with pytest.raises(RuntimeError, match="exit code 3 and no result"):
         run_ranks(die_without_a_word, WORLD)
 
 
-def test_ranks_that_cannot_start_fail_the_run():
+def test_ranks_that_cannot_start_fail_the_run() -> None:
     with pytest.raises((pickle.PicklingError, AttributeError), match="pickle"):
         run_ranks(lambda rank: rank, WORLD)
 
 
-def test_ranks_that_take_too_long_fail_the_run():
+def test_ranks_that_take_too_long_fail_the_run() -> None:
     with pytest.raises(RuntimeError, match="had not finished"):
         run_ranks(identity, WORLD, timeout=0.01)

@@ -3,9 +3,12 @@
 import contextlib
 import math
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import avd_core
@@ -25,12 +28,12 @@ from helpers import LOSSES, NoHostWait
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def balance_call(device):
+def balance_call(device: str) -> tuple[GradientBalance, list[Tensor]]:
     outputs = [torch.randn(2, 3, device=device, requires_grad=True) for _ in range(2)]
     return GradientBalance(target=0.5).to(device), [outputs[0].square().sum(), outputs[0], outputs[1].sum(), outputs[1]]
 
 
-def schedule_calls(device):
+def schedule_calls(device: str) -> None:
     schedule, x = FlowMatchingSchedule(), torch.ones(2, 3, device=device)
     t = torch.ones(2, device=device)
     schedule.add_noise(x, x, t)
@@ -44,7 +47,7 @@ class Looks(TorchFunctionMode):
 
     count = 0
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func in {torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__float__}
         return func(*args, **(kwargs or {}))
 
@@ -53,11 +56,11 @@ class Elsewhere(torch.Tensor):
     """A tensor with values that says it is on a GPU."""
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return torch.device("cuda")
 
 
-def test_timesteps_elsewhere_are_looked_at_until_they_are_right_once():
+def test_timesteps_elsewhere_are_looked_at_until_they_are_right_once() -> None:
     check, good = RangeCheck(), torch.tensor([1.0, 2.0]).as_subclass(Elsewhere)
     wrong = torch.tensor([1.0, 5.0, math.nan]).as_subclass(Elsewhere)
     for _ in range(2):
@@ -70,7 +73,7 @@ def test_timesteps_elsewhere_are_looked_at_until_they_are_right_once():
     assert looks.count == 0
 
 
-def test_timesteps_on_the_cpu_are_always_looked_at():
+def test_timesteps_on_the_cpu_are_always_looked_at() -> None:
     check = RangeCheck()
     for _ in range(2):
         assert check.outside(torch.tensor([1.0]), 0, 3) == []
@@ -80,7 +83,7 @@ def test_timesteps_on_the_cpu_are_always_looked_at():
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
-def test_no_loss_reads_a_value(name, dtype, training):
+def test_no_loss_reads_a_value(name: str, dtype: torch.dtype, training: bool) -> None:
     # Tensors on the meta device have none.
     module = LOSSES[name].make().to("meta").train(training)
     inputs = LOSSES[name].inputs(0, dtype, "meta")
@@ -88,7 +91,7 @@ def test_no_loss_reads_a_value(name, dtype, training):
         assert module(*inputs).loss.is_meta
 
 
-def test_no_balance_schedule_or_cache_reads_a_value():
+def test_no_balance_schedule_or_cache_reads_a_value() -> None:
     balance, arguments = balance_call("meta")
     cache = LossMeanCache((1000, 900), auto_update=False).to("meta")
     with NoHostWait():
@@ -98,7 +101,7 @@ def test_no_balance_schedule_or_cache_reads_a_value():
         cache.update()
 
 
-def test_no_reduction_over_ranks_reads_a_value(monkeypatch):
+def test_no_reduction_over_ranks_reads_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
     # What is exchanged does not matter here, only how it is prepared.
     for module in (avd_core.motion, avd_core.cache, avd_core.balance):
         monkeypatch.setattr(module, "world_size", lambda group: 2)
@@ -114,7 +117,7 @@ def test_no_reduction_over_ranks_reads_a_value(monkeypatch):
         assert motion(x_0).loss.is_meta
 
 
-def test_the_monitor_waits_only_when_it_looks():
+def test_the_monitor_waits_only_when_it_looks() -> None:
     monitor = CollapseMonitor(LatentStatistics(1.0, (1.0, 1.0)), regression_weight=2.0, every=3, grace=0)
     metrics = {
         "x_0": torch.ones(1, 2, 3, 4, 4, device="meta"),
@@ -128,7 +131,7 @@ def test_the_monitor_waits_only_when_it_looks():
         monitor.after_step(2, metrics)  # as documented, so the two before were asked
 
 
-def test_these_tests_can_fail():
+def test_these_tests_can_fail() -> None:
     # What they rely on: a tensor on the meta device, or the watcher, refuses everything that waits.
     x = torch.ones(2, device="meta")
     for wait in (lambda: x.sum().item(), lambda: bool(x.any()), lambda: x[x > 0], x.tolist, x.cpu, lambda: float(x[0])):
@@ -143,7 +146,7 @@ def test_these_tests_can_fail():
 
 
 @contextlib.contextmanager
-def refuse_waits():
+def refuse_waits() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
@@ -156,7 +159,7 @@ def refuse_waits():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_loss_waits_for_a_gpu(name, dtype):
+def test_no_loss_waits_for_a_gpu(name: str, dtype: torch.dtype) -> None:
     module = LOSSES[name].make().cuda()
     module(*LOSSES[name].inputs(0, dtype, "cuda"))  # looks at the timesteps
     for seed in range(2):
@@ -167,7 +170,7 @@ def test_no_loss_waits_for_a_gpu(name, dtype):
 
 
 @pytest.mark.gpu
-def test_no_balance_or_schedule_waits_for_a_gpu():
+def test_no_balance_or_schedule_waits_for_a_gpu() -> None:
     balance, arguments = balance_call("cuda")
     with refuse_waits():
         loss = balance(*arguments).loss
@@ -181,7 +184,7 @@ def test_no_balance_or_schedule_waits_for_a_gpu():
 
 
 @pytest.mark.gpu
-def test_the_first_call_on_a_gpu_refuses_timesteps_in_another_unit():
+def test_the_first_call_on_a_gpu_refuses_timesteps_in_another_unit() -> None:
     cache = LossMeanCache((1000, 900)).cuda()
     with pytest.raises(ValueError, match="outside the cache's grid"):
         cache(torch.tensor([0.9], device="cuda"), torch.ones(1, device="cuda"))
@@ -192,7 +195,7 @@ def test_the_first_call_on_a_gpu_refuses_timesteps_in_another_unit():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gpu_gives_the_cpus_loss_gradient_and_cache(name, dtype):
+def test_a_gpu_gives_the_cpus_loss_gradient_and_cache(name: str, dtype: torch.dtype) -> None:
     outcomes = []
     for device in ("cpu", "cuda"):
         module = LOSSES[name].make().to(device)
@@ -208,7 +211,7 @@ def test_a_gpu_gives_the_cpus_loss_gradient_and_cache(name, dtype):
 
 
 @pytest.mark.gpu
-def test_the_monitor_waits_for_a_gpu_only_when_it_looks():
+def test_the_monitor_waits_for_a_gpu_only_when_it_looks() -> None:
     monitor = CollapseMonitor(LatentStatistics(1.0, (1.0, 1.0)), every=4, grace=0)
     x_0 = torch.randn(1, 2, 3, 4, 4, device="cuda")
     monitor.after_step(0, {"x_0": x_0})  # moves the reference to the device
@@ -220,7 +223,7 @@ def test_the_monitor_waits_for_a_gpu_only_when_it_looks():
 
 
 @pytest.mark.gpu
-def test_the_guard_decides_on_a_gpu():
+def test_the_guard_decides_on_a_gpu() -> None:
     guard = NonFiniteGuard()
     assert guard.before_step(0, {"loss": torch.ones((), device="cuda")}) is True
     assert guard.before_step(1, {"loss": torch.full((), float("nan"), device="cuda")}) is False

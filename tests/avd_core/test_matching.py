@@ -1,9 +1,11 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from avd_core import DistributionMatchingLoss, distribution_matching_loss
 from helpers import NoArithmetic, central_differences, flatten, mean, randn, reference_matching_gradients
@@ -12,7 +14,7 @@ seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(*[st.integers(1, 3)] * 5)
 
 
-def draw(seed, shape):
+def draw(seed: int, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     """x_0 with gradient, the teacher's prediction, the online model's."""
     return randn(seed, *shape).requires_grad_(), randn(seed + 1, *shape), randn(seed + 2, *shape)
 
@@ -21,7 +23,7 @@ def draw(seed, shape):
 
 
 @given(seeds, shapes, st.floats(0, 3), st.sampled_from([1e-5, 0.5, 2.0]))
-def test_loss_and_metric_are_the_reference(seed, shape, weight, eps):
+def test_loss_and_metric_are_the_reference(seed: int, shape: tuple[int, ...], weight: float, eps: float) -> None:
     x_0, real, online = draw(seed, shape)
     loss, metrics = distribution_matching_loss(x_0, real, online, weight=weight, eps=eps)
     squares = [
@@ -34,7 +36,7 @@ def test_loss_and_metric_are_the_reference(seed, shape, weight, eps):
 
 
 @given(seeds, shapes, st.floats(0.1, 3))
-def test_the_gradient_is_the_matching_gradient(seed, shape, weight):
+def test_the_gradient_is_the_matching_gradient(seed: int, shape: tuple[int, ...], weight: float) -> None:
     x_0, real, online = draw(seed, shape)
     distribution_matching_loss(x_0, real, online, weight=weight).loss.backward()
     gradients = reference_matching_gradients(x_0.tolist(), real.tolist(), online.tolist(), 1e-5)
@@ -43,20 +45,20 @@ def test_the_gradient_is_the_matching_gradient(seed, shape, weight):
 
 
 @given(seeds, shapes)
-def test_the_gradient_is_that_of_a_distance_to_a_fixed_target(seed, shape):
+def test_the_gradient_is_that_of_a_distance_to_a_fixed_target(seed: int, shape: tuple[int, ...]) -> None:
     x_0, real, online = draw(seed, shape)
     distribution_matching_loss(x_0, real, online).loss.backward()
     values = flatten(x_0.tolist())
     gradients = reference_matching_gradients(x_0.tolist(), real.tolist(), online.tolist(), 1e-5)
     target = [value - g for value, g in zip(values, flatten(gradients), strict=True)]
 
-    def distance(moved):
+    def distance(moved: list[float]) -> float:
         return 0.5 * mean([(a - b) ** 2 for a, b in zip(moved, target, strict=True)])
 
     assert flatten(x_0.grad.tolist()) == pytest.approx(central_differences(distance, values), rel=1e-6, abs=1e-8)
 
 
-def test_a_step_moves_samples_from_the_online_models_view_to_the_teachers():
+def test_a_step_moves_samples_from_the_online_models_view_to_the_teachers() -> None:
     x_0, real, online = draw(0, (2, 3))
     distribution_matching_loss(x_0, real, online).loss.backward()
     moved = -x_0.grad
@@ -64,7 +66,7 @@ def test_a_step_moves_samples_from_the_online_models_view_to_the_teachers():
 
 
 @given(seeds, st.floats(0.01, 100))
-def test_each_sample_is_normalised_by_itself(seed, scale):
+def test_each_sample_is_normalised_by_itself(seed: int, scale: float) -> None:
     # Making one sample's three tensors larger changes neither its own gradient nor the other's.
     x_0, real, online = draw(seed, (2, 3, 2))
     factors = torch.tensor([scale, 1.0], dtype=torch.float64).view(2, 1, 1)
@@ -75,7 +77,7 @@ def test_each_sample_is_normalised_by_itself(seed, scale):
 
 
 @given(seeds, st.permutations(range(4)))
-def test_the_order_of_samples_does_not_matter(seed, order):
+def test_the_order_of_samples_does_not_matter(seed: int, order: list[int]) -> None:
     x_0, real, online = draw(seed, (4, 3))
     loss = distribution_matching_loss(x_0, real, online).loss
     permuted = distribution_matching_loss(x_0[order], real[order], online[order]).loss
@@ -83,7 +85,7 @@ def test_the_order_of_samples_does_not_matter(seed, order):
     torch.testing.assert_close(torch.autograd.grad(permuted, x_0), torch.autograd.grad(loss, x_0))
 
 
-def test_where_both_models_agree_there_is_nothing_to_do():
+def test_where_both_models_agree_there_is_nothing_to_do() -> None:
     x_0, real, _ = draw(0, (2, 3))
     loss = distribution_matching_loss(x_0, real, real).loss
     loss.backward()
@@ -91,13 +93,13 @@ def test_where_both_models_agree_there_is_nothing_to_do():
     assert not x_0.grad.any()
 
 
-def test_eps_bounds_the_gradient_where_a_sample_equals_the_teachers_prediction():
+def test_eps_bounds_the_gradient_where_a_sample_equals_the_teachers_prediction() -> None:
     x_0 = torch.ones(1, 4, dtype=torch.float64, requires_grad=True)
     output = distribution_matching_loss(x_0, x_0.detach(), x_0.detach() + 1e-3, eps=1e-2)
     assert output.metrics["gradient_norm"].item() == pytest.approx(0.1)
 
 
-def test_no_gradient_reaches_the_two_models():
+def test_no_gradient_reaches_the_two_models() -> None:
     x_0, real, online = (tensor.detach().requires_grad_() for tensor in draw(0, (2, 3)))
     output = distribution_matching_loss(x_0, real, online)
     output.loss.backward()
@@ -107,7 +109,7 @@ def test_no_gradient_reaches_the_two_models():
     assert not output.metrics["gradient_norm"].requires_grad
 
 
-def test_the_module_passes_every_option_on():
+def test_the_module_passes_every_option_on() -> None:
     x_0, real, online = draw(0, (2, 3))
     expected = distribution_matching_loss(x_0, real, online, weight=3.0, eps=5.0)
     assert DistributionMatchingLoss(weight=3.0, eps=5.0)(x_0, real, online).loss == expected.loss
@@ -119,7 +121,7 @@ def test_the_module_passes_every_option_on():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @given(which=st.integers(0, 2), where=st.integers(0, 5))
-def test_a_bad_number_shows_in_the_loss(bad, which, where):
+def test_a_bad_number_shows_in_the_loss(bad: float, which: int, where: int) -> None:
     tensors = [tensor.detach() for tensor in draw(0, (2, 3))]
     tensors[which].view(-1)[where] = bad
     assert not distribution_matching_loss(*tensors).loss.isfinite()
@@ -128,7 +130,7 @@ def test_a_bad_number_shows_in_the_loss(bad, which, where):
 # --- Gradients
 
 
-def test_samples_without_gradient_are_refused_in_training_only():
+def test_samples_without_gradient_are_refused_in_training_only() -> None:
     x_0, real, online = draw(0, (2, 3))
     matching = DistributionMatchingLoss()
     with pytest.raises(ValueError, match=r"x_0 has no gradient, so its term could change nothing.*torch\.no_grad"):
@@ -155,7 +157,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("x_0", "real", "online", "error", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_input_is_refused_before_anything_happens(x_0, real, online, error, message):
+def test_wrong_input_is_refused_before_anything_happens(
+    x_0: Tensor, real: Tensor, online: Any, error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message), NoArithmetic():
         DistributionMatchingLoss()(x_0, real, online)
 
@@ -171,12 +175,12 @@ def test_wrong_input_is_refused_before_anything_happens(x_0, real, online, error
         ({"eps": math.nan}, "eps must be a finite number above 0"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DistributionMatchingLoss(**options)
     with pytest.raises(ValueError, match=message):
         distribution_matching_loss(x, x, x, **options)
 
 
-def test_repr_names_the_options():
+def test_repr_names_the_options() -> None:
     assert "weight=1.0, eps=1e-05" in repr(DistributionMatchingLoss())

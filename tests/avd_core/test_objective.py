@@ -1,4 +1,5 @@
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import pytest
@@ -32,11 +33,11 @@ class Inputs:
     target: Tensor
     timesteps: Tensor
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Tensor]:
         return (getattr(self, field.name) for field in fields(self))
 
 
-def draw(seed=0, timesteps=(1000, 522, 522)):
+def draw(seed: int = 0, timesteps: Sequence[int] = (1000, 522, 522)) -> Inputs:
     shape = (len(timesteps), 2, 3, 2, 2)
     return Inputs(
         (0.3 * randn(seed, 2, 2, 3, 2, 2)).requires_grad_(),
@@ -46,7 +47,7 @@ def draw(seed=0, timesteps=(1000, 522, 522)):
     )
 
 
-def matching(seed=0):
+def matching(seed: int = 0) -> dict[str, Tensor]:
     """A matching loss and the output that it was computed from."""
     output = randn(seed + 3, 2, 3).requires_grad_()
     return {"matching_loss": output.square().sum(), "matching_output": output}
@@ -56,7 +57,7 @@ def matching(seed=0):
 
 
 @given(seeds, st.lists(st.lists(st.sampled_from(GRID), min_size=1, max_size=3), min_size=1, max_size=4))
-def test_the_default_is_the_papers_objective(seed, batches):
+def test_the_default_is_the_papers_objective(seed: int, batches: list[list[int]]) -> None:
     objective, reference = AVDObjective(), ReferenceCache(decay=0.95)
     for step, timesteps in enumerate(batches):
         inputs = draw(seed + 10 * step, timesteps)
@@ -72,7 +73,7 @@ def test_the_default_is_the_papers_objective(seed, batches):
         assert metrics["motion/loss"].item() == pytest.approx(motion, rel=1e-9)
 
 
-def test_every_option_of_the_configuration_arrives():
+def test_every_option_of_the_configuration_arrives() -> None:
     config = AVDConfig(
         timesteps=(8, 4),
         regression=RegressionConfig(weight=1.5, sharpness=0.5, decay=0.25, order="update_first", sync_ranks=False),
@@ -92,7 +93,7 @@ def test_every_option_of_the_configuration_arrives():
 
 
 @pytest.mark.parametrize("part", ["regression", "motion"])
-def test_a_part_can_be_left_out(part):
+def test_a_part_can_be_left_out(part: str) -> None:
     inputs = draw()
     whole = AVDObjective()(*inputs)
     objective = AVDObjective(AVDConfig(**{part: None}))
@@ -103,7 +104,7 @@ def test_a_part_can_be_left_out(part):
     assert {name.split("/")[0] for name in metrics} == {other}
 
 
-def test_both_terms_reach_their_tensors_and_nothing_else():
+def test_both_terms_reach_their_tensors_and_nothing_else() -> None:
     inputs = draw()
     inputs.target.requires_grad_(False)
     objective = AVDObjective()
@@ -113,7 +114,7 @@ def test_both_terms_reach_their_tensors_and_nothing_else():
     assert inputs.prediction.grad.any()
 
 
-def test_the_names_of_metrics_and_state_are_pinned():
+def test_the_names_of_metrics_and_state_are_pinned() -> None:
     # Dashboards, callbacks and checkpoints depend on them.
     objective = AVDObjective()
     _, metrics = objective(*draw(), **matching())
@@ -139,7 +140,7 @@ def test_the_names_of_metrics_and_state_are_pinned():
     ]
 
 
-def test_a_restart_changes_nothing():
+def test_a_restart_changes_nothing() -> None:
     config = AVDConfig(gradient_ratio=0.5)
     objective, restarted = AVDObjective(config), AVDObjective(config)
     for seed in range(3):
@@ -153,7 +154,7 @@ def test_a_restart_changes_nothing():
 # --- The balance with distribution matching
 
 
-def test_the_matching_loss_is_compared_and_not_added():
+def test_the_matching_loss_is_compared_and_not_added() -> None:
     inputs = draw()
     with_matching, without = AVDObjective(), AVDObjective()
     output = with_matching(*inputs, **matching())
@@ -164,7 +165,7 @@ def test_the_matching_loss_is_compared_and_not_added():
     assert output.metrics["balance/scale"].item() == 1
 
 
-def test_a_configured_ratio_is_held_for_the_regression_alone():
+def test_a_configured_ratio_is_held_for_the_regression_alone() -> None:
     inputs = draw()
     objective = AVDObjective(AVDConfig(gradient_ratio=0.25))
     loss, metrics = objective(*inputs, **matching())
@@ -185,7 +186,7 @@ def test_a_configured_ratio_is_held_for_the_regression_alone():
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("which", ["x_0", "prediction", "target"])
 @given(where=st.integers(0, 47))
-def test_a_bad_number_shows_in_the_loss_and_never_enters_a_mean(bad, which, where):
+def test_a_bad_number_shows_in_the_loss_and_never_enters_a_mean(bad: float, which: str, where: int) -> None:
     objective = AVDObjective()
     inputs = draw(timesteps=(1000, 522))
     with torch.no_grad():
@@ -218,7 +219,9 @@ def test_a_bad_number_shows_in_the_loss_and_never_enters_a_mean(bad, which, wher
         (AVDConfig(regression=None, motion=None), [], "nothing to compute"),
     ],
 )
-def test_missing_arguments_are_named_before_anything_happens(config, missing, message):
+def test_missing_arguments_are_named_before_anything_happens(
+    config: AVDConfig, missing: list[str], message: str
+) -> None:
     objective = AVDObjective(config)
     arguments = {**vars(draw()), **matching(), **dict.fromkeys(missing)}
     with pytest.raises(ValueError, match=message), NoArithmetic():
@@ -245,7 +248,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_input_is_refused_before_anything_happens(wrong, error, message):
+def test_wrong_input_is_refused_before_anything_happens(
+    wrong: dict[str, Tensor], error: type[Exception], message: str
+) -> None:
     objective = AVDObjective()
     arguments = {**vars(draw()), **wrong}
     with pytest.raises(error, match=message), NoArithmetic():
@@ -253,14 +258,14 @@ def test_wrong_input_is_refused_before_anything_happens(wrong, error, message):
     assert_same_state(state_of(objective), state_of(AVDObjective()))
 
 
-def test_a_mistaken_unit_leaves_the_cache():
+def test_a_mistaken_unit_leaves_the_cache() -> None:
     objective = AVDObjective()
     with pytest.raises(ValueError, match="outside the cache's grid"):
         objective(**{**vars(draw()), "timesteps": torch.tensor([1.0, 0.9, 0.5])})
     assert_same_state(state_of(objective), state_of(AVDObjective()))
 
 
-def test_a_matching_output_outside_the_graph_leaves_the_cache():
+def test_a_matching_output_outside_the_graph_leaves_the_cache() -> None:
     # Detached by mistake: nothing can be measured, and the step's losses must not count twice when it is repeated.
     objective = AVDObjective()
     wrong = matching()
@@ -271,7 +276,7 @@ def test_a_matching_output_outside_the_graph_leaves_the_cache():
 
 
 @pytest.mark.parametrize(("config", "compared"), [(AVDConfig(), {}), (AVDConfig(gradient_ratio=0.5), matching())])
-def test_validation_without_gradients_works(config, compared):
+def test_validation_without_gradients_works(config: AVDConfig, compared: dict[str, Tensor]) -> None:
     objective = AVDObjective(config)
     objective(*draw(), **compared)
     before = state_of(objective)
@@ -285,7 +290,7 @@ def test_validation_without_gradients_works(config, compared):
 
 
 @given(seeds)
-def test_two_backward_passes_give_the_gradients_of_one(seed):
+def test_two_backward_passes_give_the_gradients_of_one(seed: int) -> None:
     config = AVDConfig(gradient_ratio=0.3, motion=MotionConfig(floor=-5.0))
     whole, parts = AVDObjective(config), AVDObjective(config)
     one, two = draw(seed), draw(seed)
@@ -302,7 +307,7 @@ def test_two_backward_passes_give_the_gradients_of_one(seed):
     assert_same_state(state_of(parts), state_of(whole))
 
 
-def test_a_pass_that_is_left_out_has_nothing_to_compute():
+def test_a_pass_that_is_left_out_has_nothing_to_compute() -> None:
     inputs = draw()
     with pytest.raises(ValueError, match="leaves out the motion term"):
         AVDObjective(AVDConfig(motion=None)).on_samples(inputs.x_0)
@@ -314,7 +319,7 @@ def test_a_pass_that_is_left_out_has_nothing_to_compute():
         AVDObjective().on_clips(inputs.prediction, inputs.target, inputs.timesteps, matching_loss=torch.ones(()))
 
 
-def test_a_failed_pass_over_clips_leaves_the_cache_alone():
+def test_a_failed_pass_over_clips_leaves_the_cache_alone() -> None:
     objective, inputs = AVDObjective(), draw()
     before = state_of(objective)
     with pytest.raises(ValueError, match="timesteps"):
@@ -328,7 +333,7 @@ def test_a_failed_pass_over_clips_leaves_the_cache_alone():
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("part", [None, "regression", "motion"])
-def test_the_few_steps_can_be_drawn_from(part, device):
+def test_the_few_steps_can_be_drawn_from(part: str | None, device: str) -> None:
     config = AVDConfig(timesteps=(1000, 757.3), **({part: None} if part else {}))
     timesteps = AVDObjective(config).to(device, torch.bfloat16).timesteps
     assert (timesteps.dtype, timesteps.device.type) == (torch.float32, device)
@@ -337,7 +342,7 @@ def test_the_few_steps_can_be_drawn_from(part, device):
         assert timesteps.tolist() == pytest.approx([1000, 757.3])  # no bfloat16
 
 
-def test_update_ends_the_step_of_several_forwards_and_nothing_else():
+def test_update_ends_the_step_of_several_forwards_and_nothing_else() -> None:
     one = AVDObjective(AVDConfig(regression=RegressionConfig(auto_update=False)))
     for seed in range(2):
         one(*draw(seed))
@@ -352,7 +357,7 @@ def test_update_ends_the_step_of_several_forwards_and_nothing_else():
     AVDObjective(AVDConfig(regression=None)).update()
 
 
-def test_channels_catch_a_swapped_layout():
+def test_channels_catch_a_swapped_layout() -> None:
     objective = AVDObjective(AVDConfig(regression=None, motion=MotionConfig(channels=2)))
     x_0 = draw().x_0
     objective(x_0)

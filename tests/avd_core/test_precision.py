@@ -1,17 +1,20 @@
 import pytest
 import torch
+from torch import Tensor
 
-from helpers import LOSSES, assert_same_state, state_of
+from helpers import LOSSES, Case, assert_same_state, state_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 
 @pytest.fixture(params=LOSSES)
-def case(request):
+def case(request: pytest.FixtureRequest) -> Case:
     return LOSSES[request.param]
 
 
-def run(case, dtype, *, calls=3, double=False, autocast=False):
+def run(
+    case: Case, dtype: torch.dtype, *, calls: int = 3, double: bool = False, autocast: bool = False
+) -> tuple[Tensor, tuple[Tensor, ...], dict[str, Tensor], dict[str, Tensor]]:
     """Loss, gradients, metrics and state after some calls; ``double`` computes on the same numbers in float64."""
     module = case.make()
     for seed in range(calls):
@@ -27,7 +30,7 @@ def run(case, dtype, *, calls=3, double=False, autocast=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_loss_is_float32_at_least_and_the_gradient_has_the_inputs_dtype(case, dtype):
+def test_the_loss_is_float32_at_least_and_the_gradient_has_the_inputs_dtype(case: Case, dtype: torch.dtype) -> None:
     loss, gradients, metrics, _ = run(case, dtype)
     expected = torch.promote_types(dtype, torch.float32)
     assert loss.dtype == expected
@@ -37,7 +40,7 @@ def test_the_loss_is_float32_at_least_and_the_gradient_has_the_inputs_dtype(case
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_value_and_gradient_are_close_to_float64(case, dtype):
+def test_value_and_gradient_are_close_to_float64(case: Case, dtype: torch.dtype) -> None:
     loss, gradients, _, _ = run(case, dtype)
     exact, exact_gradients, _, _ = run(case, dtype, double=True)
     # The inputs' own rounding aside, everything is computed in float32; only the gradient is rounded once at the end.
@@ -48,7 +51,7 @@ def test_value_and_gradient_are_close_to_float64(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_autocast_changes_nothing(case, dtype):
+def test_autocast_changes_nothing(case: Case, dtype: torch.dtype) -> None:
     plain, autocast = run(case, dtype), run(case, dtype, autocast=True)
     assert torch.equal(autocast[0], plain[0])
     assert_same_state(autocast[1:], plain[1:])

@@ -55,14 +55,14 @@ PUBLIC = [
 MODULES = [name for _, name, _ in pkgutil.walk_packages(avd_core.__path__, "avd_core.")]
 
 
-def test_the_public_names_are_these():
+def test_the_public_names_are_these() -> None:
     # A name that goes or changes breaks somebody's training loop: think, then change the list.
     assert sorted(avd_core.__all__) == PUBLIC
     assert all(hasattr(avd_core, name) for name in PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_every_public_name_is_documented_where_it_is_defined(name):
+def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
     value = getattr(avd_core, name)
     assert value.__module__.startswith("avd_core.")
     # Its own docstring, not one that it inherits.
@@ -91,7 +91,7 @@ def test_every_public_name_is_documented_where_it_is_defined(name):
         ("NonFiniteGuard", "max_consecutive * name sync_ranks process_group"),
     ],
 )
-def test_names_and_order_of_arguments_are_pinned(function, parameters):
+def test_names_and_order_of_arguments_are_pinned(function: str, parameters: str) -> None:
     pinned = parameters.split()
     keyword_only = len(pinned)
     if "*" in pinned:
@@ -110,7 +110,7 @@ def test_names_and_order_of_arguments_are_pinned(function, parameters):
         ("BalanceConfig", ("GradientBalance",)),
     ],
 )
-def test_an_option_has_one_default_and_one_order_everywhere(config, parts):
+def test_an_option_has_one_default_and_one_order_everywhere(config: str, parts: tuple[str, ...]) -> None:
     config = getattr(avd_core, config)()
     options = {}
     for part in parts:
@@ -125,7 +125,7 @@ def test_an_option_has_one_default_and_one_order_everywhere(config, parts):
     assert list(configured) == list(options)
 
 
-def test_ranks_are_synchronised_by_default_everywhere():
+def test_ranks_are_synchronised_by_default_everywhere() -> None:
     names = set(avd_core.__all__) - {"NonFiniteError"}  # an exception, which has no signature
     signatures = {name: inspect.signature(getattr(avd_core, name)).parameters for name in names}
     defaults = {name: p["sync_ranks"].default for name, p in signatures.items() if "sync_ranks" in p}
@@ -133,13 +133,13 @@ def test_ranks_are_synchronised_by_default_everywhere():
     assert set(defaults.values()) == {True}
 
 
-def test_a_loss_unpacks_into_value_and_metrics():
+def test_a_loss_unpacks_into_value_and_metrics() -> None:
     loss, metrics = avd_core.temporal_variance(torch.randn(1, 2, 3, 1, 1)), {}
     assert avd_core.LossOutput(loss, metrics) == (loss, metrics)
     assert avd_core.LossOutput._fields == ("loss", "metrics")
 
 
-def test_scalars_are_means_as_python_numbers():
+def test_scalars_are_means_as_python_numbers() -> None:
     metrics = {
         "weights": torch.tensor([1.0, 2.0, 6.0]),
         "variance": torch.tensor(0.5, dtype=torch.float64),
@@ -154,13 +154,13 @@ def test_scalars_are_means_as_python_numbers():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_scalars_of_every_loss_go_to_a_logger(name):
+def test_the_scalars_of_every_loss_go_to_a_logger(name: str) -> None:
     scalars = LOSSES[name].make()(*LOSSES[name].inputs(0, torch.float32)).scalars()
     assert scalars
     assert json.loads(json.dumps(scalars)) == scalars
 
 
-def test_importing_the_package_imports_none_of_the_extras():
+def test_importing_the_package_imports_none_of_the_extras() -> None:
     code = (
         "import sys, avd_core\n"
         "roots = {name.partition('.')[0] for name in sys.modules}\n"
@@ -173,12 +173,12 @@ def test_importing_the_package_imports_none_of_the_extras():
     assert result.stdout.strip() == "[] True"
 
 
-def test_the_package_is_typed():
+def test_the_package_is_typed() -> None:
     assert (Path(avd_core.__file__).parent / "py.typed").exists()
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings_run(name):
+def test_examples_in_docstrings_run(name: str) -> None:
     module = importlib.import_module(name)
     examples = sum(len(test.examples) for test in doctest.DocTestFinder().find(module, name))
     results = doctest.testmod(module, extraglobs={"torch": torch})
@@ -186,6 +186,6 @@ def test_examples_in_docstrings_run(name):
     assert results.attempted == examples
 
 
-def test_every_loss_has_an_example():
+def test_every_loss_has_an_example() -> None:
     for name in ("AVDObjective", "AdaptiveRegressionLoss", "ClippedTemporalVarianceLoss", "DistributionMatchingLoss"):
         assert doctest.DocTestFinder(recurse=False).find(getattr(avd_core, name), name)[0].examples

@@ -1,10 +1,12 @@
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import (
     FlowMatchingSchedule,
@@ -23,24 +25,31 @@ frame_counts = st.integers(2, 40)
 rates_of_four = st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 1), (2, 2, 1, 1), (2, 2, 2, 2), (4, 2, 1, 1), (8, 4, 4, 1)])
 
 
-def denoise(x_t, timesteps):
+def denoise(x_t: Tensor, timesteps: Tensor) -> Tensor:
     """A made-up denoiser in which frames, places and timesteps matter."""
     neighbours = x_t.roll(1, dims=2) - 0.5 * x_t.flip(2)
     return torch.tanh(x_t + 0.3 * neighbours) * (1 - timesteps.to(x_t.dtype) / 1500).view(-1, 1, 1, 1, 1)
 
 
-def generator(seed=0):
+def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def sample(noise, rates=None, half_rate_steps=2, interpolator=interpolate_linearly, seed=0, **options):
+def sample(
+    noise: Tensor,
+    rates: Sequence[int] | None = None,
+    half_rate_steps: int = 2,
+    interpolator: Any = interpolate_linearly,
+    seed: int = 0,
+    **options: Any,
+) -> Tensor:
     sampler = HalfRateInterpolationSampler(
         options.pop("denoiser", denoise), interpolator, GRID, half_rate_steps, rates=rates, **options
     )
     return sampler(noise, generator(seed))
 
 
-def plain_few_step_sampler(noise, draws):
+def plain_few_step_sampler(noise: Tensor, draws: torch.Generator) -> Tensor:
     """DMD's: predict x_0, noise it to the next step, repeat."""
     x_t = noise
     for current, following in pairwise(GRID):
@@ -50,18 +59,18 @@ def plain_few_step_sampler(noise, draws):
     return denoise(x_t, torch.full((len(noise),), float(GRID[-1])))
 
 
-def halved(places):
+def halved(places: list[int]) -> list[int]:
     return sorted({*places[::2], places[-1]})
 
 
-def at_rate(frames, rate):
+def at_rate(frames: int, rate: int) -> list[int]:
     places = list(range(frames))
     for _ in range(rate.bit_length() - 1):
         places = halved(places)
     return places
 
 
-def reference_half_rate_sampler(noise, rates, draws):
+def reference_half_rate_sampler(noise: Tensor, rates: tuple[int, ...], draws: torch.Generator) -> Tensor:
     """Frame by frame over dictionaries from place to frame."""
     frames = noise.shape[2]
     x_t = {place: noise[:, :, place] for place in at_rate(frames, rates[0])}
@@ -89,34 +98,34 @@ def reference_half_rate_sampler(noise, rates, draws):
 
 
 @given(st.integers(0, 2**20), frame_counts)
-def test_without_half_rate_steps_it_is_the_plain_few_step_sampler(seed, frames):
+def test_without_half_rate_steps_it_is_the_plain_few_step_sampler(seed: int, frames: int) -> None:
     noise = randn(seed, 2, 3, frames, 4, 4)
     result = sample(noise, half_rate_steps=0, interpolator=None, seed=seed)
     torch.testing.assert_close(result, plain_few_step_sampler(noise, generator(seed)), rtol=1e-6, atol=1e-6)
 
 
-def test_one_frame_is_sampled_by_the_plain_sampler():
+def test_one_frame_is_sampled_by_the_plain_sampler() -> None:
     noise = randn(0, 2, 3, 1, 4, 4)
     result = sample(noise, half_rate_steps=0, interpolator=None)
     torch.testing.assert_close(result, plain_few_step_sampler(noise, generator()), rtol=1e-6, atol=1e-6)
 
 
 @given(st.integers(0, 2**20), frame_counts, rates_of_four)
-def test_it_equals_a_sampler_that_goes_frame_by_frame(seed, frames, rates):
+def test_it_equals_a_sampler_that_goes_frame_by_frame(seed: int, frames: int, rates: tuple[int, ...]) -> None:
     noise = randn(seed, 1, 2, frames, 2, 2)
     result = sample(noise, rates, seed=seed)
     assert result.shape == noise.shape
     torch.testing.assert_close(result, reference_half_rate_sampler(noise, rates, generator(seed)), rtol=1e-6, atol=1e-6)
 
 
-def test_half_rate_steps_are_rates_of_two():
+def test_half_rate_steps_are_rates_of_two() -> None:
     noise = randn(0, 2, 3, 9, 4, 4)
     assert torch.equal(sample(noise, half_rate_steps=2), sample(noise, (2, 2, 1, 1)))
     assert not torch.equal(sample(noise, half_rate_steps=2), sample(noise, half_rate_steps=1))
 
 
 @pytest.mark.parametrize("grid", [(1000,), (900, 300), tuple(range(1000, 0, -100))])
-def test_any_number_of_steps(grid):
+def test_any_number_of_steps(grid: tuple[int, ...]) -> None:
     noise = randn(0, 1, 2, 9, 4, 4)
     for half in (0, 1, len(grid)):
         result = HalfRateInterpolationSampler(denoise, interpolate_linearly, grid, half)(noise)
@@ -124,17 +133,17 @@ def test_any_number_of_steps(grid):
         assert result.isfinite().all()
 
 
-def test_the_paper_is_the_default():
+def test_the_paper_is_the_default() -> None:
     sampler = HalfRateInterpolationSampler(denoise, interpolate_linearly)
     assert sampler.timesteps == (1000, 900, 757, 522)
     assert sampler.rates == (2, 2, 1, 1)
 
 
-def test_clips_of_one_colour_come_through_unchanged():
+def test_clips_of_one_colour_come_through_unchanged() -> None:
     """Where nothing moves, half rate loses nothing."""
     still = randn(0, 2, 3, 1, 4, 4)
 
-    def knows(x_t, timesteps):
+    def knows(x_t: Tensor, timesteps: Tensor) -> Tensor:
         return still.expand_as(x_t)
 
     result = sample(randn(1, 2, 3, 8, 4, 4), denoiser=knows)
@@ -145,7 +154,7 @@ def test_clips_of_one_colour_come_through_unchanged():
 
 
 @given(st.integers(1, 200), st.sampled_from([1, 2, 4, 8, 16]))
-def test_every_second_frame_and_the_last_are_kept(frames, rate):
+def test_every_second_frame_and_the_last_are_kept(frames: int, rate: int) -> None:
     kept = kept_frames(frames, rate)
     assert kept == at_rate(frames, rate)
     assert (kept[0], kept[-1]) == (0, frames - 1)
@@ -155,14 +164,14 @@ def test_every_second_frame_and_the_last_are_kept(frames, rate):
     assert len(kept) == length
 
 
-def test_wan_lengths():
+def test_wan_lengths() -> None:
     assert len(kept_frames(21, 2)) == 11
     assert len(kept_frames(20, 2)) == 11
     assert len(kept_frames(21, 4)) == 6
 
 
 @given(st.integers(0, 2**20), frame_counts, st.sampled_from([(2, 1), (4, 2), (4, 1), (8, 2), (8, 1)]))
-def test_raising_the_rate_keeps_frames_bit_for_bit(seed, frames, rates):
+def test_raising_the_rate_keeps_frames_bit_for_bit(seed: int, frames: int, rates: tuple[int, int]) -> None:
     rate, target = rates
     kept, wanted = kept_frames(frames, rate), kept_frames(frames, target)
     x_0 = randn(seed, 1, 2, len(kept), 2, 2)
@@ -172,7 +181,7 @@ def test_raising_the_rate_keeps_frames_bit_for_bit(seed, frames, rates):
 
 
 @pytest.mark.parametrize(("frames", "rates"), [(2, (2, 2, 1, 1)), (3, (4, 2, 1, 1)), (4, (8, 4, 2, 1))])
-def test_clips_too_short_to_leave_frames_out_need_no_interpolation(frames, rates):
+def test_clips_too_short_to_leave_frames_out_need_no_interpolation(frames: int, rates: tuple[int, ...]) -> None:
     """The network refuses a single frame, so it must not be asked for what lies between one."""
     noise = randn(0, 1, 8, frames, 4, 4)
     result = sample(noise, rates, interpolator=LatentFrameInterpolator(8))
@@ -180,16 +189,16 @@ def test_clips_too_short_to_leave_frames_out_need_no_interpolation(frames, rates
 
 
 @given(frame_counts)
-def test_a_steady_motion_is_restored_exactly(frames):
+def test_a_steady_motion_is_restored_exactly(frames: int) -> None:
     """Linear interpolation of what moves evenly; the unevenly spaced last pair of even counts needs no insertion."""
     x_0 = torch.arange(frames, dtype=torch.float64).view(1, 1, frames, 1, 1)
     assert torch.equal(raise_frame_rate(x_0[:, :, kept_frames(frames, 2)], interpolate_linearly, frames, 2, 1), x_0)
 
 
-def test_the_denoiser_runs_on_fewer_frames():
+def test_the_denoiser_runs_on_fewer_frames() -> None:
     seen = []
 
-    def counting(x_t, timesteps):
+    def counting(x_t: Tensor, timesteps: Tensor) -> Tensor:
         seen.append((x_t.shape[2], timesteps.tolist()))
         return denoise(x_t, timesteps)
 
@@ -197,12 +206,12 @@ def test_the_denoiser_runs_on_fewer_frames():
     assert seen == [(6, [1000.0]), (11, [900.0]), (21, [757.0]), (21, [522.0])]
 
 
-def test_every_step_starts_from_the_same_noise_at_any_rate():
+def test_every_step_starts_from_the_same_noise_at_any_rate() -> None:
     """What is left at t=1000 is noise alone, so the denoiser sees the full-rate noise at the places that it keeps."""
     seen = {}
 
-    def watching(rates):
-        def run(x_t, timesteps):
+    def watching(rates: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
+        def run(x_t: Tensor, timesteps: Tensor) -> Tensor:
             seen.setdefault(rates, []).append(x_t)
             return torch.zeros_like(x_t)
 
@@ -215,10 +224,10 @@ def test_every_step_starts_from_the_same_noise_at_any_rate():
         assert torch.equal(full[:, :, ::2] if step < 2 else full, half)
 
 
-def test_positions_are_told_only_when_asked_for():
+def test_positions_are_told_only_when_asked_for() -> None:
     told = []
 
-    def placing(x_t, timesteps, frame_positions=None):
+    def placing(x_t: Tensor, timesteps: Tensor, frame_positions: list[int] | None = None) -> Tensor:
         told.append(frame_positions)
         return denoise(x_t, timesteps)
 
@@ -233,7 +242,7 @@ def test_positions_are_told_only_when_asked_for():
 # --- Randomness, conditioning, callbacks
 
 
-def test_a_seeded_generator_decides_everything():
+def test_a_seeded_generator_decides_everything() -> None:
     noise = randn(0, 2, 3, 9, 4, 4)
     torch.manual_seed(1)
     first = sample(noise, seed=5)
@@ -242,7 +251,7 @@ def test_a_seeded_generator_decides_everything():
     assert not torch.equal(first, sample(noise, seed=6))
 
 
-def test_without_a_generator_the_global_one_draws():
+def test_without_a_generator_the_global_one_draws() -> None:
     noise, sampler = randn(0, 1, 2, 5, 2, 2), HalfRateInterpolationSampler(denoise, interpolate_linearly)
     torch.manual_seed(1)
     first = sampler(noise)
@@ -251,7 +260,7 @@ def test_without_a_generator_the_global_one_draws():
     assert not torch.equal(first, sampler(noise))
 
 
-def test_with_a_generator_each_a_sample_does_not_depend_on_its_batch():
+def test_with_a_generator_each_a_sample_does_not_depend_on_its_batch() -> None:
     noise = randn(0, 3, 2, 8, 4, 4)
     sampler = HalfRateInterpolationSampler(denoise, interpolate_linearly)
     together = sampler(noise, [generator(seed) for seed in range(3)])
@@ -260,10 +269,10 @@ def test_with_a_generator_each_a_sample_does_not_depend_on_its_batch():
         torch.testing.assert_close(together[row : row + 1], alone)
 
 
-def test_conditioning_reaches_every_step():
+def test_conditioning_reaches_every_step() -> None:
     given_ = []
 
-    def conditioned(x_t, timesteps, text, scale=1.0):
+    def conditioned(x_t: Tensor, timesteps: Tensor, text: str, scale: float = 1.0) -> Tensor:
         given_.append((text, scale))
         return scale * denoise(x_t, timesteps)
 
@@ -272,7 +281,7 @@ def test_conditioning_reaches_every_step():
     assert given_ == [("a cat", 0.5)] * 4
 
 
-def test_a_callback_sees_each_step():
+def test_a_callback_sees_each_step() -> None:
     steps = []
     noise = randn(0, 1, 2, 21, 4, 4)
     result = sample(noise, on_step=steps.append)
@@ -282,18 +291,18 @@ def test_a_callback_sees_each_step():
     assert torch.equal(steps[-1].x_0, result)
 
 
-def test_nothing_keeps_a_graph():
+def test_nothing_keeps_a_graph() -> None:
     model = nn.Conv3d(2, 2, 1)
     result = sample(randn(0, 1, 2, 5, 2, 2).float(), denoiser=lambda x_t, timesteps: model(x_t))
     assert not result.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_sample_has_the_dtype_of_the_noise(dtype):
+def test_the_sample_has_the_dtype_of_the_noise(dtype: torch.dtype) -> None:
     """Also where the model and the interpolator give others, and timesteps are told exactly."""
     told = []
 
-    def mixed(x_t, timesteps):
+    def mixed(x_t: Tensor, timesteps: Tensor) -> Tensor:
         told.extend(timesteps.tolist())
         return denoise(x_t, timesteps).bfloat16()
 
@@ -303,11 +312,11 @@ def test_the_sample_has_the_dtype_of_the_noise(dtype):
     assert told == [float(t) for t in GRID]
 
 
-def test_noise_between_steps_has_the_right_share():
+def test_noise_between_steps_has_the_right_share() -> None:
     """With a denoiser that says nothing, what goes into a step is noise of its sigma."""
     inputs = []
 
-    def zero(x_t, timesteps):
+    def zero(x_t: Tensor, timesteps: Tensor) -> Tensor:
         inputs.append(x_t)
         return torch.zeros_like(x_t)
 
@@ -336,12 +345,12 @@ def test_noise_between_steps_has_the_right_share():
         ({"positions": "absolute"}, "consecutive"),
     ],
 )
-def test_wrong_options_are_refused(options, message):
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HalfRateInterpolationSampler(denoise, interpolate_linearly, **options)
 
 
-def never(*args, **kwargs):
+def never(*args: object, **kwargs: object) -> None:
     raise AssertionError("work began")
 
 
@@ -355,12 +364,12 @@ def never(*args, **kwargs):
         ((0, 16, 9, 8, 8), "none of them 0"),
     ],
 )
-def test_noise_that_cannot_be_used_is_refused_before_work_starts(shape, message):
+def test_noise_that_cannot_be_used_is_refused_before_work_starts(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         HalfRateInterpolationSampler(never, LatentFrameInterpolator(16))(torch.randn(shape))
 
 
-def test_other_wrong_input_is_refused():
+def test_other_wrong_input_is_refused() -> None:
     sampler = HalfRateInterpolationSampler(never, interpolate_linearly)
     noise = torch.randn(2, 3, 9, 4, 4)
     with pytest.raises(TypeError, match="floating"):
@@ -373,7 +382,7 @@ def test_other_wrong_input_is_refused():
         sample(noise, interpolator=lambda x: x)
 
 
-def test_frames_and_rates_that_do_not_fit_are_refused():
+def test_frames_and_rates_that_do_not_fit_are_refused() -> None:
     x_0 = torch.randn(1, 2, 5, 2, 2)
     for rate in (0, 3, -2):
         with pytest.raises(ValueError, match="power of two"):
@@ -387,12 +396,12 @@ def test_frames_and_rates_that_do_not_fit_are_refused():
             raise_frame_rate(x_0, interpolate_linearly, 9, 2, target)
 
 
-def test_step_rates():
+def test_step_rates() -> None:
     assert step_rates(4) == (2, 2, 1, 1)
     assert step_rates(3, 0) == (1, 1, 1)
     assert step_rates(3, rates=[4, 4, 2]) == (4, 4, 2)
 
 
-def test_repeated_frames_are_an_interpolator_too():
+def test_repeated_frames_are_an_interpolator_too() -> None:
     noise = randn(0, 1, 2, 8, 4, 4)
     assert not torch.equal(sample(noise, interpolator=repeat_frames), sample(noise))

@@ -1,9 +1,12 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_timesteps, standard_guidance_scale
 from helpers import NoArithmetic, randn
@@ -12,7 +15,7 @@ seeds = st.integers(0, 2**32 - 1)
 timesteps = st.lists(st.floats(1, 1000), min_size=1, max_size=4).map(lambda t: torch.tensor(t, dtype=torch.float64))
 
 
-def draw(seed, batch):
+def draw(seed: int, batch: int) -> tuple[Tensor, Tensor]:
     """x_0 and noise."""
     return randn(seed, batch, 2, 3), randn(seed + 1, batch, 2, 3)
 
@@ -21,7 +24,7 @@ def draw(seed, batch):
 
 
 @given(seeds, timesteps)
-def test_noised_samples_lie_on_the_straight_line(seed, t):
+def test_noised_samples_lie_on_the_straight_line(seed: int, t: Tensor) -> None:
     x_0, noise = draw(seed, len(t))
     x_t = FlowMatchingSchedule().add_noise(x_0, noise, t)
     for b, timestep in enumerate(t.tolist()):
@@ -31,7 +34,7 @@ def test_noised_samples_lie_on_the_straight_line(seed, t):
 
 
 @given(seeds, timesteps)
-def test_noise_velocity_and_x_0_convert_into_each_other(seed, t):
+def test_noise_velocity_and_x_0_convert_into_each_other(seed: int, t: Tensor) -> None:
     schedule = FlowMatchingSchedule()
     x_0, noise = draw(seed, len(t))
     x_t, velocity = schedule.add_noise(x_0, noise, t), schedule.velocity(x_0, noise)
@@ -39,25 +42,25 @@ def test_noise_velocity_and_x_0_convert_into_each_other(seed, t):
     torch.testing.assert_close(schedule.x_0_to_velocity(x_0, x_t, t), velocity, rtol=1e-6, atol=1e-9)
 
 
-def test_the_ends_are_clean_and_pure_noise():
+def test_the_ends_are_clean_and_pure_noise() -> None:
     schedule = FlowMatchingSchedule()
     x_0, noise = draw(0, 2)
     assert torch.equal(schedule.add_noise(x_0, noise, torch.tensor([0, 0])), x_0)
     assert torch.equal(schedule.add_noise(x_0, noise, torch.tensor([1000, 1000])), noise)
 
 
-def test_velocity_points_from_clean_to_noise():
+def test_velocity_points_from_clean_to_noise() -> None:
     x_0, noise = torch.zeros(1, 2), torch.ones(1, 2)
     assert torch.equal(FlowMatchingSchedule().velocity(x_0, noise), torch.ones(1, 2))
 
 
-def test_at_the_clean_end_x_0_says_nothing_about_the_velocity():
+def test_at_the_clean_end_x_0_says_nothing_about_the_velocity() -> None:
     x_0, _ = draw(0, 1)
     assert not FlowMatchingSchedule().x_0_to_velocity(x_0, x_0 + 1, torch.tensor([0])).isfinite().any()
 
 
 @given(seeds, st.floats(0.01, 1))
-def test_time_may_be_counted_in_another_unit(seed, sigma):
+def test_time_may_be_counted_in_another_unit(seed: int, sigma: float) -> None:
     x_0, noise = draw(seed, 1)
     by_sigma = FlowMatchingSchedule(1).add_noise(x_0, noise, torch.tensor([sigma], dtype=torch.float64))
     by_step = FlowMatchingSchedule(1000).add_noise(x_0, noise, torch.tensor([1000 * sigma], dtype=torch.float64))
@@ -66,7 +69,7 @@ def test_time_may_be_counted_in_another_unit(seed, sigma):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("timestep_dtype", [torch.int64, torch.float32])
-def test_results_have_the_dtype_of_the_samples(dtype, timestep_dtype):
+def test_results_have_the_dtype_of_the_samples(dtype: torch.dtype, timestep_dtype: torch.dtype) -> None:
     schedule, t = FlowMatchingSchedule(), torch.tensor([757, 522], dtype=timestep_dtype)
     x_0, noise = (tensor.to(dtype) for tensor in draw(0, 2))
     x_t = schedule.add_noise(x_0, noise, t)
@@ -74,7 +77,7 @@ def test_results_have_the_dtype_of_the_samples(dtype, timestep_dtype):
         assert result.dtype == dtype
 
 
-def test_sigma_is_not_rounded_to_the_samples_precision():
+def test_sigma_is_not_rounded_to_the_samples_precision() -> None:
     # 0.757 would be 0.7578 in bfloat16; with noise 1 and x_0 0 the result is sigma, rounded once.
     schedule, like = FlowMatchingSchedule(), torch.zeros(1, 2, 3, dtype=torch.bfloat16)
     sigma = schedule.sigma(torch.tensor([757]), like)
@@ -84,7 +87,7 @@ def test_sigma_is_not_rounded_to_the_samples_precision():
     assert big[0, 0, 0].item() == pytest.approx(194 - 0.757 * 256, rel=2**-8)
 
 
-def test_integer_timesteps_divide_to_fractions():
+def test_integer_timesteps_divide_to_fractions() -> None:
     sigma = FlowMatchingSchedule().sigma(torch.tensor([1000, 522]), torch.zeros(2, 1))
     assert sigma.flatten().tolist() == pytest.approx([1.0, 0.522])
 
@@ -96,20 +99,20 @@ sigmas = st.floats(0, 1)
 
 
 @given(sigmas, shifts)
-def test_shift_is_the_published_formula(sigma, shift):
+def test_shift_is_the_published_formula(sigma: float, shift: float) -> None:
     shifted = shift_timesteps(torch.tensor(1000 * sigma, dtype=torch.float64), shift).item()
     assert shifted == pytest.approx(1000 * shift * sigma / (1 + (shift - 1) * sigma), rel=1e-9, abs=1e-9)
 
 
 @given(sigmas, shifts, shifts)
-def test_shifts_compose_by_multiplication(sigma, first, second):
+def test_shifts_compose_by_multiplication(sigma: float, first: float, second: float) -> None:
     t = torch.tensor(1000 * sigma, dtype=torch.float64)
     twice = shift_timesteps(shift_timesteps(t, first), second)
     torch.testing.assert_close(twice, shift_timesteps(t, first * second), rtol=1e-9, atol=1e-9)
 
 
 @given(st.lists(st.floats(0, 1000), min_size=2, max_size=6, unique=True).map(sorted), shifts)
-def test_shift_keeps_the_ends_and_the_order(t, shift):
+def test_shift_keeps_the_ends_and_the_order(t: list[float], shift: float) -> None:
     t = torch.tensor([0.0, *t, 1000.0], dtype=torch.float64)
     shifted = shift_timesteps(t, shift)
     assert shifted[0] == 0
@@ -119,13 +122,13 @@ def test_shift_keeps_the_ends_and_the_order(t, shift):
     assert ((shifted - t) * (shift - 1) >= -1e-9).all()
 
 
-def test_shift_gives_the_few_step_grid():
+def test_shift_gives_the_few_step_grid() -> None:
     # The even grid 1000, 750, 500, 250 at shift 5 in the unit of sigma, 1 for pure noise.
     shifted = shift_timesteps(torch.tensor([1.0, 0.75, 0.5, 0.25]), 5.0, num_train_timesteps=1)
     assert shifted.tolist() == pytest.approx([1.0, 0.9375, 5 / 6, 0.625])
 
 
-def test_shift_one_changes_nothing_and_keeps_shape_and_dtype():
+def test_shift_one_changes_nothing_and_keeps_shape_and_dtype() -> None:
     t = torch.tensor([[1000.0, 522.0]], dtype=torch.float32)
     shifted = shift_timesteps(t, 1.0)
     assert shifted.dtype == t.dtype
@@ -135,14 +138,14 @@ def test_shift_one_changes_nothing_and_keeps_shape_and_dtype():
 # --- Guidance
 
 
-def test_guidance_one_is_conditional_and_zero_unconditional():
+def test_guidance_one_is_conditional_and_zero_unconditional() -> None:
     conditional, unconditional = draw(0, 1)
     torch.testing.assert_close(classifier_free_guidance(conditional, unconditional, 1.0), conditional)
     assert torch.equal(classifier_free_guidance(conditional, unconditional, 0.0), unconditional)
 
 
 @given(seeds, st.floats(-2, 10))
-def test_the_additive_form_is_one_less(seed, g):
+def test_the_additive_form_is_one_less(seed: int, g: float) -> None:
     conditional, unconditional = draw(seed, 1)
     additive = conditional + g * (conditional - unconditional)
     scale = standard_guidance_scale(g)
@@ -191,7 +194,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("call", "error", "message"), WRONG.values(), ids=WRONG)
-def test_wrong_input_is_refused_before_anything_happens(call, error, message):
+def test_wrong_input_is_refused_before_anything_happens(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     operands = [x.clone(), t.clone()]
     with pytest.raises(error, match=message):
         call()
@@ -199,7 +204,7 @@ def test_wrong_input_is_refused_before_anything_happens(call, error, message):
     assert torch.equal(operands[1], t)
 
 
-def test_wrong_shapes_are_refused_before_any_arithmetic():
+def test_wrong_shapes_are_refused_before_any_arithmetic() -> None:
     wrong = x[:1]
     with pytest.raises(ValueError, match="same shape"), NoArithmetic():
         schedule.add_noise(x, wrong, t)

@@ -4,7 +4,9 @@ import pickletools
 import re
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -12,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_integrations import rectified_flow
@@ -28,48 +30,48 @@ SCALES = (0.2, 1.0)  # of generated clips in the micro-batches of a step: with a
 
 
 @pytest.fixture(autouse=True)
-def fresh_state():
+def fresh_state() -> Iterator[None]:
     """An Accelerator's state is global."""
     forget()
     yield
     forget()
 
 
-def forget():
+def forget() -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 class Student(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Conv3d(4, 4, 1)
         self.calls = []
 
-    def forward(self, x_t, times, text):
+    def forward(self, x_t: Tensor, times: Tensor, text: list[str]) -> Tensor:
         assert text == ["one", "two"]
         output = self.layer(x_t * (1 + times.view(-1, 1, 1, 1, 1) / 1000))
         self.calls.append((x_t.detach(), times.tolist(), output.detach()))
         return output
 
 
-def trained():
+def trained() -> tuple[Student, torch.optim.Optimizer]:
     student = Student()
     return student, torch.optim.SGD(student.parameters(), lr=0.1)
 
 
-def clips_of(position, rank):
+def clips_of(position: int, rank: int) -> Tensor:
     return torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(10 * position + rank))
 
 
-def generated(student, noise, micro_batch):
+def generated(student: nn.Module, noise: Tensor, micro_batch: int) -> Tensor:
     return SCALES[micro_batch % ROUNDS] * (noise - student(noise, torch.full((2,), 1000.0), ["one", "two"]))
 
 
 class Run:
     """A distiller in a few lines: its loss pulls generated clips to zero."""
 
-    def __init__(self, precision="no"):
+    def __init__(self, precision: str = "no") -> None:
         self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=ROUNDS, mixed_precision=precision)
         set_seed(3)
         self.raw, optimizer = trained()
@@ -81,7 +83,7 @@ class Run:
         self.cache = self.terms.objective.regression.cache
         self.losses, self.seen, self.noise, self.position = [], [], [], 0
 
-    def step(self):
+    def step(self) -> None:
         for _ in range(ROUNDS):
             student = self.scope["student"]
             clips = clips_of(self.position, self.accelerator.process_index)
@@ -102,11 +104,13 @@ class Run:
             self.noise.append(noise)
             self.seen.append((clips, self.raw.calls[-1], x_0.detach()))
 
-    def state(self):
+    def state(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.terms.state_dict().items()}
 
 
-def regression_by_hand(clips, call):
+def regression_by_hand(
+    clips: Tensor, call: tuple[Tensor, list[float], Tensor]
+) -> tuple[list[float], list[Any], list[Any]]:
     """``(times, velocities, targets)``, the noise found from what the student saw."""
     x_t, times, output = call
     sigma = torch.tensor(times).view(-1, 1, 1, 1, 1) / 1000
@@ -114,13 +118,13 @@ def regression_by_hand(clips, call):
     return times, output.float().tolist(), (noise - clips).tolist()
 
 
-def pairs_by_hand(seen):
+def pairs_by_hand(seen: tuple[Any, ...]) -> list[tuple[float, float]]:
     """``(time, loss)`` of every sample of a micro-batch."""
     times, velocities, targets = regression_by_hand(*seen[:2])
     return list(zip(times, sample_losses(velocities, targets), strict=True))
 
 
-def motion_gradient(x_0):
+def motion_gradient(x_0: Tensor) -> Tensor:
     """Of the motion term with respect to the samples."""
     differences = central_differences(
         lambda values: reference_motion(torch.tensor(values, dtype=torch.float64).view_as(x_0).tolist()),
@@ -129,17 +133,17 @@ def motion_gradient(x_0):
     return torch.tensor(differences).view_as(x_0)
 
 
-def means_by_hand(cache):
+def means_by_hand(cache: ReferenceCache) -> list[float]:
     return [cache.means.get(float(t), 0.0) for t in (1000, 750, 500, 250)]
 
 
-def test_the_lines_are_few():
+def test_the_lines_are_few() -> None:
     lines = [line for line in (SETUP + BODY).splitlines() if line]
     assert len(lines) <= 10
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_the_lines_of_the_page_add_both_terms(precision):
+def test_the_lines_of_the_page_add_both_terms(precision: str) -> None:
     run = Run(precision)
     start = [p.detach().clone() for p in run.raw.parameters()]
     for _ in range(STEPS):
@@ -163,7 +167,7 @@ def test_the_lines_of_the_page_add_both_terms(precision):
     assert run.raw.calls[-1][2].dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
-def test_the_gradient_is_that_of_the_mean_over_micro_batches():
+def test_the_gradient_is_that_of_the_mean_over_micro_batches() -> None:
     """accelerate divides a loss by the number of micro-batches: nothing here may do so again."""
     run = Run()
     run.step()
@@ -183,7 +187,7 @@ def test_the_gradient_is_that_of_the_mean_over_micro_batches():
         torch.testing.assert_close(moved, start - 0.1 * start.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_goes_on_from_save_state(tmp_path):
+def test_a_run_goes_on_from_save_state(tmp_path: Path) -> None:
     run = Run()
     for step in range(STEPS):
         if step == STEPS // 2:
@@ -202,7 +206,7 @@ def test_a_run_goes_on_from_save_state(tmp_path):
     assert run.cache.seen.any()
 
 
-def test_the_checkpoint_has_tensors_and_no_class_of_ours(tmp_path):
+def test_the_checkpoint_has_tensors_and_no_class_of_ours(tmp_path: Path) -> None:
     run = Run()
     run.step()
     run.accelerator.save_state(str(tmp_path))
@@ -215,7 +219,7 @@ def test_the_checkpoint_has_tensors_and_no_class_of_ours(tmp_path):
     assert_same_state(dict(torch.load(path, weights_only=True)), run.state())
 
 
-def test_a_cache_of_other_steps_is_refused(tmp_path):
+def test_a_cache_of_other_steps_is_refused(tmp_path: Path) -> None:
     run = Run()
     run.accelerator.save_state(str(tmp_path))
     forget()
@@ -226,7 +230,7 @@ def test_a_cache_of_other_steps_is_refused(tmp_path):
         accelerator.load_state(str(tmp_path))
 
 
-def test_a_checkpoint_from_before_the_terms_is_loaded_first(tmp_path):
+def test_a_checkpoint_from_before_the_terms_is_loaded_first(tmp_path: Path) -> None:
     Accelerator(cpu=True).save_state(str(tmp_path))
     forget()
     accelerator = Accelerator(cpu=True)
@@ -236,7 +240,7 @@ def test_a_checkpoint_from_before_the_terms_is_loaded_first(tmp_path):
         accelerator.load_state(str(tmp_path))
 
 
-def run_on_rank(folder):
+def run_on_rank(folder: str) -> tuple[list[list[tuple[float, float]]], dict[str, Tensor], dict[str, Tensor], list[Any]]:
     run = Run()
     assert run.accelerator.num_processes == 2
     assert isinstance(run.scope["student"], nn.parallel.DistributedDataParallel)
@@ -254,7 +258,7 @@ def run_on_rank(folder):
     return losses, state, run.state(), weights
 
 
-def test_two_processes_have_one_cache(tmp_path):
+def test_two_processes_have_one_cache(tmp_path: Path) -> None:
     ranks = on_ranks(2, run_on_rank, str(tmp_path))
     (first, state, resumed, weights), (second, other_state, other_resumed, other_weights) = ranks
     for other in (other_state, resumed, other_resumed):
@@ -271,13 +275,13 @@ def test_two_processes_have_one_cache(tmp_path):
 # --- Errors
 
 
-def terms_of(accelerator, config=None, **options):
+def terms_of(accelerator: Any, config: AVDConfig | None = None, **options: Any) -> AcceleratorTerms:
     return AcceleratorTerms(
         accelerator, config or AVDConfig(), rectified_flow(), lambda x, t, b: x, lambda b: b, **options
     )
 
 
-def test_without_accumulation_every_call_is_an_iteration():
+def test_without_accumulation_every_call_is_an_iteration() -> None:
     accelerator = Accelerator(cpu=True)
     terms = terms_of(accelerator, AVDConfig(regression=RegressionConfig(order="update_first"), motion=None))
     assert terms.objective.regression.cache.auto_update
@@ -287,14 +291,14 @@ def test_without_accumulation_every_call_is_an_iteration():
     assert terms_of(accelerator, AVDConfig(regression=None)).objective.regression is None
 
 
-def test_continuous_times_have_bins_that_wait_for_the_optimizer_step():
+def test_continuous_times_have_bins_that_wait_for_the_optimizer_step() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     cache = terms_of(accelerator, time_range=(0, 1000), bins=5).objective.regression.cache
     assert cache.timesteps.tolist() == [100, 300, 500, 700, 900]
     assert not cache.auto_update
 
 
-def test_wrong_options_are_refused():
+def test_wrong_options_are_refused() -> None:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     with pytest.raises(ValueError, match="auto_update is not to be set"):
         terms_of(accelerator, AVDConfig(regression=RegressionConfig(auto_update=False)))
@@ -307,7 +311,7 @@ def test_wrong_options_are_refused():
     assert not accelerator._custom_objects
 
 
-def test_a_missing_or_moved_accelerate_is_named(monkeypatch):
+def test_a_missing_or_moved_accelerate_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = Accelerator(cpu=True)
     with monkeypatch.context() as patch:
         patch.delattr(Accelerator, "sync_gradients")

@@ -1,12 +1,15 @@
 import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from avd_core import AVDConfig, AVDObjective, MotionConfig, RegressionConfig
-from avd_integrations import HostTerms, rectified_flow, variance_preserving
+from avd_core import AVDConfig, AVDObjective, LossOutput, MotionConfig, RegressionConfig
+from avd_integrations import HostTerms, Parametrisation, rectified_flow, variance_preserving
 from avd_integrations.consistency import PhasedConsistencyTerms, dcm_terms, lcm_terms, pcm_terms
 from helpers import reference_motion
 
@@ -15,19 +18,19 @@ DDIM_TIMESTEPS = torch.tensor([249, 499, 749, 999])
 SIGMAS = torch.linspace(0.02, 1.0, 50)
 
 
-def ddpm(prediction_type="epsilon"):
+def ddpm(prediction_type: str = "epsilon") -> types.SimpleNamespace:
     return types.SimpleNamespace(alphas_cumprod=ALPHAS, config=types.SimpleNamespace(prediction_type=prediction_type))
 
 
-def ddim_solver():
+def ddim_solver() -> types.SimpleNamespace:
     return types.SimpleNamespace(ddim_timesteps=DDIM_TIMESTEPS)
 
 
-def euler_solver():
+def euler_solver() -> types.SimpleNamespace:
     return types.SimpleNamespace(sigmas=SIGMAS, sigmas_prev=torch.cat([torch.zeros(1), SIGMAS[:-1]]))
 
 
-def noised(parametrisation, times, *shape, seed=0):
+def noised(parametrisation: Parametrisation, times: Tensor, *shape: int, seed: int = 0) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     clips, noise, velocity = (torch.randn(len(times), *shape, generator=generator) for _ in range(3))
     velocity.requires_grad_()
@@ -37,12 +40,12 @@ def noised(parametrisation, times, *shape, seed=0):
     return clips, noise, x_t, velocity, x_0
 
 
-def expected_regression(velocity, clips, noise, times, grid):
+def expected_regression(velocity: Tensor, clips: Tensor, noise: Tensor, times: Tensor, grid: Tensor) -> LossOutput:
     config = AVDConfig(timesteps=tuple(float(t) for t in grid), motion=None)
     return AVDObjective(config).on_clips(velocity, noise - clips, times)
 
 
-def test_lcm_reads_the_clean_prediction_of_its_consistency_function():
+def test_lcm_reads_the_clean_prediction_of_its_consistency_function() -> None:
     times = torch.tensor([999, 249, 499])
     clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
     loss, metrics = lcm_terms(ddpm(), DDIM_TIMESTEPS).from_prediction(
@@ -54,7 +57,7 @@ def test_lcm_reads_the_clean_prediction_of_its_consistency_function():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
-def test_pcm_with_ddim_reads_the_output_of_the_model(prediction):
+def test_pcm_with_ddim_reads_the_output_of_the_model(prediction: str) -> None:
     times = torch.tensor([999, 249, 499])
     clips, noise, x_t, velocity, x_0 = noised(variance_preserving(ALPHAS), times, 4, 8, 8)
     name = {"epsilon": "noise", "v_prediction": "v", "sample": "x_0"}[prediction]
@@ -66,7 +69,7 @@ def test_pcm_with_ddim_reads_the_output_of_the_model(prediction):
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
 
-def test_pcm_with_euler_goes_back_from_the_end_of_the_phase():
+def test_pcm_with_euler_goes_back_from_the_end_of_the_phase() -> None:
     index, end_index = torch.tensor([49, 30, 3]), torch.tensor([25, 25, 0])
     sigma, end = SIGMAS[index], torch.tensor([SIGMAS[24], SIGMAS[24], 0.0])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), sigma, 4, 8, 8)
@@ -79,7 +82,7 @@ def test_pcm_with_euler_goes_back_from_the_end_of_the_phase():
 
 
 @pytest.mark.parametrize("first", [35, 40])
-def test_dcm_goes_one_step_where_the_script_does(first):
+def test_dcm_goes_one_step_where_the_script_does(first: int) -> None:
     """With its first clip at the lowest index, the script takes the whole batch down one step."""
     index, end_index = torch.tensor([first, 48]), torch.full((2,), 35)
     end = SIGMAS[index - 1] if first == 35 else SIGMAS[end_index - 1]
@@ -93,7 +96,7 @@ def test_dcm_goes_one_step_where_the_script_does(first):
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
 
-def test_dcms_detail_experts_go_to_the_phases_end_from_every_index():
+def test_dcms_detail_experts_go_to_the_phases_end_from_every_index() -> None:
     """Theirs is 0 the lowest, and an index like the others."""
     index, end_index = torch.tensor([0, 30]), torch.tensor([0, 25])
     end = torch.tensor([0.0, SIGMAS[24]])
@@ -107,7 +110,7 @@ def test_dcms_detail_experts_go_to_the_phases_end_from_every_index():
     torch.testing.assert_close(loss, expected.loss, rtol=1e-3, atol=1e-4)
 
 
-def test_the_motion_term_sees_clean_predictions_and_not_phase_ends():
+def test_the_motion_term_sees_clean_predictions_and_not_phase_ends() -> None:
     index, end_index = torch.tensor([45]), torch.tensor([35])
     clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_0 = x_0.detach()
@@ -125,7 +128,7 @@ def test_the_motion_term_sees_clean_predictions_and_not_phase_ends():
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-7)
 
 
-def test_both_terms_are_added():
+def test_both_terms_are_added() -> None:
     index, end_index = torch.tensor([45]), torch.tensor([35])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     x_end = x_t + (SIGMAS[34] - SIGMAS[45]) * velocity
@@ -139,7 +142,7 @@ def test_both_terms_are_added():
     assert both.metrics.keys() == regression.metrics.keys() | motion.metrics.keys()
 
 
-def test_the_gradient_is_that_of_the_velocity():
+def test_the_gradient_is_that_of_the_velocity() -> None:
     """Dividing by the length of a phase undoes what multiplied the student's output, and scales nothing."""
     index, end_index = torch.tensor([45, 36]), torch.tensor([35, 35])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
@@ -158,7 +161,7 @@ def test_the_gradient_is_that_of_the_velocity():
     torch.testing.assert_close(*gradients, rtol=1e-2, atol=1e-5)
 
 
-def test_images_have_no_motion_term():
+def test_images_have_no_motion_term() -> None:
     for make in (
         lambda m: lcm_terms(ddpm(), DDIM_TIMESTEPS, motion=m),
         lambda m: pcm_terms(None, euler_solver(), motion=m),
@@ -176,17 +179,17 @@ def test_images_have_no_motion_term():
         lambda: dcm_terms(euler_solver(), None, None, sp_size=1),
     ],
 )
-def test_nothing_to_compute_is_refused_when_the_terms_are_made(make):
+def test_nothing_to_compute_is_refused_when_the_terms_are_made(make: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="regression and motion are both None: there is nothing to compute"):
         make()
 
 
-def test_a_solver_in_place_of_its_timesteps_is_refused():
+def test_a_solver_in_place_of_its_timesteps_is_refused() -> None:
     with pytest.raises(TypeError, match=r"got SimpleNamespace\. Pass solver\.ddim_timesteps"):
         lcm_terms(ddpm(), ddim_solver())
 
 
-def test_what_would_be_broadcast_is_refused():
+def test_what_would_be_broadcast_is_refused() -> None:
     index, end_index = torch.tensor([45, 40]), torch.tensor([35, 35])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
     terms = dcm_terms(euler_solver(), sp_size=1)
@@ -206,18 +209,18 @@ def test_what_would_be_broadcast_is_refused():
         (lambda: dcm_terms(object(), sp_size=1), ["sigmas", "DCM", "c7039e8"]),
     ],
 )
-def test_a_host_that_has_moved_is_named(make, names):
+def test_a_host_that_has_moved_is_named(make: Callable[..., Any], names: list[str]) -> None:
     with pytest.raises(RuntimeError) as error:
         make()
     assert all(name in str(error.value) for name in names)
 
 
-def test_an_index_that_the_solver_has_not_is_refused():
+def test_an_index_that_the_solver_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match="50 points"):
         dcm_terms(euler_solver(), sp_size=1, first_index=50)
 
 
-def test_the_motion_term_is_refused_where_a_rank_has_some_of_the_frames():
+def test_the_motion_term_is_refused_where_a_rank_has_some_of_the_frames() -> None:
     with pytest.raises(ValueError, match=r"a rank has 1/2 of a clip's frames.*Use motion=None.*--sp_size 1"):
         dcm_terms(euler_solver(), sp_size=2)
     assert dcm_terms(euler_solver(), motion=None, sp_size=2).terms.objective.motion is None
@@ -225,7 +228,7 @@ def test_the_motion_term_is_refused_where_a_rank_has_some_of_the_frames():
         dcm_terms(euler_solver(), motion=None, sp_size=0)
 
 
-def test_the_state_is_the_cache_alone():
+def test_the_state_is_the_cache_alone() -> None:
     terms = dcm_terms(euler_solver(), sp_size=1)
     index = torch.tensor([45, 36])
     clips, noise, x_t, velocity, _ = noised(rectified_flow(1), SIGMAS[index], 4, 5, 3, 3)
@@ -242,7 +245,7 @@ def test_the_state_is_the_cache_alone():
     assert cache.seen.tolist() == [i in (36, 45) for i in range(35, 50)]
 
 
-def test_accumulated_gradients_are_one_iteration():
+def test_accumulated_gradients_are_one_iteration() -> None:
     terms = pcm_terms(None, euler_solver(), RegressionConfig(auto_update=False))
     cache = terms.terms.objective.regression.cache
     index = torch.tensor([45])
@@ -257,7 +260,7 @@ def test_accumulated_gradients_are_one_iteration():
     dcm_terms(euler_solver(), regression=None, sp_size=1).update()
 
 
-def of_a_nearly_right_student(dtype):
+def of_a_nearly_right_student(dtype: torch.dtype) -> dict[str, Tensor]:
     """Arguments for DCM in which the regression's loss is a small difference, as it is in training."""
     index, end_index = torch.tensor([45, 36]), torch.tensor([35, 35])
     clips, noise, x_t, error, _ = (
@@ -269,13 +272,13 @@ def of_a_nearly_right_student(dtype):
     return given | {"index": index, "end_index": end_index}
 
 
-def losses(given):
+def losses(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
     loss, metrics = dcm_terms(euler_solver(), sp_size=1).from_prediction(**given)
     return loss, metrics["regression/sample_losses"], metrics["motion/variance"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_latents_are_compared_in_float32(dtype):
+def test_half_precision_latents_are_compared_in_float32(dtype: torch.dtype) -> None:
     given = of_a_nearly_right_student(dtype)
     float32 = {name: value.float() if value.is_floating_point() else value for name, value in given.items()}
     for value, expected in zip(losses(given), losses(float32), strict=True):
@@ -283,7 +286,7 @@ def test_half_precision_latents_are_compared_in_float32(dtype):
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
 
 
-def test_latents_in_float64_stay_so():
+def test_latents_in_float64_stay_so() -> None:
     given = of_a_nearly_right_student(torch.float64)
     x_end, x_t, clips, noise, index, _ = (tensor.detach().numpy() for tensor in given.values())
     sigma, end = (s.reshape(-1, 1, 1, 1, 1) for s in (SIGMAS.double().numpy()[index], SIGMAS[34].double().numpy()))
@@ -294,7 +297,7 @@ def test_latents_in_float64_stay_so():
     np.testing.assert_allclose(variance, (x_t - sigma * velocity).var(axis=2).mean(), rtol=1e-9)
 
 
-def test_neither_noises_nor_runs_anything_itself():
+def test_neither_noises_nor_runs_anything_itself() -> None:
     index = torch.tensor([45])
     clips, noise, x_t, velocity, x_0 = noised(rectified_flow(1), SIGMAS[index], 4, 3, 3)
     state = torch.get_rng_state()
@@ -311,7 +314,7 @@ def test_neither_noises_nor_runs_anything_itself():
             made({})
 
 
-def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
+def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path: Path) -> None:
     """LCM's step without its teacher, on diffusers' scheduler and U-Net, saved by accelerate as the script saves."""
     from accelerate import Accelerator
     from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -359,14 +362,14 @@ def test_a_loop_of_diffusers_parts_learns_with_it_and_resumes(tmp_path):
         torch.testing.assert_close(value, state[name])
 
 
-def test_the_modules_follow_a_device_move():
+def test_the_modules_follow_a_device_move() -> None:
     terms = dcm_terms(euler_solver(), sp_size=1).to("meta")
     assert terms.sigmas.device.type == terms.ends.device.type == "meta"
     assert isinstance(terms, PhasedConsistencyTerms)
     assert terms.terms.objective.regression.cache.means.device.type == "meta"
 
 
-def test_what_the_scripts_register_is_a_module_of_one_kind_or_the_other():
+def test_what_the_scripts_register_is_a_module_of_one_kind_or_the_other() -> None:
     for terms, kind in [
         (lcm_terms(ddpm(), DDIM_TIMESTEPS), HostTerms),
         (pcm_terms(ddpm(), ddim_solver()), HostTerms),

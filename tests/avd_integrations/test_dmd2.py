@@ -2,10 +2,12 @@
 
 import sys
 import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import AVDConfig, AVDObjective, RegressionConfig
 from avd_integrations import variance_preserving
@@ -19,21 +21,23 @@ class Context:
 
     entered = False
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.entered = True
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.entered = False
 
 
 class Generator(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(0.3))
         self.seen = []
         self.context = Context()
 
-    def forward(self, x_t, times, text, added_cond_kwargs):
+    def forward(
+        self, x_t: Tensor, times: Tensor, text: Tensor, added_cond_kwargs: dict[str, Tensor]
+    ) -> types.SimpleNamespace:
         assert self.context.entered, "the host runs its generator in network_context_manager"
         self.seen.append((x_t, times, text, added_cond_kwargs))
         return types.SimpleNamespace(sample=self.scale * x_t)
@@ -42,7 +46,7 @@ class Generator(nn.Module):
 class SDUniModel(nn.Module):
     """The attributes and arguments of the host's that are read."""
 
-    def __init__(self, args, accelerator):
+    def __init__(self, args: types.SimpleNamespace, accelerator: Any) -> None:
         super().__init__()
         self.accelerator = accelerator
         self.feedforward_model, self.guidance_model = Generator(), nn.Linear(1, 1)
@@ -54,21 +58,21 @@ class SDUniModel(nn.Module):
 
     def forward(
         self,
-        noise,
-        text,
-        real_train_dict=None,
-        compute_generator_gradient=True,
-        generator_turn=False,
-        guidance_turn=False,
-    ):
+        noise: Tensor | None,
+        text: Tensor | None,
+        real_train_dict: dict[str, Any] | None = None,
+        compute_generator_gradient: bool = True,
+        generator_turn: bool = False,
+        guidance_turn: bool = False,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return ({"loss_dm": torch.tensor(7.0)} if generator_turn and compute_generator_gradient else {}), {}
 
 
 @pytest.fixture
-def host(monkeypatch):
+def host(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """``main.sd_unified_model`` with a class of the test's choice."""
 
-    def install(model=SDUniModel):
+    def install(model: type[nn.Module] | None = SDUniModel) -> None:
         module = types.ModuleType("main.sd_unified_model")
         if model is not None:
             module.SDUniModel = model
@@ -78,17 +82,17 @@ def host(monkeypatch):
     return install
 
 
-def options(**changes):
+def options(**changes: Any) -> types.SimpleNamespace:
     of_the_host = {"gan_alone": False, "cls_on_clean_image": True, "denoising": True, "num_denoising_step": 4}
     return types.SimpleNamespace(**of_the_host | {"alphas_cumprod": ALPHAS} | changes)
 
 
-def build(regression=None, **changes):
+def build(regression: RegressionConfig | None = None, **changes: Any) -> Any:
     accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
     return sd_uni_model(regression)(options(**changes), accelerator)
 
 
-def batch(count=6):
+def batch(count: int = 6) -> dict[str, Any]:
     return {
         "images": torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(1)),
         "text_embedding": torch.zeros(count, 3, 2),
@@ -96,21 +100,23 @@ def batch(count=6):
     }
 
 
-def test_without_dmd2_the_error_names_it(monkeypatch):
+def test_without_dmd2_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "main", None)
     with pytest.raises(ImportError, match=r"DMD2 is needed here.*Run from a checkout.*proven on tianweiy/DMD2 8d8fa55"):
         sd_uni_model()
 
 
-def test_another_package_of_that_name_is_not_taken_for_it(host):
+def test_another_package_of_that_name_is_not_taken_for_it(host: Callable[..., None]) -> None:
     host(None)
     with pytest.raises(RuntimeError, match=r"has no SDUniModel: not the DMD2"):
         sd_uni_model()
 
 
-def test_a_forward_that_has_moved_is_named(host):
+def test_a_forward_that_has_moved_is_named(host: Callable[..., None]) -> None:
     class Moved(SDUniModel):
-        def forward(self, noise, text, generator_turn=False):
+        def forward(
+            self, noise: Any, text: Any, generator_turn: bool = False
+        ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             return {}, {}
 
     host(Moved)
@@ -119,9 +125,9 @@ def test_a_forward_that_has_moved_is_named(host):
 
 
 @pytest.mark.parametrize("name", ["denoising_step_list", "num_denoising_step"])
-def test_an_attribute_that_has_moved_is_named(host, name):
+def test_an_attribute_that_has_moved_is_named(host: Callable[..., None], name: str) -> None:
     class Moved(SDUniModel):
-        def __init__(self, args, accelerator):
+        def __init__(self, args: types.SimpleNamespace, accelerator: Any) -> None:
             super().__init__(args, accelerator)
             delattr(self, name)
 
@@ -131,7 +137,7 @@ def test_an_attribute_that_has_moved_is_named(host, name):
 
 
 @pytest.mark.parametrize("name", ["gan_alone", "cls_on_clean_image"])
-def test_an_option_that_has_moved_is_named(host, name):
+def test_an_option_that_has_moved_is_named(host: Callable[..., None], name: str) -> None:
     host()
     arguments = options()
     delattr(arguments, name)
@@ -140,7 +146,7 @@ def test_an_option_that_has_moved_is_named(host, name):
 
 
 @pytest.mark.parametrize("key", ["images", "text_embedding", "unet_added_conditions"])
-def test_a_batch_that_has_moved_is_named(host, key):
+def test_a_batch_that_has_moved_is_named(host: Callable[..., None], key: str) -> None:
     host()
     data = batch()
     del data[key]
@@ -152,24 +158,26 @@ def test_a_batch_that_has_moved_is_named(host, key):
     ("changes", "message"),
     [({"gan_alone": True}, "--gan_alone"), ({"cls_on_clean_image": False}, "--cls_on_clean_image")],
 )
-def test_runs_without_matching_or_without_images_are_refused(host, changes, message):
+def test_runs_without_matching_or_without_images_are_refused(
+    host: Callable[..., None], changes: dict[str, bool], message: str
+) -> None:
     host()
     with pytest.raises(ValueError, match=message):
         build(**changes)
 
 
-def test_a_cache_that_nothing_would_update_is_refused(host):
+def test_a_cache_that_nothing_would_update_is_refused(host: Callable[..., None]) -> None:
     with pytest.raises(ValueError, match="does not accumulate gradients"):
         sd_uni_model(RegressionConfig(auto_update=False))
 
 
-def test_a_configuration_of_everything_is_refused(host):
+def test_a_configuration_of_everything_is_refused(host: Callable[..., None]) -> None:
     host()
     with pytest.raises(TypeError, match="must be a RegressionConfig or None, got AVDConfig"):
         sd_uni_model(AVDConfig())
 
 
-def test_the_regression_is_added_on_generator_updates_alone(host):
+def test_the_regression_is_added_on_generator_updates_alone(host: Callable[..., None]) -> None:
     host()
     model = build()
     data = batch()
@@ -194,7 +202,7 @@ def test_the_regression_is_added_on_generator_updates_alone(host):
     assert model.feedforward_model.scale.grad.abs() > 0
 
 
-def test_the_first_step_sees_noise_alone_and_the_others_see_the_image(host):
+def test_the_first_step_sees_noise_alone_and_the_others_see_the_image(host: Callable[..., None]) -> None:
     host()
     model, data = build(), batch(200)
     model(None, None, real_train_dict=data, generator_turn=True)
@@ -206,7 +214,7 @@ def test_the_first_step_sees_noise_alone_and_the_others_see_the_image(host):
         assert product == pytest.approx(0.0 if time == 999 else ALPHAS[249].sqrt().item(), abs=0.06)
 
 
-def test_a_step_that_the_host_never_draws_is_none_here(host):
+def test_a_step_that_the_host_never_draws_is_none_here(host: Callable[..., None]) -> None:
     """1000 is no multiple of 6, and the host's list has 3 as a seventh."""
     host()
     model = build(num_denoising_step=6)
@@ -218,7 +226,7 @@ def test_a_step_that_the_host_never_draws_is_none_here(host):
     assert set(times.tolist()) == set(steps)
 
 
-def test_everything_is_brought_to_where_the_host_computes(host):
+def test_everything_is_brought_to_where_the_host_computes(host: Callable[..., None]) -> None:
     class Elsewhere(torch.Tensor):
         """Has values, which the constructor looks at, and says that they are on another device."""
 
@@ -233,7 +241,7 @@ def test_everything_is_brought_to_where_the_host_computes(host):
     assert x_t.device.type == times.device.type == losses["loss_dm"].device.type == "meta"
 
 
-def test_a_one_step_generator_sees_noise_at_its_conditioning_time(host):
+def test_a_one_step_generator_sees_noise_at_its_conditioning_time(host: Callable[..., None]) -> None:
     host()
     model, data = build(denoising=False), batch(50)
     model(None, None, real_train_dict=data, generator_turn=True)
@@ -243,7 +251,7 @@ def test_a_one_step_generator_sees_noise_at_its_conditioning_time(host):
     assert model.guidance_model.avd.objective.regression.cache.timesteps.tolist() == [399]
 
 
-def test_the_cache_is_in_the_state_of_the_guidance_model(host):
+def test_the_cache_is_in_the_state_of_the_guidance_model(host: Callable[..., None]) -> None:
     host()
     model = build(RegressionConfig(weight=0.5))
     model(None, None, real_train_dict=batch(), generator_turn=True)

@@ -2,12 +2,15 @@
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_integrations import HostTerms, rectified_flow
@@ -17,13 +20,13 @@ STEPS = [1000, 750, 500, 250]
 
 
 @pytest.fixture(autouse=True)
-def no_class_is_kept():
+def no_class_is_kept() -> Iterator[None]:
     dmd2_class.cache_clear()
     yield
     dmd2_class.cache_clear()
 
 
-def whole_method(without=None, **others):
+def whole_method(without: str | None = None, **others: Callable[..., Any]) -> type:
     method = type(
         "DMD2Method",
         (),
@@ -42,7 +45,7 @@ def whole_method(without=None, **others):
     return method
 
 
-def model_of(predict_noise=None):
+def model_of(predict_noise: Callable[..., Any] | None = None) -> type:
     return type(
         "ModelBase",
         (),
@@ -55,7 +58,7 @@ def model_of(predict_noise=None):
     )
 
 
-def install(monkeypatch, **modules):
+def install(monkeypatch: pytest.MonkeyPatch, **modules: type) -> None:
     """Modules of a FastVideo that has only these classes."""
     for name, owner in modules.items():
         path = {
@@ -70,7 +73,7 @@ def install(monkeypatch, **modules):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fastvideo") is not None, reason="FastVideo is installed")
-def test_without_fastvideo_the_error_says_where_to_get_it():
+def test_without_fastvideo_the_error_says_where_to_get_it() -> None:
     with pytest.raises(ImportError, match=r"FastVideo is needed here.*github.com/hao-ai-lab/FastVideo") as error:
         dmd2(cfg=None, role_models={})
     assert PROVEN_ON in str(error.value)
@@ -94,21 +97,23 @@ def test_without_fastvideo_the_error_says_where_to_get_it():
         (whole_method(), model_of(), "has no student, method_config, training_config"),
     ],
 )
-def test_a_fastvideo_that_has_moved_is_named_with_the_one_it_was_proven_on(monkeypatch, method, model, message):
+def test_a_fastvideo_that_has_moved_is_named_with_the_one_it_was_proven_on(
+    monkeypatch: pytest.MonkeyPatch, method: type, model: type, message: str
+) -> None:
     install(monkeypatch, method=method, model=model)
     with pytest.raises(RuntimeError, match=message) as error:
         dmd2(cfg=None, role_models={})
     assert PROVEN_ON in str(error.value)
 
 
-def test_the_options_of_the_yaml_are_the_papers_by_default():
+def test_the_options_of_the_yaml_are_the_papers_by_default() -> None:
     assert avd_config(None, STEPS) == avd_config({}, STEPS) == AVDConfig(timesteps=STEPS)
     config = avd_config({"regression": {"weight": 0.5}, "motion": None}, STEPS)
     assert config == AVDConfig(timesteps=STEPS, regression=RegressionConfig(weight=0.5), motion=None)
     assert avd_config({"regression": None}, STEPS).motion == MotionConfig()
 
 
-def test_accumulation_rounds_share_an_iteration_of_the_cache():
+def test_accumulation_rounds_share_an_iteration_of_the_cache() -> None:
     assert avd_config(None, STEPS, 4).regression == RegressionConfig(auto_update=False)
     assert avd_config({"regression": None}, STEPS, 4).regression is None
     with pytest.raises(ValueError, match="needs auto_update=True"):
@@ -124,7 +129,7 @@ def test_accumulation_rounds_share_an_iteration_of_the_cache():
         ({"motion": {"flor": 0.6}}, "flor"),
     ],
 )
-def test_options_that_are_not_the_users_are_refused(options, message):
+def test_options_that_are_not_the_users_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         avd_config(options, STEPS)
 
@@ -134,33 +139,48 @@ class Student:
 
     num_train_timesteps, device = 1000, torch.device("cpu")
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.factor, self.seen, self.prepared = nn.Parameter(torch.tensor(0.3)), [], []
 
-    def add_noise(self, clean_latents, noise, timestep):
+    def add_noise(self, clean_latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         sigma = (timestep / 1000).view(*clean_latents.shape[:2], 1, 1, 1)
         return (1 - sigma) * clean_latents + sigma * noise
 
-    def predict_noise(self, noisy_latents, timestep, batch, *, conditional, cfg_uncond, attn_kind):
+    def predict_noise(
+        self,
+        noisy_latents: Tensor,
+        timestep: Tensor,
+        batch: SimpleNamespace,
+        *,
+        conditional: bool,
+        cfg_uncond: Any,
+        attn_kind: str,
+    ) -> Tensor:
         self.seen.append((noisy_latents, timestep))
         return self.factor * noisy_latents
 
-    def prepare_batch(self, raw_batch, *, generator, latents_source):
+    def prepare_batch(
+        self, raw_batch: dict[str, Tensor], *, generator: torch.Generator, latents_source: str
+    ) -> SimpleNamespace:
         self.prepared.append((generator, latents_source))
         return SimpleNamespace(latents=raw_batch["clips"])
 
 
-def method_with(monkeypatch, avd=None, mode="data_latent", seed=1):
+def method_with(
+    monkeypatch: pytest.MonkeyPatch, avd: dict[str, Any] | None = None, mode: str = "data_latent", seed: int = 1
+) -> Any:
     """The adapter on a FastVideo whose DMD loss is the sum of the samples in the batch."""
 
-    def start(self, *, cfg, role_models):
+    def start(self: Any, *, cfg: Any, role_models: dict[str, Any]) -> None:
         self.student, self.cuda_generator = Student(), torch.Generator().manual_seed(seed)
         self.method_config, self._rollout_mode, self._cfg_uncond = {"avd": avd}, mode, None
         self.training_config = SimpleNamespace(
             loop=SimpleNamespace(gradient_accumulation_steps=1), data=SimpleNamespace(preprocessed_data_type="t2v")
         )
 
-    def single_train_step(self, batch, iteration):
+    def single_train_step(
+        self: Any, batch: dict[str, Tensor], iteration: int
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         clips = torch.zeros_like(batch["clips"]) if mode == "simulate" else batch["clips"]
         return self._dmd_loss(batch["x_0"], SimpleNamespace(latents=clips)), {}, {"host": 1.0}
 
@@ -175,13 +195,13 @@ def method_with(monkeypatch, avd=None, mode="data_latent", seed=1):
     return dmd2(cfg=None, role_models={})
 
 
-def batch():
+def batch() -> dict[str, Tensor]:
     clips, x_0 = torch.randn(2, 8, 3, 4, 2, 2, generator=torch.Generator().manual_seed(5)).unbind()
     return {"clips": clips, "x_0": (0.1 * x_0).requires_grad_()}
 
 
-def test_the_regressions_gradient_reaches_the_student(monkeypatch):
-    def loss_at(factor):
+def test_the_regressions_gradient_reaches_the_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss_at(factor: float) -> tuple[Tensor, Tensor]:
         method = method_with(monkeypatch, {"motion": None})
         method.student.factor.data.fill_(factor)
         return method.single_train_step(batch(), 1)[0], method.student.factor
@@ -194,7 +214,7 @@ def test_the_regressions_gradient_reaches_the_student(monkeypatch):
     assert factor.grad.item() == pytest.approx(expected, rel=1e-3)
 
 
-def test_the_motion_terms_gradient_reaches_the_samples(monkeypatch):
+def test_the_motion_terms_gradient_reaches_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     given = batch()
     x_0 = given["x_0"]
     method_with(monkeypatch, {"regression": None}).single_train_step(given, 1)[0].backward()
@@ -204,7 +224,7 @@ def test_the_motion_terms_gradient_reaches_the_samples(monkeypatch):
     torch.testing.assert_close(x_0.grad - 1, expected, rtol=1e-3, atol=1e-6)  # 1 is of the host's own loss
 
 
-def test_metrics_are_scalars_beside_the_hosts(monkeypatch):
+def test_metrics_are_scalars_beside_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, _, metrics = method_with(monkeypatch).single_train_step(batch(), 1)
     assert metrics["host"] == 1.0
     added = [metrics[f"avd/{name}"] for name in ("matching_loss", "regression/loss", "motion/loss")]
@@ -213,8 +233,8 @@ def test_metrics_are_scalars_beside_the_hosts(monkeypatch):
     assert all(value.ndim == 0 and not value.requires_grad for name, value in metrics.items() if name != "host")
 
 
-def test_random_numbers_are_of_fastvideos_generator_and_no_other(monkeypatch):
-    def seen(seed):
+def test_random_numbers_are_of_fastvideos_generator_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seen(seed: int) -> tuple[Tensor, list[float]]:
         method = method_with(monkeypatch, seed=seed)
         method.single_train_step(batch(), 1)
         ((x_t, times),) = method.student.seen
@@ -232,7 +252,9 @@ def test_random_numbers_are_of_fastvideos_generator_and_no_other(monkeypatch):
     assert other_times != times
 
 
-def test_simulated_rollouts_have_their_batch_prepared_once_more_with_real_clips(monkeypatch):
+def test_simulated_rollouts_have_their_batch_prepared_once_more_with_real_clips(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     method, given = method_with(monkeypatch, mode="simulate"), batch()
     method.single_train_step(given, 1)
     assert method.student.prepared == [(method.cuda_generator, "data")]
@@ -244,14 +266,14 @@ def test_simulated_rollouts_have_their_batch_prepared_once_more_with_real_clips(
     torch.testing.assert_close(x_t, method.student.add_noise(given["clips"], noise, per_frame))
 
 
-def terms(steps):
+def terms(steps: list[int]) -> HostTerms:
     return HostTerms(
         AVDConfig(timesteps=steps, motion=None), rectified_flow(), lambda x, t, b: x, lambda b: b, layout="BFCHW"
     )
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-def test_a_checkpoint_of_other_steps_does_not_become_this_runs(tmp_path):
+def test_a_checkpoint_of_other_steps_does_not_become_this_runs(tmp_path: Path) -> None:
     saved = terms(STEPS)
     with torch.no_grad():
         saved(torch.randn(2, 3, 4, 2, 2))

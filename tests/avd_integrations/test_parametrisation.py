@@ -1,9 +1,12 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from avd_core import FlowMatchingSchedule
@@ -30,7 +33,7 @@ paths = st.sampled_from(sorted(PATHS))
 predictions = st.sampled_from(["velocity", "x_0", "noise", "v"])
 
 
-def draw(seed, path):
+def draw(seed: int, path: str) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(seed)
     x_0, noise = torch.randn(2, 3, 4, 5, generator=generator).unbind(0)
     low, high = PATHS[path][1]
@@ -40,7 +43,7 @@ def draw(seed, path):
 
 @settings(max_examples=200)
 @given(seeds, paths, predictions)
-def test_there_and_back_again_in_float32(seed, path, prediction):
+def test_there_and_back_again_in_float32(seed: int, path: str, prediction: str) -> None:
     parametrisation = PATHS[path][0](prediction)
     x_0, noise, times = draw(seed, path)
     x_t = parametrisation.add_noise(x_0, noise, times)
@@ -51,7 +54,7 @@ def test_there_and_back_again_in_float32(seed, path, prediction):
 
 
 @given(seeds)
-def test_rectified_flow_is_that_of_the_core(seed):
+def test_rectified_flow_is_that_of_the_core(seed: int) -> None:
     schedule, parametrisation = FlowMatchingSchedule(), rectified_flow()
     x_0, noise, times = draw(seed, "wan")
     x_t = parametrisation.add_noise(x_0, noise, times)
@@ -62,7 +65,7 @@ def test_rectified_flow_is_that_of_the_core(seed):
     torch.testing.assert_close(parametrisation.flow_sigma(times), times / 1000)
 
 
-def test_pure_noise_has_a_velocity_in_rectified_flow_and_trigflow():
+def test_pure_noise_has_a_velocity_in_rectified_flow_and_trigflow() -> None:
     """At t = 1000, and at pi / 2: where the first step of a few-step student is."""
     noise = randn(0, 2, 3)
     for parametrisation, top in ((rectified_flow(), 1000.0), (trigflow(), math.pi / 2)):
@@ -74,7 +77,7 @@ def test_pure_noise_has_a_velocity_in_rectified_flow_and_trigflow():
 
 
 @given(seeds)
-def test_trigflow_and_rectified_flow_are_one_path_but_for_scale(seed):
+def test_trigflow_and_rectified_flow_are_one_path_but_for_scale(seed: int) -> None:
     """x_t / (cos t + sin t) lies on rectified flow's line at sigma = sin t / (cos t + sin t)."""
     parametrisation = trigflow()
     x_0, noise, times = draw(seed, "trigflow")
@@ -85,7 +88,9 @@ def test_trigflow_and_rectified_flow_are_one_path_but_for_scale(seed):
 
 
 @given(seeds, paths, st.sampled_from(["x_0", "noise", "v"]))
-def test_an_error_of_the_prediction_scales_into_the_velocity_by_a_constant(seed, path, prediction):
+def test_an_error_of_the_prediction_scales_into_the_velocity_by_a_constant(
+    seed: int, path: str, prediction: str
+) -> None:
     """Known factors: 1 / sigma_flow for x_0, 1 / (1 - sigma_flow) for noise, (alpha + sigma) / n for v."""
     parametrisation = PATHS[path][0](prediction)
     x_0, noise, times = (t.double() for t in draw(seed, path))
@@ -101,7 +106,7 @@ def test_an_error_of_the_prediction_scales_into_the_velocity_by_a_constant(seed,
 
 
 @given(seeds, st.floats(0.0, 0.4))
-def test_the_end_of_a_phase_leads_back_to_the_velocity(seed, end):
+def test_the_end_of_a_phase_leads_back_to_the_velocity(seed: int, end: float) -> None:
     x_0, noise, _ = draw(seed, "unit")
     sigma = torch.tensor([0.5, 0.8, 1.0])
     sigma_end = torch.full((3,), end)
@@ -113,7 +118,7 @@ def test_the_end_of_a_phase_leads_back_to_the_velocity(seed, end):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_results_have_the_dtype_of_the_samples(dtype):
+def test_results_have_the_dtype_of_the_samples(dtype: torch.dtype) -> None:
     parametrisation = trigflow()
     x_t = randn(0, 2, 3).to(dtype)
     times = torch.tensor([0.5, 1.0])
@@ -131,7 +136,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 
     count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default:
             self.count += result.device != args[0].device
@@ -139,7 +144,7 @@ class CopiesBetweenDevices(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_no_path_waits_for_a_gpu(path):
+def test_no_path_waits_for_a_gpu(path: str) -> None:
     parametrisation = PATHS[path][0]("v")
     x, times = torch.ones(2, 3, device="meta"), torch.ones(2, device="meta")
     with NoHostWait(), CopiesBetweenDevices() as copies:
@@ -150,7 +155,7 @@ def test_no_path_waits_for_a_gpu(path):
     assert copies.count == (path == "ddpm")
 
 
-def test_the_table_is_on_every_device_that_asks():
+def test_the_table_is_on_every_device_that_asks() -> None:
     parametrisation = variance_preserving(ALPHAS_CUMPROD)
     times = torch.tensor([3, 700])
     for device in ("meta", "cpu", "meta", "cpu"):
@@ -160,7 +165,7 @@ def test_the_table_is_on_every_device_that_asks():
     torch.testing.assert_close(alpha**2, ALPHAS_CUMPROD[times])
 
 
-def test_what_makes_no_parametrisation_is_refused():
+def test_what_makes_no_parametrisation_is_refused() -> None:
     with pytest.raises(ValueError, match=r'"noise" \(epsilon\) .* got \'epsilon\''):
         Parametrisation(lambda t: (1 - t, t), "epsilon")
     with pytest.raises(TypeError, match=r"coefficients must be a function .* got str"):
@@ -196,7 +201,9 @@ ZERO_SNR = torch.linspace(0.999, 0.0, 1000, dtype=torch.float64)  # of zero term
         (Parametrisation(lambda t: (t, 1 - t)), (1.0, 0.5), "sigma must be above 0"),
     ],
 )
-def test_times_that_are_not_steps_on_the_path_are_refused(parametrisation, timesteps, message):
+def test_times_that_are_not_steps_on_the_path_are_refused(
+    parametrisation: Parametrisation, timesteps: tuple[float, ...], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         check_times(parametrisation, timesteps)
 
@@ -211,7 +218,9 @@ def test_times_that_are_not_steps_on_the_path_are_refused(parametrisation, times
         (variance_preserving(ZERO_SNR, "v"), (0, 999), "whole numbers"),
     ],
 )
-def test_ranges_that_do_not_fit_the_path_are_refused(parametrisation, time_range, message):
+def test_ranges_that_do_not_fit_the_path_are_refused(
+    parametrisation: Parametrisation, time_range: tuple[float, float], message: str
+) -> None:
     low, high = time_range
     middles = [low + (high - low) * part for part in (0.125, 0.375, 0.625, 0.875)]
     with pytest.raises(ValueError, match=message):
@@ -219,7 +228,7 @@ def test_ranges_that_do_not_fit_the_path_are_refused(parametrisation, time_range
 
 
 @pytest.mark.parametrize("path", [rectified_flow(1), Parametrisation(lambda t: (1 - t, t))])
-def test_v_on_the_path_of_flow_models_is_refused_with_the_hint(path):
+def test_v_on_the_path_of_flow_models_is_refused_with_the_hint(path: Parametrisation) -> None:
     for timesteps in ((1.0, 0.9, 0.5), (0.9,)):
         with pytest.raises(ValueError, match=r'whose hosts call their velocity "v". Say prediction="velocity"'):
             check_times(Parametrisation(path.coefficients, "v"), timesteps)
@@ -228,7 +237,7 @@ def test_v_on_the_path_of_flow_models_is_refused_with_the_hint(path):
     check_times(trigflow(), (math.pi / 2,))
 
 
-def test_noise_predictions_near_pure_noise_are_said():
+def test_noise_predictions_near_pure_noise_are_said() -> None:
     times = (995.0, 500.0)
     with pytest.warns(UserWarning, match=r"at timestep 995 alpha is 0.005: its errors are 200 times as large"):
         check_times(rectified_flow(prediction="noise"), times)
@@ -237,7 +246,7 @@ def test_noise_predictions_near_pure_noise_are_said():
 
 
 @pytest.mark.parametrize("coefficients", [lambda t: 1 - t, lambda t: (1.0, t), lambda t: torch.stack([1 - t, t])])
-def test_coefficients_are_a_pair_of_tensors(coefficients):
+def test_coefficients_are_a_pair_of_tensors(coefficients: Callable[[Tensor], Any]) -> None:
     with pytest.raises(TypeError, match=r"must return \(alpha, sigma\), a tensor \[B\] each"):
         check_times(Parametrisation(coefficients), (1.0, 0.5))
 
@@ -255,12 +264,12 @@ def test_coefficients_are_a_pair_of_tensors(coefficients):
         (variance_preserving(ALPHAS_CUMPROD), (999, 749, 499, 249)),
     ],
 )
-def test_times_of_real_hosts_are_taken(parametrisation, timesteps):
+def test_times_of_real_hosts_are_taken(parametrisation: Parametrisation, timesteps: tuple[float, ...]) -> None:
     check_times(parametrisation, timesteps)
     with torch.device("meta"):  # as hosts that build their models there
         check_times(parametrisation, timesteps)
 
 
-def test_a_path_may_have_parameters():
+def test_a_path_may_have_parameters() -> None:
     shift = torch.tensor(0.1, requires_grad=True)
     check_times(Parametrisation(lambda t: (1 - t + shift, t)), (0.9, 0.5))

@@ -4,11 +4,13 @@ import dataclasses
 import math
 import sys
 import types
+from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from avd_core import AVDConfig
 from avd_integrations import rcm, trigflow
@@ -18,7 +20,7 @@ SHAPE = (2, 3, 5, 4, 4)
 CLIPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-def configuration(**changes):
+def configuration(**changes: Any) -> types.SimpleNamespace:
     options = {
         "net_fake_score": {"_target_": "Wan"},
         "loss_scale_dmd": 1.0,
@@ -35,34 +37,42 @@ class DenoisePrediction:
     F: torch.Tensor = None
 
 
-def host_class():
+def host_class() -> type[nn.Module]:
     class T2VDistillModel_rCM(nn.Module):  # noqa: N801
-        def __init__(self, config):
+        def __init__(self, config: types.SimpleNamespace) -> None:
             super().__init__()
             self.config, self.net = config, nn.Conv3d(3, 3, 1)
             self.closures = ["dmd"]
 
-        def sync(self, *args):
+        def sync(self, *args: Tensor) -> tuple[Tensor, ...]:
             return args
 
-        def is_student_phase(self, iteration):
+        def is_student_phase(self, iteration: int) -> bool:
             return iteration < 1 or iteration % 2 == 1
 
-        def _make_training_ctx(self, x0_B_C_T_H_W, condition, uncondition, iteration):
+        def _make_training_ctx(
+            self, x0_B_C_T_H_W: Tensor, condition: Any, uncondition: Any, iteration: int
+        ) -> tuple[Tensor, Any, Any]:
             return x0_B_C_T_H_W, condition, uncondition
 
-        def denoise(self, xt_B_C_T_H_W, time, condition, net_type="teacher"):
+        def denoise(
+            self, xt_B_C_T_H_W: Tensor, time: Tensor, condition: Any, net_type: str = "teacher"
+        ) -> DenoisePrediction:
             output = self.net(xt_B_C_T_H_W).double()
             return DenoisePrediction(x0=output, F=output)
 
-        def backward_simulation(self, condition, x_B_C_T_H_W_size, n_steps, with_grad=False):
+        def backward_simulation(
+            self, condition: Any, x_B_C_T_H_W_size: torch.Size, n_steps: int, with_grad: bool = False
+        ) -> tuple[Tensor, None]:
             return self.net(torch.ones(x_B_C_T_H_W_size) * torch.arange(5).view(5, 1, 1)), None
 
-        def _student_dmd_step(self, ctx, iteration):
+        def _student_dmd_step(self, ctx: tuple[Tensor, None, None], iteration: int) -> tuple[dict[str, Tensor], Tensor]:
             video, _ = self.backward_simulation(ctx[1], ctx[0].shape, 2, with_grad=True)
             return {"G_x0": video.detach()}, 0 * video.sum(dim=(1, 2, 3, 4))
 
-        def training_step_closures(self, data_batch, iteration):
+        def training_step_closures(
+            self, data_batch: Tensor, iteration: int
+        ) -> Iterator[tuple[str, Callable[..., Any] | None, bool]]:
             ctx = self._make_training_ctx(data_batch, None, None, iteration)
             if not self.is_student_phase(iteration):
                 yield "critic", None, True
@@ -72,20 +82,20 @@ def host_class():
                 for name in self.closures:
                     yield name, lambda: self._student_dmd_step(ctx, iteration), True
 
-        def on_before_zero_grad(self, optimizer, scheduler, iteration):
+        def on_before_zero_grad(self, optimizer: Any, scheduler: Any, iteration: int) -> None:
             pass
 
-        def state_dict(self):
+        def state_dict(self) -> dict[str, Tensor]:
             return self.net.state_dict(prefix="net.")
 
-        def load_state_dict(self, state_dict, strict=True, assign=False):
+        def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> None:
             assert all(name.startswith("net.") for name in state_dict), "unknown keys"
 
     return T2VDistillModel_rCM
 
 
 @pytest.fixture
-def host(monkeypatch):
+def host(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A class in the place of the host's."""
     module = types.ModuleType("rcm.models.t2v_model_distill_rcm")
     module.T2VDistillModel_rCM, module.DenoisePrediction = host_class(), DenoisePrediction
@@ -95,7 +105,7 @@ def host(monkeypatch):
     return module
 
 
-def take(model, iteration):
+def take(model: Any, iteration: int) -> tuple[list[str], dict[str, Any]]:
     """One iteration: the names of its closures, and the losses and logs of those that are run."""
     names, results = [], {}
     for name, closure, _ in model.training_step_closures(CLIPS, iteration):
@@ -105,12 +115,12 @@ def take(model, iteration):
     return names, results
 
 
-def test_a_missing_host_is_named():
+def test_a_missing_host_is_named() -> None:
     with pytest.raises(ImportError, match=r"rCM is needed here.*github\.com/NVlabs/rcm.*rcm 5b41aa9"):
         rcm.avd_model(configuration())
 
 
-def step(model, iteration, batches=1):
+def step(model: Any, iteration: int, batches: int = 1) -> list[dict[str, Any]]:
     """One optimizer step as the host's trainer takes it."""
     results = [take(model, iteration)[1] for _ in range(batches)]
     model.on_before_zero_grad(None, None, iteration)
@@ -118,7 +128,7 @@ def step(model, iteration, batches=1):
 
 
 @pytest.mark.parametrize("gone", sorted(rcm._USED))
-def test_a_moved_version_is_refused_by_name(host, gone):
+def test_a_moved_version_is_refused_by_name(host: Any, gone: str) -> None:
     host.T2VDistillModel_rCM = type(
         "T2VDistillModel_rCM", (), {n: getattr(host_class(), n) for n in {*rcm._USED} - {gone}}
     )
@@ -133,7 +143,7 @@ def test_a_moved_version_is_refused_by_name(host, gone):
         rcm.model_class()
 
 
-def test_a_moved_prediction_is_refused(host):
+def test_a_moved_prediction_is_refused(host: Any) -> None:
     host.DenoisePrediction = dataclasses.make_dataclass("DenoisePrediction", ["x0", "v"])
     with pytest.raises(RuntimeError, match=r"DenoisePrediction takes no argument F: not the rCM .*rcm 5b41aa9"):
         rcm.model_class()
@@ -143,14 +153,14 @@ def test_a_moved_prediction_is_refused(host):
 
 
 @pytest.mark.parametrize("gone", vars(configuration()))
-def test_a_moved_configuration_is_refused_by_name(host, gone):
+def test_a_moved_configuration_is_refused_by_name(host: Any, gone: str) -> None:
     config = configuration()
     delattr(config, gone)
     with pytest.raises(RuntimeError, match=rf"has no {gone}: not the rCM .*rcm 5b41aa9"):
         rcm.avd_model(config)
 
 
-def test_the_regression_comes_with_distribution_matching(host):
+def test_the_regression_comes_with_distribution_matching(host: Any) -> None:
     model = rcm.avd_model(configuration())
     assert take(model, 0)[0] == ["scm"]  # tangent warm-up
     assert take(model, 1)[0] == ["scm", "avd_regression", "dmd"]
@@ -161,11 +171,13 @@ def test_the_regression_comes_with_distribution_matching(host):
         take(model, 1)
 
 
-def test_ranks_that_share_a_sample_share_its_time_and_noise(host):
+def test_ranks_that_share_a_sample_share_its_time_and_noise(host: Any) -> None:
     """What ``sync`` returns is what the student sees."""
     seen = []
 
-    def denoise(self, xt_B_C_T_H_W, time, condition, net_type="teacher"):
+    def denoise(
+        self: Any, xt_B_C_T_H_W: Tensor, time: Tensor, condition: Any, net_type: str = "teacher"
+    ) -> DenoisePrediction:
         seen.append((xt_B_C_T_H_W, time))
         return original(self, xt_B_C_T_H_W, time, condition, net_type)
 
@@ -177,7 +189,7 @@ def test_ranks_that_share_a_sample_share_its_time_and_noise(host):
     assert times.tolist() == pytest.approx([1.4, 1.4])
 
 
-def test_closures_give_a_loss_per_sample_in_the_hosts_scale(host):
+def test_closures_give_a_loss_per_sample_in_the_hosts_scale(host: Any) -> None:
     model = rcm.avd_model(configuration(), {"motion": {"floor": -20}})  # not a constant
     _, results = take(model, 1)
     values = 2 * math.prod(SHAPE[1:])
@@ -193,7 +205,7 @@ def test_closures_give_a_loss_per_sample_in_the_hosts_scale(host):
     assert set(without[0]) == {"G_x0"}
 
 
-def test_the_steps_are_those_of_the_hosts_sampler_or_given(host):
+def test_the_steps_are_those_of_the_hosts_sampler_or_given(host: Any) -> None:
     assert rcm.avd_model(configuration()).avd.objective.config.timesteps == (math.atan(80), 1.5, 1.4, 1.0)
     given = rcm.avd_model(configuration(), AVDConfig(timesteps=(1.5, 1.0)))
     assert given.avd.objective.config.timesteps == (1.5, 1.0)
@@ -204,12 +216,12 @@ def test_the_steps_are_those_of_the_hosts_sampler_or_given(host):
 
 
 @pytest.mark.parametrize("changes", [{"net_fake_score": None}, {"loss_scale_dmd": 0.0}])
-def test_without_distribution_matching_there_is_no_scale(host, changes):
+def test_without_distribution_matching_there_is_no_scale(host: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="this configuration has none"):
         rcm.avd_model(configuration(**changes))
 
 
-def test_the_cache_goes_with_the_models_state(host):
+def test_the_cache_goes_with_the_models_state(host: Any) -> None:
     model, other = rcm.avd_model(configuration()), rcm.avd_model(configuration())
     step(model, 1)
     state = model.state_dict()
@@ -224,7 +236,7 @@ def test_the_cache_goes_with_the_models_state(host):
 
 
 @pytest.mark.parametrize("batches", [1, 3])
-def test_an_optimizer_step_is_one_iteration_of_the_cache(host, batches):
+def test_an_optimizer_step_is_one_iteration_of_the_cache(host: Any, batches: int) -> None:
     model = rcm.avd_model(configuration(), AVDConfig(timesteps=(1.0,)))
     cache, expected = model.avd.objective.regression.cache, ReferenceCache()
     for iteration in (1, 3, 5):
@@ -240,7 +252,7 @@ def test_an_optimizer_step_is_one_iteration_of_the_cache(host, batches):
             step(model, iteration + 1, batches)  # the critic's
 
 
-def test_the_released_order_works_with_one_batch_per_step_only(host):
+def test_the_released_order_works_with_one_batch_per_step_only(host: Any) -> None:
     settings = {"timesteps": (1.0,), "regression": {"order": "update_first"}}
     model = rcm.avd_model(configuration(), settings)
     for iteration in range(4):
@@ -253,12 +265,12 @@ def test_the_released_order_works_with_one_batch_per_step_only(host):
 
 
 @pytest.mark.parametrize("avd", [{"regression": {"auto_update": False}}, AVDConfig(regression={"auto_update": False})])
-def test_auto_update_is_not_to_be_set(host, avd):
+def test_auto_update_is_not_to_be_set(host: Any, avd: AVDConfig | dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"auto_update is not to be set: .*trainer\.grad_accum_iter"):
         rcm.avd_model(configuration(), avd)
 
 
-def test_the_hosts_f_is_the_v_of_trigflow():
+def test_the_hosts_f_is_the_v_of_trigflow() -> None:
     """F is (cos t x_t - x_0) / sin t there; its network predicts the velocity of rectified flow."""
     noise, times = torch.randn(SHAPE), torch.tensor([math.atan(80), 0.6], dtype=torch.float64)
     x_t = trigflow().add_noise(CLIPS, noise, times)

@@ -1,11 +1,21 @@
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import avd_integrations.terms
-from avd_core import AVDConfig, AVDObjective, FlowMatchingSchedule, LossMeanCache, MotionConfig, RegressionConfig
+from avd_core import (
+    AVDConfig,
+    AVDObjective,
+    FlowMatchingSchedule,
+    LossMeanCache,
+    LossOutput,
+    MotionConfig,
+    RegressionConfig,
+)
 from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow, variance_preserving
 from helpers import GRID, NoHostWait
 
@@ -15,17 +25,17 @@ CLIPS = torch.randn(3, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
 class Student(nn.Module):
     """Predicts what it is asked for, wrong by a factor that depends on time."""
 
-    def __init__(self, bias=0.1):
+    def __init__(self, bias: float = 0.1) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(bias))
         self.seen = []
 
-    def forward(self, x_t, times, batch=None):
+    def forward(self, x_t: Tensor, times: Tensor, batch: dict[str, Tensor] | None = None) -> Tensor:
         self.seen.append((x_t.detach(), times))
         return self.scale * x_t
 
 
-def ready(path, times, clips=CLIPS):
+def ready(path: Parametrisation, times: tuple[float, ...], clips: Tensor = CLIPS) -> dict[str, Tensor]:
     """What a host passes that has noised its clips and run its student itself; the prediction is wrong by noise."""
     times, noise = torch.tensor(times), torch.randn_like(clips)
     prediction = path.exact_prediction(clips, noise, times) + 0.1 * torch.randn_like(clips)
@@ -33,18 +43,20 @@ def ready(path, times, clips=CLIPS):
     return {"prediction": prediction.requires_grad_(), "x_t": x_t, "clips": clips, "noise": noise, "times": times}
 
 
-def host(config=None, parametrisation=None, student=None, **options):
+def host(
+    config: AVDConfig | dict[str, Any] | None = None, parametrisation: Any = None, student: Any = None, **options: Any
+) -> tuple[Any, HostTerms]:
     student = student or Student()
     return student, HostTerms(
         config or AVDConfig(), parametrisation or rectified_flow(), student, lambda batch: batch["clips"], **options
     )
 
 
-def objective_by_hand(prediction, target, times, config=None):
+def objective_by_hand(prediction: Tensor, target: Tensor, times: Tensor, config: AVDConfig | None = None) -> LossOutput:
     return AVDObjective(config or AVDConfig(motion=None)).on_clips(prediction, target, times)
 
 
-def test_the_regression_is_that_of_the_core_on_velocities():
+def test_the_regression_is_that_of_the_core_on_velocities() -> None:
     config = AVDConfig(motion=None)
     student, terms = host(config)
     torch.manual_seed(0)
@@ -58,7 +70,7 @@ def test_the_regression_is_that_of_the_core_on_velocities():
     assert set(times.tolist()) <= set(GRID)
 
 
-def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flow():
+def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flow() -> None:
     """One student, written in two conventions: same clips, noise and noise levels."""
     sigmas = torch.tensor([0.9, 0.757, 0.522], dtype=torch.float64)
     angles = torch.atan2(sigmas, 1 - sigmas)
@@ -78,7 +90,7 @@ def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flo
 
 
 @pytest.mark.parametrize("layout", ["BCFHW", "BFCHW"])
-def test_both_layouts_give_the_same_motion_term(layout):
+def test_both_layouts_give_the_same_motion_term(layout: str) -> None:
     # Above the floor, where the term has a gradient and depends on which dimension is that of frames.
     config = AVDConfig(motion=MotionConfig(floor=-9.0))
     samples = torch.randn(2, 4, 6, 3, 3, requires_grad=True)
@@ -95,7 +107,7 @@ def test_both_layouts_give_the_same_motion_term(layout):
 
 
 @pytest.mark.parametrize("path", [rectified_flow(), rectified_flow(prediction="x_0")], ids=["velocity", "x_0"])
-def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32(path):
+def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32(path: Parametrisation) -> None:
     config = AVDConfig(motion=MotionConfig(floor=-9.0))
     noise, times = torch.randn_like(CLIPS), torch.tensor([900.0, 757.0, 522.0])
     x_t = path.add_noise(CLIPS, noise, times).bfloat16()
@@ -111,7 +123,7 @@ def test_a_ready_prediction_in_half_precision_is_worked_on_in_float32(path):
     torch.testing.assert_close(alone.metrics["regression/loss"], expected.metrics["regression/loss"], rtol=0, atol=0)
 
 
-def test_images_have_no_motion():
+def test_images_have_no_motion() -> None:
     with pytest.raises(ValueError, match="images have none"):
         host(layout="BCHW")
     terms = host(AVDConfig(motion=None), layout="BCHW")[1]
@@ -119,7 +131,7 @@ def test_images_have_no_motion():
 
 
 @pytest.mark.parametrize("scale", [2.5, math.prod])
-def test_the_loss_comes_in_the_scale_of_the_host(scale):
+def test_the_loss_comes_in_the_scale_of_the_host(scale: float | Callable[..., float]) -> None:
     factor = 2.5 if scale == 2.5 else 4 * 5 * 2 * 2
     samples = (0.1 * torch.randn(3, 4, 5, 2, 2)).requires_grad_()
     results = []
@@ -134,7 +146,7 @@ def test_the_loss_comes_in_the_scale_of_the_host(scale):
     torch.testing.assert_close(scaled_metrics["motion/loss"], metrics["motion/loss"])
 
 
-def test_gradients_reach_the_student_and_the_samples():
+def test_gradients_reach_the_student_and_the_samples() -> None:
     student, terms = host()
     samples = (0.5 * torch.randn(2, 4, 5, 2, 2)).requires_grad_()
     clips = CLIPS.clone().requires_grad_()
@@ -144,7 +156,7 @@ def test_gradients_reach_the_student_and_the_samples():
     assert clips.grad is None
 
 
-def test_parts_that_are_left_out_need_nothing():
+def test_parts_that_are_left_out_need_nothing() -> None:
     student, terms = host(AVDConfig(regression=None))
     terms({}, torch.randn(2, 4, 5, 2, 2, requires_grad=True))
     assert not student.seen
@@ -157,7 +169,7 @@ def test_parts_that_are_left_out_need_nothing():
         host(AVDConfig(regression=None))[1].draw_times(1, torch.device("cpu"))
 
 
-def test_the_state_is_the_cache():
+def test_the_state_is_the_cache() -> None:
     terms = host(AVDConfig(timesteps=(0.9, 0.5), motion=None), rectified_flow(1))[1]
     for _ in range(8):
         terms({"clips": CLIPS})
@@ -167,7 +179,7 @@ def test_the_state_is_the_cache():
     assert terms.objective.regression.cache.means.abs().sum() > 0
 
 
-def test_a_student_that_is_a_module_is_no_part_of_the_terms():
+def test_a_student_that_is_a_module_is_no_part_of_the_terms() -> None:
     student, terms = host(AVDConfig(motion=None))
     assert all(name.startswith("objective.") for name in terms.state_dict())
     assert not list(terms.parameters())
@@ -175,14 +187,14 @@ def test_a_student_that_is_a_module_is_no_part_of_the_terms():
     assert student.training
 
 
-def test_half_precision_students_are_compared_in_float32():
+def test_half_precision_students_are_compared_in_float32() -> None:
     student, terms = host(AVDConfig(motion=None))
     loss, _ = terms({"clips": CLIPS.bfloat16()})
     assert loss.dtype == torch.float32
     assert student.seen[0][0].dtype == torch.bfloat16
 
 
-def test_a_ready_prediction_gives_both_terms_and_runs_nothing():
+def test_a_ready_prediction_gives_both_terms_and_runs_nothing() -> None:
     """The sample of the motion term is the x_0 in the prediction, with its gradient."""
     noise, times = torch.randn_like(CLIPS), torch.tensor([1000.0, 757.0, 522.0])
     path = rectified_flow()
@@ -211,12 +223,12 @@ def test_a_ready_prediction_gives_both_terms_and_runs_nothing():
 
 
 @pytest.mark.parametrize("given", [{}, {"predict": Student()}, {"clips": lambda batch: batch}])
-def test_a_missing_student_or_clips_is_said(given):
+def test_a_missing_student_or_clips_is_said(given: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"made without predict and clips.*on_prediction or from_prediction"):
         HostTerms(AVDConfig(motion=None), rectified_flow(), **given)(CLIPS)
 
 
-def test_times_can_be_drawn_by_the_hosts_generator():
+def test_times_can_be_drawn_by_the_hosts_generator() -> None:
     terms, state = host()[1], torch.get_rng_state()
     draws = [terms.draw_times(50, CLIPS.device, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
@@ -225,7 +237,7 @@ def test_times_can_be_drawn_by_the_hosts_generator():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_update_ends_an_iteration_of_several_calls():
+def test_update_ends_an_iteration_of_several_calls() -> None:
     terms = host(AVDConfig(timesteps=(500,), regression=RegressionConfig(auto_update=False), motion=None))[1]
     cache = terms.objective.regression.cache
     for _ in range(2):
@@ -274,7 +286,9 @@ MOVING = torch.randn_like(CLIPS, requires_grad=True)
         ),
     ],
 )
-def test_wrong_input_is_refused_before_anything_is_recorded(call, error, message):
+def test_wrong_input_is_refused_before_anything_is_recorded(
+    call: Callable[[], Any], error: type[Exception], message: str
+) -> None:
     caches = []
     register = nn.modules.module.register_module_forward_pre_hook(
         lambda module, _: caches.append(module) if isinstance(module, LossMeanCache) else None
@@ -295,7 +309,9 @@ def test_wrong_input_is_refused_before_anything_is_recorded(call, error, message
     ],
     ids=["shape", "tuple", "integer"],
 )
-def test_a_ready_prediction_is_looked_at_first(config, which, change, error, message):
+def test_a_ready_prediction_is_looked_at_first(
+    config: AVDConfig, which: str, change: Callable[[Tensor], Any], error: type[Exception], message: str
+) -> None:
     given = {name: torch.randn_like(CLIPS, requires_grad=True) for name in ("prediction", "x_t", "clips", "noise")}
     given[which] = change(given[which])
     terms = HostTerms(config, rectified_flow())
@@ -308,7 +324,7 @@ def test_a_ready_prediction_is_looked_at_first(config, which, change, error, mes
 FEW_STEPS = (900.0, 757.0, 522.0)
 
 
-def moved(**changes):
+def moved(**changes: Callable[[dict[str, Tensor]], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """A change of some arguments, made of all of them."""
     return lambda given: given | {name: change(given) for name, change in changes.items()}
 
@@ -327,7 +343,9 @@ NOT_NOISED_SO = {
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("config", [AVDConfig(), AVDConfig(regression=None)], ids=["both", "motion"])
 @pytest.mark.parametrize("change", NOT_NOISED_SO.values(), ids=NOT_NOISED_SO)
-def test_x_t_that_is_not_made_of_what_is_given_is_refused_in_the_first_call(change, config, training):
+def test_x_t_that_is_not_made_of_what_is_given_is_refused_in_the_first_call(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]], config: AVDConfig, training: bool
+) -> None:
     terms = HostTerms(config, rectified_flow()).train(training)
     given = change(ready(rectified_flow(), FEW_STEPS))
     for call in (terms.from_prediction, *([terms.on_prediction] if config.regression else [])):
@@ -337,12 +355,12 @@ def test_x_t_that_is_not_made_of_what_is_given_is_refused_in_the_first_call(chan
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rounding_is_no_other_x_t(dtype):
+def test_rounding_is_no_other_x_t(dtype: torch.dtype) -> None:
     given = {name: tensor.to(dtype) for name, tensor in ready(rectified_flow(), FEW_STEPS).items()}
     assert HostTerms(AVDConfig(), rectified_flow()).from_prediction(**given).loss.isfinite()
 
 
-def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever():
+def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever() -> None:
     """At t = 1000 any clips are in x_t as well as the right ones."""
     terms = HostTerms(AVDConfig(motion=None), rectified_flow())
     pure, other = ready(rectified_flow(), (1000.0,) * 3), NOT_NOISED_SO["other noise"]
@@ -354,13 +372,13 @@ def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever(
     terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
 
 
-def test_values_that_are_not_finite_are_left_to_who_guards_against_them():
+def test_values_that_are_not_finite_are_left_to_who_guards_against_them() -> None:
     given = ready(rectified_flow(), FEW_STEPS)
     given |= {"clips": given["clips"] * math.nan}
     assert HostTerms(AVDConfig(motion=None), rectified_flow()).on_prediction(**given).loss.isnan()
 
 
-def test_no_call_after_the_first_waits_for_a_gpu(monkeypatch):
+def test_no_call_after_the_first_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value of a tensor on the meta device is an error."""
     terms = HostTerms(AVDConfig(), rectified_flow())
     given = ready(rectified_flow(), FEW_STEPS)
@@ -376,7 +394,7 @@ def test_no_call_after_the_first_waits_for_a_gpu(monkeypatch):
 @pytest.mark.parametrize(
     "times", [torch.full((1, 5), 900.0), torch.full((3, 5), 900.0), torch.tensor(900.0), torch.full((2,), 900.0)]
 )
-def test_times_are_one_per_sample_in_every_call(config, times):
+def test_times_are_one_per_sample_in_every_call(config: AVDConfig, times: Tensor) -> None:
     terms = HostTerms(config, rectified_flow())
     given = ready(rectified_flow(), FEW_STEPS)
     terms.from_prediction(**given)
@@ -400,13 +418,15 @@ def test_times_are_one_per_sample_in_every_call(config, times):
         ),
     ],
 )
-def test_with_the_motion_term_alone_times_are_looked_at_in_the_first_call(path, times, message):
+def test_with_the_motion_term_alone_times_are_looked_at_in_the_first_call(
+    path: Parametrisation, times: float, message: str
+) -> None:
     given = ready(rectified_flow(), FEW_STEPS) | {"times": torch.full((3,), times)}
     with pytest.raises(ValueError, match=message):
         HostTerms(AVDConfig(regression=None), path).from_prediction(**given)
 
 
-def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins():
+def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins() -> None:
     _, terms = host(AVDConfig(motion=None), rectified_flow(1), time_range=(0.2, 1.0), bins=4)
     cache = terms.objective.regression.cache
     assert torch.equal(cache.timesteps, LossMeanCache.uniform(0.2, 1.0, 4).timesteps)
@@ -423,7 +443,7 @@ def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins():
         other.load_state_dict(terms.state_dict())
 
 
-def test_one_frame_is_refused_before_the_regression_is_recorded():
+def test_one_frame_is_refused_before_the_regression_is_recorded() -> None:
     terms = HostTerms(AVDConfig(), rectified_flow())
     with pytest.raises(ValueError, match="at least 2 frames, and clips"):
         terms.from_prediction(**ready(rectified_flow(), (900.0, 757.0, 522.0), CLIPS[:, :, :1]))
@@ -431,7 +451,7 @@ def test_one_frame_is_refused_before_the_regression_is_recorded():
 
 
 @pytest.mark.parametrize("path", [rectified_flow(), trigflow(), variance_preserving(torch.linspace(0.99, 0.01, 1000))])
-def test_the_terms_compile_in_one_graph(path):
+def test_the_terms_compile_in_one_graph(path: Parametrisation) -> None:
     steps = (1.5, 1.0) if path.prediction == "v" else (900, 500)
     terms = HostTerms(AVDConfig(timesteps=steps), path)
     given = ready(path, (steps[0], steps[1], steps[1]))
@@ -441,7 +461,7 @@ def test_the_terms_compile_in_one_graph(path):
     torch.testing.assert_close(found, terms.from_prediction(**given).loss)
 
 
-def test_metrics_can_be_looked_at_without_gradient():
+def test_metrics_can_be_looked_at_without_gradient() -> None:
     with torch.no_grad():
         assert host()[1](BATCH, MOVING.detach()).loss.isfinite()
     assert host()[1].eval()(BATCH, MOVING.detach()).loss.isfinite()
@@ -464,19 +484,21 @@ def test_metrics_can_be_looked_at_without_gradient():
         ({"config": {"motion": None}, "time_range": (0, 1000)}, TypeError, "config must be an AVDConfig, got dict"),
     ],
 )
-def test_wrong_options_are_refused_by_what_they_should_be(options, error, message):
+def test_wrong_options_are_refused_by_what_they_should_be(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         host(**options)
 
 
-def test_wrong_options_are_refused():
+def test_wrong_options_are_refused() -> None:
     with pytest.raises(ValueError, match=r"gradient_ratio=.*an adapter does not see"):
         host(AVDConfig(gradient_ratio=0.5))
     with pytest.raises(ValueError, match="frame_dim must be 2"):
         host(AVDConfig(motion=MotionConfig(frame_dim=1)))
 
 
-def test_a_plain_loop_learns_with_it():
+def test_a_plain_loop_learns_with_it() -> None:
     """The recipe of docs/hosts.md, on a host that is nothing but a loop."""
     torch.manual_seed(0)
     student = nn.Conv3d(4, 4, 1)
