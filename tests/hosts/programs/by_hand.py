@@ -6,7 +6,7 @@ import inspect
 
 import numpy as np
 
-from helpers import ReferenceCache, mean, reference_sample_losses, reference_weights
+from references import ReferenceCache, mean, reference_sample_losses, reference_weights
 
 
 class RegressionByHand:
