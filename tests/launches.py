@@ -77,8 +77,8 @@ class Launch:
         """What the function returned, by rank.
 
         Raises:
-            RuntimeError: If a process raises, dies or takes longer than ``timeout`` seconds, with what was printed. There
-                is no fallback to fewer processes: a test of several ranks that ran on one would prove nothing.
+            RuntimeError: If a process raises, dies or takes longer than ``timeout`` seconds, with what was printed. It
+                never falls back to fewer processes: a test of several ranks that ran on one would prove nothing.
         """
         ranks = range(len(self._processes))
         deadline = time.monotonic() + timeout

@@ -215,6 +215,10 @@ def _describe(item: Any, schema: type[BaseModel], values: Any) -> str:
     if item["type"] == "union_tag_invalid":
         kinds = ", ".join(re.findall(r"'([^']+)'", item["ctx"]["expected_tags"]))
         return f"  {path}.kind: expected one of {kinds}, got {item['ctx']['tag']!r}"
+    if isinstance(
+        item["input"], Mapping | BaseModel
+    ):  # of a rule for a whole section, whose message says what is wrong
+        return f"  {path}: {message}"
     got = "nothing (null)" if item["input"] is None else repr(item["input"])
     return f"  {path}: {message}, got {got}"
 

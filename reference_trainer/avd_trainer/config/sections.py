@@ -121,7 +121,7 @@ class CheckpointConfig(Section):
 
 
 class SamplesConfig(Section):
-    """Clips of the averaged student while it trains."""
+    """Clips of what is trained, with averaged weights, while it trains."""
 
     every: int | None = Field(default=None, ge=1)
     """Steps between two looks; None for none."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -27,7 +26,8 @@ class AVDMethodConfig(DMDMethodConfig):
 
     kind: Literal["avd"] = "avd"  # type: ignore[assignment]
     regression: RegressionConfig | None = RegressionConfig()
-    """The adaptive regression on real clips, Eq. 5-7; None leaves it out."""
+    """The adaptive regression on real clips, Eq. 5-7; None leaves it out. ``auto_update`` is the engine's to decide: a
+    step is one iteration."""
     motion: MotionConfig | None = MotionConfig()
     """The clipped temporal variance of samples, Eq. 8; None leaves it out."""
     gradient_ratio: float | None = Field(default=None, gt=0)
@@ -101,7 +101,7 @@ class AVD(DMD):
         if self.objective.regression is None:
             return
         clips_BCFHW, text_BLD = batch["clips"]
-        few_steps = torch.tensor(self.config.few_steps, device=clips_BCFHW.device)
+        few_steps = self.objective.timesteps
         t_B = few_steps[(draws.uniform("regression_timesteps") * len(few_steps)).long()]
         noise_BCFHW = draws.normal("regression_noise", clips_BCFHW.shape[1:])
         velocity_BCFHW = self.student(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)

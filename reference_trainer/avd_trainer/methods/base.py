@@ -150,6 +150,9 @@ class MethodConfig(Section):
         with open_weights(teacher) as weights:
             return weights.config
 
+    def check_student_weights(self) -> None:
+        """Raise ValueError where the student cannot start from weights of its own."""
+
     def check_accumulation(self) -> None:
         """Raise ValueError if gradients cannot be accumulated over micro-batches."""
 
@@ -227,6 +230,13 @@ class DistillationConfig(MethodConfig):
         if not falling or not 0 < steps[-1] <= steps[0] <= 1000:
             raise ValueError(f"few_steps must fall from at most 1000 to above 0, got {steps}")
         return self
+
+    def check_student_weights(self) -> None:
+        if self.student.lora is not None:
+            raise ValueError(
+                "student_weights and method.student.lora exclude each other: the adapters' base is the teacher. Leave "
+                "one out"
+            )
 
     def roles(self, student_weights: str | None = None) -> Roles:
         return {

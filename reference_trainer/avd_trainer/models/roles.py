@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, ParallelConfig
 from avd_trainer.models.lora import start_adapter
-from avd_trainer.models.sharding import materialise, shard
+from avd_trainer.models.sharding import checkpoint_blocks, materialise, shard
 from avd_trainer.models.transformer import DTYPES, VelocityModel, prepare, without_memory
 from avd_trainer.models.weights import TransformerWeights, load_into, open_weights
 from avd_trainer.runtime.ranks import Ranks
@@ -112,7 +112,7 @@ def load_models(
     """
     dtype = DTYPES[precision]
     models: dict[str, Model] = {
-        name: _build_own(role, latent_shape, dtype, ranks, seed)
+        name: _build_own(role, latent_shape, dtype, parallel, ranks, seed)
         for name, role in roles.items()
         if isinstance(role, Built)
     }
@@ -143,9 +143,15 @@ def build_whole(role: Built, latent_shape: Sequence[int], seed: int) -> nn.Modul
         return role.build(latent_shape)
 
 
-def _build_own(role: Built, latent_shape: Sequence[int], dtype: torch.dtype, ranks: Ranks, seed: int) -> Model:
+def _build_own(
+    role: Built, latent_shape: Sequence[int], dtype: torch.dtype, parallel: ParallelConfig, ranks: Ranks, seed: int
+) -> Model:
     module = build_whole(role, latent_shape, seed).to(ranks.device)
     if isinstance(module, WanTransformer3DModel):
+        if parallel.activation_checkpointing:
+            checkpoint_blocks(module)
+        if parallel.compile:
+            module.compile_repeated_blocks()
         shard(module, dtype, ranks)
         return VelocityModel(module, None, dtype)
     fully_shard(module, mesh=ranks.mesh)

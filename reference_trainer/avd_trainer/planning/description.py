@@ -84,6 +84,8 @@ class Run(NamedTuple):
 
     Attributes:
         roles: Who takes part; those that share weights with a frozen model need one.
+        main: The role that the run is about: what is sampled and exported.
+        product_bytes: Of a number in what the run leaves of it: students are written in float32, others in bfloat16.
         calls: Who is asked how often in an update.
         steps: Updates.
         batch_size: Examples per update, over all GPUs.
@@ -102,6 +104,8 @@ class Run(NamedTuple):
     """
 
     roles: tuple[Role, ...]
+    main: str
+    product_bytes: int
     calls: tuple[Call, ...]
     steps: int
     batch_size: int
@@ -180,6 +184,8 @@ def describe(
     """
     run = Run(
         roles=tuple(_roles(config)),
+        main=config.method.main_role,
+        product_bytes=2 if isinstance(config.method.roles()[config.method.main_role], Built) else 4,
         calls=tuple(config.method.calls()),
         steps=config.max_steps,
         batch_size=config.batch_size,

@@ -34,7 +34,7 @@ class DiskPlan(NamedTuple):
         encoding: Operations that the VAE takes to encode a clip; None where there is nothing to encode.
         checkpoint: Of one.
         checkpoints: How many there are at most at once, the one in writing included.
-        student: Of what the run leaves, in float32.
+        product: Of what the run leaves.
     """
 
     clips: int
@@ -44,7 +44,7 @@ class DiskPlan(NamedTuple):
     encoding: int | None
     checkpoint: int
     checkpoints: int
-    student: int
+    product: int
 
     @property
     def data(self) -> int:
@@ -54,7 +54,7 @@ class DiskPlan(NamedTuple):
     @property
     def together(self) -> int:
         """Of all of it."""
-        return self.data + self.checkpoint * self.checkpoints + self.student
+        return self.data + self.checkpoint * self.checkpoints + self.product
 
 
 def plan_disk(run: Run, clips: int) -> DiskPlan:
@@ -79,7 +79,7 @@ def plan_disk(run: Run, clips: int) -> DiskPlan:
         encoding=vae_operations(run.latent_shape) if encodes else None,
         checkpoint=checkpoint,
         checkpoints=most_checkpoints(run),
-        student=4 * averaged,
+        product=run.product_bytes * numbers[run.main],
     )
 
 

@@ -100,12 +100,11 @@ def _phases(run: Run) -> Iterator[Phase]:
             buffers=_gathered(models[name], run.shards) + _scattered(models[name], name),
         )
     if run.sampled:
-        (sampling,) = (role.name for role in run.roles if role.averaged)
         yield _phase(
             run,
             "sampling",
-            activations=inference_activations(models[sampling], sampling, run.sampled, *size),
-            buffers=_gathered(models[sampling], run.shards),
+            activations=inference_activations(models[run.main], run.main, run.sampled, *size),
+            buffers=_gathered(models[run.main], run.shards),
             copies=2,
         )
 

@@ -20,7 +20,13 @@ SHORT_UPDATE = 1.0
 def render(plan: Plan) -> RenderableType:
     """Memory by part and phase with the verdict, what to change, time, and disk."""
     lines = [Text(line) for line in (*_verdict(plan), "")]
-    return Group(_memory(plan), *lines, _sheet("Time", _time(plan.time)), _sheet("Disk", _disk(plan.disk)), *plan.notes)
+    return Group(
+        _memory(plan),
+        *lines,
+        _sheet("Time", _time(plan.time)),
+        _sheet("Disk", _disk(plan.disk, plan.run.main)),
+        *plan.notes,
+    )
 
 
 def _memory(plan: Plan) -> Table:
@@ -73,7 +79,7 @@ def _time(time: TimePlan) -> Iterator[tuple[str, str]]:
         yield "", "an update this short waits for kernels to start rather than for arithmetic: expect many times that"
 
 
-def _disk(disk: DiskPlan) -> Iterator[tuple[str, str]]:
+def _disk(disk: DiskPlan, main: str) -> Iterator[tuple[str, str]]:
     if disk.clips == 0:
         yield "clips", "none on disk: they are made when the run starts"
     elif disk.stored is not None:
@@ -87,7 +93,7 @@ def _disk(disk: DiskPlan) -> Iterator[tuple[str, str]]:
         f"{disk.checkpoints} checkpoint(s), at most",
         f"{_bytes(disk.checkpoints * disk.checkpoint)}: {_bytes(disk.checkpoint)} each",
     )
-    yield "the student", _bytes(disk.student)
+    yield f"the {main}", _bytes(disk.product)
     yield "together, at most", _bytes(disk.together)
     if disk.encoding is not None:
         yield (

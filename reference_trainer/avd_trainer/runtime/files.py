@@ -10,17 +10,6 @@ from typing import Any
 from avd_trainer.runtime.errors import UserError
 
 
-def claim_new_folder(folder: Path) -> None:
-    """Make an output folder, before any work starts.
-
-    Raises:
-        UserError: If it holds something already, or cannot be written to.
-    """
-    claim_folder(folder)
-    if any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Choose a new --output, so that nothing saved is overwritten.")
-
-
 def claim_folder(folder: Path) -> None:
     """Make a folder and see that it can be written to.
 

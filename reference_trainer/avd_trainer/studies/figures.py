@@ -136,7 +136,7 @@ def _draw_curves(
     _draw_by_timestep(weights, histories["avd"], "regression/weights", timesteps, "adaptive weight (AVD)")
     for axis in (spread, motion, matching, online, losses, weights):
         if axis in (online, losses, weights):
-            axis.set_xlabel("generator updates", fontsize=9)
+            axis.set_xlabel("student's updates", fontsize=9)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8, frameon=False)
         _plain(axis)

@@ -50,9 +50,9 @@ class TrainConfig(Section):
     max_steps: int = Field(ge=1)
     """Steps of the run. Each is one update of the student, and what else the method updates with it."""
     batch_size: int = Field(ge=1)
-    """Samples per update, over all ranks."""
+    """Examples per update, over all ranks."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Samples that a rank runs at once, accumulating gradients over its share of the batch. None: its whole share."""
+    """Examples that a rank runs at once, accumulating gradients over its share of the batch. None: its whole share."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What transformers compute in. Trained weights, sums of gradients and losses are always float32."""
     seed: int = Field(default=0, ge=0)
@@ -77,12 +77,8 @@ class TrainConfig(Section):
             raise ValueError(f"method {method.kind} needs a teacher, such as bundled:tiny")
         if not method.needs_teacher and (self.teacher is not None or self.student_weights is not None):
             raise ValueError(f"method {method.kind} starts from random weights: leave teacher and student_weights out")
-        lora = getattr(getattr(method, "student", None), "lora", None)
-        if self.student_weights is not None and lora is not None:
-            raise ValueError(
-                "student_weights and method.student.lora exclude each other: the adapters' base is the teacher. Leave "
-                "one out"
-            )
+        if self.student_weights is not None:
+            method.check_student_weights()
         if self.micro_batch_size is not None:
             method.check_accumulation()
         if self.prompts is not None and not isinstance(self.data, ShardsData):

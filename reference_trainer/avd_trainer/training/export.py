@@ -84,7 +84,8 @@ def export_product(run: Path, output: Path) -> nn.Module | None:
     parameters = {key: parameter.detach() for key, parameter in module.named_parameters()}
     read_tensors(saved.folder, {(averages or [name])[0]: parameters}, distributed=False)
     if isinstance(module, WanTransformer3DModel):
-        module.to(torch.bfloat16)  # half the download
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)  # half the download
     part = output.with_name(output.name + ".part")
     try:
         shutil.rmtree(part, ignore_errors=True)

@@ -74,7 +74,7 @@ def check_run(folder: Path, config: TrainConfig) -> int | None:
         _check_same_run(config, state["config"], latest)
         return int(state["step"])
     # A run that has saved nothing yet has nothing to lose: it starts over, also with other values.
-    if {path.name for path in folder.iterdir()} - {LOCK} and not (folder / CONFIG).exists():
+    if {path.name for path in folder.iterdir()} - {LOCK} and there is None:
         raise UserError(
             f"{folder} is not empty and holds no run. Choose a new --output, so that nothing saved is overwritten."
         )

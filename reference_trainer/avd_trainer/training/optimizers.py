@@ -18,11 +18,11 @@ Metrics = dict[str, Tensor]
 
 
 def share_batch(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> list[range]:
-    """Places in the global batch of this rank's samples, micro-batch by micro-batch.
+    """Places in the global batch of this rank's examples, micro-batch by micro-batch.
 
     Args:
-        batch_size: Samples per update, over all ranks.
-        micro_batch_size: Samples per micro-batch; None takes the whole share at once.
+        batch_size: Examples per update, over all ranks.
+        micro_batch_size: Examples per micro-batch; None takes the whole share at once.
         ranks: The processes of the run.
 
     Raises:
@@ -37,7 +37,7 @@ def share_batch(batch_size: int, micro_batch_size: int | None, ranks: Ranks) -> 
     size = micro_batch_size or share
     if share % size:
         raise UserError(
-            f"micro_batch_size {size} does not divide a rank's share of {share} samples (batch_size {batch_size} over "
+            f"micro_batch_size {size} does not divide a rank's share of {share} examples (batch_size {batch_size} over "
             f"{ranks.size} ranks). Choose a divisor."
         )
     first = ranks.rank * share

@@ -206,6 +206,8 @@ class Trainer:
         for loss in self.method.losses(turn, batch, draws):
             loss.backward(len(self.micro_batches))
             values.append(loss.value.detach())
+            taken = metrics.keys() & loss.metrics.keys() | loss.metrics.keys() & {"loss", "gradient_norm", "skipped"}
+            assert not taken, f"method {self.config.method.kind} gives metrics twice, or the engine's: {taken}"
             metrics |= loss.metrics
         return {"loss": torch.stack(values).sum(), **metrics}
 
@@ -233,7 +235,8 @@ class Trainer:
 
     def _guard(self, role: str) -> NonFiniteGuard:
         # A role may have several turns in a step; its guard stops the run after the same number of steps.
-        turns = sum(turn.role == role for turn in self.method.turns(1))
+        steps = range(1, self.config.max_steps + 1)
+        turns = max(sum(turn.role == role for turn in self.method.turns(step)) for step in steps)
         return NonFiniteGuard(self.config.max_skipped_steps * max(1, turns), name=_spoken(role))
 
 

@@ -58,7 +58,7 @@ def test_no_forward_is_run_whose_output_nobody_uses(make_trainer: MakeTrainer, o
     trainer = make_trainer(method={"online_updates": online_updates, "few_steps": [1000]})
     counts = count_forwards(trainer)
     first_step(trainer)
-    # One few-step grid entry: each rollout is one forward. The generator's own sample serves the first online update.
+    # One few-step grid entry: each rollout is one forward. The student's own sample serves the first online update.
     batch = trainer.config.batch_size
     assert counts["student", True] == (1 + 1) * batch  # generated samples, real clips
     assert counts["student", False] == (online_updates - 1) * batch
@@ -147,6 +147,31 @@ def test_a_step_is_that_of_the_plain_algorithm(
     torch.testing.assert_close(step_gradients(trainer, step), expected, rtol=1e-4, atol=1e-7)
     for name, value in metrics.items():
         torch.testing.assert_close(step[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", [0, 3])
+def test_the_monitor_is_shown_finished_samples_only(make_trainer: MakeTrainer, stop_at: StopAt, last: int) -> None:
+    trainer = make_trainer()
+    shown: list[dict[str, Tensor]] = []
+    assert trainer.monitor is not None
+    trainer.monitor.after_step = lambda step, metrics: shown.append(dict(metrics))  # type: ignore[method-assign]
+    stop_at(last)
+    logged = first_step(trainer)
+    assert ("x_0" in shown[0]) == (last == 3)
+    assert "x_0" not in logged
+    if last == 3:
+        assert shown[0]["x_0"].shape == (trainer.config.batch_size, *trainer.latent_shape)
+
+
+@pytest.mark.parametrize(("kind", "weight"), [("dmd", None), ("avd", 0.5)])
+def test_the_monitor_averages_over_the_steps_that_show_it_something(
+    make_trainer: MakeTrainer, kind: str, weight: float | None
+) -> None:
+    own = {} if weight is None else {"regression": {"weight": weight}}
+    monitor = make_trainer(kind, method={"few_steps": [1000, 500], **own}).monitor
+    assert monitor is not None
+    assert monitor.decay == pytest.approx(0.95**2)
+    assert monitor.regression_weight == weight
 
 
 def test_a_held_gradient_ratio_reaches_the_update(make_trainer: MakeTrainer) -> None:

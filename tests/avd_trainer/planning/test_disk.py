@@ -23,7 +23,7 @@ def test_a_checkpoint_is_what_a_trainer_saves(small_teacher: str, ranks: Ranks, 
     caches = nbytes(saved.pop("method").values())
     assert caches < 1000
     assert disk.checkpoint == sum(nbytes(tensors.values()) for tensors in saved.values())
-    assert disk.student == nbytes(saved["ema"].values())
+    assert disk.product == nbytes(saved["ema"].values())
 
 
 @pytest.mark.parametrize(

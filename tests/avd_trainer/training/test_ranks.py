@@ -138,9 +138,9 @@ def test_a_run_that_stays_bad_on_one_rank_ends_on_all(make_config: MakeConfig, d
         (
             2,
             {"batch_size": 8, "micro_batch_size": 3},
-            "micro_batch_size 3 does not divide a rank's share of 4 samples",
+            "micro_batch_size 3 does not divide a rank's share of 4 examples",
         ),
-        (1, {"batch_size": 2, "micro_batch_size": 4}, r"micro_batch_size 4 .* share of 2 samples .*Choose a divisor"),
+        (1, {"batch_size": 2, "micro_batch_size": 4}, r"micro_batch_size 4 .* share of 2 examples .*Choose a divisor"),
     ],
 )
 def test_a_batch_that_cannot_be_shared_out_is_refused(
