@@ -31,7 +31,7 @@ format: $(READY) ## format the code and sort its imports
 	$(BIN)/ruff format .
 
 docs: $(READY) ## check the pages: commands, links, names, code blocks
-	$(BIN)/python -m pytest tests/test_pages.py tests/test_readme.py tests/test_recipe.py tests/test_architecture.py tests/avd_integrations/test_docs.py
+	$(BIN)/python -m pytest tests/test_pages.py tests/test_readme.py tests/test_recipe.py tests/test_architecture.py tests/avd_core/test_callbacks_page.py tests/avd_integrations/test_docs.py
 
 bench: $(READY) ## measure the speed of losses and training
 	$(BIN)/python -m pytest benchmarks --benchmark-only

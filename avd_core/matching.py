@@ -59,8 +59,8 @@ def distribution_matching_loss(
             gradient passes through it.
         online_x_0: That of the online model, which follows the student, likewise.
         weight: Weight of the term, at least 0.
-        eps: Lower bound of the normaliser, positive, in the unit of ``x_0``. It keeps the gradient finite where a sample
-            equals the teacher's prediction.
+        eps: Lower bound of the normaliser, positive, in the unit of ``x_0``. It keeps the gradient finite where a
+            sample equals the teacher's prediction.
 
     Returns:
         LossOutput: ``loss`` scalar; metrics ``gradient_norm`` scalar, the root mean square of :math:`g` (without

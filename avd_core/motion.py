@@ -100,7 +100,7 @@ def clipped_temporal_variance_loss(
         \mathcal{L} = w_\mathrm{temp} \max(-\log(\mathbb{E}_x[\mathrm{Var}_t(x)] + \epsilon), \mathrm{floor})
 
     The variance is taken along frames and divided by their number. At the floor and below, the loss is constant and its
-    gradient exactly 0. (The released code drops the term there, which has the same gradient, but the logged loss jumps.)
+    gradient exactly 0. (The released code drops the term there: the same gradient, but the logged loss jumps.)
 
     Args:
         x_0: ``[B, C, F, H, W]`` generated samples, floating, with gradient. Any other shape of at least two dimensions

@@ -21,8 +21,8 @@ class FlowMatchingSchedule:
     the tensors that come in; ``sigma`` itself is computed in float32 at least.
 
     Timesteps outside ``[0, num_train_timesteps]``, for example in another unit, raise ValueError. On a CPU every call
-    checks them. On other devices only the first call does, since it has to wait for the device. So make one schedule and
-    keep it.
+    checks them. On other devices only the first call does, since it has to wait for the device. So make one schedule
+    and keep it.
 
     Args:
         num_train_timesteps: The timestep of pure noise. 1000 for Wan2.1; 1 for code that counts time in [0, 1].

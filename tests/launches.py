@@ -14,10 +14,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
 _context = multiprocessing.get_context("forkserver")
@@ -36,12 +38,12 @@ class Launch:
     """
 
     def __init__(self, size: int, function: Callable[..., Any], *args: Any) -> None:
+        # Pickled here, since multiprocessing would send tensors through memory that both processes hold.
+        call = pickle.dumps((function, args))
         self._folder = tempfile.TemporaryDirectory()
         # Held here as by torchrun's agent, so that no port has to be guessed, and no rank's death takes it along.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if size > 1 else None
         port = 0 if self._store is None else self._store.port
-        # Pickled here, since multiprocessing would send tensors through memory that both processes hold.
-        call = pickle.dumps((function, args))
         self._processes = [
             _context.Process(target=_run, args=(rank, size, port, self._folder.name, call), daemon=True)
             for rank in range(size)
@@ -72,11 +74,26 @@ class Launch:
         return [process.exitcode for process in self._processes]
 
     def results(self, timeout: float = 120.0) -> list[Any]:
-        """What the function returned, by rank; fails with what was printed if a process did not end well."""
+        """What the function returned, by rank.
+
+        Raises:
+            RuntimeError: If a process raises, dies or takes longer than ``timeout`` seconds, with what was printed. There
+                is no fallback to fewer processes: a test of several ranks that ran on one would prove nothing.
+        """
         ranks = range(len(self._processes))
-        if any(code != 0 for code in self.wait(timeout)):
-            raise RuntimeError("\n".join(f"rank {rank} printed:\n{self.printed(rank)}" for rank in ranks))
+        deadline = time.monotonic() + timeout
+        while any(process.exitcode is None for process in self._processes) and time.monotonic() < deadline:
+            if any(process.exitcode for process in self._processes):
+                break  # the others may wait for this one in a collective: no use in waiting for them
+            time.sleep(0.02)
+        if any(process.exitcode != 0 for process in self._processes):
+            raise RuntimeError("\n".join(map(self._problem, ranks)))
         return [pickle.loads(_file(self._folder.name, rank, "result").read_bytes()) for rank in ranks]
+
+    def _problem(self, rank: int) -> str:
+        code = self._processes[rank].exitcode
+        ended = "had not finished when the run was stopped" if code is None else f"ended with exit code {code}"
+        return f"rank {rank} {ended} and printed:\n{self.printed(rank)}"
 
     def printed(self, rank: int = 0) -> str:
         """Standard output and error of a rank."""
@@ -87,6 +104,23 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Call a function on every rank; returns the results by rank."""
     with Launch(size, function, *args) as launch:
         return launch.results()
+
+
+def in_group(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Call ``function(rank, *args)`` on every rank of one gloo group; returns the results by rank."""
+    with Launch(size, _join_group, function, timeout, args) as launch:
+        return launch.results(timeout)
+
+
+def _join_group(function: Callable[..., Any], timeout: float, args: tuple[Any, ...]) -> Any:
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **place)
+    assert dist.get_world_size() == size
+    try:
+        return function(rank, *args)
+    finally:
+        dist.destroy_process_group()
 
 
 def _run(rank: int, size: int, port: int, folder: str, call: bytes) -> None:

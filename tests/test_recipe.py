@@ -24,7 +24,7 @@ def plan() -> Plan:
 
 
 def test_figures_are_the_plans(plan: Plan) -> None:
-    page = (DOCS / "recipe.md").read_text()
+    page = " ".join((DOCS / "recipe.md").read_text().split())
     console = Console(width=200, record=True)
     console.print(render(plan))
     printed = console.export_text()
@@ -36,7 +36,7 @@ def test_figures_are_the_plans(plan: Plan) -> None:
 
 
 def test_figures_of_the_smoke_run_are_the_plans() -> None:
-    page = (DOCS / "recipe.md").read_text()
+    page = " ".join((DOCS / "recipe.md").read_text().split())
     plan = make_plan(wan_run("max_steps=20", "checkpoint.every=10", "samples.every=10"), gpus=8)
     assert f"{60 * plan.time.hours:.0f} minutes" in page
     assert f"{(plan.disk.together - plan.disk.data) / 1e9:.1f} GB, removed afterwards" in page

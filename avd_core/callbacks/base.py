@@ -11,9 +11,9 @@ Metrics = Mapping[str, Tensor]
 
 
 class Callback:
-    """What a training loop tells a callback, in three calls per optimizer step and two per checkpoint.
+    """The calls by which a training loop talks to a callback.
 
-    A loop uses one like this::
+    A loop uses it like this::
 
         loss.backward()
         metrics = {"loss": loss.detach(), "gradient_norm": clip_grad_norm_(parameters, 10.0), "x_0": x_0.detach()}

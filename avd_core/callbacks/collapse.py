@@ -1,4 +1,4 @@
-"""Saying early that a student freezes, jitters, oversaturates or washes out."""
+"""Early warnings that a student freezes, jitters, oversaturates or washes out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """How real (or teacher) latents look, to compare a student's with.
+    """Statistics of real latents (or the teacher's), to compare a student's with.
 
     Attributes:
         temporal_variance: ``E[Var_t(x)]``.
@@ -76,10 +76,10 @@ class _Rule:
 class CollapseMonitor(Callback):
     """Watches the generated samples and the loss weights, and says in plain words when a run goes wrong.
 
-    Each signal is smoothed over steps; a finding is logged (``logging``, level WARNING) and kept in ``findings`` when
-    its limit is crossed, and again only after it has recovered in between.
+    Each signal is smoothed over steps. When it crosses a limit, a finding is logged (``logging``, level WARNING) and
+    kept in ``findings``. The same finding comes again only if the signal has recovered in between.
 
-    Reads, where present:
+    Reads these metrics, if they are there:
 
     ============================  =======================================  ==============================
     metric                        signal                                   findings
@@ -91,16 +91,16 @@ class CollapseMonitor(Callback):
     ``balance/scale``             as it is after scaling
     ============================  =======================================  ==============================
 
-    Pass ``x_0`` in steps whose samples are finished: one that stops early in the few-step grid is blurred by nature. In
-    steps without it the samples are not judged.
+    Pass ``x_0`` only in steps whose samples are finished, since samples of an earlier few step are always blurred. In
+    steps without ``x_0`` samples are not judged.
 
     Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
 
     Args:
         reference: Statistics of real latents, in the student's latent space (:meth:`LatentStatistics.measure`).
-        regression_weight: The ``weight`` of the regression loss, to read its weights as a share; None skips that
+        regression_weight: The ``weight`` of the regression loss, by which its weights are divided; None skips that
             signal.
-        every: Steps between two looks, at least 1.
+        every: Steps between two judgements, at least 1.
         grace: Steps at the start that are not judged: a few-step student starts out blurred and still.
         decay: Smoothing per step, in [0, 1). With 0.95 a signal averages over about 20 batches.
         frame_dim: Dimension of frames of ``x_0``: 2 or 1.
@@ -109,8 +109,8 @@ class CollapseMonitor(Callback):
         saturation_range: Allowed standard deviation, as multiples of the reference's.
         min_weight: Smallest allowed share of the regression's maximal weight. (At an average loss it is 0.5.)
         max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None does not
-            judge it. It is no proof: of our small students one with 1.3 to 1.6 froze, others with 1.0 to 1.4 and a
-            heavier motion term kept moving.
+            judge it. It proves nothing: of our small students one with 1.3 to 1.6 froze, while others with 1.0 to 1.4
+            and a heavier motion term kept moving.
 
     Attributes:
         findings: All findings so far, oldest first.

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from avd_core import GradientBalance, LossOutput
-from helpers import assert_same_state, flatten, randn, state_of
+from references import flatten
+from tensors import assert_same_state, randn, state_of
 
 seeds = st.integers(0, 2**32 - 1)
 

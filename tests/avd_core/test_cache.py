@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from avd_core import AdaptiveRegressionLoss, LossMeanCache
-from helpers import GRID, NoArithmetic, ReferenceCache, assert_same_state, cut, state_of
+from loss_cases import GRID
+from references import ReferenceCache
+from tensors import assert_same_state, cut, state_of
+from watchers import NoArithmetic
 
 losses = st.floats(0, 1000, width=32)
 samples = st.tuples(st.sampled_from(GRID), losses)

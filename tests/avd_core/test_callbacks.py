@@ -23,7 +23,7 @@ from avd_core import (
     NonFiniteError,
     NonFiniteGuard,
 )
-from helpers import assert_same_state, randn
+from tensors import assert_same_state, randn
 
 # --- The contract of every callback
 

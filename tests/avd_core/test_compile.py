@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from avd_core import AVDConfig, AVDObjective
-from helpers import LOSSES, Case, randn, state_of
+from loss_cases import LOSSES, Case
+from tensors import randn, state_of
 
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 

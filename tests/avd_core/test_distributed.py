@@ -25,7 +25,9 @@ from avd_core import (
     NonFiniteError,
     NonFiniteGuard,
 )
-from helpers import GRID, assert_same_state, randn, run_ranks, state_of
+from launches import in_group
+from loss_cases import GRID
+from tensors import assert_same_state, randn, state_of
 
 WORLD = 2
 SPLITS = range(12)
@@ -328,7 +330,7 @@ def answer_all(rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ask() -> Ask:
-    results = run_ranks(answer_all, WORLD)
+    results = in_group(WORLD, answer_all)
 
     def answers(name: str) -> list[Any]:
         """What each rank answered."""
@@ -548,21 +550,21 @@ def test_ranks_are_processes_of_one_group_and_answer_in_order(ask: Ask) -> None:
 
 def test_a_rank_that_raises_fails_the_run_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 raised:.*ValueError: the data ended"):
-        run_ranks(raise_on_the_second, WORLD, timeout=100)
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 ended with exit code 1.*ValueError: the data ended"):
+        in_group(WORLD, raise_on_the_second, timeout=100)
     assert time.monotonic() - start < 60
 
 
 def test_a_rank_that_dies_fails_the_run() -> None:
-    with pytest.raises(RuntimeError, match="exit code 3 and no result"):
-        run_ranks(die_without_a_word, WORLD)
+    with pytest.raises(RuntimeError, match="ended with exit code 3"):
+        in_group(WORLD, die_without_a_word)
 
 
 def test_ranks_that_cannot_start_fail_the_run() -> None:
     with pytest.raises((pickle.PicklingError, AttributeError), match="pickle"):
-        run_ranks(lambda rank: rank, WORLD)
+        in_group(WORLD, lambda rank: rank)
 
 
 def test_ranks_that_take_too_long_fail_the_run() -> None:
     with pytest.raises(RuntimeError, match="had not finished"):
-        run_ranks(identity, WORLD, timeout=0.01)
+        in_group(WORLD, identity, timeout=0.01)

@@ -23,7 +23,8 @@ from avd_core import (
     shift_timesteps,
 )
 from avd_core._checks import RangeCheck
-from helpers import LOSSES, NoHostWait
+from loss_cases import LOSSES
+from watchers import NoHostWait
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avd_core import DistributionMatchingLoss, distribution_matching_loss
-from helpers import NoArithmetic, central_differences, flatten, mean, randn, reference_matching_gradients
+from references import central_differences, flatten, mean, reference_matching_gradients
+from tensors import randn
+from watchers import NoArithmetic
 
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(*[st.integers(1, 3)] * 5)

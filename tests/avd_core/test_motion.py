@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avd_core import ClippedTemporalVarianceLoss, clipped_temporal_variance_loss, derive_floor, temporal_variance
-from helpers import LargestTemporary, NoArithmetic, randn, reference_motion, reference_temporal_variance
+from references import reference_motion, reference_temporal_variance
+from tensors import randn
+from watchers import LargestTemporary, NoArithmetic
 
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.integers(1, 3)

@@ -9,17 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avd_core import AVDConfig, AVDObjective, BalanceConfig, MotionConfig, RegressionConfig
-from helpers import (
-    GRID,
-    NoArithmetic,
-    ReferenceCache,
-    assert_same_state,
-    randn,
-    reference_motion,
-    reference_regression,
-    reference_sample_losses,
-    state_of,
-)
+from loss_cases import GRID
+from references import ReferenceCache, reference_motion, reference_regression, reference_sample_losses
+from tensors import assert_same_state, randn, state_of
+from watchers import NoArithmetic
 
 seeds = st.integers(0, 2**32 - 1)
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers import LOSSES, Case, assert_same_state, state_of
+from loss_cases import LOSSES, Case
+from tensors import assert_same_state, state_of
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import avd_core
-from helpers import LOSSES
+from loss_cases import LOSSES
 
 PUBLIC = [
     "AVDConfig",

@@ -8,20 +8,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avd_core import AdaptiveRegressionLoss, LossMeanCache, adaptive_regression_loss
-from helpers import (
-    GRID,
-    NoArithmetic,
+from loss_cases import GRID
+from references import (
     ReferenceCache,
-    assert_same_state,
     central_differences,
-    cut,
     flatten,
-    randn,
     reference_regression,
     reference_sample_losses,
     reference_weights,
-    state_of,
 )
+from tensors import assert_same_state, cut, randn, state_of
+from watchers import NoArithmetic
 
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(*[st.integers(1, 3)] * 5)

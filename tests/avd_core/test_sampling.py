@@ -18,7 +18,8 @@ from avd_core import (
     repeat_frames,
     step_rates,
 )
-from helpers import GRID, randn
+from loss_cases import GRID
+from tensors import randn
 
 schedule = FlowMatchingSchedule()
 frame_counts = st.integers(2, 40)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_timesteps, standard_guidance_scale
-from helpers import NoArithmetic, randn
+from tensors import randn
+from watchers import NoArithmetic
 
 seeds = st.integers(0, 2**32 - 1)
 timesteps = st.lists(st.floats(1, 1000), min_size=1, max_size=4).map(lambda t: torch.tensor(t, dtype=torch.float64))

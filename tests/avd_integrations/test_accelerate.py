@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_integrations import rectified_flow
 from avd_integrations.accelerate import PROVEN_ON, AcceleratorTerms
-from helpers import ReferenceCache, assert_same_state, central_differences, reference_motion, reference_regression
-from helpers import reference_sample_losses as sample_losses
 from launches import on_ranks
+from references import ReferenceCache, central_differences, reference_motion, reference_regression
+from references import reference_sample_losses as sample_losses
+from tensors import assert_same_state
 
 PAGE = (Path(__file__).parents[2] / "docs" / "hosts" / "accelerate.md").read_text()
 SETUP, BODY = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)

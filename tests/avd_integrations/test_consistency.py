@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from avd_core import AVDConfig, AVDObjective, LossOutput, MotionConfig, RegressionConfig
 from avd_integrations import HostTerms, Parametrisation, rectified_flow, variance_preserving
 from avd_integrations.consistency import PhasedConsistencyTerms, dcm_terms, lcm_terms, pcm_terms
-from helpers import reference_motion
+from references import reference_motion
 
 ALPHAS = torch.linspace(0.9999, 0.005, 1000)
 DDIM_TIMESTEPS = torch.tensor([249, 499, 749, 999])

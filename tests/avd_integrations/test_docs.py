@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from avd_integrations import accelerate, consistency, dmd2, fastgen, fastvideo, rcm, self_forcing
-from helpers import ReferenceCache, mean, reference_motion, reference_sample_losses, reference_weights
+from references import ReferenceCache, mean, reference_motion, reference_sample_losses, reference_weights
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "hosts.md").read_text()

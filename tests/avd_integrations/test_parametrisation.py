@@ -18,7 +18,8 @@ from avd_integrations import (
     variance_preserving,
 )
 from avd_integrations._path_checks import check_times
-from helpers import NoHostWait, randn
+from tensors import randn
+from watchers import NoHostWait
 
 # Stable Diffusion's schedule: linear in the root of beta.
 ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, dim=0)

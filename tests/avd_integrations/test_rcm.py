@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from avd_core import AVDConfig
 from avd_integrations import rcm, trigflow
-from helpers import ReferenceCache
+from references import ReferenceCache
 
 SHAPE = (2, 3, 5, 4, 4)
 CLIPS = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))

@@ -17,7 +17,8 @@ from avd_core import (
     RegressionConfig,
 )
 from avd_integrations import HostTerms, Parametrisation, rectified_flow, trigflow, variance_preserving
-from helpers import GRID, NoHostWait
+from loss_cases import GRID
+from watchers import NoHostWait
 
 CLIPS = torch.randn(3, 4, 5, 2, 2, generator=torch.Generator().manual_seed(0))
 

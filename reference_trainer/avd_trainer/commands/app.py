@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 from avd_trainer.commands.analyze import analyze_app
@@ -11,17 +15,37 @@ from avd_trainer.commands.demo import demo
 from avd_trainer.commands.export import export
 from avd_trainer.commands.methods import methods
 from avd_trainer.commands.plan import plan
+from avd_trainer.commands.presets import presets
 from avd_trainer.commands.sample import sample
+from avd_trainer.commands.torchrun import SETTINGS, torchrun
 from avd_trainer.commands.train import train
+from avd_trainer.runtime.terminal import say
 
 app = typer.Typer(
-    help="Distil video models into few-step students that keep their colours and their motion.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
 
-for _command in (train, export, sample, plan, calibrate, demo, methods):
+for _command in (train, export, sample, plan, calibrate, demo, methods, presets):
     app.command()(_command)
+app.command(context_settings=SETTINGS)(torchrun)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        # From what is installed: importing PyTorch to ask it takes seconds.
+        say(f"avd-core {version('avd-core')}, torch {version('torch')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions and exit.")
+    ] = False,
+) -> None:
+    """Distil video models into few-step students that keep their colours and their motion."""

@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from avd_trainer.commands.options import MaxSteps, Output, Overrides, Videos, clips_of, overrides_of
+from avd_trainer.commands.options import MaxSteps, Overrides, Videos, clips_of, overrides_of
 from avd_trainer.runtime.terminal import readable_errors, say
+from avd_trainer.runtime.threads import describe_threads
 
 
-def demo(output: Output, videos: Videos = None, max_steps: MaxSteps = None, set_: Overrides = None) -> None:
-    """Distil two tiny students, by DMD alone and with AVD, and compare them in pictures and numbers."""
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the demo writes.")],
+    videos: Videos = None,
+    max_steps: MaxSteps = None,
+    set_: Overrides = None,
+) -> None:
+    """Distil two tiny students, by DMD alone and with AVD, and compare them in pictures and numbers.
+
+    One that was stopped goes on by the same command.
+    """
     with readable_errors():
         from avd_trainer.config.loading import load_config
         from avd_trainer.runtime.ranks import join_ranks
-        from avd_trainer.studies.demo import DemoConfig, run_demo
+        from avd_trainer.studies.demo import METRICS, REPORT, DemoConfig, run_demo
 
         config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), clips_of(videos, None))
-
         with join_ranks() as ranks:
+            if ranks.device.type == "cpu":
+                say(describe_threads())
             metrics = run_demo(config, output, ranks)
+        if metrics is None:
+            say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
+            return
         table = Table("", "saturation", "temporal loss", "pixel motion", "distance")
         for name, row in metrics.items():
             table.add_row(name, *(f"{value:.4f}" for value in row.model_dump().values()))
         Console().print(table)
-        say(f"Pictures: {output / 'report.png'}, {output}/*.gif. Numbers: {output / 'metrics.json'}.")
+        say(f"Pictures: {output / REPORT}, {output}/*.gif. Numbers: {output / METRICS}.")

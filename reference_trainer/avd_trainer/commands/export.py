@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from avd_trainer.commands.options import Output, Run
+from avd_trainer.commands.options import Run
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.terminal import readable_errors, say
 
@@ -28,7 +28,9 @@ Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="
 
 def export(
     run: Run,
-    output: Output,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder of the pipeline; an earlier export in it is replaced.")
+    ],
     weights: WeightsOption = "ema",
     step: Step = None,
     dtype: Dtype = "float32",

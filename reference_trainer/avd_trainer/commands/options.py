@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from avd_trainer.config.loading import presets
 from avd_trainer.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from avd_trainer.training.config import TrainConfig
-Preset = Annotated[str, typer.Argument(help="A preset's name (tiny) or a YAML file.")]
+
+PRESET_HELP = f"A preset ({', '.join(presets())}; avd presets says more) or a YAML file."
+Preset = Annotated[str, typer.Argument(help=PRESET_HELP)]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the run writes.")]
 Videos = Annotated[Path | None, typer.Option(help="Folder of your own videos, used as the real clips.")]
 Method = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from traceback import clear_frames
@@ -110,7 +111,7 @@ def sample(
         say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
         for (name, each), column in zip(plans.items(), zip(*samples, strict=True), strict=True):
             seconds = median(sampled.seconds for sampled in column)
-            say(f"{name}, steps on one frame of {', '.join(map(str, each))}: {seconds:.3g} s a clip")
+            say(f"{name} ({describe_rates(each)}): {seconds:.3g} s a clip")
         if cut is not None:
             raise cut
 
@@ -169,6 +170,17 @@ def _plans(
     full = {"full rate": (1,) * len(student.timesteps)}
     reduced = {"half rate": chosen} if max(chosen) > 1 else {}
     return full | reduced if side_by_side else reduced or full
+
+
+def describe_rates(rates: Sequence[int]) -> str:
+    """``(2, 2, 1, 1)``: 2 steps on every 2nd frame, 2 on all frames."""
+    ordinals = {1: "all frames", 2: "every 2nd frame", 3: "every 3rd frame"}
+    parts: list[str] = []
+    for rate, steps in groupby(rates):
+        number = len(list(steps))
+        unit = "" if parts else " steps" if number > 1 else " step"
+        parts.append(f"{number}{unit} on {ordinals.get(rate, f'every {rate}th frame')}")
+    return ", ".join(parts)
 
 
 def _read_rates(rates: str) -> list[int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +38,18 @@ def presets() -> dict[str, tuple[str, ...]]:
     """Names of the presets that come with the package, each with the methods that it has values for."""
     folders = sorted((folder for folder in _presets().iterdir() if folder.is_dir()), key=lambda folder: folder.name)
     return {folder.name: tuple(sorted(_stem(file) for file in folder.iterdir())) for folder in folders}
+
+
+def default_method(methods: tuple[str, ...]) -> str:
+    """Which of a preset's methods is taken where none is asked for."""
+    return DEFAULT_METHOD if DEFAULT_METHOD in methods else methods[0]
+
+
+def describe_preset(preset: str, method: str) -> str:
+    """The first sentence of the comment that a preset's file begins with."""
+    lines = _preset_file(preset, method).read_text().splitlines()
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", comment)[0]  # "et al. 2026" ends no sentence
 
 
 def load_config(
@@ -69,7 +84,7 @@ def load_config(
             **(replace or {}),
         }.items():
             config[key] = value
-        merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(overrides or [])))
+        merged = OmegaConf.merge(config, _parse_overrides(overrides or []))
         values = OmegaConf.to_container(merged, resolve=True)
     except ConfigError:
         raise
@@ -83,13 +98,47 @@ def validate(schema: type[Config], values: Any, source: str) -> Config:
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(item) for item in error.errors()]
+        lines = [_describe(item, schema, values) for item in error.errors()]
         raise ConfigError(f"{source} is not a valid configuration:\n" + "\n".join(lines)) from error
 
 
 def save_config(config: BaseModel, path: Path, command: str) -> None:
     """Write a configuration as YAML, complete with defaults, and which command wrote it."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create({COMMAND: command, **config.model_dump(mode="json")})))
+    path.write_text(to_yaml({COMMAND: command, **config.model_dump(mode="json")}))
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """The values of a file that :func:`save_config` wrote, not validated.
+
+    Raises:
+        ConfigError: If it cannot be read, or is no such file.
+    """
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(path.read_text()))
+    except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. Choose a new --output.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values. Choose a new --output.")
+    return {str(key): value for key, value in values.items() if key != COMMAND}
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """YAML as a configuration's file has it."""
+    return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
+
+
+def _parse_overrides(overrides: list[str]) -> DictConfig:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--set {override}: expected KEY=VALUE, such as --set max_steps=100.")
+        try:
+            OmegaConf.from_dotlist([override])
+        except YAMLError as error:
+            raise ConfigError(
+                f"--set {override}: {value} is no value in YAML. Quote it, or close its brackets."
+            ) from error
+    return OmegaConf.from_dotlist(overrides)
 
 
 def _read(source: str, method: str | None) -> DictConfig:
@@ -113,14 +162,14 @@ def _read(source: str, method: str | None) -> DictConfig:
 
 def _choose(preset: str, methods: tuple[str, ...], method: str | None) -> str:
     if method is None:
-        return DEFAULT_METHOD if DEFAULT_METHOD in methods else methods[0]
+        return default_method(methods)
     if method not in methods:
         raise ConfigError(f"Preset {preset} has no values for method {method!r}. It has {', '.join(methods)}.")
     return method
 
 
 def _read_preset(preset: str, method: str) -> DictConfig:
-    return _parse((_presets() / preset / f"{method}.yaml").read_text(), f"{preset}/{method}")
+    return _parse(_preset_file(preset, method).read_text(), f"{preset}/{method}")
 
 
 def _parse(text: str, source: str) -> DictConfig:
@@ -144,11 +193,15 @@ def _presets() -> Any:
     return resources.files("avd_trainer") / "presets"
 
 
+def _preset_file(preset: str, method: str) -> Any:
+    return _presets() / preset / f"{method}.yaml"
+
+
 def _stem(file: Any) -> str:
     return str(file.name).removesuffix(".yaml")
 
 
-def _describe(item: Any) -> str:
+def _describe(item: Any, schema: type[BaseModel], values: Any) -> str:
     keys = [str(part) for part in item["loc"]]
     if keys and keys[0] in _UNIONS:
         del keys[1:2]
@@ -158,5 +211,38 @@ def _describe(item: Any) -> str:
         hint = ". Pass --data DIR, a folder that `avd data encode` made" if path == "data" else ""
         return f"  {path}: {message}{hint}"
     if item["type"] == "extra_forbidden":
-        return f"  {path}: there is no such field"
-    return f"  {path}: {message}, got {item['input']!r}"
+        return f"  {path}: there is no such field{_suggest(path, list(_paths(schema, values)))}"
+    if item["type"] == "union_tag_invalid":
+        kinds = ", ".join(re.findall(r"'([^']+)'", item["ctx"]["expected_tags"]))
+        return f"  {path}.kind: expected one of {kinds}, got {item['ctx']['tag']!r}"
+    got = "nothing (null)" if item["input"] is None else repr(item["input"])
+    return f"  {path}: {message}, got {got}"
+
+
+def _suggest(path: str, known: list[str]) -> str:
+    """What a mistyped key may have been meant for: one beside it, or one of its name further down."""
+    section, dot, name = path.rpartition(".")
+    beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
+    if close := get_close_matches(name, beside, n=1):
+        return f": did you mean {section}{dot}{close[0]}?"
+    if below := [other for other in known if other.startswith(section + dot) and other.endswith(f".{name}")]:
+        return f": did you mean {' or '.join(below)}?"
+    return f". There are: {', '.join(sorted(beside))}"
+
+
+def _paths(schema: type[BaseModel], values: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a configuration; of sections of several kinds, those of the kind that ``values`` name."""
+    for name, field in schema.model_fields.items():
+        yield prefix + name
+        chosen = values.get(name) if isinstance(values, Mapping) else None
+        for section in _sections(field.annotation):
+            kind = section.model_fields.get("kind")
+            if kind is None or not isinstance(chosen, Mapping) or kind.default == chosen.get("kind"):
+                yield from _paths(section, chosen, f"{prefix}{name}.")
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)

@@ -1,4 +1,4 @@
-"""From a person's own videos and prompts to shards."""
+"""From your own videos and prompts to shards."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class VideoEncoder(Protocol):
     """What makes latents of videos, such as a VAE.
 
     Attributes:
-        latent_space: Whose latents they are.
-        source: Folder or hub id of the pipeline that it is a part of, if it is of one.
+        latent_space: Whose latents it makes.
+        source: Folder or hub id of the pipeline that it belongs to, if any.
     """
 
     @property
@@ -126,11 +126,10 @@ def encode_videos(
 ) -> int:
     """Cut a folder of videos into clips and encode them with their captions.
 
-    Each video is brought to the format's frame rate and cut into clips that follow each other without overlap; what is
-    left at its end is dropped. A frame is resized to cover the format's height and width, and its centre is cut out.
-    The caption is the content of the ``.txt`` file beside the video, or else the file's name. Latents are stored in
-    float16. A file that cannot be read or is shorter than a clip, and a clip that does not move, are logged and left
-    out.
+    Each video is brought to the format's frame rate and cut into clips without overlap; a rest at its end is dropped. A
+    frame is resized to cover the format's height and width, and its centre is cut out. The caption is the content of
+    the ``.txt`` file beside the video, or else the file's name. Latents are stored in float16. Files that cannot be
+    read or are shorter than a clip, and clips that do not move, are logged and left out.
 
     Args:
         folder: Searched recursively.

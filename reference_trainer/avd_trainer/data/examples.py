@@ -47,8 +47,8 @@ class PartOfData(Dataset[Example]):
 
     Args:
         whole: The data set.
-        places: Which.
-        text: Whether to read captions' embeddings, which are as large as clips and would be copied along.
+        places: Which examples.
+        text: Whether to read the embeddings of captions, which are as large as clips.
     """
 
     def __init__(self, whole: CaptionedExamples, places: range, *, text: bool = True) -> None:

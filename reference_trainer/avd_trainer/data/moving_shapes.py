@@ -1,7 +1,7 @@
 """Captioned clips of two moving shapes: the data that needs no download.
 
-Every clip is a function of ``(seed, index)`` alone, so a data set needs no files, a test can ask for the same clip
-twice, and what is in each frame (shape, colour, position) is known.
+Every clip depends on ``(seed, index)`` only. So a data set needs no files, a test can ask for the same clip twice, and
+shape, colour and position in each frame are known.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class MovingShapes:
 
     Args:
         length: Number of clips.
-        seed: Clips of two seeds have nothing in common; clip ``i`` of one seed is always the same.
+        seed: Different seeds give unrelated clips; clip ``i`` of one seed is always the same.
         frames: Frames per clip.
         size: Height and width in pixels.
     """

@@ -1,4 +1,4 @@
-"""The order in which training reads a data set: a function of seed and position alone."""
+"""The order in which training reads a data set. It depends on seed and position only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 class ShuffledOrder:
-    """An endless shuffled order without state: who knows the position knows what comes next.
+    """An endless shuffled order without state: the position says which index comes next.
 
-    Position ``p`` lies in epoch ``p // length``; each epoch is a permutation keyed by ``(seed, epoch)``, so within an
-    epoch each index comes exactly once. Ranks and steps only divide the positions among them: any batch size and any
-    number of ranks, also a number that changes on resuming, reads the same sequence.
+    Position ``p`` is in epoch ``p // length``. Each epoch is a permutation that depends on ``(seed, epoch)``, so each
+    index comes exactly once in it. Ranks and steps only share out the positions. So any batch size and any number of
+    ranks reads the same sequence, also if the number of ranks changes on resuming.
 
     Args:
         length: Number of examples.
-        seed: Orders of two seeds have nothing in common.
+        seed: Different seeds give unrelated orders.
 
     Raises:
         ValueError: If ``length`` is below 1.

@@ -111,9 +111,9 @@ def read_schema(path: Path, schema: pa.Schema) -> tuple[int, int, Encoding | Non
 
 
 def check_alike(first: Layout, first_name: object, other: Layout, other_name: object) -> None:
-    """Refuse to read two shards or data sets together that differ in what a batch or a model cannot mix.
+    """Refuse to join two shards or data sets that a batch or a model cannot mix.
 
-    A codec or a frame rate that one of them does not tell is no difference.
+    A codec or frame rate that one of them does not record counts as equal.
 
     Raises:
         UserError: With both names.

@@ -34,14 +34,14 @@ ROW_GROUP_BYTES = 2**20
 class ShardWriter:
     """Writes a data set; a context manager.
 
-    Shards are written under temporary names and renamed on leaving: only then is their number known, and what was left
-    by an error or a killed process is never taken for a data set.
+    Shards are written under temporary names and renamed when the context ends, since only then their number is known.
+    So what an error or a killed process leaves is never taken for a data set.
 
     Args:
         folder: Made if need be; must hold no Parquet files yet.
         text_length: L, the most tokens that a text embedding may have.
         text_dim: D, the width of a token.
-        encoding: How clips became latents, which later steps go by; None for prompts, or where nobody knows.
+        encoding: How clips became latents, which later steps use; None for prompts, or if it is not known.
         rows_per_shard: 256 latents of Wan2.1 at 832 x 480 x 81 are about 1.3 GB in float16.
         name: The first part of the shards' names.
 

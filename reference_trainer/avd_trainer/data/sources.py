@@ -1,4 +1,4 @@
-"""From a configuration to data: what to train on, and what to hold out."""
+"""From a configuration to data: what to train on, and what to keep for evaluation."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class TrainingData(NamedTuple):
         clips: Real clips, for the regression.
         prompts: Prompts, for the matching term.
         workers: Processes that read ahead.
-        fingerprint: What a resumed run must find again; None for data that the configuration determines.
-        encoding: How clips became latents, where that is known.
-        held_out: Clips that training never sees, where any were asked for.
+        fingerprint: What a resumed run compares its data with; None for data that the configuration determines.
+        encoding: How clips became latents, if that is known.
+        held_out: Clips that training never sees, if any were asked for.
     """
 
     clips: CaptionedExamples
@@ -81,8 +81,8 @@ def load_data(
     Args:
         data: Which clips.
         prompts: Which prompts; None for the captions of the clips.
-        teacher: Whom the data has to fit, by the name that it is loaded by; None where there is none.
-        text_dim: Width of the text embeddings that the models expect; None where captions are not read.
+        teacher: The teacher's name, as in the configuration; the data has to fit it. None if there is none.
+        text_dim: Width of the text embeddings that the models expect; None if captions are not read.
         channels: Latent channels that they expect; None for any.
         held_out: How many clips evaluation wants: so many of the last of data on disk, and the held-out clips of shapes
             and videos.
@@ -131,9 +131,9 @@ def open_clips(data: ShardsData) -> ShardDataset:
 
 
 def assumed_encoding(data: DataSection, teacher: str | None) -> Encoding:
-    """How clips became latents where the data itself does not say: as the teacher's do, or else as Wan's.
+    """How clips became latents if the data does not say it: as for the teacher, or else as for Wan.
 
-    Clips that are encoded when a run starts are in the block DCT's space, whoever the teacher is.
+    Clips that are encoded when a run starts are always in the block DCT's space.
     """
     if not isinstance(data, ShardsData):
         return Encoding("block-dct")

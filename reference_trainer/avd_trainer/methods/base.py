@@ -25,7 +25,7 @@ from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import Draws
 
 Batches = Mapping[str, Batch]
-"""What a turn asked for, by name: ``prompts``, ``clips``."""
+"""The batches that a turn asked for, by name: ``prompts``, ``clips``."""
 
 
 class Turn(NamedTuple):
@@ -41,14 +41,14 @@ class Turn(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Forwards of a model in an update.
+    """How often a method asks a model in a step of the run.
 
     Attributes:
         role: Which model.
-        times: How many for each example of the batch; a mean where the number is drawn.
-        backward: Whether a backward pass follows each.
-        guidance_scale: Of classifier-free guidance, which asks twice; 1 asks once.
-        beside: The role whose graph waits meanwhile; None for none.
+        times: Forwards for each example of the batch; the mean, if the number is drawn.
+        backward: Whether a backward pass follows each forward.
+        guidance_scale: Of classifier-free guidance, which needs two forwards; 1 needs one.
+        beside: The role whose graph is kept in memory meanwhile; None for none.
     """
 
     role: str
@@ -64,11 +64,11 @@ class Call(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a method finds when it starts.
+    """What a method is given when it starts.
 
     Attributes:
         latent_shape: ``(C, F, H, W)`` of a clip.
-        unconditional: ``[L, D]`` the text embedding of the negative prompt, on ``device``; empty where none is read.
+        unconditional: ``[L, D]`` the text embedding of the negative prompt, on ``device``; empty if no text is read.
         device: Where this process computes.
     """
 
@@ -78,10 +78,10 @@ class Setting(NamedTuple):
 
 
 class Cut:
-    """A model's output whose graph is cut, so that several losses share one backward pass through the model.
+    """A model's output, separated from its graph, so that several losses share one backward pass through the model.
 
-    Losses are computed from ``output``, a leaf. The engine takes their gradient there and sends it through the model
-    once; afterwards the model's graph is gone, while the losses can still be differentiated at ``output``.
+    Compute losses from ``output``, which is a leaf. The engine takes their gradient at ``output`` and sends it through
+    the model once. That frees the model's graph, and the losses can still be differentiated at ``output``.
 
     Args:
         of: What the model returned, with its graph.
@@ -93,13 +93,13 @@ class Cut:
 
 
 class Loss(NamedTuple):
-    """What a method yields: the engine runs its backward pass before it asks for the next one.
+    """A loss that a method yields. The engine runs its backward pass before it asks for the next one.
 
     Attributes:
         value: Scalar.
-        metrics: Detached tensors to log: scalars, or ``[B]``. ``x_0`` is shown to the monitor and not logged: finished
-            samples ``[B, C, F, H, W]``.
-        cut: Where ``value`` was computed from a cut output; None for a graph that reaches the parameters.
+        metrics: Detached tensors to log: scalars, or ``[B]``. An entry ``x_0``, finished samples ``[B, C, F, H, W]``,
+            is not logged but shown to the monitor.
+        cut: The :class:`Cut` from whose output ``value`` was computed; None if its graph reaches the parameters.
     """
 
     value: Tensor
@@ -107,7 +107,7 @@ class Loss(NamedTuple):
     cut: Cut | None = None
 
     def backward(self, parts: int) -> None:
-        """Add the gradient of ``value / parts`` to the parameters'. For the engine to call."""
+        """Add the gradient of ``value / parts`` to that of the parameters. Called by the engine."""
         if self.cut is None:
             (self.value / parts).backward()  # type: ignore[no-untyped-call]
         else:
@@ -121,12 +121,12 @@ class MethodConfig(Section):
     kind: str
 
     needs_teacher: ClassVar[bool] = True
-    """Whether a run names a teacher that its models start from."""
+    """Whether a run needs a teacher, from which its models start."""
     needs_text: ClassVar[bool] = True
     """Whether the method reads captions or prompts."""
 
     def roles(self, student_weights: str | None = None) -> Roles:
-        """Who takes part. ``student_weights`` are what a student starts from in place of the teacher."""
+        """The models that take part. A student starts from ``student_weights``, or without them from the teacher."""
         raise NotImplementedError
 
     def calls(self) -> Sequence[Call]:
@@ -135,23 +135,23 @@ class MethodConfig(Section):
 
     @property
     def main_role(self) -> str:
-        """The role that the run is about: what is averaged, sampled and exported."""
+        """The role whose model is the result of the run: it is averaged, sampled and exported."""
         return "student"
 
     @property
     def held_out_clips(self) -> int:
-        """Of data of kind shards: how many of the last clips :meth:`Method.evaluate` is shown, and training is not."""
+        """How many of the last clips of encoded data are kept from training, for :meth:`Method.evaluate`."""
         return 0
 
     def transformer_config(self, teacher: str | None) -> dict[str, Any] | None:
-        """Keyword arguments of the transformers that take part; None where there are none."""
+        """Keyword arguments of the transformers that take part; None if there are none."""
         if teacher is None:
             return None
         with open_weights(teacher) as weights:
             return weights.config
 
     def check_accumulation(self) -> None:
-        """Raise ValueError where gradients cannot be accumulated over micro-batches."""
+        """Raise ValueError if gradients cannot be accumulated over micro-batches."""
 
 
 class Method(ABC):
@@ -160,11 +160,11 @@ class Method(ABC):
     Args:
         config: Its options.
         models: By role.
-        setting: What it finds.
+        setting: What it is given besides.
 
     Attributes:
-        state: What has to survive a restart besides models: buffers of caches and balances.
-        sampler: How the main role's model becomes a sample; None where it makes none.
+        state: Buffers that have to survive a restart besides models, such as those of a cache.
+        sampler: How samples are made with the main role's model; None if it makes none.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -179,14 +179,14 @@ class Method(ABC):
 
     @abstractmethod
     def turns(self, step: int) -> Sequence[Turn]:
-        """Whose optimizers step in a step of the run, in order. A function of the step alone."""
+        """The turns of a step of the run, in order. They depend on the step only."""
 
     @abstractmethod
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         """The losses of one micro-batch of a turn. After each yield its backward pass is run."""
 
     def after(self, turn: Turn, *, accepted: bool) -> None:  # noqa: B027 - most methods have nothing to do here
-        """The turn is over; ``accepted`` says whether the optimizer has stepped, as everything was finite."""
+        """Called after a turn. ``accepted`` says whether the optimizer has stepped, or else a value was not finite."""
 
     def summarise(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
         """Metrics of a step, averaged over micro-batches and ranks, as they are logged."""
@@ -197,7 +197,7 @@ class Method(ABC):
         return None
 
     def evaluate(self, module: nn.Module, held_out: Examples) -> BaseModel | None:
-        """What is measured on held-out clips when the run is done, on the exported module; None for nothing."""
+        """Measure the exported module on held-out clips when the run is done; None if nothing is measured."""
         return None
 
 
@@ -248,7 +248,7 @@ def describe_samples(x_0: Tensor, timestep: float, few_steps: Sequence[float]) -
 
 
 def weighted_sum(*terms: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of terms that carry their weights already, and all their metrics."""
+    """The sum of terms that are weighted already, and all their metrics."""
     total = terms[0].loss
     for term in terms[1:]:
         total = total + term.loss

@@ -21,7 +21,7 @@ from avd_trainer.runtime.ranks import Ranks
 
 @dataclass(frozen=True)
 class Frozen:
-    """The transformer of the run's ``teacher`` as it was loaded; nobody trains it."""
+    """The transformer of the run's ``teacher`` as it was loaded; it is not trained."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Trained:
     """A transformer that starts from the run's ``teacher``.
 
     Attributes:
-        optimizer: What steps on it.
-        lora: Train adapters on the base that all such roles share with the frozen one; None trains all weights.
-        weights: Where all weights are trained: what to start from in place of the teacher.
+        optimizer: Options of its optimizer.
+        lora: Train adapters on a base that all such roles share with the frozen one; None trains all weights.
+        weights: What to start from in place of the teacher, if all weights are trained.
     """
 
     optimizer: OptimizerConfig
@@ -41,12 +41,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Built:
-    """A module of the method's own, with random first weights that the run's seed fixes.
+    """A module that the method builds, with random first weights that depend on the run's seed.
 
     Attributes:
-        optimizer: What steps on it.
-        build: From the latent shape ``(C, F, H, W)`` of a clip to the module, on the CPU, drawing from PyTorch's global
-            generator.
+        optimizer: Options of its optimizer.
+        build: Makes the module from the latent shape ``(C, F, H, W)`` of a clip, on the CPU, with draws from PyTorch's
+            global generator.
     """
 
     optimizer: OptimizerConfig
@@ -58,8 +58,8 @@ class Average:
     """An exponential moving average of a trained role's weights.
 
     Attributes:
-        of: Whose.
-        decay: Per accepted step of that role, in [0, 1).
+        of: The role whose weights are averaged.
+        decay: For each optimizer step of that role that was not skipped, in [0, 1).
     """
 
     of: str
@@ -71,15 +71,15 @@ Roles = Mapping[str, Role]
 
 
 class Model(Protocol):
-    """What plays a role: called by the method, stepped on by the engine."""
+    """What plays a role. The method calls it, and the engine's optimizer changes it."""
 
     def __call__(self, *inputs: Any) -> Any: ...
     def named_parameters(self) -> Mapping[str, nn.Parameter] | Iterable[tuple[str, nn.Parameter]]:
-        """What training changes in this role, by name."""
+        """The parameters of this role that are trained, by name."""
 
 
 def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
-    """What training changes in a role, by name; empty for a frozen one."""
+    """The parameters of a role that are trained, by name; empty for a frozen one."""
     return {name: parameter for name, parameter in dict(model.named_parameters()).items() if parameter.requires_grad}
 
 
@@ -95,13 +95,13 @@ def load_models(
 ) -> dict[str, Model]:
     """Build, shard and fill the models of a run.
 
-    No rank holds a whole transformer at any time: modules are built without memory, sharded, and then each rank reads
-    its part of the files.
+    No rank ever holds a whole transformer: modules are built without memory and sharded, then each rank reads its part
+    of the files.
 
     Args:
-        roles: Who takes part. Averages are the engine's, and get no model here.
+        roles: The models that take part. Averages belong to the engine, and get no model here.
         ranks: The processes of the run.
-        teacher: Where frozen and trained transformers start from; None where a method has none.
+        teacher: What frozen and trained transformers start from; None if a method has none.
         latent_shape: ``(C, F, H, W)`` of a clip, which built modules may depend on.
         precision: What transformers compute in, ``float32`` or ``bfloat16``.
         parallel: Activation checkpointing and compilation.

@@ -1,8 +1,8 @@
 """Random numbers that belong to a sample and have a name.
 
-Every number is a function of the seed, what it is for, the step, and the sample's place in the global batch. So a run
-gives the same curve on one rank or many, a resumed run draws what an uninterrupted one would have drawn, with nothing
-to save, and a method that draws one number more shifts no other.
+Every number depends only on the seed, its name, the step, and the sample's place in the global batch. So a run gives
+the same curve on one rank or many. A resumed run draws what an uninterrupted one would have drawn, with nothing to
+save. And a method that draws one more number shifts no other.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Key = tuple[int | str, ...]
 class Draws:
     """Random numbers of the samples of a batch: a stream for each name and sample.
 
-    A name that is drawn from again goes on in its stream.
+    Drawing again with the same name continues its stream.
 
     Args:
         key: What the numbers are for: seed, role, step, and so on.
         samples: Places of the samples in the global batch.
-        device: Where numbers are drawn. Streams of different kinds of device differ.
+        device: Where numbers are drawn. CPU and GPU give different numbers.
     """
 
     def __init__(self, key: Key, samples: Sequence[int], device: torch.device) -> None:
@@ -42,11 +42,11 @@ class Draws:
         return torch.cat([torch.rand(1, generator=s, device=self.device) for s in self._of(name)])
 
     def named(self, name: str) -> Callable[[Sequence[int]], Tensor]:
-        """:meth:`normal` of one name, for what draws as often as it likes."""
+        """:meth:`normal` with a fixed name, for code that draws several times."""
         return partial(self.normal, name)
 
     def shared_integer(self, name: str, below: int) -> int:
-        """A uniform integer in [0, below) that is the same for all samples, and so on every rank."""
+        """A uniform integer in [0, below), the same for all samples and so on all ranks."""
         return int(torch.randint(below, (), generator=torch.Generator().manual_seed(seed_of(*self._key, name))))
 
     def _of(self, name: str) -> list[torch.Generator]:
@@ -58,6 +58,6 @@ class Draws:
 
 
 def seed_of(*key: int | str) -> int:
-    """A seed in [0, 2^56) for what a key names; no two keys have anything in common."""
+    """A seed in [0, 2^56) for a key. Different keys give unrelated seeds."""
     # Python's own hash() differs between processes.
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=7).digest(), "big")

@@ -1,4 +1,4 @@
-"""Errors that a person can mend; the command line prints their message without a traceback."""
+"""Errors that a user can fix; the command line prints their message without a traceback."""
 
 
 class UserError(ValueError):

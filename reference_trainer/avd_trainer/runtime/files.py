@@ -1,4 +1,4 @@
-"""Output folders, and files that are either old or new, never half."""
+"""Output folders, and files that are never left half written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks of a run: starting them, finding this one's place, agreeing."""
+"""The ranks of a run: joining them, and decisions that all of them share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def is_lost_rank(error: BaseException) -> bool:
 
 @contextmanager
 def naming_lost_ranks() -> Iterator[None]:
-    """Say in words that another rank is gone, which collectives tell in their own.
+    """Turn the error of a collective whose other ranks are gone into a message that a person understands.
 
     Raises:
         UserError: In place of what a collective raises when its connection breaks or it waited too long.

@@ -1,19 +1,23 @@
-"""Being asked to stop: by a person, or by a cluster that needs the machine."""
+"""Signals that ask a run to stop, from a person or a cluster."""
 
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 # What launchers, SLURM (on time-out and with --signal=USR1@300) and Ctrl-C send.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SECONDS_TO_SECOND = 1.0
+"""What comes sooner is the first Ctrl-C, sent again."""
 
 
 class StopSignals:
     """Turns signals into a flag that a training loop looks at between steps; a context manager.
 
-    The second Ctrl-C, for those in a hurry, interrupts as usual.
+    A second Ctrl-C, for those in a hurry, interrupts as usual. It has to come a second later at the earliest: a
+    terminal sends Ctrl-C to the launcher and its processes, and the launcher sends it to them once more.
 
     Attributes:
         received: The name of the first signal that came, or None.
@@ -21,6 +25,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -35,6 +40,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None and number == signal.SIGINT:
+        if self.received is None:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SECONDS_TO_SECOND:
             raise KeyboardInterrupt
-        self.received = self.received or signal.Signals(number).name

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from avd_core import NonFiniteError
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import console
 
@@ -29,9 +28,13 @@ def readable_errors() -> Iterator[None]:
     """Log to the terminal, and print a person's mistake as a message, not as a traceback; exits with status 2."""
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # It comes with a handler of its own, so each of its messages would be printed twice.
+    logging.getLogger("huggingface_hub").propagate = False
     try:
         yield
-    except (UserError, NonFiniteError) as error:
+    except Exception as error:
+        if not _is_told(error):
+            raise
         rank = _rank()
         if rank > 0:
             # A mistake that all ranks see is told once: the launcher stops the others when the first one leaves.
@@ -39,6 +42,15 @@ def readable_errors() -> Iterator[None]:
         where = f" on rank {rank}" if rank > 0 else ""
         console.print(f"[bold red]error{where}:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether an error's message says all that a person needs."""
+    if isinstance(error, UserError):
+        return True
+    from avd_core import NonFiniteError  # here, since it brings PyTorch
+
+    return isinstance(error, NonFiniteError)
 
 
 def _rank() -> int:

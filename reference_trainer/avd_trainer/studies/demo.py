@@ -1,8 +1,8 @@
-"""The demo: two students of one teacher, with and without our losses, and what became of them."""
+"""The demo: two students of one teacher, with and without the two terms, compared."""
 
 from __future__ import annotations
 
-import shutil
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from avd_trainer.config.differences import differences
+from avd_trainer.config.loading import read_saved, save_config
 from avd_trainer.config.sections import Section, ShardsData
 from avd_trainer.data.in_memory import InMemoryData
 from avd_trainer.data.sources import TrainingData, load_clips
@@ -25,12 +27,18 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.runtime.terminal import say
 from avd_trainer.studies.figures import TITLES, save_report
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.metrics_log import METRICS_FILE
 from avd_trainer.training.run import train
 
 CLIPS_PER_GIF = 8
+DEMO = "avd demo"
+"""The command that writes demos."""
+CONFIG = "demo.yaml"
+REPORT = "report.png"
+METRICS = "metrics.json"
 
 
 class EvaluationConfig(Section):
@@ -49,25 +57,37 @@ class DemoConfig(TrainConfig):
     """What is measured."""
 
 
-def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics]:
+def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics] | None:
     """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
+
+    A demo that was stopped goes on where it stands. Of one that is finished nothing is done again.
 
     Args:
         config: The AVD run; the other differs in its objective alone.
-        output: Empty, or left by an earlier demo. Gets ``report.png``, ``real.gif``, ``teacher.gif``, ``dmd.gif``,
-            ``avd.gif``, ``metrics.json``, and a folder for each of the two runs.
+        output: Empty, or that of the same demo. Gets ``demo.yaml``, ``report.png``, ``real.gif``, ``teacher.gif``,
+            ``dmd.gif``, ``avd.gif``, ``metrics.json``, and a folder for each of the two runs.
         ranks: The one process of the demo.
 
     Returns:
-        The metrics of ``real``, ``teacher``, ``dmd`` and ``avd``.
+        The metrics of ``real``, ``teacher``, ``dmd`` and ``avd``; None where a signal asked it to stop, with everything
+        saved.
 
     Raises:
-        UserError: If there are several ranks, the data is not in memory, or a run was stopped; otherwise as
-            :func:`train`.
+        UserError: If there are several ranks, the data is not in memory, the method is not AVD, or ``output`` holds
+            something else or a demo of other settings; otherwise as :func:`train`.
     """
     if ranks.size > 1 or isinstance(config.data, ShardsData):
         raise UserError("The demo is for one process and for shapes or videos. Use `avd train` for more.")
-    _claim(output)
+    method = config.method
+    if not isinstance(method, AVDMethodConfig):
+        raise UserError(
+            f"The demo compares AVD with DMD alone, and this is method {method.kind}. Leave method.kind out."
+        )
+    assert config.teacher is not None  # the method needs one
+    _claim(config, output)
+    if (finished := _read_finished(output)) is not None:
+        say(f"The demo in {output} is finished, and nothing is done again. Another one wants another --output.")
+        return finished
     codec = BlockDCTCodec()
     teacher = load_transformer(config.teacher)
     embed = HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim)
@@ -75,8 +95,6 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
     data = InMemoryData(clips, embed)
     shape = clips.latents.shape[1:]
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
-    method = config.method
-    assert isinstance(method, AVDMethodConfig)
     # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
     captions = [clips.captions[i % len(clips)] for i in range(samples)]
     text = embed(captions)
@@ -93,14 +111,12 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
             guidance_scale=method.guidance_scale,
             on_step=bar.advance,
         )
-    run = config.model_dump(exclude={"evaluation", "method"})
+    engine = config.model_dump(exclude={"evaluation", "method"})
     shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
     methods = {"dmd": DMDMethodConfig(**shared), "avd": method}
-    for name, run in {name: TrainConfig(**run, method=each) for name, each in methods.items()}.items():
+    for name, run in {name: TrainConfig(**engine, method=each) for name, each in methods.items()}.items():
         if not train(run, output / name, ranks, data=TrainingData(data, data), description=name):
-            raise UserError(
-                f"The demo was stopped; {output / name} goes on with `avd train {output / name}/config.yaml`."
-            )
+            return None
         student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
             latents[name] = few_step_rollout(student, text, shape, method.few_steps, _same_noise(samples)).x_0
@@ -109,7 +125,7 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
     metrics = {name: evaluate(latents[name], videos[name], held_out.latents) for name in latents}
     motion = method.motion
     save_report(
-        output / "report.png",
+        output / REPORT,
         videos,
         metrics,
         {name: output / name / METRICS_FILE for name in ("dmd", "avd")},
@@ -120,19 +136,36 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
     )
     for name, video in videos.items():
         save_gif(enlarge(tile(video[:CLIPS_PER_GIF]), 2), output / f"{name}.gif", fps=12)
-    write_json(output / "metrics.json", {name: value.model_dump() for name, value in metrics.items()})
+    write_json(output / METRICS, {name: value.model_dump() for name, value in metrics.items()})
     return metrics
 
 
-def _claim(output: Path) -> None:
-    """Take an empty folder, or that of an earlier demo, which is removed."""
+def _claim(config: DemoConfig, output: Path) -> None:
+    """Take a new folder, or that of the same demo.
+
+    Raises:
+        UserError: If it cannot be written to, or holds something else or a demo of other settings.
+    """
     claim_folder(output)
-    if any(output.iterdir()) and not (output / "dmd" / "config.yaml").exists():
-        raise UserError(f"{output} holds something that is no earlier demo. Choose a new --output.")
-    for path in (output / "report.png", output / "metrics.json", *(output / f"{name}.gif" for name in TITLES)):
-        path.unlink(missing_ok=True)
-    for name in ("dmd", "avd"):
-        shutil.rmtree(output / name, ignore_errors=True)
+    file = output / CONFIG
+    if file.exists():
+        if differing := differences(read_saved(file), config.model_dump(mode="json")):
+            raise UserError(
+                f"{output} holds a demo of other settings:\n" + "\n".join(differing) + "\n"
+                "Choose a new --output for this one, or run with the settings there to go on."
+            )
+    elif any(output.iterdir()):
+        raise UserError(f"{output} holds something that is no demo. Choose a new --output.")
+    else:
+        save_config(config, file, DEMO)
+
+
+def _read_finished(output: Path) -> dict[str, ClipMetrics] | None:
+    """The metrics of a demo that has all of its files; None of any other."""
+    if not all((output / name).exists() for name in (METRICS, REPORT, *(f"{name}.gif" for name in TITLES))):
+        return None
+    saved = json.loads((output / METRICS).read_text())
+    return {name: ClipMetrics.model_validate(values) for name, values in saved.items()}
 
 
 def _same_noise(samples: int) -> DrawNoise:

@@ -1,4 +1,4 @@
-"""Complete checkpoints of a run: written beside the training, seen only when whole, kept as long as asked.
+"""Complete checkpoints of a run: written while training goes on, visible only when complete.
 
 Tensors go through PyTorch's Distributed Checkpoint, in its safetensors layout: every rank writes its shards, and any
 number of ranks reads them. Numbers and strings go into ``state.json``. Nothing is pickled.
@@ -44,8 +44,8 @@ Tensors = Mapping[str, Mapping[str, Tensor]]
 class Checkpoints:
     """The checkpoints of a run, ``FOLDER/step-00000100`` and so on.
 
-    A checkpoint is written under another name and renamed when every rank has written and flushed its part. A process
-    may be killed at any moment: what has the final name is whole.
+    A checkpoint is written under another name and renamed when every rank has written and flushed its part. So whatever
+    has the final name is complete, even if a process is killed at any moment.
 
     Args:
         folder: Where they are.
@@ -66,7 +66,7 @@ class Checkpoints:
             self._clean_up()
 
     def save(self, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
-        """Start to write a checkpoint; returns when the tensors are copied, and training may change them.
+        """Start to write a checkpoint. Returns when the tensors are copied, so that training may change them.
 
         Waits for the previous one.
 
@@ -109,7 +109,7 @@ class Checkpoints:
         return self._failure is not None
 
     def wait(self) -> None:
-        """Wait until the checkpoint in work is visible.
+        """Wait until the checkpoint that is being written is complete.
 
         Raises:
             UserError: If it could not be written. Earlier checkpoints are untouched.
@@ -204,7 +204,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True) -> None:
-    """Fill tensors with what a checkpoint holds under their names; each rank reads its part.
+    """Fill tensors from a checkpoint, by their names; each rank reads its part.
 
     Args:
         checkpoint: The folder.

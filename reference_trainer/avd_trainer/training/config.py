@@ -1,4 +1,4 @@
-"""The configuration of a run: what is the engine's, and the method's own section."""
+"""The configuration of a run: the engine's options, and a section for the method."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class TrainConfig(Section):
     """A run of any method."""
 
     method: AnyMethodConfig
-    """What is trained and how: ``kind`` is one of those that ``avd methods`` lists, the rest is the method's own."""
+    """What is trained and how. ``kind`` is one that ``avd methods`` lists; the other keys depend on it."""
     teacher: str | None = None
     """``bundled:tiny``, a diffusers folder or hub id, or an original Wan2.1 folder; docs/models.md lists them. None for
     methods that have none."""
@@ -48,13 +48,13 @@ class TrainConfig(Section):
     prompts: ShardsData | None = None
     """Prompts of the matching term; None: the captions of ``data``."""
     max_steps: int = Field(ge=1)
-    """Steps of the run: each is one update of the student, and whatever else the method does beside it."""
+    """Steps of the run. Each is one update of the student, and what else the method updates with it."""
     batch_size: int = Field(ge=1)
     """Samples per update, over all ranks."""
     micro_batch_size: int | None = Field(default=None, ge=1)
-    """Samples that a rank runs at once; it accumulates gradients over the rest of its share. None: its whole share."""
+    """Samples that a rank runs at once, accumulating gradients over its share of the batch. None: its whole share."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What transformers compute in. Trained weights, gradients' sums and losses are float32 in any case."""
+    """What transformers compute in. Trained weights, sums of gradients and losses are always float32."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that is drawn while training."""
     max_gradient_norm: float | None = Field(default=10.0, gt=0)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and whether a run may go on in it."""
+"""The folder of a run: which run it holds, and whether that may be continued."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from avd_trainer.config.differences import differences
 from avd_trainer.config.loading import COMMAND, ConfigError
 from avd_trainer.config.sections import ShardsData
 from avd_trainer.models.roles import Built, Trained
@@ -45,12 +46,23 @@ def method_of_run(folder: Path) -> str | None:
 
 
 def claim_run(folder: Path, config: TrainConfig) -> None:
-    """Make the output folder of a run, or see that it holds this run; before any work starts.
+    """Make the output folder of a run, or check that it holds this run, before any work starts.
 
     Raises:
         UserError: If it cannot be written to, or holds something else, or a run of another method or configuration.
     """
     claim_folder(folder)
+    check_run(folder, config)
+
+
+def check_run(folder: Path, config: TrainConfig) -> int | None:
+    """The step that a run would go on at in a folder, None where it would start anew; writes nothing.
+
+    Raises:
+        UserError: If the folder holds something else, or a run of another method or configuration.
+    """
+    if not folder.exists():
+        return None
     there = method_of_run(folder)
     if there not in (None, config.method.kind):
         raise UserError(
@@ -58,12 +70,15 @@ def claim_run(folder: Path, config: TrainConfig) -> None:
         )
     latest = latest_checkpoint(folder / CHECKPOINTS)
     if latest is not None:
-        _check_same_run(config, read_state(latest)["config"], latest)
+        state = read_state(latest)
+        _check_same_run(config, state["config"], latest)
+        return int(state["step"])
     # A run that has saved nothing yet has nothing to lose: it starts over, also with other values.
-    elif {path.name for path in folder.iterdir()} - {LOCK} and not (folder / CONFIG).exists():
+    if {path.name for path in folder.iterdir()} - {LOCK} and not (folder / CONFIG).exists():
         raise UserError(
             f"{folder} is not empty and holds no run. Choose a new --output, so that nothing saved is overwritten."
         )
+    return None
 
 
 @contextmanager
@@ -83,7 +98,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) -> None:
-    now, before = _flatten(config.model_dump(mode="json")), _flatten(saved)
     changeable = CHANGEABLE + (CHANGEABLE_OF_SHARDS if isinstance(config.data, ShardsData) else ())
     if all(
         role.optimizer.schedule == "constant"
@@ -91,22 +105,8 @@ def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) 
         if isinstance(role, Trained | Built)
     ):  # otherwise the learning rate depends on it from the first step
         changeable += ("max_steps",)
-    fixed = sorted(key for key in now.keys() | before.keys() if not key.startswith(changeable))
-    differing = [
-        f"  {key}: {before.get(key)!r} there, {now.get(key)!r} now" for key in fixed if now.get(key) != before.get(key)
-    ]
-    if differing:
+    if differing := differences(saved, config.model_dump(mode="json"), changeable):
         raise ConfigError(
             f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
             "Run with the saved values to go on, or choose a new --output to start over."
         )
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

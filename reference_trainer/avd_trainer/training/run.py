@@ -1,4 +1,4 @@
-"""A run from start to end: claiming its folder, going on where it stands, training, saving, stopping."""
+"""A run from start to end: its folder, resuming, training, saving, stopping."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from avd_trainer.runtime.files import write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks, naming_lost_ranks
 from avd_trainer.runtime.signals import StopSignals
+from avd_trainer.runtime.terminal import say
 from avd_trainer.training.checkpoint import Checkpoints, list_checkpoints, read_state, read_tensors
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import export_product
@@ -113,6 +114,10 @@ class _Run:
         if step >= 0:
             self._load(self.checkpoints.path(step))
         trainer, config, ranks = self.trainer, self.config, self.ranks
+        if trainer.step >= config.max_steps:
+            say(f"{description}: all {trainer.step} steps are done already.")
+        elif trainer.step > 0:
+            say(f"{description}: going on at step {trainer.step} of {config.max_steps}.")
         log = self._open_log() if ranks.first else None
         bar = ProgressBar(
             description, config.max_steps, start=trainer.step, samples=config.batch_size, quiet=not ranks.first

@@ -1,4 +1,4 @@
-"""The engine: runs the steps of any method, the same on any number of ranks, resumable from the step alone."""
+"""The engine: runs any method, with the same result on any number of ranks, and resumes from the step number."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ REFERENCE_CLIPS = 64
 class Trainer:
     """Runs a method.
 
-    A step of the run is the turns that the method names. In a turn each micro-batch gives losses, each of which has its
-    backward pass at once; then gradients are clipped, looked at, and the role's optimizer steps. Everything that is
-    drawn, data included, is a function of seed, step and a sample's place in the global batch, so a run does not depend
-    on the number of ranks, and resumes from the step alone.
+    A step of the run consists of the turns that the method names. In a turn, the method computes losses for each
+    micro-batch, and each loss has its backward pass at once. Then gradients are clipped and checked, and the optimizer
+    of the turn's role steps. Everything that is drawn, also the data, depends only on the seed, the step and a sample's
+    place in the global batch. So a run does not depend on the number of ranks, and resumes from the step number.
 
     Args:
         config: The run.
@@ -117,9 +117,9 @@ class Trainer:
     def run(self) -> Iterator[Metrics]:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
 
-        Detached tensors: for the main role scalars ``loss``, ``gradient_norm`` and ``skipped`` (0 or 1); for another
-        ``ROLE/loss`` and ``ROLE/gradient_norm``, of the last of its turns; and what the method's losses say, scalars or
-        ``[batch_size]``.
+        They are detached tensors: scalars ``loss``, ``gradient_norm`` and ``skipped`` (0 or 1) of the main role;
+        ``ROLE/loss`` and ``ROLE/gradient_norm`` of another role's last turn; and the metrics of the method's losses,
+        scalars or ``[batch_size]``.
         """
         streams = self._streams()
         while self.step < self.config.max_steps:
@@ -142,7 +142,7 @@ class Trainer:
         )
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the run by owner and name: the very ones that training changes, to be saved or filled."""
+        """All tensors of the run by owner and name. They are no copies: save them, or fill them in place."""
         tensors = {name: detached(parameters) for name, parameters in self._parameters.items()}
         for name, optimizer in self.optimizers.items():
             tensors[f"{name}_optimizer"] = optimizer_tensors(self._parameters[name], optimizer)
@@ -153,7 +153,7 @@ class Trainer:
         return tensors | {"method": dict(self.method.state.state_dict())}
 
     def state(self) -> dict[str, Any]:
-        """The rest of the run's state: numbers, strings and containers of them."""
+        """The rest of the run's state: numbers, strings, and containers of these."""
         callbacks = {name: own.state_dict() for name, own in self.callbacks.items()}
         for own in callbacks.values():
             for average in own.keys() & self.averages.keys():
@@ -161,7 +161,7 @@ class Trainer:
         return {"step": self.step, "callbacks": callbacks}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` gave; the tensors are filled in place by who read them."""
+        """Restore what :meth:`state` gave. Tensors are restored by filling :meth:`state_tensors`."""
         for name, own in self.callbacks.items():
             saved = {key: value for key, value in state["callbacks"][name].items() if key in own.callbacks}
             for average in saved.keys() & self.averages.keys():

@@ -8,7 +8,7 @@ from torch import Tensor
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.runtime.errors import UserError
-from helpers import disk_with_room_for
+from disks import disk_with_room_for
 from small_shards import DIM, LENGTH, SHAPE, latent_of, text_of, write, writer_of
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from avd_trainer.data import video_files as samples
 from avd_trainer.data.video_files import enlarge, save_clip, save_gif, save_grid, tile
 from avd_trainer.runtime.errors import UserError
-from helpers import disk_with_room_for
+from disks import disk_with_room_for
 
 
 def moving_colours(frames: int = 9, height: int = 32, width: int = 48) -> Tensor:

@@ -115,7 +115,7 @@ def test_a_clip_of_a_run_in_three_commands(folders: Path, tmp_path: Path) -> Non
     assert f"The clip is in {clip}." in printed
     assert "sample: 4/4" in printed
     assert "decode and write: 2/2" in printed
-    assert "full rate, steps on one frame of 1, 1, 1, 1: " in printed
+    assert "full rate (4 steps on all frames): " in printed
     assert read_mp4(clip).shape == (3, 33, 64, 64)  # what it was trained on
     with av.open(clip) as container:
         assert container.streams.video[0].average_rate == 12
@@ -183,7 +183,7 @@ def test_several_prompts_become_a_folder(folders: Path, tmp_path: Path) -> None:
     assert f"3 clips are in {output}." in printed
     assert "sample: 12/12" in printed
     assert "decode and write: 6/6" in printed
-    assert "half rate, steps on one frame of 2, 2, 1, 1: " in printed  # there is an interpolator
+    assert "half rate (2 steps on every 2nd frame, 2 on all frames): " in printed  # there is an interpolator
     names = ["000-a-red-circle-moves-left.mp4", "001-a-blue-square-it-moves-up.mp4", "002.mp4"]
     assert sorted(os.listdir(output)) == [*names, "prompts.json"]
     rows = json.loads((output / "prompts.json").read_text())
@@ -304,7 +304,7 @@ def test_full_and_half_rate_side_by_side(folders: Path, half: Student, tmp_path:
     assert status == 0, printed
     assert "sample: 8/8" in printed
     assert "decode and write: 3/3" in printed
-    assert "half rate, steps on one frame of 2, 2, 2, 1: " in printed
+    assert "half rate (3 steps on every 2nd frame, 1 on all frames): " in printed
     assert os.listdir(tmp_path) == ["both.gif"]
     with Image.open(clip) as animation:
         pixels = np.stack([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)])
@@ -329,7 +329,7 @@ def test_a_pipeline_of_diffusers_alone(wan: Path, tmp_path: Path) -> None:
     assert choose_shape(student, "832x480x81", (1, 1)) == (16, 21, 60, 104)
     status, printed = run("sample", wan, "--prompt", RED, "--output", tmp_path / "clip.mp4", "--size", "48x32x9")
     assert status == 0, printed
-    assert "full rate, steps on one frame of 1, 1: " in printed
+    assert "full rate (2 steps on all frames): " in printed
     assert read_mp4(tmp_path / "clip.mp4").shape == (3, 9, 32, 48)
     # And it is what diffusers makes of the same noise.
     pipeline = WanPipeline.from_pretrained(wan)

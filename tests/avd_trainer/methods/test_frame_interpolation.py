@@ -35,9 +35,10 @@ from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
-from helpers import flatten, mean, randn
 from launches import on_ranks
+from references import flatten, mean
 from runs import EMBED, curve, files, in_memory, load_data_of, order_of, outcome, saved_steps, tiny_config, weights
+from tensors import randn
 
 ROLE = "interpolator"
 CPU = torch.device("cpu")

@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 from avd_trainer.models.weight_names import diffusers_names
 from avd_trainer.models.weights import TransformerWeights, load_into, open_weights
 from avd_trainer.runtime.errors import UserError
-from helpers import assert_same_state, run_ranks, state_of
+from launches import in_group
+from tensors import assert_same_state, state_of
 
 # Every figure differs from the others, so that none can be taken for another.
 SIZE = {
@@ -377,7 +378,7 @@ def test_each_rank_reads_its_shard_and_together_they_have_the_model(
     source = original_folder(model, tmp_path / "small")
     big = [str(tmp_path / "big.pt"), str(tmp_path / "big.safetensors")]
 
-    results = run_ranks(sharded_load, 2, source, big)
+    results = in_group(2, sharded_load, source, big)
 
     expected = dict(model.named_parameters())
     total = sum(parameter.numel() for parameter in expected.values())

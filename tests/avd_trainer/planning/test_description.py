@@ -8,7 +8,13 @@ from torch import Tensor
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.models.codecs.wan import wan_latent_shape
-from avd_trainer.planning.description import describe, find_architecture, find_latent_shape, find_text_length
+from avd_trainer.planning.description import (
+    architecture_of,
+    describe,
+    find_architecture,
+    find_latent_shape,
+    find_text_length,
+)
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
@@ -94,12 +100,17 @@ def test_a_run_that_cannot_be_started_cannot_be_planned(changes: dict[str, Any],
         described(**changes)
 
 
-def test_a_method_without_a_teacher_cannot_be_planned() -> None:
+def test_a_method_that_builds_its_own_transformer_is_planned_by_it() -> None:
     own = load_config(TrainConfig, "tiny", method="flow_matching")
-    with pytest.raises(UserError, match="no teacher"):
-        find_architecture(own.teacher)
-    with pytest.raises(UserError, match="flow_matching builds its own teacher"):
-        describe(own, find_architecture("bundled:tiny"), SMALL_SHAPE, gpus=1)
+    run = describe(own, architecture_of(own), find_latent_shape(own), gpus=1, text_length=find_text_length(own))
+    (role,) = run.trained
+    assert (role.name, role.owns_weights, role.averaged) == ("teacher", True, True)
+    assert architecture_of(own)["num_layers"] == own.method.architecture.num_layers
+
+
+def test_a_method_without_transformers_cannot_be_planned() -> None:
+    with pytest.raises(UserError, match="frame_interpolation trains its interpolator, which is no transformer"):
+        architecture_of(load_config(TrainConfig, "tiny", method="frame_interpolation"))
 
 
 def test_a_teacher_that_is_neither_here_nor_known_is_named() -> None:

@@ -21,9 +21,9 @@ from avd_trainer.training import checkpoint
 from avd_trainer.training.checkpoint import Checkpoints, latest_checkpoint, list_checkpoints, read_state, read_tensors
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
-from helpers import assert_same_state
 from launches import on_ranks
 from runs import MakeConfig
+from tensors import assert_same_state
 
 Named = dict[str, dict[str, Tensor]]
 MakeCheckpoints = Callable[..., Checkpoints]

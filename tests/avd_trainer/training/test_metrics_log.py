@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from avd_trainer.config.sections import WandbConfig
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.metrics_log import MetricsLog, read_series
-from helpers import disk_with_room_for
+from disks import disk_with_room_for
 
 
 def log(folder: Path, steps: range, **options: Any) -> None:

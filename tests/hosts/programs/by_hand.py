@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from avd_core import LossMeanCache, LossOutput
-from helpers import ReferenceCache, mean, reference_sample_losses, reference_weights
+from references import ReferenceCache, mean, reference_sample_losses, reference_weights
 
 
 class RegressionByHand:

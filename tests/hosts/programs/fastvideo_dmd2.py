@@ -29,8 +29,8 @@ from fastvideo_tiny import (
     TinyWan,
     run_training_from_config,
 )
-from helpers import ReferenceCache, mean, reference_motion, reference_sample_losses, reference_weights
 from page_lines import MOST_LINES, code_blocks
+from references import ReferenceCache, mean, reference_motion, reference_sample_losses, reference_weights
 from without_gpu import free_port
 
 LINES = code_blocks("fastvideo.md", "yaml")[0]

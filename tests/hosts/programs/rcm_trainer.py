@@ -94,7 +94,7 @@ from rcm.trainers.trainer_distillation import ImaginaireTrainer_Distill  # noqa:
 from avd_core import AVDConfig  # noqa: E402
 from avd_core.matching import distribution_matching_loss  # noqa: E402
 from avd_integrations import rcm as adapter  # noqa: E402
-from helpers import reference_motion  # noqa: E402
+from references import reference_motion  # noqa: E402
 
 HOST = host.T2VDistillModel_rCM
 original_dmd_step = HOST._student_dmd_step

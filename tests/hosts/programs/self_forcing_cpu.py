@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from by_hand import RegressionByHand
-from helpers import reference_motion, reference_sample_losses, reference_weights
 from page_lines import with_lines
+from references import reference_motion, reference_sample_losses, reference_weights
 from without_gpu import declare_torchvision_operators, free_port, stand_in_for_wandb
 
 CHANNELS, FRAMES, SIZE = 3, 21, 4

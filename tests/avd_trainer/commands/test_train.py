@@ -1,0 +1,88 @@
+"""``avd train`` as a person meets it: trying it without writing, going on, and what is said at the end."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from avd_trainer.commands.app import app
+
+SMALL = [
+    "--max-steps", "1", "--set", "batch_size=2", "--set", "data.clips=16", "--set", "data.held_out=8",
+    "--set", "samples.every=null",
+]  # fmt: skip
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed, in one line."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of one step, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    status, printed = run("train", "tiny", "--output", folder, *SMALL)
+    assert status == 0, printed
+    return folder, printed
+
+
+def test_a_run_says_how_it_computes_and_what_comes_next(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    assert "Computing on the CPU with one thread" in printed
+    assert f"The student is in {folder / 'student'}." in printed
+    assert f"tensorboard --logdir {folder}" in printed
+    assert f"avd export {folder} --output {folder}-student" in printed
+    assert "going on" not in printed
+
+
+def test_resume_takes_all_values_from_the_run(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    status, printed = run("train", "--resume", folder, "--set", "max_steps=2")
+    assert status == 0, printed
+    assert "avd: going on at step 1 of 2." in printed
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    status, printed = run("train", "--resume", folder)
+    assert status == 0
+    assert "avd: all 2 steps are done already." in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Expected a preset and an --output"),
+        (["tiny"], "Expected a preset and an --output"),
+        (["tiny", "--resume", "RUN"], "leave PRESET, --method, --output out"),
+        (["--resume", "RUN", "--output", "elsewhere"], "leave PRESET, --method, --output out"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no run of avd train"),
+        (["--resume", "RUN", "--set", "batch_size=3"], "batch_size: 2 there, 3 now"),
+        (["--resume", "RUN", "--set", "batch_size=3", "--dry-run"], "batch_size: 2 there, 3 now"),
+    ],
+)
+def test_what_is_wrong_about_going_on_is_said(finished: tuple[Path, str], arguments: list[str], message: str) -> None:
+    status, printed = run("train", *(str(finished[0]) if each == "RUN" else each for each in arguments))
+    assert status == 2
+    assert message in printed
+
+
+@pytest.mark.parametrize("method", ["avd", "flow_matching", "frame_interpolation"])
+def test_a_dry_run_prints_values_and_plan_and_writes_nothing(tmp_path: Path, method: str) -> None:
+    status, printed = run("train", "tiny", "--method", method, "--output", tmp_path / "run", *SMALL, "--dry-run")
+    assert status == 0, printed
+    assert f"kind: {method}" in printed
+    assert "max_steps: 1 " in printed
+    assert ("what frame_interpolation needs is not known" if method == "frame_interpolation" else "It fits") in printed
+    assert f"this would start a new run in {tmp_path / 'run'}" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_that_a_run_would_go_on(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    status, printed = run("train", "--resume", folder, "--dry-run")
+    assert status == 0
+    assert "this would go on at step" in printed
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

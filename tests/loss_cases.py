@@ -1,0 +1,60 @@
+"""Every loss with input that fits it, for the tests that all of them have to pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from avd_core import (
+    AdaptiveRegressionLoss,
+    AVDConfig,
+    AVDObjective,
+    ClippedTemporalVarianceLoss,
+    DistributionMatchingLoss,
+    LossMeanCache,
+)
+from tensors import randn
+
+GRID = (1000, 900, 757, 522)
+_shape = (2, 2, 3, 4, 4)
+_timesteps = torch.tensor([1000, 522])
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss, its arguments, and which of them have a gradient."""
+
+    make: Callable[[], nn.Module]
+    arguments: Callable[[int], list[Tensor]]
+    differentiable: tuple[int, ...]
+
+    def inputs(self, seed: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """Fresh leaves that depend on seed and dtype alone."""
+        tensors = [
+            tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype) for tensor in self.arguments(seed)
+        ]
+        return [tensor.requires_grad_(i in self.differentiable) for i, tensor in enumerate(tensors)]
+
+
+LOSSES = {
+    "regression": Case(
+        lambda: AdaptiveRegressionLoss(LossMeanCache(GRID)),
+        lambda seed: [randn(seed, *_shape), randn(seed + 1, *_shape), _timesteps],
+        (0,),
+    ),
+    "motion": Case(ClippedTemporalVarianceLoss, lambda seed: [0.3 * randn(seed, *_shape)], (0,)),
+    "matching": Case(DistributionMatchingLoss, lambda seed: [randn(seed + i, *_shape) for i in range(3)], (0,)),
+    "objective": Case(
+        AVDObjective,
+        lambda seed: [0.3 * randn(seed, *_shape), randn(seed + 1, *_shape), randn(seed + 2, *_shape), _timesteps],
+        (0, 1),
+    ),
+    "released code": Case(
+        lambda: AVDObjective(AVDConfig.released_code()),
+        lambda seed: [0.3 * randn(seed, *_shape), randn(seed + 1, *_shape), randn(seed + 2, *_shape), _timesteps],
+        (0, 1),
+    ),
+}
