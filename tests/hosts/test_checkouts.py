@@ -2,6 +2,8 @@
 
 import importlib.metadata
 import subprocess
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +13,7 @@ pytestmark = pytest.mark.hosts
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_the_host_is_at_what_it_was_proven_on(checkout, name):
+def test_the_host_is_at_what_it_was_proven_on(checkout: Callable[[str], Path], name: str) -> None:
     folder, host = checkout(name), HOSTS[name]
     if "release" in host:
         package, _, expected = host["release"].partition("==")
@@ -28,7 +30,7 @@ def test_the_host_is_at_what_it_was_proven_on(checkout, name):
 
 
 @pytest.mark.parametrize("name", HOSTS)
-def test_packages_are_the_ones_it_was_proven_with(checkout, name):
+def test_packages_are_the_ones_it_was_proven_with(checkout: Callable[[str], Path], name: str) -> None:
     folder = packages_of(checkout(name))
     if not folder.is_dir():
         pytest.skip(f"there is no {folder}, so packages are those of this environment")

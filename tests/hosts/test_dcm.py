@@ -1,4 +1,7 @@
 import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,22 +28,22 @@ LOWEST = {"wan_semantic": 35, "hy_semantic": 38, "wan_detail": 0, "hy_detail": 0
 
 
 @pytest.fixture
-def source(checkout):
+def source(checkout: Callable[[str], Path]) -> Callable[[str], str]:
     return lambda script: (checkout("DCM") / "fastvideo" / f"distill_dcm_{script}_expert.py").read_text()
 
 
-def function(text, name):
+def function(text: str, name: str) -> ast.FunctionDef:
     return next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == name)
 
 
-def test_the_step_runs_saves_and_continues(run_in_host):
+def test_the_step_runs_saves_and_continues(run_in_host: Callable[..., dict[str, Any]]) -> None:
     report = run_in_host("DCM", "dcm.py")
     assert report["added"] > 0
     assert report["entries"] >= 2
 
 
 @pytest.mark.parametrize("script", BLOCKS)
-def test_the_lines_pass_what_the_terms_take_and_fit(source, script):
+def test_the_lines_pass_what_the_terms_take_and_fit(source: Callable[[str], str], script: str) -> None:
     blocks = BLOCKS[script]
     compile(with_lines(source(script), blocks), script, "exec")
     code = "".join(code for *_, code in blocks)
@@ -56,7 +59,9 @@ def test_the_lines_pass_what_the_terms_take_and_fit(source, script):
 
 
 @pytest.mark.parametrize(("script", "first"), [("wan_semantic", 35), ("hy_semantic", 38)])
-def test_both_semantic_experts_have_the_names_that_the_lines_read(source, script, first):
+def test_both_semantic_experts_have_the_names_that_the_lines_read(
+    source: Callable[[str], str], script: str, first: int
+) -> None:
     text = with_lines(source(script), BLOCKS[script])
     names = assignments(text, "distill_one_step", "loss.backward()")
     assert_in_order(names, ["model_input", "noise", "index", "noisy_model_input", "model_pred", "target", "loss"])
@@ -78,7 +83,7 @@ def test_both_semantic_experts_have_the_names_that_the_lines_read(source, script
 
 
 @pytest.mark.parametrize("script", ["wan_detail", "hy_detail"])
-def test_both_detail_experts_have_the_names_that_the_lines_read(source, script):
+def test_both_detail_experts_have_the_names_that_the_lines_read(source: Callable[[str], str], script: str) -> None:
     text = source(script)
     names = assignments(text, "distill_one_step_adv", "g_loss.backward()")
     assert_in_order(names, ["model_input", "noise", "index", "noisy_model_input", "model_pred", "end_index", "g_loss"])
@@ -87,7 +92,9 @@ def test_both_detail_experts_have_the_names_that_the_lines_read(source, script):
 
 
 @pytest.mark.parametrize("script", BLOCKS)
-def test_each_save_of_weights_is_at_a_step_at_which_the_lines_save_the_cache(source, script):
+def test_each_save_of_weights_is_at_a_step_at_which_the_lines_save_the_cache(
+    source: Callable[[str], str], script: str
+) -> None:
     main = function(source(script), "main")
     saves = {"if step >= 800 and step % args.checkpointing_steps == 0:"} if script == "hy_semantic" else {"if False:"}
     branches = [n for n in ast.walk(main) if isinstance(n, ast.If) and "save_checkpoint(" in ast.unparse(n)]
@@ -106,7 +113,9 @@ def test_each_save_of_weights_is_at_a_step_at_which_the_lines_save_the_cache(sou
 
 
 @pytest.mark.parametrize("script", BLOCKS)
-def test_the_ranks_of_a_group_have_some_of_the_frames_and_one_index(checkout, source, script):
+def test_the_ranks_of_a_group_have_some_of_the_frames_and_one_index(
+    checkout: Callable[[str], Path], source: Callable[[str], str], script: str
+) -> None:
     text = source(script)
     main = function(text, "main")
     assert [argument.arg for argument in main.args.args] == ["args"]
@@ -119,7 +128,7 @@ def test_the_ranks_of_a_group_have_some_of_the_frames_and_one_index(checkout, so
     assert "hidden_states = all_to_all(hidden_states, scatter_dim=2, gather_dim=0)" in shared
 
 
-def test_wans_detail_expert_does_not_import_what_it_uses(source):
+def test_wans_detail_expert_does_not_import_what_it_uses(source: Callable[[str], str]) -> None:
     """As the page says."""
     text = source("wan_detail")
     assert "wandb.init(" in text

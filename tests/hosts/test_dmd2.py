@@ -1,23 +1,26 @@
 import ast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.hosts
 
 
-def functions(path):
+def functions(path: Path) -> dict[str, str]:
     tree = ast.parse(path.read_text())
     return {node.name: ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_the_trainer_steps_saves_and_continues(run_in_host, kind):
+def test_the_trainer_steps_saves_and_continues(run_in_host: Callable[..., dict[str, Any]], kind: str) -> None:
     report = run_in_host("DMD2", "dmd2.py", kind)
     assert len(report["added"]) == (2 if kind == "sd" else 6)
     assert len(report["means"]) == (1 if kind == "sd" else 4)
 
 
-def test_the_trainer_sums_what_the_adapter_counts_on(checkout):
+def test_the_trainer_sums_what_the_adapter_counts_on(checkout: Callable[[str], Path]) -> None:
     """``loss_dm`` is in the generator's loss, and the guidance model is saved whole, its buffers as they are."""
     methods = functions(checkout("DMD2") / "main" / "train_sd.py")
     step = methods["train_one_step"]
@@ -29,7 +32,7 @@ def test_the_trainer_sums_what_the_adapter_counts_on(checkout):
     assert "MixedPrecision" not in (checkout("DMD2") / "main" / "train_sd.py").read_text()
 
 
-def test_the_model_draws_the_first_of_its_steps(checkout):
+def test_the_model_draws_the_first_of_its_steps(checkout: Callable[[str], Path]) -> None:
     methods = functions(checkout("DMD2") / "main" / "sd_unified_model.py")
     assert "torch.randint(0, self.num_denoising_step, " in methods["prepare_denoising_data"]
     assert "self.denoising_step_list.to(noise.device)[indices]" in methods["prepare_denoising_data"]

@@ -1,3 +1,7 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from page_lines import assert_in_order, assignments, call, page_lines, with_lines
@@ -14,13 +18,13 @@ SCRIPTS = [
 ]
 
 
-def test_the_script_steps_saves_and_continues(run_in_host):
+def test_the_script_steps_saves_and_continues(run_in_host: Callable[..., dict[str, Any]]) -> None:
     report = run_in_host("diffusers", "lcm.py")
     assert len(report["added"]) == 2
     assert report["entries"] == 2
 
 
-def test_the_lines_pass_what_the_terms_take():
+def test_the_lines_pass_what_the_terms_take() -> None:
     create, term, _ = (code for _, _, code in page_lines("lcm.md"))
     assert call(create, "lcm_terms") == (["noise_scheduler", "solver.ddim_timesteps"], {})
     assert call(term, "from_prediction") == (
@@ -36,7 +40,7 @@ def test_the_lines_pass_what_the_terms_take():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_script_has_the_names_that_the_lines_read(checkout, script):
+def test_every_script_has_the_names_that_the_lines_read(checkout: Callable[[str], Path], script: str) -> None:
     source = (checkout("diffusers") / FOLDER / script).read_text()
     compile(with_lines(source, page_lines("lcm.md")), script, "exec")
     names = assignments(source, "main", "accelerator.backward(loss)")

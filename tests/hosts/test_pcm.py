@@ -1,5 +1,8 @@
 import ast
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +39,7 @@ READ = {
 }
 
 
-def blocks_for(script):
+def blocks_for(script: str) -> list[tuple[str, str, str]]:
     """What a reader of the page inserts into one of the six scripts."""
     *flow, logs, ddim_create, ddim_term, adversarial_logs = page_lines("pcm.md")
     create, term = flow if script in FLOW else (ddim_create, ddim_term)
@@ -47,18 +50,18 @@ def blocks_for(script):
 
 
 @pytest.fixture
-def source(checkout):
+def source(checkout: Callable[[str], Path]) -> Callable[[str], str]:
     return lambda script: (checkout("Phased-Consistency-Model") / "code" / script).read_text()
 
 
-def test_the_script_steps_saves_and_continues(run_in_host):
+def test_the_script_steps_saves_and_continues(run_in_host: Callable[..., dict[str, Any]]) -> None:
     report = run_in_host("Phased-Consistency-Model", "pcm.py")
     assert len(report["added"]) == 2
     assert report["entries"] >= 2
 
 
 @pytest.mark.parametrize("script", FLOW + DDIM)
-def test_the_lines_pass_what_the_terms_take_and_fit(source, script):
+def test_the_lines_pass_what_the_terms_take_and_fit(source: Callable[[str], str], script: str) -> None:
     blocks = blocks_for(script)
     compile(with_lines(source(script), blocks), script, "exec")
     create, term = (code for _, _, code in blocks[:2])
@@ -67,7 +70,7 @@ def test_the_lines_pass_what_the_terms_take_and_fit(source, script):
 
 
 @pytest.mark.parametrize("script", FLOW + DDIM)
-def test_every_script_has_the_names_that_the_lines_read(source, script):
+def test_every_script_has_the_names_that_the_lines_read(source: Callable[[str], str], script: str) -> None:
     read = READ["flow" if script in FLOW else "ddim"]
     prediction, read = read["prediction"], set(read.values())
     # Up to the student's own backward, which is the last before its optimizer's step.
@@ -83,7 +86,7 @@ def test_every_script_has_the_names_that_the_lines_read(source, script):
 
 
 @pytest.mark.parametrize("script", [script for script in FLOW + DDIM if "_adv" in script])
-def test_adversarial_scripts_have_the_terms_on_the_generators_turn(source, script):
+def test_adversarial_scripts_have_the_terms_on_the_generators_turn(source: Callable[[str], str], script: str) -> None:
     tree = ast.parse(with_lines(source(script), blocks_for(script)))
     turns = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "global_step % 2 == 0"]
     (turn,) = [n for n in turns if "accelerator.backward(loss)" in ast.unparse(n)]
@@ -93,7 +96,7 @@ def test_adversarial_scripts_have_the_terms_on_the_generators_turn(source, scrip
     assert places == sorted(places)
 
 
-def test_the_logs_of_a_discriminators_turn_have_no_terms():
+def test_the_logs_of_a_discriminators_turn_have_no_terms() -> None:
     *_, (_, _, code) = page_lines("pcm.md")
     names = {"logs": {"d_loss": 1.0}}
     exec(code, names)

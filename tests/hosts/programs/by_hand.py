@@ -3,30 +3,34 @@
 import contextlib
 import functools
 import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
+from avd_core import LossMeanCache, LossOutput
 from references import ReferenceCache, mean, reference_sample_losses, reference_weights
 
 
 class RegressionByHand:
     """The regression's loss; keeps its own means."""
 
-    def __init__(self, sharpness=3.0):
+    def __init__(self, sharpness: float = 3.0) -> None:
         self.cache, self.sharpness = ReferenceCache(), sharpness
         self.running = []
 
     @property
-    def means(self):
+    def means(self) -> dict[float, float]:
         return self.cache.means
 
-    def __call__(self, prediction, target, times):
+    def __call__(self, prediction: Any, target: Any, times: list[float]) -> float:
         """Of arrays or tensors ``[B, ...]``, and times as the cache's grid has them; an optimizer step of its own."""
         loss = self.accumulate(prediction, target, times)
         self.end_step()
         return loss
 
-    def accumulate(self, prediction, target, times):
+    def accumulate(self, prediction: Any, target: Any, times: list[float]) -> float:
         """The same of one of several micro-batches."""
         losses = reference_sample_losses(prediction.tolist(), target.tolist())
         usual = [self.cache.read(time, loss) for time, loss in zip(times, losses, strict=True)]
@@ -34,11 +38,11 @@ class RegressionByHand:
         self.running += zip(times, losses, strict=True)
         return mean([weight * loss for weight, loss in zip(weights, losses, strict=True)])
 
-    def end_step(self):
+    def end_step(self) -> None:
         self.cache.iterate(self.running)
         self.running = []
 
-    def check_cache(self, cache):
+    def check_cache(self, cache: LossMeanCache) -> None:
         """That an adapter's cache, in training, is at the same point."""
         assert cache.training
         for time, value, seen in zip(cache.timesteps.tolist(), cache.means.tolist(), cache.seen.tolist(), strict=True):
@@ -52,13 +56,13 @@ class Calls:
     Arguments are in the order in which the method has them.
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind: type[Any]) -> None:
         self.arguments, self.losses, self.before, self.after = [], [], [], []
         method = kind.from_prediction
         names = list(inspect.signature(method).parameters)[1:]
 
         @functools.wraps(method)
-        def recorded(terms, **given):
+        def recorded(terms: nn.Module, **given: Tensor) -> LossOutput:
             self.arguments.append([given[name].detach().clone() for name in names])
             self.before.append(state_of(terms))
             output = method(terms, **given)
@@ -68,16 +72,16 @@ class Calls:
 
         kind.from_prediction = recorded
 
-    def clear(self):
+    def clear(self) -> None:
         for log in (self.arguments, self.losses, self.before, self.after):
             log.clear()
 
 
-def noting(method, log):
+def noting(method: Callable[..., Any], log: list[Any]) -> Callable[..., Any]:
     """A host's method; arguments and result of each call go to the log."""
 
     @functools.wraps(method)
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         log.append((args, kwargs, result))
         return result
@@ -85,33 +89,33 @@ def noting(method, log):
     return call
 
 
-def state_of(module):
+def state_of(module: nn.Module) -> dict[str, Any]:
     return {name: value.tolist() for name, value in module.state_dict().items()}
 
 
-def close(a, b, tolerance=1e-4, slack=0.0):
+def close(a: float, b: float, tolerance: float = 1e-4, slack: float = 0.0) -> None:
     assert abs(a - b) <= tolerance * max(abs(a), abs(b)) + slack, f"{a} is not {b}"
 
 
-def columns(*arrays):
+def columns(*arrays: Any) -> list[np.ndarray]:
     """``[B]`` arrays as ``[B, 1, 1, ...]``, float64, to go with the last one."""
     *vectors, like = (np.asarray(a, np.float64) for a in arrays)
     return [v.reshape(-1, *[1] * (like.ndim - 1)) for v in vectors]
 
 
-def shifted(sigma, shift):
+def shifted(sigma: Any, shift: float) -> Any:
     """Noise levels in [0, 1] of rectified flow, moved towards 1 as its schedulers do."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 @contextlib.contextmanager
-def backward_losses():
+def backward_losses() -> Iterator[list[float]]:
     """A list that gets each loss from which an ``accelerate.Accelerator`` goes back."""
     from accelerate import Accelerator
 
     losses, backward = [], Accelerator.backward
 
-    def recorded(self, loss, **options):
+    def recorded(self: Any, loss: Tensor, **options: Any) -> None:
         losses.append(loss.item())
         backward(self, loss, **options)
 
@@ -122,13 +126,18 @@ def backward_losses():
         Accelerator.backward = backward
 
 
-def check_losses(calls, loss_by_hand, tolerance=1e-4):
+def check_losses(calls: Calls, loss_by_hand: Callable[[list[Tensor]], float], tolerance: float = 1e-4) -> None:
     """That each recorded loss is the equation's, which is computed from the arguments of the call."""
     for arguments, loss in zip(calls.arguments, calls.losses, strict=True):
         close(loss_by_hand(arguments), loss, tolerance)
 
 
-def check_two_steps(run_plain, run_edited, calls, loss_by_hand):
+def check_two_steps(
+    run_plain: Callable[[], list[float]],
+    run_edited: Callable[[], list[float]],
+    calls: Calls,
+    loss_by_hand: Callable[[list[Tensor]], float],
+) -> None:
     """Each two steps of a host's script, which return its losses: what a page's lines add is the equation's."""
     alone, both = run_plain(), run_edited()
     assert len(calls.losses) == len(alone) == len(both) == 2
@@ -136,7 +145,7 @@ def check_two_steps(run_plain, run_edited, calls, loss_by_hand):
     check_losses(calls, loss_by_hand)
 
 
-def check_resume(resume, calls, loss_by_hand):
+def check_resume(resume: Callable[[], object], calls: Calls, loss_by_hand: Callable[[list[Tensor]], float]) -> None:
     """``resume()``, two more steps of a host's script: the cache goes on where it was."""
     saved = calls.after[-1]
     calls.clear()

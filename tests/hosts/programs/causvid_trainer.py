@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ if not released_avd:
 host.DMD.generator_loss = noting(host.DMD.generator_loss, generated)
 
 
-def data(name):
+def data(name: str) -> Path:
     """What the host reads: prompts, or clips with prompts in its own kind of database, which opens once only."""
     if released_avd:  # its reader of clips has the size 60 x 106 in it
         path = scratch / "prompts.txt"
@@ -68,7 +69,7 @@ class Done(Exception):  # noqa: N818
     pass
 
 
-def config(name, **changes):
+def config(name: str, **changes: Any) -> Any:
     """The host's own file, smaller."""
     small = {
         "mixed_precision": False, "sharding_strategy": "no_shard", "seed": 3, "lr": 1e-2, "batch_size": 2,
@@ -81,11 +82,11 @@ def config(name, **changes):
     return OmegaConf.merge(base, OmegaConf.create(small | changes))
 
 
-def train(trainer):
+def train(trainer: Any) -> None:
     """The host's endless loop until it has saved after the third step."""
     save = trainer.save
 
-    def save_and_leave():
+    def save_and_leave() -> None:
         save()
         if trainer.step == 2:
             raise Done
@@ -99,7 +100,7 @@ def train(trainer):
     assert not torch.equal(before, stand_ins.parameters(trainer.distillation_model.generator))
 
 
-def check(trainer, by_hand):
+def check(trainer: Any, by_hand: stand_ins.ByHand) -> None:
     dmd = trainer.distillation_model
     # With gradient in a step: the student on noise, the student on clips, the online model.
     students = stand_ins.Wan.seen[1::3]

@@ -6,17 +6,20 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-from avd_core import RegressionConfig
+from avd_core import LossOutput, RegressionConfig
 from avd_integrations.consistency import PhasedConsistencyTerms, dcm_terms
 from by_hand import Calls, RegressionByHand, check_losses, close, columns, shifted
 from page_lines import code_blocks, load_script, page_lines, with_lines
@@ -28,11 +31,11 @@ FLOOR, MOTION_WEIGHT = 0.6, 0.05
 SIDES = set()  # of the floor, on which the calls were
 
 
-def stand_in_for_absent_packages():
+def stand_in_for_absent_packages() -> None:
     """CUDA kernels, wandb and a private storage client: the script imports them, Wan's step on a CPU calls none."""
     declare_torchvision_operators()
 
-    def refuse(*_, **__):
+    def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a stand-in for a package that is not installed was called")
 
     names = {
@@ -56,11 +59,11 @@ def stand_in_for_absent_packages():
             sys.modules[name] = module
 
 
-def attend_without_cuda():
+def attend_without_cuda() -> None:
     """flash_attn's place is taken by PyTorch's attention: ``[B, S, 3, H, D]`` to ``[B, S, H, D]``."""
     import fastvideo.models.wan_hf.modeling_wan as wan
 
-    def attention(qkv, mask, **_):
+    def attention(qkv: Tensor, mask: Tensor, **_: Any) -> Tensor:
         assert mask.all()
         q, k, v = qkv.transpose(1, 3).unbind(2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -68,17 +71,17 @@ def attend_without_cuda():
     wan.flash_attn_no_pad = attention
 
 
-def average_on_one_rank():
+def average_on_one_rank() -> None:
     """gloo cannot average; with one rank there is nothing to do."""
     all_reduce = dist.all_reduce
 
-    def reduce(tensor, op=dist.ReduceOp.SUM, **options):
+    def reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM, **options: Any) -> Any:
         return None if op == dist.ReduceOp.AVG else all_reduce(tensor, op=op, **options)
 
     dist.all_reduce = reduce
 
 
-def new_solver(script):
+def new_solver(script: types.ModuleType) -> tuple[Any, Any]:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     solver = script.EulerSolver(
         scheduler.sigmas.numpy()[::-1], scheduler.config.num_train_timesteps, euler_timesteps=POINTS
@@ -86,31 +89,31 @@ def new_solver(script):
     return scheduler, solver.to("cpu")
 
 
-def new_transformer(script):
+def new_transformer(script: types.ModuleType) -> nn.Module:
     torch.manual_seed(0)
     return script.WanTransformer3DModel(
         num_attention_heads=2, attention_head_dim=12, text_dim=8, freq_dim=8, ffn_dim=16, num_layers=1
     )
 
 
-def sharded(model):
+def sharded(model: nn.Module) -> FullyShardedDataParallel:
     return FullyShardedDataParallel(
         model, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=torch.device("cpu"), use_orig_params=True
     )
 
 
-def batches(size, frames):
+def batches(size: int, frames: int) -> Iterator[tuple[Tensor, Tensor, None, None]]:
     generator = torch.Generator().manual_seed(3)
     while True:
         clips = torch.randn(size, 16, frames, 4, 4, generator=generator)
         yield clips, torch.randn(size, 5, 8, generator=generator), None, None
 
 
-def sigmas_by_hand():
+def sigmas_by_hand() -> np.ndarray:
     return shifted(np.arange(1, 1001) / 1000, SHIFT)[1000 // POINTS - 1 :: 1000 // POINTS]
 
 
-def read_by_hand(arguments):
+def read_by_hand(arguments: list[Tensor]) -> tuple[np.ndarray, ...]:
     """What a call's arguments say: ``(velocity, its target, x_0, sigma, sigma_end)``.
 
     One phase: from wherever a clip was noised down to the point below the first.
@@ -126,18 +129,18 @@ def read_by_hand(arguments):
     return velocity, noise - clips, x_t - sigma * velocity, sigma, end
 
 
-def motion_by_hand(x_0):
+def motion_by_hand(x_0: np.ndarray) -> float:
     return -np.log(x_0.var(axis=2).mean() + 1e-6)
 
 
-def loss_by_hand(regression, arguments):
+def loss_by_hand(regression: Callable[..., float], arguments: list[Tensor]) -> float:
     velocity, target, x_0, *_ = read_by_hand(arguments)
     motion = motion_by_hand(x_0)
     SIDES.add(bool(motion > FLOOR))
     return regression(velocity, target, arguments[4].tolist()) + MOTION_WEIGHT * max(motion, FLOOR)
 
 
-def first_gradient_by_hand(arguments):
+def first_gradient_by_hand(arguments: list[Tensor]) -> np.ndarray:
     """Of both terms with respect to ``x_end``, while the cache is empty and so each clip's weight 1."""
     velocity, target, x_0, sigma, end = read_by_hand(arguments)
     assert motion_by_hand(x_0) > FLOOR
@@ -147,7 +150,7 @@ def first_gradient_by_hand(arguments):
     return (of_velocity - sigma * of_x_0) / (end - sigma)
 
 
-def main(folder):
+def main(folder: Path) -> dict[str, float]:
     stand_in_for_absent_packages()
     os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
@@ -172,7 +175,7 @@ def main(folder):
     optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
 
-    def step(size, number, frames=2, micro_batches=1):
+    def step(size: int, number: int, frames: int = 2, micro_batches: int = 1) -> float:
         options = {
             "transformer": transformer,
             "model_type": "wan",
@@ -204,7 +207,7 @@ def main(folder):
     regression = RegressionByHand()
     by_hand = functools.partial(loss_by_hand, regression)
 
-    def added_to_the_loss(**options):
+    def added_to_the_loss(**options: int) -> tuple[float, dict[str, Tensor]]:
         """Without the terms first, from the same weights and random numbers: the difference is the terms."""
         before, terms = deepcopy(transformer.state_dict()), solver.avd
         solver.avd = types.SimpleNamespace(from_prediction=lambda **_: (torch.zeros(()), {}), update=lambda: None)
@@ -265,7 +268,7 @@ def main(folder):
     exec(create, names)
     terms, gradients = names["solver"].avd, []
 
-    def with_gradient(**given):
+    def with_gradient(**given: Tensor) -> LossOutput:
         output = terms.from_prediction(**given)
         gradients.append(torch.autograd.grad(output.loss, given["prediction"], retain_graph=True)[0].numpy())
         return output

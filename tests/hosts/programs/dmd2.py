@@ -9,13 +9,15 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
+from avd_core import LossOutput
 from avd_integrations import HostTerms
 from by_hand import RegressionByHand, close, columns, state_of
 from page_lines import load_script, page_lines, with_lines
@@ -25,7 +27,7 @@ from without_gpu import stand_in_for_wandb
 ONE_STEP_TIME = 399  # as in the host's one-step scripts for SDXL
 
 
-def save_images(path, count=6):
+def save_images(path: Path, count: int = 6) -> None:
     """Latents of real images in the host's database, large enough to be seen in x_t where alpha is 0.07."""
     images = np.random.default_rng(1).normal(0, 6, (count, 4, 8, 8)).astype(np.float16)
     with lmdb.open(str(path), map_size=2**22) as database, database.begin(write=True) as writing:
@@ -35,24 +37,24 @@ def save_images(path, count=6):
             writing.put(f"prompts_{i}_data".encode(), b"a cat")
 
 
-def share_databases():
+def share_databases() -> None:
     """The host never closes its database, and one process may open it once."""
     opened, open_one = {}, lmdb.open
     lmdb.open = lambda path, **options: opened.setdefault(path, open_one(path, **options) if path not in opened else 0)
 
 
-def with_small_classifier(base):
+def with_small_classifier(base: type[nn.Module]) -> type[nn.Module]:
     """The host's classifier has 1280 channels, for Stable Diffusion's own U-Net."""
 
     class Small(base):
-        def __init__(self, args, accelerator):
+        def __init__(self, args: Any, accelerator: Any) -> None:
             super().__init__(args, accelerator)
             self.guidance_model.cls_pred_branch = nn.Conv2d(16, 1, 4)
 
     return Small
 
 
-def parse(module, folder, *more):
+def parse(module: types.ModuleType, folder: Path, *more: str) -> Any:
     options = {
         "model_id": folder / "model",
         "output_path": folder / "output",
@@ -78,7 +80,7 @@ def parse(module, folder, *more):
     return module.parse_args()
 
 
-def wrap_in_fsdp(trainer, folder):
+def wrap_in_fsdp(trainer: Any, folder: Path) -> None:
     """As accelerate does for ``--fsdp`` on GPUs, so that the trainer saves as it does there."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     for name in ("feedforward_model", "guidance_model"):
@@ -95,19 +97,19 @@ def wrap_in_fsdp(trainer, folder):
 class Watch:
     """What the terms were called with, and what the host's own loss was before they were added."""
 
-    def __init__(self, base):
+    def __init__(self, base: type[nn.Module]) -> None:
         self.arguments, self.before, self.after, self.added = [], [], [], []
         on_prediction, host = HostTerms.on_prediction, base.forward
         names = list(inspect.signature(on_prediction).parameters)[1:]
 
-        def recorded(terms, **given):
+        def recorded(terms: HostTerms, **given: Tensor) -> LossOutput:
             self.arguments.append([given[name].detach().clone() for name in names])
             self.before.append(state_of(terms))
             result = on_prediction(terms, **given)
             self.after.append(state_of(terms))
             return result
 
-        def hosts(model, *args, **options):
+        def hosts(model: Any, *args: Any, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
             losses, logs = host(model, *args, **options)
             self.host_loss = losses.get("loss_dm")
             return losses, logs
@@ -116,7 +118,7 @@ class Watch:
         hosts.__signature__ = inspect.signature(host)
 
 
-def loss_by_hand(regression, table, arguments):
+def loss_by_hand(regression: RegressionByHand, table: np.ndarray, arguments: list[Tensor]) -> float:
     """The host's generator predicts noise."""
     noise_prediction, x_t, images, _, times = (a.double().numpy() for a in arguments)
     alpha, sigma = columns(np.sqrt(table[times.astype(int)]), np.sqrt(1 - table[times.astype(int)]), x_t)
@@ -125,12 +127,12 @@ def loss_by_hand(regression, table, arguments):
     return regression(predicted, target, times.tolist())
 
 
-def step(trainer, watch):
+def step(trainer: Any, watch: Watch) -> list[float]:
     """One of the trainer's steps; returns by how much ``loss_dm`` grew."""
     grown = []
     forward = type(trainer.model).forward
 
-    def seen(model, *args, **options):
+    def seen(model: Any, *args: Any, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         losses, logs = forward(model, *args, **options)
         if "loss_dm" in losses:
             grown.append((losses["loss_dm"] - watch.host_loss).item())
@@ -145,7 +147,7 @@ def step(trainer, watch):
     return grown
 
 
-def main(folder, kind):
+def main(folder: Path, kind: str) -> dict[str, Any]:
     save_tiny_sd(folder / "model", xl=kind == "sdxl")
     save_images(folder / "images")
     (folder / "prompts.txt").write_text("a cat\na dog\na hat\na bat\n")

@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import fastgen_tiny as tiny  # first: torchvision can be imported after it
 
@@ -16,12 +17,13 @@ from fastgen.configs.methods.config_dmd2 import create_config
 from fastgen.methods import CausVidModel, DMD2Model
 from fastgen.methods.model import FastGenModel
 from fastgen.networks.noise_schedule import get_noise_schedule
+from torch import Tensor
 
 import avd_integrations.fastgen as adapter
 from avd_core import MotionConfig, RegressionConfig, interpolate_linearly
 
 
-def video_model(folder=".", **changes):
+def video_model(folder: Path | str = ".", **changes: Any) -> Any:
     config = tiny.video_config(folder, 3).model
     for name, value in changes.items():
         setattr(config, name, value)
@@ -31,12 +33,12 @@ def video_model(folder=".", **changes):
     return model
 
 
-def batch_of(model, count=3):
+def batch_of(model: Any, count: int = 3) -> dict[str, Tensor]:
     batch = next(iter(tiny.Clips(model.input_shape, count)))
     return {name: value.to(model.precision) for name, value in batch.items()}
 
 
-def schedules_agree():
+def schedules_agree() -> float:
     """x_t as FastGen makes it, and noise - x_0 out of any of its predictions."""
     worst = 0.0
     alphas = {"alphas_cumprod": (1 - torch.linspace(0.03, 0.11, 1000, dtype=torch.float64) ** 2).cumprod(0)}
@@ -65,7 +67,7 @@ def schedules_agree():
     return worst
 
 
-def images_are_trained_without_motion(folder):
+def images_are_trained_without_motion(folder: Path) -> list[float]:
     """FastGen's own EDM network at 8 x 8: one step at sigma = 80, and a prediction of x_0."""
     config = create_config()
     options = ["-", "img_resolution=8", "channel_mult=[1]", "channel_mult_noise=1"]
@@ -82,7 +84,14 @@ def images_are_trained_without_motion(folder):
     added = []
 
     class Check(Callback):
-        def on_training_step_end(self, model, data_batch, output_batch, loss_dict, iteration=0):
+        def on_training_step_end(
+            self,
+            model: Any,
+            data_batch: dict[str, Tensor],
+            output_batch: dict[str, Any],
+            loss_dict: dict[str, Tensor],
+            iteration: int = 0,
+        ) -> None:
             added.append((loss_dict["total_loss"] - loss_dict["vsd_loss"]).item())
             assert loss_dict["avd/regression/loss"].item() == pytest.approx(added[-1], rel=1e-4)
             assert not any("motion" in name for name in loss_dict)
@@ -103,7 +112,7 @@ def images_are_trained_without_motion(folder):
     return added
 
 
-def half_precision_trains(folder):
+def half_precision_trains(folder: Path) -> None:
     """Wan's configurations have everything in bfloat16."""
     config = tiny.video_config(folder / "bfloat16", 5)
     config.model.precision = "bfloat16"
@@ -117,7 +126,7 @@ def half_precision_trains(folder):
     assert all(p.isfinite().all() for p in model.net.parameters())
 
 
-def configuration(folder):
+def configuration(folder: Path) -> None:
     """Written to config.yaml, overridden from the command line, named as a string."""
     config = tiny.video_config(folder, 3)
     exec(tiny.lines_of_the_page(), {"config": config})
@@ -136,7 +145,7 @@ def configuration(folder):
     assert named._regression == RegressionConfig()
 
 
-def few_steps_are_the_hosts():
+def few_steps_are_the_hosts() -> None:
     model = video_model(student_sample_steps=2)
     model.config.sample_t_cfg.t_list = None
     assert adapter.few_steps(model).tolist() == pytest.approx([0.999, 0.4995])
@@ -144,7 +153,7 @@ def few_steps_are_the_hosts():
         adapter.fastgen_terms(model, RegressionConfig(order="update_first"), None, grad_accum_rounds=2)
 
 
-def methods_without_a_sample_are_refused():
+def methods_without_a_sample_are_refused() -> None:
     model = video_model()
     callback = adapter.avd_callback()
     callback.config = tiny.video_config(".", 3)
@@ -157,8 +166,8 @@ def methods_without_a_sample_are_refused():
         callback.on_backward_begin(model, batch_of(model), outputs, {"loss": torch.zeros(())}, 2, 0)
 
 
-def a_moved_host_is_named(monkeypatch):
-    def renamed(self, model, batch, losses):
+def a_moved_host_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def renamed(self: Any, model: Any, batch: Any, losses: Any) -> None:
         pass
 
     adapter.callback._callback_class.cache_clear()
@@ -174,14 +183,14 @@ def a_moved_host_is_named(monkeypatch):
             adapter.avd_callback()
 
 
-def half_rate_sampling():
+def half_rate_sampling() -> None:
     """With no step at half rate it is FastGen's own loop, noise for noise; with two, they run on 3 of 5 frames."""
     model = video_model()
     noise, batch = torch.randn(3, *tiny.SHAPE), batch_of(model)
     options = {"net": model.net, "noise": noise, "condition": batch["condition"], "t_list": tiny.T_LIST,
                "student_sample_steps": 4, "student_sample_type": "sde"}  # fmt: skip
 
-    def sample(method, **changes):
+    def sample(method: Any, **changes: Any) -> tuple[Tensor, list[int]]:
         lengths = []
         with model.net.register_forward_hook(lambda net, given, output: lengths.append(given[0].shape[2])):
             torch.manual_seed(0)
@@ -213,7 +222,7 @@ def half_rate_sampling():
     assert outputs["gen_rand"].func.__self__.__name__ == "HalfRateDMD2Model"
 
 
-def main(folder):
+def main(folder: Path) -> None:
     torch.manual_seed(0)
     worst = schedules_agree()
     added = images_are_trained_without_motion(folder)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import fastgen_tiny as tiny  # first: torchvision can be imported after it
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fastgen.utils.distributed import ddp, fsdp
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -20,15 +22,23 @@ RANKS = 2
 
 
 class Data(tiny.Callback):
-    def on_train_end(self, model, iteration=0):
+    def on_train_end(self, model: Any, iteration: int = 0) -> None:
         seen = gathered(getattr(self, "seen", dist.get_rank()))  # a run that is over at once sees none
         assert len(set(seen)) == RANKS, "both ranks were given the same clips"
 
-    def on_backward_begin(self, model, data_batch, output_batch, loss_dict, iteration=0, accum_iter=0):
+    def on_backward_begin(
+        self,
+        model: Any,
+        data_batch: dict[str, Tensor],
+        output_batch: dict[str, Any],
+        loss_dict: dict[str, Tensor],
+        iteration: int = 0,
+        accum_iter: int = 0,
+    ) -> None:
         self.seen = data_batch["real"].sum().item()
 
 
-def train(folder, max_iter, wrapper):
+def train(folder: Path, max_iter: int, wrapper: str) -> tuple[list[float], list[Tensor]]:
     config = tiny.video_config(folder, max_iter)
     setattr(config.trainer, wrapper, True)
     config.trainer.callbacks = tiny.DictConfig(
@@ -43,13 +53,13 @@ def train(folder, max_iter, wrapper):
     return means[0], weights
 
 
-def gathered(value):
+def gathered(value: Any) -> list[Any]:
     everyone = [None] * RANKS
     dist.all_gather_object(everyone, value)
     return everyone
 
 
-def shard(model, **options):
+def shard(model: Any, **options: Any) -> Any:
     """FSDP2 as FastGen applies it, on the CPU, which it does not: layer by layer, the network itself being abstract."""
     mesh = init_device_mesh("cpu", (RANKS,))
     for network in model.fsdp_dict.values():
@@ -59,7 +69,7 @@ def shard(model, **options):
     return model
 
 
-def run(rank, folder, init):
+def run(rank: int, folder: Path, init: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{init}", rank=rank, world_size=RANKS)
     # FastGen asks for CUDA before it wraps a model; the wrappers themselves do not need it.
     ddp.model_to_ddp = lambda model: ddp.DDPWrapper(model, find_unused_parameters=True)

@@ -2,10 +2,12 @@
 
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from page_lines import MOST_LINES, code_blocks
 from without_gpu import declare_torchvision_operators, stand_in_for_wandb
@@ -31,23 +33,25 @@ time.sleep = lambda seconds: None  # FastGen's trainer naps for ten seconds at i
 class TinyVideoNet(FastGenNetwork):
     """Predicts a velocity on rectified flow's path, as Wan does, from what it sees, the time and the condition."""
 
-    def __init__(self, channels=4, net_pred_type="flow", schedule_type="rf", **kwargs):
+    def __init__(
+        self, channels: int = 4, net_pred_type: str = "flow", schedule_type: str = "rf", **kwargs: Any
+    ) -> None:
         super().__init__(net_pred_type=net_pred_type, schedule_type=schedule_type, **kwargs)
         self.inner, self.outer = nn.Conv3d(channels, 8, 3, padding=1), nn.Conv3d(8, channels, 3, padding=1)
         self.embed = nn.Linear(11, 8)
 
     def forward(
         self,
-        x_t,
-        t,
-        condition=None,
-        r=None,
-        return_features_early=False,
-        feature_indices=None,
-        return_logvar=False,
-        fwd_pred_type=None,
-        **kwargs,
-    ):
+        x_t: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        r: Any = None,
+        return_features_early: bool = False,
+        feature_indices: Any = None,
+        return_logvar: bool = False,
+        fwd_pred_type: str | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         time = self.noise_scheduler.rescale_t(t).to(x_t.dtype) / 1000
         embedding = self.embed(torch.cat([condition, time.view(-1, 1)], dim=1))
         output = self.outer(torch.tanh(self.inner(x_t) + embedding[:, :, None, None, None]))
@@ -59,10 +63,10 @@ class TinyVideoNet(FastGenNetwork):
 class Clips:
     """Clips that never end, with one-hot conditions; another order in every epoch of every run."""
 
-    def __init__(self, shape, batch_size=3, sampler_start_idx=0, **kwargs):
+    def __init__(self, shape: Sequence[int], batch_size: int = 3, sampler_start_idx: int = 0, **kwargs: Any) -> None:
         self.shape, self.batch_size = tuple(shape), batch_size
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
             labels = torch.eye(10)[torch.randint(10, (self.batch_size,))]
             real = 0.5 * torch.randn(self.batch_size, *self.shape) + torch.randn(self.batch_size, 1, 1, 1, 1)
@@ -71,14 +75,14 @@ class Clips:
 
 
 class ImageClips(Clips):
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
         while True:
             labels = torch.eye(10)[torch.randint(10, (self.batch_size,))]
             yield {"real": torch.randn(self.batch_size, *self.shape), "condition": labels,
                    "neg_condition": torch.zeros_like(labels)}  # fmt: skip
 
 
-def video_config(folder, max_iter):
+def video_config(folder: Path | str, max_iter: int) -> Any:
     """DMD2 on tiny video latents: four steps, a student update in every second iteration, guidance."""
     config = create_config()
     config.model.device = "cpu"
@@ -100,14 +104,14 @@ def video_config(folder, max_iter):
     return config
 
 
-def lines_of_the_page(block=0):
+def lines_of_the_page(block: int = 0) -> str:
     """The user's code, as docs/hosts/fastgen.md gives it."""
     lines = code_blocks("fastgen.md", "python")[block]
     assert len(lines.splitlines()) <= MOST_LINES
     return lines
 
 
-def train(config, checkpointer=None):
+def train(config: Any, checkpointer: type[Checkpointer] | None = None) -> tuple[Trainer, Any]:
     """What FastGen's train.py does with a configuration."""
     config.model_class.config = config.model
     model = instantiate(config.model_class)

@@ -5,8 +5,10 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.func import functional_call
 
 from avd_integrations.fastgen import AVDHooks
@@ -28,19 +30,27 @@ RECORDS = []
 class Before(Callback):
     """Stands before the adapter: notes what it is given, and every call of the student during it."""
 
-    def on_backward_begin(self, model, data_batch, output_batch, loss_dict, iteration=0, accum_iter=0):
+    def on_backward_begin(
+        self,
+        model: Any,
+        data_batch: dict[str, Tensor],
+        output_batch: dict[str, Any],
+        loss_dict: dict[str, Tensor],
+        iteration: int = 0,
+        accum_iter: int = 0,
+    ) -> None:
         self.record = {"iteration": iteration, "accum_iter": accum_iter, "total": loss_dict["total_loss"], "calls": []}
         RECORDS.append(self.record)
         self.hook = model.net.register_forward_hook(self.note, with_kwargs=True)
 
-    def note(self, net, arguments, options, output):
+    def note(self, net: Any, arguments: tuple[Tensor, ...], options: dict[str, Any], output: Tensor) -> None:
         self.record["calls"].append((*arguments, options, torch.is_autocast_enabled("cpu")))
 
 
 class After(Callback):
     """Stands after it: holds the sum against a calculation of its own."""
 
-    def on_train_begin(self, model, iteration=0):
+    def on_train_begin(self, model: Any, iteration: int = 0) -> None:
         self.start = [p.detach().clone() for p in model.net.parameters()]
         self.means = expected_means = dict(getattr(self.config, "expected_means", {}))
         cache = self.adapter().terms.objective.regression.cache
@@ -49,10 +59,18 @@ class After(Callback):
             assert math.isclose(mean, expected_means.get(time, 0.0), rel_tol=1e-4), (mean, expected_means)
         self.losses = {}
 
-    def adapter(self):
+    def adapter(self) -> AVDHooks:
         return self.trainer.callbacks._callbacks["avd"]
 
-    def on_backward_begin(self, model, data_batch, output_batch, loss_dict, iteration=0, accum_iter=0):
+    def on_backward_begin(
+        self,
+        model: Any,
+        data_batch: dict[str, Tensor],
+        output_batch: dict[str, Any],
+        loss_dict: dict[str, Tensor],
+        iteration: int = 0,
+        accum_iter: int = 0,
+    ) -> None:
         before = self.trainer.callbacks._callbacks["before"]
         before.hook.remove()
         record = RECORDS[-1]
@@ -73,7 +91,9 @@ class After(Callback):
         assert all(loss_dict[name].ndim == 0 for name in loss_dict if name.startswith("avd/"))
         record.update(added=added.item(), weights=weights.tolist(), times=losses)
 
-    def by_hand(self, model, data, outputs, calls):
+    def by_hand(
+        self, model: Any, data: dict[str, Tensor], outputs: dict[str, Any], calls: list[tuple[Any, ...]]
+    ) -> tuple[Tensor, dict[float, float], Tensor, Tensor]:
         """Eq. 5-8 from the student's input: the noise in it, and the student called once more on it."""
         ((x_t, t, options, amp),) = calls
         RECORDS[-1]["amp"] = amp
@@ -102,7 +122,14 @@ class After(Callback):
         times = dict(zip(t.tolist(), errors.tolist(), strict=True))
         return (weights * errors).mean().float() + motion.float(), times, weights.float(), motion.float()
 
-    def on_training_step_end(self, model, data_batch, output_batch, loss_dict, iteration=0):
+    def on_training_step_end(
+        self,
+        model: Any,
+        data_batch: dict[str, Tensor],
+        output_batch: dict[str, Any],
+        loss_dict: dict[str, Tensor],
+        iteration: int = 0,
+    ) -> None:
         """The running means go on once per optimizer step, whatever the accumulation."""
         for time, losses in self.losses.items():
             current = sum(losses) / len(losses)
@@ -112,15 +139,15 @@ class After(Callback):
         for time, mean in zip(T_LIST, cache.means.tolist(), strict=False):
             assert math.isclose(mean, self.means.get(time, 0.0), rel_tol=1e-3), (time, mean, self.means)
 
-    def on_train_end(self, model, iteration=0):
+    def on_train_end(self, model: Any, iteration: int = 0) -> None:
         assert all(not torch.equal(a, b) for a, b in zip(self.start, model.net.parameters(), strict=True))
 
 
-def gradients(value, parameters):
+def gradients(value: Tensor, parameters: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(value, parameters, retain_graph=True)
 
 
-def configure(folder, max_iter, amp, rounds, expected_means):
+def configure(folder: Path, max_iter: int, amp: bool, rounds: int, expected_means: dict[float, float]) -> Any:
     config = video_config(folder, max_iter)
     config.model.precision_amp = "bfloat16" if amp else None
     config.trainer.grad_accum_rounds = rounds
@@ -132,7 +159,7 @@ def configure(folder, max_iter, amp, rounds, expected_means):
     return config
 
 
-def main(folder, amp, rounds, checkpointer):
+def main(folder: Path, amp: bool, rounds: int, checkpointer: type[Checkpointer]) -> None:
     trainer, _ = train(configure(folder, 9, amp, rounds, {}), checkpointer)
     after = trainer.callbacks._callbacks["after"]
     saved = torch.load(folder / "0000009.pth", weights_only=False)["callbacks"]["avd"]

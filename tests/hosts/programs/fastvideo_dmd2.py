@@ -5,11 +5,14 @@ import math
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from torch import Tensor
 
 from avd_integrations.fastvideo import avd_config, dmd2_class
 from by_hand import shifted
@@ -35,7 +38,15 @@ assert len(LINES.splitlines()) <= MOST_LINES
 SHIFT = 5.0
 
 
-def configuration(folder, steps=4, world=1, method=None, accumulation=1, lines=LINES, **checkpoint):
+def configuration(
+    folder: Path,
+    steps: int = 4,
+    world: int = 1,
+    method: dict[str, Any] | None = None,
+    accumulation: int = 1,
+    lines: str | None = LINES,
+    **checkpoint: Any,
+) -> str:
     model = {"_target_": "fastvideo_tiny.TinyWan", "init_from": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "flow_shift": SHIFT}
     own = {
         "_target_": "fastvideo.train.methods.distribution_matching.dmd2.DMD2Method",
@@ -71,7 +82,7 @@ def configuration(folder, steps=4, world=1, method=None, accumulation=1, lines=L
     return str(path)
 
 
-def train(*args, **options):
+def train(*args: Any, **options: Any) -> tuple[Any, list[dict[str, float]], list[list[tuple[str, Any]]]]:
     """One run; returns the method, each step's metrics, and each step's calls of the student."""
     for log in (TinyWan.log, History.metrics, History.methods):
         log.clear()
@@ -85,19 +96,19 @@ def train(*args, **options):
     return History.methods[0], list(History.metrics), steps[:-1]
 
 
-def sigma_by_hand(time):
+def sigma_by_hand(time: float) -> float:
     """The shifted time nearest to this one, as the scheduler is defined."""
     grid = [shifted(i / 1000, SHIFT) for i in range(1, 1001)]
     return min(grid, key=lambda sigma: abs(1000 * sigma - time))
 
 
-def clips_by_hand(position):
+def clips_by_hand(position: int) -> Tensor:
     x_BCFHW = Clips.batch(position)["vae_latent"].double()
     shape = (1, CHANNELS, 1, 1, 1)
     return ((x_BCFHW - torch.tensor(MEAN).view(shape)) / torch.tensor(STD).view(shape)).transpose(1, 2)
 
 
-def regression_calls(calls):
+def regression_calls(calls: list[tuple[str, Any]]) -> list[tuple[Any, Any]]:
     """(noising, prediction) of the regressions: those with a time for every frame, and for every sample."""
     noising = [c for name, c in calls if name == "add_noise" and c.times.numel() == BATCH * FRAMES]
     predictions = [c for name, c in calls if name == "predict_noise" and c.times.numel() == BATCH]
@@ -105,7 +116,9 @@ def regression_calls(calls):
     return list(zip(noising, predictions, strict=True))
 
 
-def observations(calls, positions):
+def observations(
+    calls: list[tuple[str, Any]], positions: Iterable[int]
+) -> list[tuple[list[float], Tensor, Tensor, Tensor]]:
     """``(times, velocities, targets, gradient)`` of each regression, checked against the data and the scheduler."""
     found = []
     for (noising, prediction), position in zip(regression_calls(calls), positions, strict=True):
@@ -123,15 +136,22 @@ def observations(calls, positions):
     return found
 
 
-def motions(calls):
+def motions(calls: list[tuple[str, Any]]) -> list[float]:
     return [reference_motion(c.x_0.transpose(1, 2).tolist()) for name, c in calls if name == "predict_x0"]
 
 
-def close(a, b, tolerance=2e-3):
+def close(a: float, b: float, tolerance: float = 2e-3) -> None:
     assert abs(a - b) <= tolerance * max(1, abs(a), abs(b)), f"{a} is not {b}"
 
 
-def check(metrics, steps, cache, accumulation=1, interval=1, first=0):
+def check(
+    metrics: list[dict[str, float]],
+    steps: list[list[tuple[str, Any]]],
+    cache: ReferenceCache,
+    accumulation: int = 1,
+    interval: int = 1,
+    first: int = 0,
+) -> int:
     """Every step's loss against Eq. 5-8 by hand; moves the cache by hand."""
     position, updates = first * accumulation, 0
     for step, (logged, calls) in enumerate(zip(metrics, steps, strict=True), first + 1):
@@ -164,11 +184,11 @@ def check(metrics, steps, cache, accumulation=1, interval=1, first=0):
     return updates
 
 
-def assert_close_gradient(gradient, by_hand):
+def assert_close_gradient(gradient: Tensor, by_hand: Tensor) -> None:
     torch.testing.assert_close(gradient, by_hand, rtol=0.02, atol=0.01 * by_hand.abs().max().item())  # bfloat16
 
 
-def check_motion_gradient(calls, plain_calls):
+def check_motion_gradient(calls: list[tuple[str, Any]], plain_calls: list[tuple[str, Any]]) -> None:
     """Of a step with the terms and the same step without them: the sample has what is added."""
     (sample,), (plain_sample,) = ([c for name, c in step if name == "predict_x0"] for step in (calls, plain_calls))
     assert torch.equal(sample.x_0, plain_sample.x_0)
@@ -180,7 +200,7 @@ def check_motion_gradient(calls, plain_calls):
     assert_close_gradient((gradient - plain_gradient).double(), by_hand)
 
 
-def check_cache(method, cache):
+def check_cache(method: Any, cache: ReferenceCache) -> None:
     own = method.avd.objective.regression.cache
     for time, value, seen in zip(own.timesteps.tolist(), own.means.tolist(), own.seen.tolist(), strict=True):
         assert seen == any(math.isclose(time, t, rel_tol=1e-5) for t in cache.means)
@@ -189,11 +209,11 @@ def check_cache(method, cache):
     assert not own.pending.any()
 
 
-def weights(method):
+def weights(method: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in method.student.transformer.parameters()])
 
 
-def data_latent(folder):
+def data_latent(folder: Path) -> dict[str, Any]:
     """Values, and the same first step as FastVideo's own method but for the terms."""
     cache = ReferenceCache()
     method, metrics, steps = train(folder)
@@ -211,7 +231,7 @@ def data_latent(folder):
     return {"metrics": metrics[-1]}
 
 
-def simulate(folder):
+def simulate(folder: Path) -> dict[str, Any]:
     """Generated rollouts, warped steps, the student every second step, two accumulation rounds."""
     options = {"rollout_mode": "simulate", "generator_update_interval": 2, "warp_denoising_step": True}
     cache = ReferenceCache()
@@ -223,7 +243,7 @@ def simulate(folder):
     return {"timesteps": warped}
 
 
-def resume(folder):
+def resume(folder: Path) -> dict[str, Any]:
     """A run that goes on from a checkpoint is the run that was not interrupted."""
     whole, metrics, _ = train(folder, steps=4, training_state_checkpointing_steps=2)
     expected, state = weights(whole), whole.avd.state_dict()
@@ -250,7 +270,7 @@ def resume(folder):
     return {"means": state["objective.regression.cache.means"].tolist()}
 
 
-def refusals(folder):
+def refusals(folder: Path) -> dict[str, Any]:
     """Options that FastVideo decides, and an adapter that no longer fits."""
     wrong = [
         ({"rollout_mode": "simulate"}, {"preprocessed_data_type": "text_only"}, "text_only"),
@@ -277,7 +297,7 @@ def refusals(folder):
     return {}
 
 
-def two_ranks(folder):
+def two_ranks(folder: Path) -> dict[str, Any]:
     """Two processes with a sharded student: one cache, different draws, resumed from FastVideo's checkpoint."""
     port = free_port()
     context = multiprocessing.get_context("fork")  # the imports are done
@@ -302,7 +322,7 @@ def two_ranks(folder):
     return {"means": means}
 
 
-def _rank(rank, port, folder, answers):
+def _rank(rank: int, port: int, folder: Path, answers: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     folder = folder / str(rank)
     folder.mkdir()
@@ -321,7 +341,7 @@ def _rank(rank, port, folder, answers):
     torch.distributed.destroy_process_group()
 
 
-def _means(method):
+def _means(method: Any) -> dict[float, float]:
     cache = method.avd.objective.regression.cache
     return dict(zip(cache.timesteps.tolist(), cache.means.tolist(), strict=True))
 

@@ -5,16 +5,19 @@ few clips in memory), FSDP's loader (``fully_shard`` is called here), and the th
 """
 
 import os
+from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from without_gpu import declare_torchvision_operators
 
 
-def stand_in():
+def stand_in() -> None:
     """For what FastVideo asks of CUDA: a state of its random numbers, an attention kernel, torchvision's operators."""
     declare_torchvision_operators()
     from fastvideo.platforms import current_platform
@@ -40,24 +43,24 @@ CHANNELS, FRAMES, SIDE, BATCH = 16, 3, 4, 2
 MEAN, STD = [0.25 * (c % 3) for c in range(CHANNELS)], [0.5 + 0.25 * (c % 2) for c in range(CHANNELS)]
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 class Clips:
     """Endless batches as FastVideo's loader gives them, before normalisation; its position is in checkpoints."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.position = 0
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
             batch = self.batch(self.position)
             self.position += 1
             yield batch
 
     @staticmethod
-    def batch(position):
+    def batch(position: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(100 * position + rank())
         still = torch.randn(BATCH, CHANNELS, 1, SIDE, SIDE, generator=generator)
         moving = torch.randn(BATCH, CHANNELS, FRAMES, SIDE, SIDE, generator=generator)
@@ -68,10 +71,10 @@ class Clips:
             "info_list": [{} for _ in range(BATCH)],
         }
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, int]:
         return {"position": self.position}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
 
 
@@ -81,10 +84,10 @@ class TinyWan(WanModel):
     log = []
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         return torch.device("cpu")
 
-    def _load_transformer(self, *, trainable, **_):
+    def _load_transformer(self, *, trainable: bool, **_: Any) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(int(trainable))
             architecture = WanVideoArchConfig(
@@ -97,17 +100,17 @@ class TinyWan(WanModel):
         transformer = apply_trainable(transformer, trainable=trainable)
         return fully_shard(transformer) if dist.get_world_size() > 1 else transformer
 
-    def init_preprocessors(self, training_config):
+    def init_preprocessors(self, training_config: Any) -> None:
         self.vae = SimpleNamespace(latents_mean=MEAN, latents_std=STD)
         self._init_timestep_mechanics()
         self.dataloader = Clips()
 
-    def add_noise(self, clean_latents, noise, timestep):
+    def add_noise(self, clean_latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         noisy = super().add_noise(clean_latents, noise, timestep)
         self._record("add_noise", clean=clean_latents, noise=noise, times=timestep, noisy=noisy)
         return noisy
 
-    def predict_noise(self, noisy_latents, timestep, batch, **options):
+    def predict_noise(self, noisy_latents: Tensor, timestep: Tensor, batch: Any, **options: Any) -> Tensor:
         output = super().predict_noise(noisy_latents, timestep, batch, **options)
         self._record(
             "predict_noise", noisy=noisy_latents, times=timestep, output=output, options=options,
@@ -115,18 +118,18 @@ class TinyWan(WanModel):
         )  # fmt: skip
         return output
 
-    def predict_x0(self, *args, **options):
+    def predict_x0(self, *args: Any, **options: Any) -> Tensor:
         x_0 = super().predict_x0(*args, **options)
         self._record("predict_x0", x_0=x_0, gradients=_watched(x_0))
         return x_0
 
-    def _record(self, call, **values):
+    def _record(self, call: str, **values: Any) -> None:
         if self.vae is not None and torch.is_grad_enabled():
             kept = {k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
             self.log.append((call, SimpleNamespace(**kept)))
 
 
-def _watched(tensor):
+def _watched(tensor: Tensor) -> list[Tensor]:
     """A list that gets the tensor's gradient when a run goes back."""
     gradients = []
     if tensor.requires_grad:
@@ -140,9 +143,9 @@ class History(Callback):
     metrics = []
     methods = []
 
-    def on_train_start(self, method, iteration=0):
+    def on_train_start(self, method: Any, iteration: int = 0) -> None:
         self.methods.append(method)
 
-    def on_training_step_end(self, method, loss_dict, iteration=0):
+    def on_training_step_end(self, method: Any, loss_dict: dict[str, Any], iteration: int = 0) -> None:
         TinyWan.log.append(("step", None))
         self.metrics.append(dict(loss_dict))

@@ -7,11 +7,14 @@ import logging
 import sys
 import tarfile
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from avd_integrations import HostTerms
 from by_hand import Calls, RegressionByHand, backward_losses, check_resume, check_two_steps, close, columns
@@ -21,7 +24,7 @@ from tiny_sd import save_tiny_sd
 SCRIPT = Path("examples/consistency_distillation/train_lcm_distill_sd_wds.py")
 
 
-def save_shard(path):
+def save_shard(path: Path) -> None:
     """One picture in as many copies as a run needs, so that the order of reading does not matter."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
     buffer = io.BytesIO()
@@ -34,7 +37,7 @@ def save_shard(path):
                 shard.addfile(info, io.BytesIO(data))
 
 
-def run(module, folder, output, steps, *more):
+def run(module: ModuleType, folder: Path, output: str, steps: int, *more: str) -> list[float]:
     """The script, from its command line on; returns the losses that it went back from."""
     sys.argv = [
         "script",
@@ -58,7 +61,7 @@ def run(module, folder, output, steps, *more):
     return losses
 
 
-def loss_by_hand(regression, arguments):
+def loss_by_hand(regression: RegressionByHand, arguments: list[Tensor]) -> float:
     """``model_pred`` is the clean latent that the student predicts; its noise follows from what it saw."""
     x_0, x_t, clips, noise, times = (a.double().numpy() for a in arguments)
     # Stable Diffusion's path: the roots of beta rise evenly.
@@ -69,7 +72,7 @@ def loss_by_hand(regression, arguments):
     return regression(velocity, noise - clips, times.tolist())
 
 
-def main(folder):
+def main(folder: Path) -> dict[str, Any]:
     save_tiny_sd(folder / "model")
     save_shard(folder / "shard.tar")
     source = SCRIPT.read_text()

@@ -6,6 +6,7 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 PAGES = Path(__file__).resolve().parents[3] / "docs" / "hosts"
 MOST_LINES = 12
@@ -13,19 +14,19 @@ MOST_LINES = 12
 _BLOCK = re.compile(r"^(After|Before|Instead of) `([^`\n]+)`[^\n]*:\n\n```python\n(.*?)```", re.DOTALL | re.MULTILINE)
 
 
-def code_blocks(page, language):
+def code_blocks(page: str, language: str) -> list[str]:
     """The text of each block of a page that is in this language."""
     return re.findall(rf"```{language}\n(.*?)```", (PAGES / page).read_text(), re.DOTALL)
 
 
-def page_lines(page):
+def page_lines(page: str) -> list[tuple[str, str, str]]:
     """``(where, anchor, code)`` of each block of a page that says where it goes."""
     blocks = _BLOCK.findall((PAGES / page).read_text())
     assert blocks, f"{page} has no block after a line that says where it goes"
     return blocks
 
 
-def with_lines(source, blocks):
+def with_lines(source: str, blocks: list[tuple[str, str, str]]) -> str:
     """``source`` with the blocks put where they say; each anchor is the beginning of one single statement.
 
     Blocks are what one reader inserts: of a page for several scripts, those of one.
@@ -45,14 +46,14 @@ def with_lines(source, blocks):
     return source
 
 
-def call(code, name):
+def call(code: str, name: str) -> tuple[list[str], dict[str, str]]:
     """Arguments and keywords, as they are written, of the one call of a function or method of that name."""
     calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)]
     (found,) = [n for n in calls if ast.unparse(n.func).split(".")[-1] == name]
     return [ast.unparse(a) for a in found.args], {k.arg: ast.unparse(k.value) for k in found.keywords}
 
 
-def load_script(path, source):
+def load_script(path: Path, source: str) -> ModuleType:
     """Write a script to ``path``, and import it as a module of the file's name."""
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -61,7 +62,7 @@ def load_script(path, source):
     return module
 
 
-def assignments(source, function, before):
+def assignments(source: str, function: str, before: str) -> list[str]:
     """Names that ``function`` binds, in order of their first binding, up to the statement that begins so."""
     lines = source.splitlines()
     body = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == function)
@@ -76,7 +77,7 @@ def assignments(source, function, before):
     return [name for _, _, name in sorted(names)]
 
 
-def assert_in_order(names, expected):
+def assert_in_order(names: list[str], expected: list[str]) -> None:
     """That the first bindings of the expected names come in this order."""
     places = [names.index(name) for name in expected]
     assert places == sorted(places), names

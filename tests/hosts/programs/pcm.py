@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 from avd_integrations.consistency import PhasedConsistencyTerms
 from by_hand import Calls, RegressionByHand, backward_losses, check_resume, check_two_steps, close, columns, shifted
@@ -24,7 +27,7 @@ DATA = '"/mnt/wangfuyun/cc3m"'  # the script's own folder of images, written int
 POINTS, PHASES = 4, 2
 
 
-def save_tiny_sd3(folder):
+def save_tiny_sd3(folder: Path) -> None:
     torch.manual_seed(0)
     vocabulary = save_tokenizer(folder, "raw")
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "raw")
@@ -66,7 +69,7 @@ def save_tiny_sd3(folder):
     ).save_pretrained(folder)
 
 
-def save_images(folder):
+def save_images(folder: Path) -> None:
     """One picture in as many copies as a run needs, so that the order of reading does not matter."""
     folder.mkdir()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8))
@@ -75,7 +78,7 @@ def save_images(folder):
         (folder / f"{i}.txt").write_text("a cat")
 
 
-def run(module, folder, output, steps, *more):
+def run(module: ModuleType, folder: Path, output: str, steps: int, *more: str) -> list[float]:
     """The script, from its command line on; returns the losses that it went back from."""
     sys.argv = [
         "script",
@@ -100,7 +103,7 @@ def run(module, folder, output, steps, *more):
     return losses
 
 
-def sigmas_by_hand(shift=3.0):
+def sigmas_by_hand(shift: float = 3.0) -> tuple[np.ndarray, np.ndarray]:
     """The solver's points and where their phases end, from the paper's definition rather than from the solver."""
     sigmas = shifted(np.arange(1, 1001) / 1000, shift)
     points = sigmas[1000 // POINTS - 1 :: 1000 // POINTS]
@@ -108,7 +111,7 @@ def sigmas_by_hand(shift=3.0):
     return points, np.repeat(edges, POINTS // PHASES)
 
 
-def loss_by_hand(regression, arguments):
+def loss_by_hand(regression: RegressionByHand, arguments: list[Tensor]) -> float:
     """The model's velocity goes in a straight line from what it saw to the phase's end."""
     x_end, x_t, clips, noise, index, _ = (a.double().numpy() for a in arguments)
     points, ends = sigmas_by_hand()
@@ -118,12 +121,12 @@ def loss_by_hand(regression, arguments):
     return regression((x_end - x_t) / (end - sigma), noise - clips, index.tolist())
 
 
-def _mix(sigma, noise, clips):
+def _mix(sigma: np.ndarray, noise: np.ndarray, clips: np.ndarray) -> np.ndarray:
     (sigma,) = columns(sigma, clips)
     return sigma * noise + (1 - sigma) * clips
 
 
-def main(folder):
+def main(folder: Path) -> dict[str, Any]:
     save_tiny_sd3(folder / "model")
     save_images(folder / "images")
     source = SCRIPT.read_text()

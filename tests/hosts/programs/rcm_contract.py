@@ -7,13 +7,13 @@ from pathlib import Path
 MODEL = "rcm/models/t2v_model_distill_rcm.py"
 
 
-def methods(path, name):
+def methods(path: str, name: str) -> dict[str, ast.FunctionDef]:
     tree = ast.parse(Path(path).read_text())
     (found,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     return {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
 
 
-def calls(node):
+def calls(node: ast.AST) -> list[str]:
     return [ast.unparse(call.func) for call in ast.walk(node) if isinstance(call, ast.Call)]
 
 

@@ -14,14 +14,16 @@ import os
 import shlex
 import sys
 import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state  # noqa: F401 - before transformer_engine seems to be there
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from by_hand import RegressionByHand, noting
@@ -38,21 +40,21 @@ FLOOR, SHARPNESS = 0.5, 2.0
 class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Third parties that need a GPU: they can be imported, and that is all."""
 
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if name.split(".")[0] in ("flash_attn", "triton", "transformer_engine", "transformer_engine_torch"):
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
-    def create_module(self, spec):
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         module = types.ModuleType(spec.name)
         module.__getattr__ = lambda name: _missing(name)
         return module
 
-    def exec_module(self, module):
+    def exec_module(self, module: types.ModuleType) -> None:
         pass
 
 
-def _missing(name):
+def _missing(name: str) -> mock.MagicMock:
     if name.startswith("__"):
         raise AttributeError(name)
     return mock.MagicMock()
@@ -61,7 +63,7 @@ def _missing(name):
 class CPU(TorchFunctionMode):
     """Whatever is asked of CUDA is done on the CPU."""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if "device" in kwargs:
             kwargs["device"] = _cpu(kwargs["device"])
@@ -70,7 +72,7 @@ class CPU(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _cpu(value):
+def _cpu(value: Any) -> Any:
     is_cuda = (isinstance(value, str) and value == "cuda") or (isinstance(value, torch.device) and value.type == "cuda")
     return torch.device("cpu") if is_cuda else value
 
@@ -109,18 +111,20 @@ class Net(nn.Module):
 
     seen = []
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Conv3d(SHAPE[1], SHAPE[1], 1)
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         torch.manual_seed(1)
         self.layer.reset_parameters()
 
-    def disable_context_parallel(self):
+    def disable_context_parallel(self) -> None:
         pass
 
-    def forward(self, x_B_C_T_H_W, timesteps_B_T, crossattn_emb, data_type=None):
+    def forward(
+        self, x_B_C_T_H_W: Tensor, timesteps_B_T: Tensor, crossattn_emb: Tensor, data_type: Any = None
+    ) -> Tensor:
         time = timesteps_B_T.reshape(-1, 1, 1, 1, 1) / 1000
         output = self.layer(x_B_C_T_H_W) + time * crossattn_emb.mean()
         if output.requires_grad:
@@ -132,14 +136,14 @@ class Tokenizer:
     latent_ch = SHAPE[1]
 
 
-def page_overrides():
+def page_overrides() -> list[str]:
     """What docs/hosts/rcm.md adds to the command line."""
     command = code_blocks("rcm.md", "bash")[0].replace("\\\n", " ")
     words = shlex.split(command)
     return [word for word in words[words.index("--") + 1 :] if word.startswith(("experiment", "model.", "+model."))]
 
 
-def configuration(overrides):
+def configuration(overrides: list[str]) -> Any:
     """The host's own experiment, smaller."""
     small = {
         "net": LazyCall(Net)(), "net_teacher": LazyCall(Net)(), "net_fake_score": LazyCall(Net)(),
@@ -157,7 +161,7 @@ def configuration(overrides):
     return config
 
 
-def batches():
+def batches() -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(7)
     for index in range(20):
         yield {
@@ -171,12 +175,12 @@ def batches():
 class ByHand(RegressionByHand):
     """Eq. 5-8 in plain arithmetic, from what the student's network saw and said: nothing of TrigFlow."""
 
-    def __init__(self, angles):
+    def __init__(self, angles: list[float]) -> None:
         super().__init__(sharpness=SHARPNESS)
         self.temporal_loss = []
         self.levels = {t: math.sin(t) / (math.sin(t) + math.cos(t)) for t in angles}  # of rectified flow
 
-    def regression(self, clips, seen, text):
+    def regression(self, clips: Tensor, seen: tuple[Tensor, Tensor, Tensor, Tensor], text: Tensor) -> float:
         """In the host's scale: a sum over the batch."""
         x, times, output, embedding = seen
         assert torch.equal(embedding, text)
@@ -190,7 +194,7 @@ class ByHand(RegressionByHand):
             steps.append(step)
         return len(clips) * 2 * VALUES * self.accumulate(output, torch.stack(targets), steps)
 
-    def motion(self, video, added_gradient):
+    def motion(self, video: Tensor, added_gradient: Tensor) -> float:
         """The same of Eq. 8, whose gradient is compared, too."""
         x = video.detach().double().requires_grad_()
         temporal_loss = -((x - x.mean(dim=2, keepdim=True)).square().mean() + 1e-6).log()
@@ -202,10 +206,10 @@ class ByHand(RegressionByHand):
         return scale * reference_motion(video.tolist(), FLOOR)
 
 
-def noting_gradient(method, log):
+def noting_gradient(method: Callable[..., Any], log: list[Tensor]) -> Callable[..., Any]:
     """The adapter's step over the host's; notes the gradient that it adds to the sample's."""
 
-    def call(ctx, iteration):
+    def call(ctx: Any, iteration: int) -> Any:
         result = method(ctx, iteration)
         added = (result[1] - matching[-1][2][1]).sum()
         log.append(torch.autograd.grad(added, samples[-1][2][0], retain_graph=True)[0])
@@ -214,7 +218,7 @@ def noting_gradient(method, log):
     return call
 
 
-def train(config, model, by_hand, max_iter):
+def train(config: Any, model: Any, by_hand: ByHand, max_iter: int) -> list[int]:
     """The host's loop, from its latest checkpoint on, to a checkpoint. Gives the iteration of each batch."""
     config.trainer.max_iter = max_iter
     trainer = ImaginaireTrainer_Distill.__new__(ImaginaireTrainer_Distill)
@@ -223,7 +227,9 @@ def train(config, model, by_hand, max_iter):
     step, steps, gradients = trainer.training_step, [], []
     model._student_dmd_step = noting_gradient(model._student_dmd_step, gradients)
 
-    def checked_step(model_ddp, grad_scaler, data_batch, iteration, grad_accum_iter):
+    def checked_step(
+        model_ddp: Any, grad_scaler: Any, data_batch: dict[str, Any], iteration: int, grad_accum_iter: int
+    ) -> Any:
         if not steps:
             by_hand.check_cache(model.avd.objective.regression.cache)
         before = parameters(model.net)
@@ -255,11 +261,11 @@ def train(config, model, by_hand, max_iter):
     return steps
 
 
-def parameters(module):
+def parameters(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
 
 
-def check_scale():
+def check_scale() -> float:
     """The constant between the two losses, by the gradients of rCM's own expression and of ours."""
     shape = (1, 16, 21, 60, 104)
     online_mean, teacher, generated = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0)).unbind()

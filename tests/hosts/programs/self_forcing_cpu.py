@@ -9,11 +9,13 @@ import functools
 import os
 import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from by_hand import RegressionByHand
 from page_lines import with_lines
@@ -25,7 +27,7 @@ CHANNELS, FRAMES, SIZE = 3, 21, 4
 declare_torchvision_operators()
 
 
-def prepare(scratch):
+def prepare(scratch: Path) -> None:
     """Before the host is imported."""
     torch.cuda.current_device = lambda: 0  # is a default argument in the text encoder, and part of a device's name
     torch.cuda.set_device = lambda device: None
@@ -38,12 +40,12 @@ def prepare(scratch):
     stand_in_for_wandb(scratch / "wandb")
 
 
-def on_cpu():
+def on_cpu() -> None:
     """After the host is imported: what it takes for the number of a GPU is the CPU."""
     torch.cuda.current_device = lambda: torch.device("cpu")
 
 
-def edit(scratch, script, blocks):
+def edit(scratch: Path, script: str, blocks: list[tuple[str, str, str]]) -> None:
     """Put a page's lines into a copy of the script's package, which is found before the host's own."""
     package, copy = Path(script).parent, scratch / "edited"
     shutil.copytree(package, copy / package)
@@ -56,21 +58,21 @@ class Wan(nn.Module):
 
     seen = []
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Conv3d(CHANNELS, CHANNELS, 1)
         with torch.no_grad():  # most of what it sees is noise to it, so its samples move less than the floor asks for
             self.layer.weight.mul_(0.1).add_(0.6 * torch.eye(CHANNELS).view(self.layer.weight.shape))
 
     @classmethod
-    def from_pretrained(cls, path, **options):
+    def from_pretrained(cls, path: str, **options: Any) -> Self:
         torch.manual_seed(1)
         return cls()
 
-    def enable_gradient_checkpointing(self):
+    def enable_gradient_checkpointing(self) -> None:
         pass
 
-    def forward(self, x, t, context, seq_len, **caches):
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, seq_len: int, **caches: Any) -> Tensor:
         shift = t.reshape(len(x), 1, -1, 1, 1).float() / 1000 + context.mean()
         flow = self.layer(x) + 0.1 * shift
         if torch.is_grad_enabled() and not caches.get("kv_cache"):
@@ -81,11 +83,11 @@ class Wan(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layer = nn.Linear(1, 2)
 
-    def forward(self, text_prompts):
+    def forward(self, text_prompts: list[str]) -> dict[str, Tensor]:
         lengths = torch.tensor([[[0.1 * len(prompt)]] for prompt in text_prompts])
         return {"prompt_embeds": self.layer(lengths)}
 
@@ -97,13 +99,13 @@ class VAE(nn.Module):
 class Loader:
     """Real clips and their prompts; goes round in two batches of two."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
         clips = torch.randn(2, 2, FRAMES, CHANNELS, SIZE, SIZE, generator=generator)
         self.batches = [(clips[0], ["a ball falls", "rain"]), (0.1 * clips[1], ["waves", "a wide green field"])]
         self.given = []
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[Tensor, list[str]]]:
         for batch in self.batches:
             self.given.append(batch)
             yield batch
@@ -112,11 +114,11 @@ class Loader:
 class ByHand(RegressionByHand):
     """Eq. 5-8 in plain arithmetic, from what the student saw and said."""
 
-    def __init__(self, scheduler, steps):
+    def __init__(self, scheduler: Any, steps: list[float]) -> None:
         super().__init__()
         self.sigmas, self.timesteps, self.steps = scheduler.sigmas.double(), scheduler.timesteps.double(), steps
 
-    def regression(self, clips, seen, context):
+    def regression(self, clips: Tensor, seen: tuple[Any, ...], context: Tensor) -> float:
         x_t, times, flow, text, (gradient,) = seen
         assert torch.equal(text, context), "the student was told another text than the clips'"
         x_t, flow, gradient = (x.transpose(1, 2).double() for x in (x_t, flow, gradient))
@@ -133,7 +135,7 @@ class ByHand(RegressionByHand):
         self.check_gradient(gradient, flow, target, times)
         return self(flow, target, times)
 
-    def check_gradient(self, gradient, flow, target, times):
+    def check_gradient(self, gradient: Tensor, flow: Tensor, target: Tensor, times: list[float]) -> None:
         """What the velocity was given, before the cache moves: weights are constants in Eq. 5."""
         losses = reference_sample_losses(flow.tolist(), target.tolist())
         usual = [self.cache.read(time, loss) for time, loss in zip(times, losses, strict=True)]
@@ -142,7 +144,7 @@ class ByHand(RegressionByHand):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
     @staticmethod
-    def motion(video, added_gradient):
+    def motion(video: Tensor, added_gradient: Tensor) -> float:
         """Of samples that move less than the floor asks for, so that there is a gradient, which is compared too."""
         x = video.double().requires_grad_()  # [B, F, C, H, W]
         temporal_loss = -((x - x.mean(dim=1, keepdim=True)).square().mean() + 1e-6).log()
@@ -153,11 +155,11 @@ class ByHand(RegressionByHand):
         return reference_motion(video.transpose(1, 2).tolist())
 
 
-def noting_gradient(method, host_calls, log):
+def noting_gradient(method: Callable[..., Any], host_calls: list[Any], log: list[Tensor]) -> Callable[..., Any]:
     """The adapter's method over the host's, whose calls are noted; notes the gradient that it adds to the sample's."""
 
     @functools.wraps(method)
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
         added = result[0] - host_calls[-1][-1][0]
         log.append(torch.autograd.grad(added, kwargs["image_or_video"], retain_graph=True)[0])
@@ -166,5 +168,5 @@ def noting_gradient(method, host_calls, log):
     return call
 
 
-def parameters(module):
+def parameters(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters()])

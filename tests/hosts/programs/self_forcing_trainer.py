@@ -5,9 +5,11 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 import self_forcing_cpu as stand_ins
 from by_hand import noting
@@ -41,7 +43,7 @@ host.DMD.compute_distribution_matching_loss = stand_ins.noting_gradient(
 class SmallPipeline(SelfForcingTrainingPipeline):
     """The host's, with caches of keys and values for the tiny transformer."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.num_transformer_blocks, self.kv_cache_size = 1, 1
 
@@ -53,7 +55,7 @@ class Done(Exception):  # noqa: N818
     pass
 
 
-def config(**changes):
+def config(**changes: Any) -> Any:
     """The host's own files, smaller."""
     base = OmegaConf.merge(*(OmegaConf.load(f"configs/{n}.yaml") for n in ("default_config", "self_forcing_dmd")))
     small = {
@@ -66,17 +68,17 @@ def config(**changes):
     return OmegaConf.merge(base, OmegaConf.create(small | changes))
 
 
-def train(trainer):
+def train(trainer: Any) -> list[dict[str, float]]:
     """The host's endless loop until it saves."""
     losses, step, save = [], trainer.fwdbwd_one_step, trainer.save
 
-    def noting_step(batch, train_generator):
+    def noting_step(batch: Any, train_generator: bool) -> dict[str, Tensor]:
         log = step(batch, train_generator)
         if train_generator:
             losses.append({name: value.item() for name, value in log.items() if value.ndim == 0})
         return log
 
-    def save_and_leave():
+    def save_and_leave() -> None:
         save()
         raise Done
 
@@ -90,7 +92,7 @@ def train(trainer):
     return losses
 
 
-def check(trainer, losses, by_hand):
+def check(trainer: Any, losses: list[dict[str, float]], by_hand: stand_ins.ByHand) -> None:
     # The critic sees its own samples with gradient as well: one call of each kind a step, the student's first.
     students = stand_ins.Wan.seen[::2]
     assert len(losses) == len(matching) == len(gradients) == len(loader.given) == len(students) == 3

@@ -1,6 +1,8 @@
 """A Stable Diffusion folder of toy size with made-up weights, for hosts that load their models from one."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -12,7 +14,7 @@ from without_gpu import declare_torchvision_operators
 declare_torchvision_operators()
 
 
-def save_tokenizer(folder, name="tokenizer"):
+def save_tokenizer(folder: Path, name: str = "tokenizer") -> int:
     """CLIP's tokenizer over single characters."""
     (folder / name).mkdir(parents=True)
     characters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
@@ -24,7 +26,7 @@ def save_tokenizer(folder, name="tokenizer"):
     return len(words)
 
 
-def text_config(vocabulary, width=16, layers=1, **options):
+def text_config(vocabulary: int, width: int = 16, layers: int = 1, **options: Any) -> Any:
     return transformers.CLIPTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -38,7 +40,7 @@ def text_config(vocabulary, width=16, layers=1, **options):
     )
 
 
-def save_tiny_sd(folder, xl=False, seed=0):
+def save_tiny_sd(folder: Path, xl: bool = False, seed: int = 0) -> None:
     """Latents are ``[4, H / 2, W / 2]``; the U-Net's bottleneck has half of that again.
 
     ``xl`` adds what SDXL has besides: a second text encoder, whose pooled output goes into the U-Net with six numbers.
