@@ -14,7 +14,7 @@ The parts, for a training loop of your own:
   :class:`NamedCallbacks`.
 
 Every loss returns a :class:`LossOutput`, whose ``scalars()`` go to any logger. Options are given by keyword, and have
-the same names, order and defaults in a loss, its function and its configuration.
+the same names and order in a loss, its function and its configuration.
 
 After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Temporal Collapse in Few-Step Generation"
 (CVPR 2026), whose equation numbers the docstrings use.

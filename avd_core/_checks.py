@@ -59,7 +59,8 @@ def check_gradient(name: str, tensor: Tensor, training: bool) -> None:
     if training and torch.is_grad_enabled() and not tensor.requires_grad:
         raise ValueError(
             f"{name} has no gradient, so its term could change nothing. Pass it as it is before anything detaches it, "
-            "and run the student with gradient. For a look at the metrics use torch.no_grad()."
+            "and run the student with gradient. For a look at the metrics alone call eval() on the module: then "
+            "nothing is recorded either."
         )
 
 

@@ -103,7 +103,8 @@ class LossMeanCache(nn.Module):
         self.sync_ranks = sync_ranks
         self.process_group = process_group
         # Far outside the grid means another unit (sigma in place of t, say), not a nearest entry.
-        self._tolerance = max((abs(s) for s in steps), default=abs(grid[0]) / 2 or math.inf)
+        # A time farther from its nearest entry than another could be belongs to no grid like this.
+        self._tolerance = max((abs(s) for s in steps), default=abs(grid[0]) or math.inf) / 2
         self._range = (min(grid), max(grid))
         self._range_check = RangeCheck()
         self._recorded = 0  # calls since the last update(), counted here as the host must not wait for the buffers
@@ -128,7 +129,7 @@ class LossMeanCache(nn.Module):
             raise ValueError(f"uniform needs low < high and bins >= 1, got low={low}, high={high}, bins={bins}.")
         width = (high - low) / bins
         cache = cls([low + (i + 0.5) * width for i in range(bins)], **options)
-        cache._tolerance = width
+        cache._tolerance = width / 2 * (1 + 1e-6)  # the ends belong to the range, also after rounding
         return cache
 
     @torch.no_grad()
@@ -145,8 +146,8 @@ class LossMeanCache(nn.Module):
 
         Raises:
             TypeError: If ``losses`` is not floating, or if something has changed the dtype of the cache's own buffers.
-            ValueError: If shapes or devices differ, or a timestep lies outside the grid by more than the grid's widest
-                gap. The values are looked at in every call on a CPU, where that costs nothing, and elsewhere in the
+            ValueError: If shapes or devices differ, or a timestep lies outside the grid by more than half the grid's
+                widest gap. The values are looked at in every call on a CPU, where that costs nothing, and elsewhere in the
                 first call only, which waits for the device.
         """
         check_floating("losses", losses)

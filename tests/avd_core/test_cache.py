@@ -240,7 +240,7 @@ def test_a_sum_that_overflows_never_enters_a_mean() -> None:
 # --- The grid
 
 
-@given(st.floats(400, 1100))
+@given(st.floats(405, 1100))
 def test_a_sample_counts_for_the_nearest_entry(timestep: float) -> None:
     cache = LossMeanCache(GRID)
     timestep = torch.tensor(timestep, dtype=torch.float32).item()
@@ -476,6 +476,22 @@ def test_timesteps_in_another_unit_are_refused(case: str, order: str) -> None:
     with pytest.raises(ValueError, match=rf"outside the cache's grid.*\]\. {hint}"):
         cache(timesteps, torch.ones(2))
     assert_same_state(state_of(cache), before)
+
+
+def test_a_grid_of_equal_steps_refuses_its_own_sigmas() -> None:
+    """The first entry of times in [0, 1] is nearly one step away from the last of the grid."""
+    cache = LossMeanCache((1000, 750, 500, 250))
+    with pytest.raises(ValueError, match="outside the cache's grid"):
+        cache(torch.tensor([0.75]), torch.ones(1))
+    assert not cache.seen.any()
+
+
+@pytest.mark.parametrize("bins", [1, 3, 20])
+def test_the_ends_belong_to_a_range(bins: int) -> None:
+    cache = LossMeanCache.uniform(0, 0.7, bins)
+    cache(torch.tensor([0.0, 0.7]), torch.ones(2))
+    assert cache.seen[0]
+    assert cache.seen[-1]
 
 
 def test_a_range_refuses_times_in_another_unit_too() -> None:

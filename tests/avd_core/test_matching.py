@@ -135,7 +135,7 @@ def test_a_bad_number_shows_in_the_loss(bad: float, which: int, where: int) -> N
 def test_samples_without_gradient_are_refused_in_training_only() -> None:
     x_0, real, online = draw(0, (2, 3))
     matching = DistributionMatchingLoss()
-    with pytest.raises(ValueError, match=r"x_0 has no gradient, so its term could change nothing.*torch\.no_grad"):
+    with pytest.raises(ValueError, match=r"x_0 has no gradient, so its term could change nothing.*eval\(\)"):
         matching(x_0.detach(), real, online)
     with torch.no_grad():
         expected = matching(x_0.detach(), real, online).loss

@@ -70,6 +70,8 @@ def clips_of(videos: Path | None, data: list[Path] | None) -> dict[str, Any]:
 
 def shards_of(data: list[Path]) -> dict[str, Any]:
     """The ``data`` section of encoded clips."""
+    if len({path.resolve() for path in data}) < len(data):
+        raise UserError("--data names a folder twice, whose clips would count twice. Pass each folder once.")
     return {"data": {"kind": "shards", "path": [str(path) for path in data]}}
 
 

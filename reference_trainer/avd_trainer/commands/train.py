@@ -77,7 +77,7 @@ def train(
         if not done:
             say(
                 f"Stopped on request, saved in {folder / 'checkpoints'}. Run the same command again to go on, or: "
-                f"avd train --resume {_quoted(folder)}"
+                f"{_launcher()} train --resume {_quoted(folder)}"
             )
             return
         if first and (folder / EVALUATION).exists():
@@ -122,7 +122,10 @@ def _show(config: TrainConfig, folder: Path) -> None:
     else:
         made = make_plan(config, gpus=int(os.environ.get("WORLD_SIZE", "1")))
         Console().print(render(made), highlight=False)
-    begins = "start a new run" if step is None else f"go on at step {step}"
+    if step is None:
+        begins = "start a new run"
+    else:
+        begins = f"go on at step {step}" if step < config.max_steps else f"find nothing left to do after step {step}"
     say(f"Nothing is written. Without --dry-run this would {begins} in {folder}.")
 
 
@@ -133,7 +136,12 @@ def _next_step(role: str, folder: Path) -> str:
     if role == "teacher":
         return f"avd train tiny --set teacher={_quoted(folder / role)} --output RUN"
     student = _quoted(folder.with_name(f"{folder.name}-student"))
-    return f'avd export {run} --output {student}, then avd sample {student} --prompt "..." --output clip.mp4'
+    return f'avd export {run} --output {student}\nThen: avd sample {student} --prompt "..." --output clip.mp4'
+
+
+def _launcher() -> str:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return "avd" if ranks == 1 else f"avd torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']} -m avd_trainer"
 
 
 def _quoted(path: Path) -> str:

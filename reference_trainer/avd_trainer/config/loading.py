@@ -75,6 +75,10 @@ def load_config(
     Raises:
         ConfigError: With one line per wrong field.
     """
+    if any(override.startswith("method.kind=") for override in overrides or []):
+        raise ConfigError(
+            "--set method.kind leaves the values of another method behind. Choose a method by --method KIND."
+        )
     try:
         config = _read(source, method)
         config.pop(COMMAND, None)
@@ -227,10 +231,10 @@ def _suggest(path: str, known: list[str]) -> str:
     """What a mistyped key may have been meant for: one beside it, or one of its name further down."""
     section, dot, name = path.rpartition(".")
     beside = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == section]
-    if close := get_close_matches(name, beside, n=1):
-        return f": did you mean {section}{dot}{close[0]}?"
     if below := [other for other in known if other.startswith(section + dot) and other.endswith(f".{name}")]:
         return f": did you mean {' or '.join(below)}?"
+    if close := get_close_matches(name, beside, n=1):
+        return f": did you mean {section}{dot}{close[0]}?"
     return f". There are: {', '.join(sorted(beside))}"
 
 

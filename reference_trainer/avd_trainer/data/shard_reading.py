@@ -238,9 +238,9 @@ def _check_files(folder: Path, saved: Sequence[Mapping[str, Any]], found: Sequen
             )
         if before[name] != now[name]:
             raise UserError(
-                f"{folder / name} has changed since the run to be resumed read it: it had {before[name]['rows']} rows "
-                f"in {before[name]['bytes']} bytes, now {now[name]['rows']} rows in {now[name]['bytes']} bytes. Put "
-                "the old file back, or start a new run."
+                f"{folder / name} is not the file that the run to be resumed read: that had {before[name]['rows']} "
+                f"rows in {before[name]['bytes']} bytes, this has {now[name]['rows']} in {now[name]['bytes']}. Pass "
+                "the folder that it read, with its old files, or start a new run."
             )
 
 

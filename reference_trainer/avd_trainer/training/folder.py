@@ -72,6 +72,11 @@ def check_run(folder: Path, config: TrainConfig) -> int | None:
     if latest is not None:
         state = read_state(latest)
         _check_same_run(config, state["config"], latest)
+        if config.max_steps < state["step"]:
+            raise ConfigError(
+                f"max_steps is {config.max_steps}, and the run in {folder} is at step {state['step']}. Choose at least "
+                "that, or a new --output."
+            )
         return int(state["step"])
     # A run that has saved nothing yet has nothing to lose: it starts over, also with other values.
     if {path.name for path in folder.iterdir()} - {LOCK} and there is None:

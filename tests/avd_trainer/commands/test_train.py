@@ -82,7 +82,11 @@ def test_a_dry_run_prints_values_and_plan_and_writes_nothing(tmp_path: Path, met
 def test_a_dry_run_says_that_a_run_would_go_on(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    status, printed = run("train", "--resume", folder, "--dry-run")
-    assert status == 0
-    assert "this would go on at step" in printed
+    for more, what in (([], "find nothing left to do after step 2"), (["--max-steps", 3], "go on at step 2")):
+        status, printed = run("train", "--resume", folder, "--dry-run", *more)
+        assert status == 0
+        assert f"this would {what}" in printed
+    status, printed = run("train", "--resume", folder, "--dry-run", "--max-steps", 1)
+    assert status == 2
+    assert "max_steps is 1, and the run in" in printed
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

@@ -17,7 +17,6 @@ from avd_trainer.training.config import TrainConfig
         ("checkpoint.zzz=1", "checkpoint.zzz: there is no such field. There are: every, keep_every, keep_latest"),
         # Of videos, not of these shapes.
         ("data.path=x", "data.path: there is no such field. There are: clips, held_out, kind, seed"),
-        ("method.kind=dcn", "method.kind: expected one of avd, dmd, flow_matching, frame_interpolation"),
         ("data.kind=films", "data.kind: expected one of shapes, videos, shards, got 'films'"),
         ("seed", "--set seed: expected KEY=VALUE, such as --set max_steps=100."),
         ("=3", "--set =3: expected KEY=VALUE"),

@@ -349,5 +349,7 @@ def test_other_data_is_refused(configure: MakeConfig, shards: Path, tmp_path: Pa
         for index in range(11):
             writer.add(torch.randn(16, 3, 4, 4), torch.ones(2, 6), "", source=f"{index}.mp4")
         writer.set_unconditional(torch.zeros(1, 6), "")
-    with pytest.raises(UserError, match=r"data-0000\d-of-00003\.parquet has changed since the run to be resumed"):
+    with pytest.raises(
+        UserError, match=r"data-0000\d-of-00003\.parquet is not the file that the run to be resumed read"
+    ):
         go()
