@@ -147,8 +147,8 @@ class LossMeanCache(nn.Module):
         Raises:
             TypeError: If ``losses`` is not floating, or if something has changed the dtype of the cache's own buffers.
             ValueError: If shapes or devices differ, or a timestep lies outside the grid by more than half the grid's
-                widest gap. The values are looked at in every call on a CPU, where that costs nothing, and elsewhere in the
-                first call only, which waits for the device.
+                widest gap. The values are looked at in every call on a CPU, where that costs nothing, and elsewhere in
+                the first call only, which waits for the device.
         """
         check_floating("losses", losses)
         if losses.ndim != 1:
