@@ -31,9 +31,18 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"^ *```\w*\n(.*?)^ *```", read(page), re.DOTALL | re.MULTILINE)
 
 
+def prose(page: str) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", read(page), flags=re.DOTALL | re.MULTILINE)
+
+
 def inline_code(page: str) -> list[str]:
-    prose = re.sub(r"^ *```.*?^ *```", "", read(page), flags=re.DOTALL | re.MULTILINE)
-    return [re.sub(r"\s+", " ", code) for code in re.findall(r"`([^`]+)`", prose)]
+    return re.findall(r"`([^`]+)`", prose(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_in_the_text_is_not_split_over_lines(page: str) -> None:
+    # Whoever searches for a command or a formula, or copies it from the source, finds it whole.
+    assert [line for line in prose(page).splitlines() if line.count("`") % 2] == []
 
 
 def commands(page: str) -> Iterator[list[str]]:

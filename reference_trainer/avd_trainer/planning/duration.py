@@ -31,11 +31,13 @@ class Speed(NamedTuple):
     Attributes:
         forward: Operations a second in passes without a backward pass.
         training: In passes with one.
+        gpu: Which GPU this is, in words.
         source: Where these come from, in words.
     """
 
     forward: float
     training: float
+    gpu: str
     source: str
 
 
@@ -72,14 +74,13 @@ def assumed_speed(precision: str, *, peak_tflops: float | None = None, utilisati
     """
     share = ASSUMED_UTILISATION if utilisation is None else utilisation
     if peak_tflops is None:
-        peak, of = (
-            ASSUMED_PEAK_TFLOPS[precision],
-            f"{ASSUMED_PEAK_TFLOPS[precision]:g} TFLOP/s, an H100's in {precision}",
-        )
+        peak = ASSUMED_PEAK_TFLOPS[precision]
+        gpu, of = "H100", f"{peak:g} TFLOP/s, an H100's in {precision}"
     else:
-        peak, of = peak_tflops, f"{peak_tflops:g} TFLOP/s"
+        peak = peak_tflops
+        gpu, of = f"GPU of {peak:g} TFLOP/s", f"{peak:g} TFLOP/s"
     speed = 1e12 * peak * share
-    return Speed(speed, speed, f"computed, at an assumed utilisation of {share:g} of {of}")
+    return Speed(speed, speed, gpu, f"computed, at an assumed utilisation of {share:g} of {of}")
 
 
 def plan_time(run: Run, speed: Speed) -> TimePlan:

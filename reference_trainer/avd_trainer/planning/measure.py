@@ -49,7 +49,8 @@ def measure_speed(run: Run, device: torch.device) -> Speed:
     return Speed(
         examples * forward_operations(model, role, *size) / _seconds(ask, device),
         examples * training_operations(model, role, *size) / _seconds(train, device),
-        f"measured on {_name(device)}: {model.layers} blocks, without communication, optimizer and data",
+        _name(device),
+        f"measured: {model.layers} blocks, without communication, optimizer and data",
     )
 
 
@@ -66,4 +67,4 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"this machine's {device.type}"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

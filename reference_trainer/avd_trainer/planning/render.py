@@ -23,7 +23,7 @@ def render(plan: Plan) -> RenderableType:
     return Group(
         _memory(plan),
         *lines,
-        _sheet("Time", _time(plan.time)),
+        _sheet(f"Time on {plan.run.gpus} x {plan.time.speed.gpu}", _time(plan.time)),
         _sheet("Disk", _disk(plan.disk, plan.run.main)),
         *plan.notes,
     )

@@ -40,6 +40,7 @@ def test_the_plan_shows_parts_verdict_changes_time_and_disk() -> None:
         "does not fit",
         "--set method.online.lora.rank=64",
         "1 GPU(s) of 0.5 GB",
+        "Time on 1 x H100",
         "200 updates",
         "computed, at an assumed utilisation of 0.4",
         "checkpoint",
