@@ -411,6 +411,7 @@ def test_times_are_one_per_sample_in_every_call(config: AVDConfig, times: Tensor
         (rectified_flow(1), 900.0, r"times .* have alpha \[-899.0, .* in the unit that coefficients takes"),
         (rectified_flow(1), math.nan, "times .* must be at least 0"),
         (rectified_flow(prediction="noise"), 1000.0, r"at pure noise \(alpha 0\) a prediction of the noise"),
+        (rectified_flow(prediction="v"), 900.0, r"times .* call their velocity \"v\". Say prediction=\"velocity\""),
         (rectified_flow(prediction="x_0"), 0.0, r"at clean clips \(sigma 0; .* a prediction of x_0"),
         (
             variance_preserving(torch.linspace(0.99, 0.01, 1000)),
@@ -425,6 +426,28 @@ def test_with_the_motion_term_alone_times_are_looked_at_in_the_first_call(
     given = ready(rectified_flow(), FEW_STEPS) | {"times": torch.full((3,), times)}
     with pytest.raises(ValueError, match=message):
         HostTerms(AVDConfig(regression=None), path).from_prediction(**given)
+
+
+def test_with_the_motion_term_alone_amplified_noise_predictions_are_said_in_the_first_call() -> None:
+    path = rectified_flow(prediction="noise")
+    terms = HostTerms(AVDConfig(regression=None), path)
+    with pytest.warns(UserWarning, match=r"at timestep 999 alpha is 0.001: its errors are 1000 times as large"):
+        terms.from_prediction(**ready(path, (500.0, 999.0, 757.0)))
+
+
+def test_v_at_the_ends_of_its_own_path_is_taken() -> None:
+    """There alpha + sigma is 1 as on the path of flow models."""
+    for time in (math.pi / 2, 0.0005):
+        terms = HostTerms(AVDConfig(regression=None), trigflow())
+        assert terms.from_prediction(**ready(trigflow(), (time,) * 3)).loss.isfinite()
+
+
+def test_v_is_refused_at_the_first_step_that_tells_where_the_grid_is_pure_noise() -> None:
+    path = rectified_flow(prediction="v")
+    terms = HostTerms(AVDConfig(timesteps=(1000,), motion=None), path)
+    terms.on_prediction(**ready(path, (1000.0,) * 3))
+    with pytest.raises(ValueError, match=r'Say prediction="velocity"'):
+        terms.on_prediction(**ready(path, (1000.0, 900.0, 1000.0)))
 
 
 def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins() -> None:
