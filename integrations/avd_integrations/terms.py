@@ -144,11 +144,11 @@ class HostTerms(nn.Module):
             self._check_frames("clips", clips)
         self._check_noising(x_t, clips, noise, times)
         parts = []
-        prediction, x_t = _at_least_float32(prediction), _at_least_float32(x_t)
         if self.objective.regression is not None:
-            parts.append(self.on_prediction(prediction=prediction, x_t=x_t, clips=clips, noise=noise, times=times))
+            parts.append(self._regression(prediction, x_t, clips, noise, times))
         if self.objective.motion is not None:
-            parts.append(self.on_samples(self.parametrisation.x_0(prediction, x_t, times)))
+            x_0 = self.parametrisation.x_0(_at_least_float32(prediction), _at_least_float32(x_t), times)
+            parts.append(self.on_samples(x_0))
         return _sum(parts)
 
     def on_clips(self, batch: Any) -> LossOutput:
@@ -198,10 +198,7 @@ class HostTerms(nn.Module):
         """
         self._check_prediction(prediction, x_t, clips, noise, times)
         self._check_noising(x_t, clips, noise, times)
-        # In half precision the difference of two near velocities would be mostly rounding.
-        prediction, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (prediction, x_t, clips, noise))
-        velocity = self.parametrisation.velocity(prediction, x_t, times)
-        return self._scaled(self.objective.on_clips(velocity, noise - clips, times), clips)
+        return self._regression(prediction, x_t, clips, noise, times)
 
     def on_samples(self, x_0: Tensor | None) -> LossOutput:
         """The motion term of generated samples, with gradient and in the host's layout. Eq. 8."""
@@ -228,6 +225,12 @@ class HostTerms(nn.Module):
         A collective where ranks are synchronised: call it on every rank.
         """
         self.objective.update()
+
+    def _regression(self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
+        # In half precision the difference of two near velocities would be mostly rounding.
+        prediction, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (prediction, x_t, clips, noise))
+        velocity = self.parametrisation.velocity(prediction, x_t, times)
+        return self._scaled(self.objective.on_clips(velocity, noise - clips, times), clips)
 
     def _check_samples(self, x_0: Tensor | None) -> Tensor:
         if x_0 is None:

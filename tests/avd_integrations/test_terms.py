@@ -361,16 +361,18 @@ def test_rounding_is_no_other_x_t(dtype: torch.dtype) -> None:
     assert HostTerms(AVDConfig(), rectified_flow()).from_prediction(**given).loss.isfinite()
 
 
-def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever() -> None:
+@pytest.mark.parametrize("method", ["on_prediction", "from_prediction"])
+def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever(method: str) -> None:
     """At t = 1000 any clips are in x_t as well as the right ones."""
-    terms = HostTerms(AVDConfig(motion=None), rectified_flow())
+    call = getattr(HostTerms(AVDConfig(), rectified_flow()), method)
     pure, other = ready(rectified_flow(), (1000.0,) * 3), NOT_NOISED_SO["other noise"]
-    terms.on_prediction(**pure | {"clips": CLIPS + 1})
+    call(**pure | {"clips": CLIPS + 1})
+    for _ in range(6):
+        call(**pure)
     with pytest.raises(ValueError, match="x_t is not made of"):
-        terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
-    for _ in range(7):
-        terms.on_prediction(**pure)
-    terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
+        call(**other(ready(rectified_flow(), FEW_STEPS)))
+    call(**pure)
+    call(**other(ready(rectified_flow(), FEW_STEPS)))
 
 
 def test_values_that_are_not_finite_are_left_to_who_guards_against_them() -> None:
