@@ -62,8 +62,8 @@ def check_noising(
         times: ``[B]`` in the host's unit.
 
     Returns:
-        Whether some ``x_t`` has enough of both in it to tell: at pure noise, or where values are not finite, any clip
-        would do.
+        Whether some ``x_t`` can tell: at pure noise any clip would do, with as much of one as of the other the two
+        could be swapped, and values that are not finite are left to who guards against them.
 
     Raises:
         ValueError: If it is something else; if the times are not on the path, or the model cannot predict there what
@@ -79,10 +79,13 @@ def check_noising(
     x_t, clips, noise = (tensor.detach().to(dtype) for tensor in (x_t, clips, noise))
     of_noise = parametrisation.add_noise(torch.zeros_like(clips), noise, times)
     expected = parametrisation.add_noise(clips, noise, times)
+    swapped = parametrisation.add_noise(noise, clips, times)
     size = _norms(expected).clamp_min(torch.finfo(dtype).tiny)
-    error = (_norms(x_t - expected) / size).max()
-    telling = (torch.minimum(_norms(of_noise), _norms(expected - of_noise)) / size > 2 * _TOLERANCE).any()
-    found, tells = torch.stack([error, telling.to(dtype)]).tolist()
+    error = _norms(x_t - expected) / size
+    mistakes = torch.stack([_norms(of_noise), _norms(expected - of_noise), _norms(expected - swapped)])
+    telling = error.isfinite() & (mistakes.amin(dim=0) / size > 2 * _TOLERANCE)
+    largest = torch.where(error.isfinite(), error, 0).max()
+    found, tells = torch.stack([largest, telling.any().to(dtype)]).tolist()
     if found > _TOLERANCE:
         raise ValueError(
             f"x_t is not made of clips and noise at times: it is {found:.2g} of its size away from alpha clips + sigma "

@@ -17,7 +17,7 @@ from avd_integrations.parametrisation import Parametrisation
 Layout = Literal["BCFHW", "BFCHW", "BCHW"]
 
 _LOOKS = 8
-"""Calls whose ``x_t`` is looked at while it is pure noise, which says nothing of the clips."""
+"""Calls whose ``x_t`` is looked at while none can tell, as pure noise says nothing of the clips."""
 
 
 class HostTerms(nn.Module):
@@ -182,8 +182,9 @@ class HostTerms(nn.Module):
     ) -> LossOutput:
         """The regression where the host has noised its clips and run its student on them already.
 
-        That ``x_t`` is made of the clips and the noise at these times is looked at in the first call whose clips can
-        be seen in it, at the latest in the eighth, which waits for the device; never under ``torch.compile``.
+        That ``x_t`` is made of the clips and the noise at these times is looked at, which waits for the device, until
+        a call can tell: not one at pure noise, with as much noise as clip, or with values that are not finite. At most
+        eight calls are looked at; none under ``torch.compile``.
 
         Args:
             prediction: What the student predicted, in the host's layout and parametrisation, with gradient.

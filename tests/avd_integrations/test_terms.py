@@ -381,6 +381,27 @@ def test_values_that_are_not_finite_are_left_to_who_guards_against_them() -> Non
     assert HostTerms(AVDConfig(motion=None), rectified_flow()).on_prediction(**given).loss.isnan()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_ends_no_look(value: float) -> None:
+    """In every sample of a wrong x_t it leaves the question to the next call; in one of them it hides no other."""
+    terms = HostTerms(AVDConfig(motion=None), rectified_flow())
+    other = NOT_NOISED_SO["other noise"](ready(rectified_flow(), FEW_STEPS))
+    in_all, in_one = other["x_t"].clone(), other["x_t"].clone()
+    in_all[:, 0, 0, 0, 0] = value
+    in_one[0, 0, 0, 0, 0] = value
+    terms.on_prediction(**other | {"x_t": in_all})
+    with pytest.raises(ValueError, match="x_t is not made of"):
+        terms.on_prediction(**other | {"x_t": in_one})
+
+
+def test_as_much_noise_as_clip_does_not_tell_one_from_the_other() -> None:
+    terms = HostTerms(AVDConfig(timesteps=(1000, 750, 500, 250), motion=None), rectified_flow())
+    swapped = NOT_NOISED_SO["clips and noise swapped"]
+    terms.on_prediction(**swapped(ready(rectified_flow(), (500.0,), CLIPS[:1])))
+    with pytest.raises(ValueError, match="x_t is not made of"):
+        terms.on_prediction(**swapped(ready(rectified_flow(), (750.0,), CLIPS[:1])))
+
+
 def test_no_call_after_the_first_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a value of a tensor on the meta device is an error."""
     terms = HostTerms(AVDConfig(), rectified_flow())
