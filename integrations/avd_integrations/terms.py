@@ -140,8 +140,7 @@ class HostTerms(nn.Module):
         the result is that of :meth:`forward`.
         """
         self._check_prediction(prediction, x_t, clips, noise, times)
-        if self.objective.motion is not None:
-            self._check_frames("clips", clips)
+        self._check_dimensions("clips", clips)
         self._check_noising(x_t, clips, noise, times)
         parts = []
         if self.objective.regression is not None:
@@ -240,12 +239,28 @@ class HostTerms(nn.Module):
                 "AVDConfig(motion=None)."
             )
         self._check_tensor("x_0", x_0)
-        self._check_frames("x_0", x_0)
+        self._check_dimensions("x_0", x_0)
         check_gradient("x_0", x_0, self.training)
         return x_0
 
-    def _check_frames(self, name: str, tensor: Tensor) -> None:
-        if "F" in self.layout and tensor.shape[self.layout.index("F")] < 2:
+    def _check_dimensions(self, name: str, tensor: Tensor) -> None:
+        """Require frames and channels that the motion term takes, as the core knows nothing of ``layout``."""
+        if self.objective.config.motion is None:
+            return
+        size = dict(zip(self.layout, tensor.shape, strict=True))
+        channels = self.objective.config.motion.channels
+        if channels is not None and size["C"] != channels:
+            other = "BCFHW" if self.layout == "BFCHW" else "BFCHW"
+            raise ValueError(
+                f"motion.channels is {channels}, and {name} has shape {list(tensor.shape)} in layout {self.layout}, "
+                f"{size['C']} channels. "
+                + (
+                    f'Frames and channels look swapped: say layout="{other}".'
+                    if size["F"] == channels
+                    else "Is it in another layout or latent space?"
+                )
+            )
+        if size["F"] < 2:
             raise ValueError(
                 f"The motion term needs at least 2 frames, and {name} has shape {list(tensor.shape)} in layout "
                 f"{self.layout}."

@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -488,6 +489,23 @@ def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins() -> None:
     other = host(AVDConfig(motion=None), rectified_flow(1), time_range=(0.0, 1.0), bins=4)[1]
     with pytest.raises(RuntimeError, match="the saved cache is for the grid"):
         other.load_state_dict(terms.state_dict())
+
+
+@pytest.mark.parametrize(("layout", "other"), [("BCFHW", "BFCHW"), ("BFCHW", "BCFHW")])
+def test_channels_tell_another_layout_by_the_name_that_the_host_gives(layout: str, other: str) -> None:
+    config = AVDConfig(motion=MotionConfig(channels=4))
+    shape = {"BCFHW": [2, 4, 6, 3, 3], "BFCHW": [2, 6, 4, 3, 3]}
+    terms = host(config, layout=layout)[1]
+    terms.on_samples(torch.randn(shape[layout], requires_grad=True))
+    swapped = torch.randn(shape[other], requires_grad=True)
+    message = re.escape(f"shape {shape[other]} in layout {layout}, 6 channels. ") + f'.*swapped: say layout="{other}"'
+    with pytest.raises(ValueError, match=f"x_0 has {message}"):
+        terms.on_samples(swapped)
+    with pytest.raises(ValueError, match=f"clips has {message}"):
+        terms.from_prediction(**ready(rectified_flow(), (900.0, 500.0), swapped.detach()))
+    assert not terms.objective.regression.cache.seen.any()
+    with pytest.raises(ValueError, match=r"16, .* Is it in another layout or latent space"):
+        host(AVDConfig(motion=MotionConfig(channels=16)), layout=layout)[1].on_samples(swapped)
 
 
 def test_one_frame_is_refused_before_the_regression_is_recorded() -> None:
