@@ -43,20 +43,16 @@ def check_times(
     reason = reason or _not_learned(parametrisation, alpha, sigma, clean_end=time_range is not None)
     if reason:
         raise _refusal("timesteps", given, alpha, sigma, reason)
-    factors = (alpha + sigma) / alpha  # of an error of the noise, when it becomes one of the velocity
-    if parametrisation.prediction == "noise" and bool((factors >= _AMPLIFIED).any()):
-        warnings.warn(
-            f"The model predicts noise, and at timestep {given[int(alpha.argmin())]:g} alpha is {alpha.min():.2g}: its "
-            f"errors are {factors.max():.0f} times as large in the velocity, which the regression compares. Leave that "
-            "time out, or watch regression/sample_losses.",
-            stacklevel=3,
-        )
+    if reason := _amplified(parametrisation, given, alpha, sigma):
+        warnings.warn(reason, stacklevel=3)
 
 
 def check_noising(
     parametrisation: Parametrisation, *, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor
 ) -> bool:
     """Require that ``x_t`` is ``alpha clips + sigma noise`` at ``times``. Reads values, so it waits for the device.
+
+    Warns as :func:`check_times` does: without the regression, the times of a call are the first that are known.
 
     Args:
         parametrisation: The host's.
@@ -66,24 +62,30 @@ def check_noising(
         times: ``[B]`` in the host's unit.
 
     Returns:
-        Whether some ``x_t`` has enough of both in it to tell: at pure noise, or where values are not finite, any clip
-        would do.
+        Whether some ``x_t`` can tell: at pure noise any clip would do, with as much of one as of the other the two
+        could be swapped, and values that are not finite are left to who guards against them.
 
     Raises:
-        ValueError: If it is something else, or the times are not on the path.
+        ValueError: If it is something else; if the times are not on the path, or the model cannot predict there what
+            it is said to, as in :func:`check_times`.
     """
     seen = times.detach().double().cpu()
     alpha, sigma = _look_up(parametrisation, seen, "times")
     if reason := _not_on_path(parametrisation, alpha, sigma):
         raise _refusal("times", seen.tolist(), alpha, sigma, reason)
+    if reason := _amplified(parametrisation, seen.tolist(), alpha, sigma):
+        warnings.warn(reason, stacklevel=4)
     dtype = torch.promote_types(x_t.dtype, torch.float32)
     x_t, clips, noise = (tensor.detach().to(dtype) for tensor in (x_t, clips, noise))
     of_noise = parametrisation.add_noise(torch.zeros_like(clips), noise, times)
     expected = parametrisation.add_noise(clips, noise, times)
+    swapped = parametrisation.add_noise(noise, clips, times)
     size = _norms(expected).clamp_min(torch.finfo(dtype).tiny)
-    error = (_norms(x_t - expected) / size).max()
-    telling = (torch.minimum(_norms(of_noise), _norms(expected - of_noise)) / size > 2 * _TOLERANCE).any()
-    found, tells = torch.stack([error, telling.to(dtype)]).tolist()
+    error = _norms(x_t - expected) / size
+    mistakes = torch.stack([_norms(of_noise), _norms(expected - of_noise), _norms(expected - swapped)])
+    telling = error.isfinite() & (mistakes.amin(dim=0) / size > 2 * _TOLERANCE)
+    largest = torch.where(error.isfinite(), error, 0).max()
+    found, tells = torch.stack([largest, telling.any().to(dtype)]).tolist()
     if found > _TOLERANCE:
         raise ValueError(
             f"x_t is not made of clips and noise at times: it is {found:.2g} of its size away from alpha clips + sigma "
@@ -125,6 +127,13 @@ def _not_on_path(parametrisation: Parametrisation, alpha: Tensor, sigma: Tensor)
             "at clean clips (sigma 0; a sampler's last time, 0, is no step) a prediction of x_0 says nothing of the "
             "noise: leave that time out, or predict something else"
         )
+    # Pure noise and clean clips do not tell: alpha + sigma is 1 there on nearly every path.
+    straight = ((alpha + sigma - 1).abs() < 1e-3).all() and (torch.minimum(alpha, sigma) > 0.01).any()
+    if parametrisation.prediction == "v" and bool(straight):
+        return (
+            'alpha + sigma is 1 there: the path of flow models, whose hosts call their velocity "v". Say '
+            'prediction="velocity", which is noise - x_0; "v" is v-prediction, alpha noise - sigma x_0'
+        )
     return ""
 
 
@@ -138,14 +147,19 @@ def _not_learned(parametrisation: Parametrisation, alpha: Tensor, sigma: Tensor,
         return "noise must rise or fall along the timesteps"
     if flow_sigma.max() < 0.01:
         return "all of them are clean clips, nearly"
-    # Pure noise alone does not tell: alpha + sigma is 1 there on every path.
-    straight = ((alpha + sigma - 1).abs() < 1e-3).all() and (alpha > 0.01).any()
-    if parametrisation.prediction == "v" and bool(straight):
-        return (
-            'alpha + sigma is 1 along them: the path of flow models, whose hosts call their velocity "v". Say '
-            'prediction="velocity", which is noise - x_0; "v" is v-prediction, alpha noise - sigma x_0'
-        )
     return ""
+
+
+def _amplified(parametrisation: Parametrisation, times: Sequence[float], alpha: Tensor, sigma: Tensor) -> str:
+    """Why predictions of the noise are worth a warning at these times; empty if they are not."""
+    factors = (alpha + sigma) / alpha  # of an error of the noise, when it becomes one of the velocity
+    if parametrisation.prediction != "noise" or not bool((factors >= _AMPLIFIED).any()):
+        return ""
+    return (
+        f"The model predicts noise, and at timestep {times[int(alpha.argmin())]:g} alpha is {alpha.min():.2g}: its "
+        f"errors are {factors.max():.0f} times as large in the velocity, which the regression compares, and nearly so "
+        "in x_0, whose motion is measured. Leave that time out, or watch regression/sample_losses and motion/variance."
+    )
 
 
 def _refusal(name: str, times: Sequence[float], alpha: Tensor, sigma: Tensor, reason: str) -> ValueError:

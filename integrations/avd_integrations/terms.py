@@ -17,7 +17,7 @@ from avd_integrations.parametrisation import Parametrisation
 Layout = Literal["BCFHW", "BFCHW", "BCHW"]
 
 _LOOKS = 8
-"""Calls whose ``x_t`` is looked at while it is pure noise, which says nothing of the clips."""
+"""Calls whose ``x_t`` is looked at while none can tell, as pure noise says nothing of the clips."""
 
 
 class HostTerms(nn.Module):
@@ -140,15 +140,14 @@ class HostTerms(nn.Module):
         the result is that of :meth:`forward`.
         """
         self._check_prediction(prediction, x_t, clips, noise, times)
-        if self.objective.motion is not None:
-            self._check_frames("clips", clips)
+        self._check_dimensions("clips", clips)
         self._check_noising(x_t, clips, noise, times)
         parts = []
-        prediction, x_t = _at_least_float32(prediction), _at_least_float32(x_t)
         if self.objective.regression is not None:
-            parts.append(self.on_prediction(prediction=prediction, x_t=x_t, clips=clips, noise=noise, times=times))
+            parts.append(self._regression(prediction, x_t, clips, noise, times))
         if self.objective.motion is not None:
-            parts.append(self.on_samples(self.parametrisation.x_0(prediction, x_t, times)))
+            x_0 = self.parametrisation.x_0(_at_least_float32(prediction), _at_least_float32(x_t), times)
+            parts.append(self.on_samples(x_0))
         return _sum(parts)
 
     def on_clips(self, batch: Any) -> LossOutput:
@@ -182,8 +181,9 @@ class HostTerms(nn.Module):
     ) -> LossOutput:
         """The regression where the host has noised its clips and run its student on them already.
 
-        That ``x_t`` is made of the clips and the noise at these times is looked at in the first call whose clips can
-        be seen in it, at the latest in the eighth, which waits for the device; never under ``torch.compile``.
+        That ``x_t`` is made of the clips and the noise at these times is looked at, which waits for the device, until
+        a call can tell: not one at pure noise, with as much noise as clip, or with values that are not finite. At most
+        eight calls are looked at; none under ``torch.compile``.
 
         Args:
             prediction: What the student predicted, in the host's layout and parametrisation, with gradient.
@@ -198,10 +198,7 @@ class HostTerms(nn.Module):
         """
         self._check_prediction(prediction, x_t, clips, noise, times)
         self._check_noising(x_t, clips, noise, times)
-        # In half precision the difference of two near velocities would be mostly rounding.
-        prediction, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (prediction, x_t, clips, noise))
-        velocity = self.parametrisation.velocity(prediction, x_t, times)
-        return self._scaled(self.objective.on_clips(velocity, noise - clips, times), clips)
+        return self._regression(prediction, x_t, clips, noise, times)
 
     def on_samples(self, x_0: Tensor | None) -> LossOutput:
         """The motion term of generated samples, with gradient and in the host's layout. Eq. 8."""
@@ -229,6 +226,12 @@ class HostTerms(nn.Module):
         """
         self.objective.update()
 
+    def _regression(self, prediction: Tensor, x_t: Tensor, clips: Tensor, noise: Tensor, times: Tensor) -> LossOutput:
+        # In half precision the difference of two near velocities would be mostly rounding.
+        prediction, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (prediction, x_t, clips, noise))
+        velocity = self.parametrisation.velocity(prediction, x_t, times)
+        return self._scaled(self.objective.on_clips(velocity, noise - clips, times), clips)
+
     def _check_samples(self, x_0: Tensor | None) -> Tensor:
         if x_0 is None:
             raise ValueError(
@@ -236,12 +239,28 @@ class HostTerms(nn.Module):
                 "AVDConfig(motion=None)."
             )
         self._check_tensor("x_0", x_0)
-        self._check_frames("x_0", x_0)
+        self._check_dimensions("x_0", x_0)
         check_gradient("x_0", x_0, self.training)
         return x_0
 
-    def _check_frames(self, name: str, tensor: Tensor) -> None:
-        if "F" in self.layout and tensor.shape[self.layout.index("F")] < 2:
+    def _check_dimensions(self, name: str, tensor: Tensor) -> None:
+        """Require frames and channels that the motion term takes, as the core knows nothing of ``layout``."""
+        if self.objective.config.motion is None:
+            return
+        size = dict(zip(self.layout, tensor.shape, strict=True))
+        channels = self.objective.config.motion.channels
+        if channels is not None and size["C"] != channels:
+            other = "BCFHW" if self.layout == "BFCHW" else "BFCHW"
+            raise ValueError(
+                f"motion.channels is {channels}, and {name} has shape {list(tensor.shape)} in layout {self.layout}, "
+                f"{size['C']} channels. "
+                + (
+                    f'Frames and channels look swapped: say layout="{other}".'
+                    if size["F"] == channels
+                    else "Is it in another layout or latent space?"
+                )
+            )
+        if size["F"] < 2:
             raise ValueError(
                 f"The motion term needs at least 2 frames, and {name} has shape {list(tensor.shape)} in layout "
                 f"{self.layout}."

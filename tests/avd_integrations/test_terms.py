@@ -1,4 +1,5 @@
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -361,22 +362,45 @@ def test_rounding_is_no_other_x_t(dtype: torch.dtype) -> None:
     assert HostTerms(AVDConfig(), rectified_flow()).from_prediction(**given).loss.isfinite()
 
 
-def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever() -> None:
+@pytest.mark.parametrize("method", ["on_prediction", "from_prediction"])
+def test_pure_noise_tells_nothing_so_later_calls_are_looked_at_but_not_for_ever(method: str) -> None:
     """At t = 1000 any clips are in x_t as well as the right ones."""
-    terms = HostTerms(AVDConfig(motion=None), rectified_flow())
+    call = getattr(HostTerms(AVDConfig(), rectified_flow()), method)
     pure, other = ready(rectified_flow(), (1000.0,) * 3), NOT_NOISED_SO["other noise"]
-    terms.on_prediction(**pure | {"clips": CLIPS + 1})
+    call(**pure | {"clips": CLIPS + 1})
+    for _ in range(6):
+        call(**pure)
     with pytest.raises(ValueError, match="x_t is not made of"):
-        terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
-    for _ in range(7):
-        terms.on_prediction(**pure)
-    terms.on_prediction(**other(ready(rectified_flow(), FEW_STEPS)))
+        call(**other(ready(rectified_flow(), FEW_STEPS)))
+    call(**pure)
+    call(**other(ready(rectified_flow(), FEW_STEPS)))
 
 
 def test_values_that_are_not_finite_are_left_to_who_guards_against_them() -> None:
     given = ready(rectified_flow(), FEW_STEPS)
     given |= {"clips": given["clips"] * math.nan}
     assert HostTerms(AVDConfig(motion=None), rectified_flow()).on_prediction(**given).loss.isnan()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_ends_no_look(value: float) -> None:
+    """In every sample of a wrong x_t it leaves the question to the next call; in one of them it hides no other."""
+    terms = HostTerms(AVDConfig(motion=None), rectified_flow())
+    other = NOT_NOISED_SO["other noise"](ready(rectified_flow(), FEW_STEPS))
+    in_all, in_one = other["x_t"].clone(), other["x_t"].clone()
+    in_all[:, 0, 0, 0, 0] = value
+    in_one[0, 0, 0, 0, 0] = value
+    terms.on_prediction(**other | {"x_t": in_all})
+    with pytest.raises(ValueError, match="x_t is not made of"):
+        terms.on_prediction(**other | {"x_t": in_one})
+
+
+def test_as_much_noise_as_clip_does_not_tell_one_from_the_other() -> None:
+    terms = HostTerms(AVDConfig(timesteps=(1000, 750, 500, 250), motion=None), rectified_flow())
+    swapped = NOT_NOISED_SO["clips and noise swapped"]
+    terms.on_prediction(**swapped(ready(rectified_flow(), (500.0,), CLIPS[:1])))
+    with pytest.raises(ValueError, match="x_t is not made of"):
+        terms.on_prediction(**swapped(ready(rectified_flow(), (750.0,), CLIPS[:1])))
 
 
 def test_no_call_after_the_first_waits_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +435,7 @@ def test_times_are_one_per_sample_in_every_call(config: AVDConfig, times: Tensor
         (rectified_flow(1), 900.0, r"times .* have alpha \[-899.0, .* in the unit that coefficients takes"),
         (rectified_flow(1), math.nan, "times .* must be at least 0"),
         (rectified_flow(prediction="noise"), 1000.0, r"at pure noise \(alpha 0\) a prediction of the noise"),
+        (rectified_flow(prediction="v"), 900.0, r"times .* call their velocity \"v\". Say prediction=\"velocity\""),
         (rectified_flow(prediction="x_0"), 0.0, r"at clean clips \(sigma 0; .* a prediction of x_0"),
         (
             variance_preserving(torch.linspace(0.99, 0.01, 1000)),
@@ -425,6 +450,28 @@ def test_with_the_motion_term_alone_times_are_looked_at_in_the_first_call(
     given = ready(rectified_flow(), FEW_STEPS) | {"times": torch.full((3,), times)}
     with pytest.raises(ValueError, match=message):
         HostTerms(AVDConfig(regression=None), path).from_prediction(**given)
+
+
+def test_with_the_motion_term_alone_amplified_noise_predictions_are_said_in_the_first_call() -> None:
+    path = rectified_flow(prediction="noise")
+    terms = HostTerms(AVDConfig(regression=None), path)
+    with pytest.warns(UserWarning, match=r"at timestep 999 alpha is 0.001: its errors are 1000 times as large"):
+        terms.from_prediction(**ready(path, (500.0, 999.0, 757.0)))
+
+
+def test_v_at_the_ends_of_its_own_path_is_taken() -> None:
+    """There alpha + sigma is 1 as on the path of flow models."""
+    for time in (math.pi / 2, 0.0005):
+        terms = HostTerms(AVDConfig(regression=None), trigflow())
+        assert terms.from_prediction(**ready(trigflow(), (time,) * 3)).loss.isfinite()
+
+
+def test_v_is_refused_at_the_first_step_that_tells_where_the_grid_is_pure_noise() -> None:
+    path = rectified_flow(prediction="v")
+    terms = HostTerms(AVDConfig(timesteps=(1000,), motion=None), path)
+    terms.on_prediction(**ready(path, (1000.0,) * 3))
+    with pytest.raises(ValueError, match=r'Say prediction="velocity"'):
+        terms.on_prediction(**ready(path, (1000.0, 900.0, 1000.0)))
 
 
 def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins() -> None:
@@ -442,6 +489,23 @@ def test_continuous_times_are_drawn_from_the_range_and_cached_by_bins() -> None:
     other = host(AVDConfig(motion=None), rectified_flow(1), time_range=(0.0, 1.0), bins=4)[1]
     with pytest.raises(RuntimeError, match="the saved cache is for the grid"):
         other.load_state_dict(terms.state_dict())
+
+
+@pytest.mark.parametrize(("layout", "other"), [("BCFHW", "BFCHW"), ("BFCHW", "BCFHW")])
+def test_channels_tell_another_layout_by_the_name_that_the_host_gives(layout: str, other: str) -> None:
+    config = AVDConfig(motion=MotionConfig(channels=4))
+    shape = {"BCFHW": [2, 4, 6, 3, 3], "BFCHW": [2, 6, 4, 3, 3]}
+    terms = host(config, layout=layout)[1]
+    terms.on_samples(torch.randn(shape[layout], requires_grad=True))
+    swapped = torch.randn(shape[other], requires_grad=True)
+    message = re.escape(f"shape {shape[other]} in layout {layout}, 6 channels. ") + f'.*swapped: say layout="{other}"'
+    with pytest.raises(ValueError, match=f"x_0 has {message}"):
+        terms.on_samples(swapped)
+    with pytest.raises(ValueError, match=f"clips has {message}"):
+        terms.from_prediction(**ready(rectified_flow(), (900.0, 500.0), swapped.detach()))
+    assert not terms.objective.regression.cache.seen.any()
+    with pytest.raises(ValueError, match=r"16, .* Is it in another layout or latent space"):
+        host(AVDConfig(motion=MotionConfig(channels=16)), layout=layout)[1].on_samples(swapped)
 
 
 def test_one_frame_is_refused_before_the_regression_is_recorded() -> None:
