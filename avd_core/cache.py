@@ -23,6 +23,10 @@ CacheOrder = Literal["weight_first", "update_first"]
 _FORGOTTEN = 1000
 
 
+# The ends of a range belong to it, also after rounding.
+_SLACK = 1 + 1e-5
+
+
 class LossMeanCache(nn.Module):
     """A running mean of the regression loss at each of the student's few timesteps.
 
@@ -102,9 +106,8 @@ class LossMeanCache(nn.Module):
         self.auto_update = auto_update
         self.sync_ranks = sync_ranks
         self.process_group = process_group
-        # Far outside the grid means another unit (sigma in place of t, say), not a nearest entry.
-        # A time farther from its nearest entry than another could be belongs to no grid like this.
-        self._tolerance = max((abs(s) for s in steps), default=abs(grid[0]) or math.inf) / 2
+        # A time farther from its nearest entry than another could be is of another unit (sigma in place of t, say).
+        self._tolerance = _SLACK * max((abs(s) for s in steps), default=abs(grid[0]) or math.inf) / 2
         self._range = (min(grid), max(grid))
         self._range_check = RangeCheck()
         self._recorded = 0  # calls since the last update(), counted here as the host must not wait for the buffers
@@ -129,7 +132,7 @@ class LossMeanCache(nn.Module):
             raise ValueError(f"uniform needs low < high and bins >= 1, got low={low}, high={high}, bins={bins}.")
         width = (high - low) / bins
         cache = cls([low + (i + 0.5) * width for i in range(bins)], **options)
-        cache._tolerance = width / 2 * (1 + 1e-6)  # the ends belong to the range, also after rounding
+        cache._tolerance = _SLACK * width / 2
         return cache
 
     @torch.no_grad()
