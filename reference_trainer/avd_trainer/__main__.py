@@ -5,9 +5,9 @@ import sys
 
 def main() -> None:
     """Run the command line, or say what to install."""
-    from avd_trainer.runtime.threads import wait_asleep
+    from avd_trainer.runtime.threads import spin_briefly
 
-    wait_asleep()
+    spin_briefly()
     try:
         from avd_trainer.commands.app import app
     except ModuleNotFoundError as error:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import os
 
+SPINS = "10000"
+"""How often a waiting thread looks before it sleeps: microseconds, where OpenMP's default is up to seconds."""
 
-def wait_asleep() -> None:
-    """Let OpenMP's threads sleep while they wait for each other. Has to be called before PyTorch is imported.
+
+def spin_briefly() -> None:
+    """Let OpenMP's threads look a few times and then sleep while they wait for each other. Call it before torch loads.
 
     By default they spin, and on a machine that is busy with other work each waits at full load for one that has no
-    core: five steps of the tiny preset took 249 s with two spinning threads on two cores that six other processes
-    wanted, 20 s with two that sleep, and 32 s with one. How threads wait changes no result, whereas their number does,
-    in the last digit. So their number is PyTorch's choice, and ``OMP_NUM_THREADS``, which torchrun sets to 1, holds.
+    core. Sleeping at once would cost an idle machine half of its speed. Steps of the tiny preset, DMD alone, on two
+    cores, in samples/s (benchmarks/results/threads-cpu.json):
 
-    ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT`` are left alone where they are set.
+    ==================  =====  =============================
+    two threads         idle   beside four busy processes
+    ==================  =====  =============================
+    spin                8.9    not measured here
+    spin 10,000 times   8.4    1.2
+    sleep at once       4.8    1.4
+    one thread          6.0    2.0
+    ==================  =====  =============================
+
+    How threads wait changes no result, whereas their number does, in the last digit. So their number is PyTorch's
+    choice, and ``OMP_NUM_THREADS``, which torchrun sets to 1, holds. ``OMP_WAIT_POLICY`` and ``GOMP_SPINCOUNT`` are
+    left alone where one is set.
     """
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def describe_threads() -> str:
@@ -26,8 +39,8 @@ def describe_threads() -> str:
     number = torch.get_num_threads()
     if number == 1:
         return "Computing on the CPU with one thread (OMP_NUM_THREADS says how many)."
-    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" and "GOMP_SPINCOUNT" not in os.environ
+    chosen = [f"{name}={os.environ[name]}" for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ]
     return (
-        f"Computing on the CPU with {number} threads that {'sleep' if asleep else 'spin'} while they wait "
-        "(OMP_NUM_THREADS says how many, OMP_WAIT_POLICY how they wait)."
+        f"Computing on the CPU with {number} threads ({', '.join(chosen) or 'OpenMP decides how they wait'}). "
+        "Where other work wants the cores, OMP_NUM_THREADS=1 is faster."
     )

@@ -23,7 +23,7 @@ from avd_trainer.models.roles import Average, Built, Trained, build_whole
 from avd_trainer.models.transformer import adapter_names, empty_transformer
 from avd_trainer.models.weights import load_into, open_weights
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.training.checkpoint import latest_checkpoint, list_checkpoints, read_state, read_tensors
+from avd_trainer.training.checkpoint import list_checkpoints, read_state, read_tensors
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS, method_of_run
 
@@ -99,15 +99,18 @@ def export_product(run: Path, output: Path) -> nn.Module | None:
     return module.eval()
 
 
-def open_run(run: Path) -> SavedRun:
-    """The newest checkpoint of a run.
+def open_run(run: Path, step: int | None = None) -> SavedRun:
+    """A checkpoint of a run, of a step or the newest.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there is no such checkpoint, or it is damaged.
     """
-    checkpoint = latest_checkpoint(run / CHECKPOINTS)
-    if checkpoint is None:
+    found = dict(list_checkpoints(run / CHECKPOINTS))
+    if not found:
         raise UserError(f"{run} holds no checkpoint yet. Pass the --output folder of an `avd train` run.")
+    if step is not None and step not in found:
+        raise UserError(f"{run} has no checkpoint of step {step}; there are {sorted(found)}.")
+    checkpoint = found[max(found) if step is None else step]
     state = read_state(checkpoint)
     return SavedRun(checkpoint, state, validate(TrainConfig, state["config"], f"{checkpoint}"))
 
@@ -151,9 +154,8 @@ class SavedRun(NamedTuple):
 def replace_export(run: Path, output: Path, step: int | None, write: Callable[[SavedRun, Path], Result]) -> Result:
     """Let ``write`` fill a folder beside ``output`` and give it that name."""
     output = output.resolve()  # also "." has a name
-    checkpoint = _find(run, step)
-    state = read_state(checkpoint)
-    config = validate(TrainConfig, state["config"], f"{checkpoint}")
+    _expect_student(run)
+    saved = open_run(run, step)
     if output.exists() and not _is_export(output):
         raise UserError(
             f"{output} holds something that is no earlier export. Move it away, or choose another --output for the "
@@ -164,7 +166,7 @@ def replace_export(run: Path, output: Path, step: int | None, write: Callable[[S
         for left in (part, old):
             shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
-        result = write(SavedRun(checkpoint, state, config), part)
+        result = write(saved, part)
         # Moved and then removed: cut short at any point, what has the name is whole.
         if output.exists():
             os.replace(output, old)
@@ -172,7 +174,7 @@ def replace_export(run: Path, output: Path, step: int | None, write: Callable[[S
         shutil.rmtree(old, ignore_errors=True)
         return result
     except UserError:
-        if step is None and not checkpoint.exists():  # the run went on and removed it meanwhile
+        if step is None and not saved.folder.exists():  # the run went on and removed it meanwhile
             return replace_export(run, output, step, write)
         raise
     except (OSError, SafetensorError) as error:
@@ -234,17 +236,11 @@ def write_json_in(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _find(run: Path, step: int | None) -> Path:
+def _expect_student(run: Path) -> None:
     method = method_of_run(run)
     if method is not None and not issubclass(load_method(method).Config, DistillationConfig):
         hint = ", and this one as --interpolator" if method == "frame_interpolation" else ""
         raise UserError(f"{run} is a run of method {method}, which has no student. Pass a run of one that has{hint}.")
-    found = dict(list_checkpoints(run / "checkpoints"))
-    if not found:
-        raise UserError(f"{run} holds no checkpoint yet. Pass the --output folder of an `avd train` run.")
-    if step is not None and step not in found:
-        raise UserError(f"{run} has no checkpoint of step {step}; there are {sorted(found)}.")
-    return found[max(found) if step is None else step]
 
 
 def _is_export(folder: Path) -> bool:
