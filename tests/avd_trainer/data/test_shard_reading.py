@@ -283,7 +283,7 @@ def test_each_folder_has_its_fingerprint(tmp_path: Path) -> None:
     for folders, message in (
         ((first,), "read 2 data set.*, this one 1 .*Pass the same ones in the same order"),
         ((second, first), f"{second}/data-00000-of-00001.parquet is not of the data"),
-        ((first, third), f"{third}/data-00000-of-00001.parquet has changed"),
+        ((first, third), f"{third}/data-00000-of-00001.parquet is not the file"),
     ):
         with pytest.raises(UserError, match=message):
             ShardDataset(*folders).check_fingerprint(saved)
