@@ -278,7 +278,7 @@ def measure_positions(models: Mapping[str, str]) -> dict[str, Any]:
     The mean squared difference of the clean predictions over the mean square of the full-rate one, both frames being
     given the same x_t: of real held-out clips, noised, and of the model's own trajectory at full rate.
     """
-    clips = encode_shapes(MovingShapes(96, HELD_OUT), BlockDCTCodec())
+    clips = encode_shapes(MovingShapes(96, HELD_OUT, held_out=True), BlockDCTCodec())
     rows: dict[str, Any] = {}
     for name, source in models.items():
         model = load_transformer(source)

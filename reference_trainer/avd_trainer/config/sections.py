@@ -27,8 +27,8 @@ class ShapesData(Section):
     held_out: int = Field(default=768, ge=2)
     """Number of further clips that only evaluation sees."""
     seed: int = Field(default=0, ge=0)
-    """Which clips to train on; held-out clips are of seed ``HELD_OUT + seed``. Data and training have separate seeds,
-    so that runs can differ in one alone."""
+    """Which clips to train on; held-out clips have captions that no seed trains on. Data and training have separate
+    seeds, so that runs can differ in one alone."""
 
 
 class VideosData(Section):
@@ -161,9 +161,9 @@ class ArchitectureConfig(Section):
     """Heads; the width of the model is this times the next."""
     attention_head_dim: int = Field(default=32, ge=8)
     """Width of a head."""
-    ffn_dim: int = Field(default=288, ge=1)
+    ffn_dim: int = Field(default=384, ge=1)
     """Width of the feed-forward layers."""
-    num_layers: int = Field(default=4, ge=1)
+    num_layers: int = Field(default=6, ge=1)
     """Transformer blocks."""
     freq_dim: int = Field(default=64, ge=2)
     """Width of the sinusoidal timestep embedding."""

@@ -1,12 +1,17 @@
 """Captioned clips of two moving shapes: the data that needs no download.
 
 Every clip depends on ``(seed, index)`` only. So a data set needs no files, a test can ask for the same clip twice, and
-shape, colour and position in each frame are known.
+kind, colour and position of each shape in each frame are known.
+
+A caption says nearly everything about its clip: what is left open is half a pixel here and a tenth of the speed there.
+So clips of one caption are a narrow reference for what a model makes of it, and a small model can learn to draw them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -34,23 +39,85 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
     "down": (0.0, 1.0),
     "up": (0.0, -1.0),
 }
+SPEEDS: dict[str, float] = {"slowly": 0.2, "quickly": 0.5}
+"""How far a shape gets in a clip, in heights of the frame."""
+LAYOUTS: dict[str, tuple[str, ...]] = {"above": ("right", "left"), "beside": ("down", "up")}
+"""How two shapes share the frame, each on a half of its own, and the directions that leave them there. The first shape
+is above the other, or to its left."""
+
+RADIUS = 0.19
+# One caption of so many is never trained on.
+HELD_OUT_SHARE = 8
+
+_SUBJECT = (
+    rf"an? ({'|'.join(SHAPE_COLORS)}) ({'|'.join(SHAPE_KINDS)}) moving ({'|'.join(SPEEDS)}) ({'|'.join(DIRECTIONS)})"
+)
+_CAPTION = re.compile(rf"{_SUBJECT} ({'|'.join(LAYOUTS)}) {_SUBJECT} on an? ({'|'.join(BACKGROUND_COLORS)}) background")
 
 
 @dataclass(frozen=True)
-class ShapeTrack:
-    """What one shape of a clip looks like and where it is.
+class Shape:
+    """What a caption says of one shape: keys of ``SHAPE_COLORS``, ``SPEEDS`` and ``DIRECTIONS``, one of
+    ``SHAPE_KINDS``."""
+
+    color: str
+    kind: str
+    speed: str
+    direction: str
+
+    def __str__(self) -> str:
+        return f"{_article(self.color)} {self.color} {self.kind} moving {self.speed} {self.direction}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says: two shapes of different colours, a key of ``LAYOUTS`` and one of ``BACKGROUND_COLORS``."""
+
+    shapes: tuple[Shape, Shape]
+    layout: str
+    background: str
+
+    @property
+    def caption(self) -> str:
+        """``"a red circle moving quickly left above a blue square moving slowly right on a sand background"``."""
+        first, second = self.shapes
+        return f"{first} {self.layout} {second} on {_article(self.background)} {self.background} background"
+
+    @classmethod
+    def from_caption(cls, caption: str) -> Scene:
+        """Read a caption.
+
+        Raises:
+            ValueError: If it is none of these clips'.
+        """
+        found = _CAPTION.fullmatch(caption)
+        if found is None:
+            raise ValueError(f"a caption of MovingShapes is expected, as {_EXAMPLE.caption!r}, got {caption!r}.")
+        words = found.groups()
+        return cls((Shape(*words[:4]), Shape(*words[5:9])), words[4], words[9])
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the caption is one of those that are never trained on; a property of its words alone."""
+        return hashlib.blake2b(self.caption.encode()).digest()[0] % HELD_OUT_SHARE == 0
+
+
+_EXAMPLE = Scene(
+    (Shape("red", "circle", "quickly", "left"), Shape("blue", "square", "slowly", "right")), "above", "sand"
+)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where a shape is.
 
     Attributes:
-        kind: One of ``SHAPE_KINDS``.
-        color: A key of ``SHAPE_COLORS``.
-        direction: The direction it sets out in, a key of ``DIRECTIONS``.
+        shape: What it is.
         radius: Half its width, in pixels.
         positions: ``[F, 2]`` float32, the centre ``(x, y)`` per frame, in pixels from the top left corner.
     """
 
-    kind: str
-    color: str
-    direction: str
+    shape: Shape
     radius: float
     positions: Tensor
 
@@ -61,15 +128,18 @@ class ShapeClip:
 
     Attributes:
         video: ``[3, F, H, W]`` float32 in [0, 1], RGB.
-        caption: For example ``"a red circle moving left and a blue square moving up on a sand background"``.
-        background: A key of ``BACKGROUND_COLORS``.
-        tracks: The two shapes, back to front.
+        scene: What its caption says.
+        tracks: Where its shapes are, in the order of the scene.
     """
 
     video: Tensor
-    caption: str
-    background: str
-    tracks: tuple[ShapeTrack, ...]
+    scene: Scene
+    tracks: tuple[Track, Track]
+
+    @property
+    def caption(self) -> str:
+        """The scene in words."""
+        return self.scene.caption
 
 
 class MovingShapes:
@@ -78,78 +148,120 @@ class MovingShapes:
     Args:
         length: Number of clips.
         seed: Different seeds give unrelated clips; clip ``i`` of one seed is always the same.
+        held_out: Whether captions are those that are never trained on, or all others. The two have none in common,
+            whatever the seeds.
         frames: Frames per clip.
         size: Height and width in pixels.
     """
 
-    def __init__(self, length: int, seed: int, *, frames: int = 33, size: int = 64) -> None:
+    def __init__(self, length: int, seed: int, *, held_out: bool = False, frames: int = 17, size: int = 32) -> None:
         if length < 1 or frames < 1 or size < 16:
             raise ValueError(
                 f"MovingShapes needs length >= 1, frames >= 1 and size >= 16, got {length}, {frames} and {size}."
             )
-        self.length, self.seed, self.frames, self.size = length, seed, frames, size
+        self.length, self.seed, self.held_out, self.frames, self.size = length, seed, held_out, frames, size
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> ShapeClip:
+        return self.render(index, 0)
+
+    def render(self, index: int, rendering: int) -> ShapeClip:
+        """Clip ``index`` again: the same caption, with what the caption leaves open drawn anew.
+
+        Args:
+            index: Which clip.
+            rendering: Which of its renderings; 0 is ``self[index]``.
+        """
         if not 0 <= index < self.length:
             raise IndexError(f"clip {index} of a data set of {self.length} clips")
-        # Two streams for one clip would correlate if seeds were added; a large odd multiplier keeps them apart.
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + index) * 2_654_435_761 % 2**63)
-        return _draw_clip(generator, self.frames, self.size)
+        scene = _draw_scene(_generator(self.seed, index, 0), self.held_out)
+        generator = _generator(self.seed, index, 1 + rendering)
+        tracks = [_draw_track(generator, scene, place, self.frames, self.size) for place in range(2)]
+        return ShapeClip(draw(scene.background, tracks, self.size), scene, (tracks[0], tracks[1]))
 
 
-def _draw_clip(generator: torch.Generator, frames: int, size: int) -> ShapeClip:
-    background = _choose(list(BACKGROUND_COLORS), generator)
-    tracks = tuple(_draw_track(generator, frames, size) for _ in range(2))
+def draw(background: str, tracks: list[Track], size: int) -> Tensor:
+    """The video of some tracks, back to front: ``[3, F, size, size]`` in [0, 1]."""
+    frames = len(tracks[0].positions)
     video = torch.tensor(BACKGROUND_COLORS[background]).view(3, 1, 1, 1).expand(3, frames, size, size).clone()
     for track in tracks:
-        coverage = _coverage(track, size)
-        color = torch.tensor(SHAPE_COLORS[track.color]).view(3, 1, 1, 1)
-        video = video + coverage * (color - video)
-    subjects = [f"{'an' if t.color[0] in 'aeiou' else 'a'} {t.color} {t.kind} moving {t.direction}" for t in tracks]
-    caption = f"{' and '.join(subjects)} on a {background} background"
-    return ShapeClip(video=video, caption=caption, background=background, tracks=tracks)
+        color = torch.tensor(SHAPE_COLORS[track.shape.color]).view(3, 1, 1, 1)
+        video = video + coverage(track.shape.kind, track.radius, track.positions, size) * (color - video)
+    return video
 
 
-def _draw_track(generator: torch.Generator, frames: int, size: int) -> ShapeTrack:
-    kind = _choose(list(SHAPE_KINDS), generator)
-    color = _choose(list(SHAPE_COLORS), generator)
-    direction = _choose(list(DIRECTIONS), generator)
-    radius = size * (0.15 + 0.05 * _uniform(generator))
-    speed = size * (0.012 + 0.012 * _uniform(generator))
-    start = torch.tensor([_uniform(generator), _uniform(generator)])
-    low, high = radius, size - radius
-    free = torch.tensor(DIRECTIONS[direction]) * speed * torch.arange(frames).unsqueeze(1)
-    positions = low + _reflect(start * (high - low) + free, high - low)
-    return ShapeTrack(kind=kind, color=color, direction=direction, radius=radius, positions=positions)
+def coverage(kind: str, radius: float | Tensor, positions: Tensor, size: int) -> Tensor:
+    """The share of each pixel that a shape covers, from its signed distance.
 
+    Args:
+        kind: One of ``SHAPE_KINDS``.
+        radius: Half its width in pixels; a number, or one per position as ``[..., 1, 1]``.
+        positions: ``[..., 2]`` centres ``(x, y)`` in pixels.
+        size: Height and width of the frame.
 
-def _reflect(position: Tensor, span: float) -> Tensor:
-    """Fold a straight path into ``[0, span]``, as a ball between two walls."""
-    folded = position.remainder(2 * span)
-    return torch.where(folded > span, 2 * span - folded, folded)
-
-
-def _coverage(track: ShapeTrack, size: int) -> Tensor:
-    """``[F, H, W]`` in [0, 1]: the share of each pixel that the shape covers, from its signed distance."""
+    Returns:
+        ``[..., size, size]`` in [0, 1].
+    """
     grid = torch.arange(size) + 0.5
-    x = grid.view(1, 1, size) - track.positions[:, 0].view(-1, 1, 1)
-    y = grid.view(1, size, 1) - track.positions[:, 1].view(-1, 1, 1)
-    if track.kind == "circle":
-        inside = track.radius - torch.hypot(x, y)
-    elif track.kind == "square":
-        inside = 0.88 * track.radius - torch.maximum(x.abs(), y.abs())
+    x = grid.view(1, size) - positions[..., 0, None, None]
+    y = grid.view(size, 1) - positions[..., 1, None, None]
+    if kind == "circle":
+        inside = radius - torch.hypot(x, y)
+    elif kind == "square":
+        inside = 0.88 * radius - torch.maximum(x.abs(), y.abs())
     else:  # a triangle that stands on its base: two slanted edges and the base
-        slanted = (y + track.radius - 2 * x.abs()) / math.sqrt(5)
-        inside = torch.minimum(slanted, track.radius * 0.8 - y)
+        slanted = (y + radius - 2 * x.abs()) / math.sqrt(5)
+        inside = torch.minimum(slanted, radius * 0.8 - y)
     return (inside + 0.5).clamp(0.0, 1.0)
 
 
-def _choose(options: list[str], generator: torch.Generator) -> str:
+def _draw_scene(generator: torch.Generator, held_out: bool) -> Scene:
+    while True:
+        layout = _choose(tuple(LAYOUTS), generator)
+        background = _choose(tuple(BACKGROUND_COLORS), generator)
+        # Two shapes of one colour could not be told apart in a clip.
+        colors = [tuple(SHAPE_COLORS)[i] for i in torch.randperm(len(SHAPE_COLORS), generator=generator)[:2].tolist()]
+        first, second = (
+            Shape(
+                color,
+                _choose(SHAPE_KINDS, generator),
+                _choose(tuple(SPEEDS), generator),
+                _choose(LAYOUTS[layout], generator),
+            )
+            for color in colors
+        )
+        scene = Scene((first, second), layout, background)
+        if scene.held_out == held_out:
+            return scene
+
+
+def _draw_track(generator: torch.Generator, scene: Scene, place: int, frames: int, size: int) -> Track:
+    shape = scene.shapes[place]
+    travel = size * SPEEDS[shape.speed] * (1 + 0.1 * _spread(generator))
+    along = size * (0.5 + 0.03 * _spread(generator))
+    across = size * (0.25 + 0.5 * place + 0.015 * _spread(generator))
+    middle = torch.tensor([along, across] if scene.layout == "above" else [across, along])
+    # A single frame shows the middle of the path.
+    progress = torch.linspace(-0.5, 0.5, frames) if frames > 1 else torch.zeros(1)
+    positions = middle + torch.tensor(DIRECTIONS[shape.direction]) * travel * progress.unsqueeze(1)
+    return Track(shape, size * RADIUS * (1 + 0.04 * _spread(generator)), positions)
+
+
+def _generator(*key: int) -> torch.Generator:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _choose(options: tuple[str, ...], generator: torch.Generator) -> str:
     return options[int(torch.randint(len(options), (), generator=generator))]
 
 
-def _uniform(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator))
+def _spread(generator: torch.Generator) -> float:
+    """Uniform in [-1, 1]."""
+    return 2 * float(torch.rand((), generator=generator)) - 1

@@ -151,7 +151,7 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
     if isinstance(config, ShapesData):
         parts = [MovingShapes(config.clips, config.seed)]
         if held_out:
-            parts.append(MovingShapes(config.held_out, HELD_OUT + config.seed))
+            parts.append(MovingShapes(config.held_out, HELD_OUT + config.seed, held_out=True))
         with ProgressBar("clips", sum(map(len, parts))) as bar:
             encoded = [encode_shapes(part, codec, bar.advance) for part in parts]
         return Clips(encoded[0], encoded[-1])

@@ -36,8 +36,8 @@ def load_videos(
     folder: Path,
     codec: BlockDCTCodec,
     *,
-    frames: int = 33,
-    size: int = 64,
+    frames: int = 17,
+    size: int = 32,
     on_file: Callable[[], None] = lambda: None,
 ) -> tuple[CaptionedLatents, CaptionedLatents]:
     """Decode a folder of videos, cut them into clips, and encode those.

@@ -253,5 +253,5 @@ def _find_prompts(source: str, latent_space: LatentSpace, file: Path | None, cou
         return [prompt for _, prompt in read_prompts(file)][:count], negative
     if not tiny:
         raise UserError(f"{source} needs prompts. Pass --prompts-file, a prompt a line, or --data, a data set.")
-    shapes = MovingShapes(count, HELD_OUT)
+    shapes = MovingShapes(count, HELD_OUT, held_out=True)
     return [shapes[index].caption for index in range(count)], negative

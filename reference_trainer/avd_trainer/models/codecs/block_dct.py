@@ -1,4 +1,4 @@
-"""A video codec without weights: a truncated block DCT with the latent geometry of Wan2.1's VAE."""
+"""A video codec without weights: a truncated block DCT, as Wan2.1's VAE in time and in channels."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from avd_trainer.models.codecs.latent_space import LatentSpace
 
-SPATIAL_STRIDE = 8
+SPATIAL_STRIDE = 4
 TEMPORAL_STRIDE = 4
 
-# One latent channel is one coefficient (colour axis, frequency in time, in y, in x): the lowest ones, most of them
-# luma.
+# One latent channel is one coefficient (colour axis, frequency in time, in y, in x). Of each colour axis the mean, the
+# slopes in x and y and the change in time, and the four strongest of the rest on clips of moving shapes.
 COEFFICIENTS: tuple[tuple[int, int, int, int], ...] = (
-    (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 0, 1, 1), (0, 0, 0, 2), (0, 0, 2, 0),
-    (0, 1, 0, 0), (0, 1, 0, 1), (0, 1, 1, 0),
+    (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0),
     (1, 0, 0, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0),
-    (2, 0, 0, 0), (2, 0, 0, 1), (2, 0, 1, 0),
+    (2, 0, 0, 0), (2, 0, 0, 1), (2, 0, 1, 0), (2, 1, 0, 0),
+    (1, 0, 0, 2), (1, 0, 2, 0), (1, 1, 0, 1), (1, 1, 1, 0),
 )  # fmt: skip
 
 # Orthonormal colour axes: luma, red against blue, green against magenta.
@@ -27,20 +27,21 @@ _COLOR_AXES = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 2.0, -1.0]
 _COLOR_AXES = _COLOR_AXES / _COLOR_AXES.norm(dim=1, keepdim=True)
 
 # Mean and standard deviation of each coefficient over 512 clips of MovingShapes(seed=0), so that latents have about
-# unit scale, as Wan's have after its own latents_mean and latents_std.
-# Only the means of the three constant coefficients differ from zero.
-LATENT_MEAN: tuple[float, ...] = (0.0808, 0, 0, 0, 0, 0, 0, 0, 0, 0.0484, 0, 0, 0, 0.0035, 0, 0)
+# unit scale, as Wan's have after its own latents_mean and latents_std. Of changes in time, over all frames but the
+# first. Only the means of constant coefficients and of symmetric ones differ from zero.
+LATENT_MEAN: tuple[float, ...] = (0.0871, 0, 0, 0, 0.0541, 0, 0, 0, 0.0031, 0, 0, 0, 0.0011, 0.0014, 0, 0)
 LATENT_STD: tuple[float, ...] = (
-    0.1068, 0.0260, 0.0247, 0.0102, 0.0107, 0.0103, 0.0118, 0.0076, 0.0074,
-    0.1896, 0.0493, 0.0478, 0.0226,
-    0.1189, 0.0298, 0.0289,
+    0.1113, 0.0293, 0.0284, 0.0165,
+    0.2004, 0.0546, 0.0526, 0.0308,
+    0.1269, 0.0341, 0.0326, 0.0193,
+    0.0197, 0.0206, 0.0196, 0.0186,
 )  # fmt: skip
 
 
 class BlockDCTCodec(nn.Module):
     """Encodes video to latents and back by a truncated block DCT.
 
-    A block is 8 x 8 pixels by 4 frames; the first frame stands alone, as in Wan2.1's VAE, so ``1 + 4 n`` frames become
+    A block is 4 x 4 pixels by 4 frames; the first frame stands alone, as in Wan2.1's VAE, so ``1 + 4 n`` frames become
     ``1 + n`` latent frames. Each of the 16 channels is one DCT coefficient of the block, scaled to unit variance.
     Coefficients that describe change in time are zero in the first latent frame. Decoding is linear, and
     ``encode(decode(z))`` is ``z`` up to rounding for every ``z`` whose first frame has zeros there.
@@ -68,7 +69,7 @@ class BlockDCTCodec(nn.Module):
         """Video to latents.
 
         Args:
-            video: ``[B, 3, 1 + 4 n, 8 h, 8 w]`` float32 in [0, 1], RGB.
+            video: ``[B, 3, 1 + 4 n, 4 h, 4 w]`` float32 in [0, 1], RGB.
 
         Returns:
             ``[B, 16, 1 + n, h, w]`` float32, about zero mean and unit variance per channel.
@@ -81,7 +82,7 @@ class BlockDCTCodec(nn.Module):
         _, _, frames, height, width = video.shape
         if (frames - 1) % TEMPORAL_STRIDE or height % SPATIAL_STRIDE or width % SPATIAL_STRIDE:
             raise ValueError(
-                f"encode needs 1 + 4 n frames and a height and width divisible by 8, got {frames} frames of "
+                f"encode needs 1 + 4 n frames and a height and width divisible by 4, got {frames} frames of "
                 f"{height} x {width}. Cut or resize the video first."
             )
         centered = 2.0 * video - 1.0
@@ -96,7 +97,7 @@ class BlockDCTCodec(nn.Module):
             latents: ``[B, 16, 1 + n, h, w]`` floating point.
 
         Returns:
-            ``[B, 3, 1 + 4 n, 8 h, 8 w]`` float32, about [0, 1] but not clamped: a clamp would hide oversaturation.
+            ``[B, 3, 1 + 4 n, 4 h, 4 w]`` float32, about [0, 1] but not clamped: a clamp would hide oversaturation.
 
         Raises:
             ValueError: If the shape is not of that form.
@@ -129,7 +130,7 @@ class BlockDCTCodec(nn.Module):
 
 
 def _basis(frames: int) -> Tensor:
-    """The basis vectors of a block, ``[16, 3, frames, 8, 8]``, orthogonal to each other."""
+    """The basis vectors of a block, ``[16, 3, frames, 4, 4]``, orthogonal to each other."""
     rows = []
     for color, kt, ky, kx in COEFFICIENTS:
         # A block of one frame has no change in time: those coefficients have no basis vector there.
