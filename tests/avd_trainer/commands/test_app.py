@@ -170,8 +170,8 @@ def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]
         assert len(report.convert("RGB").getcolors(1 << 24) or []) > 100
     for name in metrics:
         with Image.open(output / f"{name}.gif") as animation:
-            assert animation.n_frames == 33  # type: ignore[attr-defined]
-            assert animation.width * animation.height == (real_clips if name == "real" else 8) * 128 * 128
+            assert animation.n_frames == 17  # type: ignore[attr-defined]
+            assert animation.width * animation.height == (real_clips if name == "real" else 8) * 64 * 64
     assert not list(output.rglob("*.part"))
     return metrics
 
