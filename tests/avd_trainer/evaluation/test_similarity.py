@@ -306,7 +306,7 @@ def test_prompts_may_come_from_a_data_set_and_are_repeated(tmp_path: Path) -> No
         sampling=sampling,
         prompts_file=tmp_path / "prompts.txt",
         count=4,
-        size="32x16x13",
+        size="16x8x13",
     )
     assert report.steps == same.steps
 
