@@ -96,9 +96,7 @@ def test_held_out_captions_are_a_fair_share() -> None:
 
 def test_no_seed_trains_on_a_caption_that_is_held_out() -> None:
     captions = {
-        held_out: {
-            MovingShapes(60, seed, held_out=held_out)[index].caption for seed in range(4) for index in range(60)
-        }
+        held_out: {MovingShapes(60, seed, held_out=held_out)[index].caption for seed in range(4) for index in range(60)}
         for held_out in (False, True)
     }
     assert not captions[False] & captions[True]
