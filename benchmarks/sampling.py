@@ -45,7 +45,7 @@ from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT, load_clips
 from avd_trainer.evaluation.clip_metrics import evaluate
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import empty_transformer, load_transformer
 from avd_trainer.planning.description import find_architecture
@@ -115,7 +115,7 @@ def measure_speed(device: torch.device, preset: str | None, size: str | None, re
     """Four steps with two at half rate against four at full rate, and against what the operations promise."""
     dtype = torch.float32 if preset is None else torch.bfloat16
     architecture = CPU_ARCHITECTURE if preset is None else _architecture(preset)
-    shape = wan_latent_shape(size or (CPU_SIZE if preset is None else "832x480x81"))
+    shape = latent_shape_of(size or (CPU_SIZE if preset is None else SIZES["wan"]), "wan")
     model = random_transformer(architecture, device, dtype)
     interpolator = LatentFrameInterpolator(shape[0]).to(device).eval()
     text = torch.randn(1, TEXT_LENGTH_WAN, architecture["text_dim"], device=device, dtype=dtype)

@@ -29,7 +29,7 @@ from torch import Tensor
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.examples import Example
 from avd_trainer.data.sources import TrainingData, load_data
-from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.models.codecs.latent_space import latent_shape_of
 from avd_trainer.models.roles import Model
 from avd_trainer.models.transformer import empty_transformer
 from avd_trainer.planning.description import Run, describe, find_architecture
@@ -177,7 +177,7 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
     config = load_config(TrainConfig, preset, [*overrides, "batch_size=1", "micro_batch_size=1"], replace)
     architecture = find_architecture(config.teacher)
     save_random_weights(architecture, folder)
-    clips = RandomClips(wan_latent_shape(size), (TEXT_LENGTH, architecture["text_dim"]))
+    clips = RandomClips(latent_shape_of(size, "wan"), (TEXT_LENGTH, architecture["text_dim"]))
     return Prepared(config.model_copy(update={"teacher": str(folder)}), TrainingData(clips, clips), architecture)
 
 

@@ -18,6 +18,7 @@ from avd_trainer.runtime.terminal import readable_errors, say
 if TYPE_CHECKING:
     from avd_trainer.data.encode import TextEncoder, VideoEncoder
     from avd_trainer.data.inspection import DataReport
+    from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
@@ -89,32 +90,33 @@ def encode(
     model: Model,
     frames: Annotated[
         int | None,
-        typer.Option(help="Frames per clip, 1 + 4 n. Default: Wan2.1's 81; for tiny 33."),
+        typer.Option(help="Frames per clip, 1 + 4 n. Default: Wan2.1's 81; for tiny 17."),
     ] = None,
     height: Annotated[
         int | None,
-        typer.Option(help="Height in pixels, a multiple of 16. Default: 480; for tiny 64."),
+        typer.Option(help="Height in pixels, a multiple of 16. Default: 480; for tiny 32, a multiple of 8."),
     ] = None,
     width: Annotated[
         int | None,
-        typer.Option(help="Width in pixels, a multiple of 16. Default: 832; for tiny 64."),
+        typer.Option(help="Width in pixels, a multiple of 16. Default: 832; for tiny 32, a multiple of 8."),
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the clips. Default: Wan2.1's 16.")] = None,
     negative_prompt: NegativePrompt = None,
 ) -> None:
     """Cut your own videos into clips and encode them with their captions."""
     with readable_errors():
-        from avd_trainer.data.encode import TINY_FORMAT, WAN_FORMAT, ClipFormat, encode_videos
+        from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
         from avd_trainer.data.videos import video_files
 
-        default = TINY_FORMAT if model == TINY else WAN_FORMAT
+        space: LatentSpace = "block-dct" if model == TINY else "wan"
+        default = FORMATS[space]
         clip_format = ClipFormat(
             frames=default.frames if frames is None else frames,
             height=default.height if height is None else height,
             width=default.width if width is None else width,
             fps=default.fps if fps is None else fps,
         )
-        clip_format.check()
+        clip_format.check(space)
         files = len(video_files(videos))
         _check(model, output)
         codec, text = _video_encoder(model), _text_encoder(model)

@@ -15,7 +15,13 @@ from torch import Tensor
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.videos import caption_of, decode_frames, reason, stands_still, video_files
-from avd_trainer.models.codecs.latent_space import LatentSpace
+from avd_trainer.models.codecs.latent_space import (
+    LATENT_SPACES,
+    PATCH_SIZE,
+    SPATIAL_STRIDES,
+    TEMPORAL_STRIDE,
+    LatentSpace,
+)
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 
@@ -27,8 +33,8 @@ class ClipFormat(NamedTuple):
 
     Attributes:
         frames: Number of them, ``1 + 4 n``.
-        height: In pixels, a multiple of 16.
-        width: In pixels, a multiple of 16.
+        height: In pixels, a multiple of 16, or 8 for the tiny preset's codec.
+        width: In pixels, likewise.
         fps: Frames per second.
     """
 
@@ -37,22 +43,25 @@ class ClipFormat(NamedTuple):
     width: int
     fps: float
 
-    def check(self) -> None:
-        """Raise a :class:`UserError` if no codec and transformer of Wan's geometry can take it."""
+    def check(self, space: LatentSpace) -> None:
+        """Raise a :class:`UserError` if codec and transformer of a space cannot take it."""
         frames, height, width, fps = self
-        # The VAE's strides are 4 in time and 8 in space, the transformer's patch is 2 x 2 latents.
-        if frames < 5 or (frames - 1) % 4 or height < 16 or height % 16 or width < 16 or width % 16 or fps <= 0:
+        side = SPATIAL_STRIDES[space] * PATCH_SIZE
+        whole = frames > 1 and frames % TEMPORAL_STRIDE == 1 and not height % side and not width % side
+        if not whole or min(height, width) < side or fps <= 0:
+            own = FORMATS[space]
             raise UserError(
-                "Clips need 1 + 4 n frames with n >= 1, a height and a width that are multiples of 16, and fps above "
-                f"0; got {frames} frames of height {height} and width {width} at {fps:g} fps. Wan2.1's are 81, 480, "
-                "832 and 16, the tiny preset's 33, 64, 64 and 16."
+                f"Clips for {LATENT_SPACES[space]} need 1 + {TEMPORAL_STRIDE} n frames with n >= 1, a height and a "
+                f"width that are multiples of {side}, and fps above 0; got {frames} frames of height {height} and "
+                f"width {width} at {fps:g} fps. The usual ones are {own.frames}, {own.height}, {own.width} and "
+                f"{own.fps:g}."
             )
 
 
 WAN_FORMAT = ClipFormat(81, 480, 832, fps=16.0)
 """Wan2.1's training data and samples; 16 is its ``sample_fps``, so 81 frames are 5 seconds."""
-TINY_FORMAT = ClipFormat(33, 64, 64, fps=16.0)
-"""What the tiny preset's teacher was trained on, for two seconds."""
+FORMATS: dict[LatentSpace, ClipFormat] = {"wan": WAN_FORMAT, "block-dct": ClipFormat(17, 32, 32, fps=16.0)}
+"""What the models of each space were trained on; the tiny preset's teacher on a second."""
 
 # What Wan2.1 takes where no negative prompt is given: `sample_neg_prompt` in wan/configs/shared_config.py of
 # https://github.com/Wan-Video/Wan2.1; CausVid, Self-Forcing and the released AVD code distil with the same one.
@@ -144,10 +153,10 @@ def encode_videos(
         Clips that were written.
 
     Raises:
-        UserError: If the format is none, there is no video, none gave a clip, or the output cannot be
+        UserError: If the codec cannot take the format, there is no video, none gave a clip, or the output cannot be
             written.
     """
-    clip_format.check()
+    clip_format.check(codec.latent_space)
     paths = video_files(folder)
     encoding = Encoding(codec.latent_space, codec.source, clip_format.fps)
     with (

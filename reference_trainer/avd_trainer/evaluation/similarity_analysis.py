@@ -22,8 +22,7 @@ from avd_trainer.evaluation.similarity_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
 from avd_trainer.inference.generation import embed_prompts
 from avd_trainer.inference.students import About, read_about, read_timesteps
-from avd_trainer.models.codecs.latent_space import LatentSpace
-from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
+from avd_trainer.models.codecs.latent_space import SIZES, LatentSpace, latent_shape_of
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
@@ -33,7 +32,6 @@ from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
 
 PAPER_TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)
-TINY_SIZE = "64x64x33"
 # Latent values that go through the model at once: one clip of Wan2.1's, dozens of the tiny preset's.
 BATCH_VALUES = 2**19
 NUMBERS_FILE = "similarity.json"
@@ -84,7 +82,7 @@ def analyze_similarity(
             that makes the tiny preset's latents, None takes captions of moving shapes.
         data: In place of it, a data set of ``avd data``, for its text embeddings.
         size: ``WIDTHxHEIGHTxFRAMES`` in pixels; None: that of the clips in ``data``, where it has any, or of those that
-            an exported student was trained on, or 64x64x33 for a tiny model and 832x480x81 for another.
+            an exported student was trained on, or 32x32x17 for a tiny model and 832x480x81 for another.
         count: Clips to sample.
         seed: Of the noise, which belongs to a clip and does not depend on the others.
         device: Where to compute; None for :func:`avd_trainer.inference.generation.choose_device`'s default.
@@ -222,8 +220,7 @@ def _find_latent_shape(
     elif size is None and about.clip is not None:
         shape, whose = about.clip, "export.json"
     else:
-        default = TINY_SIZE if latent_space == "block-dct" else WAN_SIZE
-        shape, whose = wan_latent_shape(size or default), "--size"
+        shape, whose = latent_shape_of(size or SIZES[latent_space], latent_space), "--size"
     if shape[0] != channels:
         raise UserError(f"{whose}: clips have {shape[0]} latent channels, the model {channels}.")
     if shape[1] < 3:

@@ -10,7 +10,7 @@ from avd_core import (
     step_rates,
 )
 from avd_trainer.inference.students import Shape, Student
-from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
+from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.runtime.errors import UserError
 
@@ -69,7 +69,8 @@ def choose_shape(student: Student, size: str | None, rates: Rates) -> Shape:
 
     Args:
         student: The student.
-        size: ``WIDTHxHEIGHTxFRAMES`` in pixels; None for what the student was trained on, or Wan2.1's 832x480x81.
+        size: ``WIDTHxHEIGHTxFRAMES`` in pixels; None for what the student was trained on, or else the
+            models of its latent space.
         rates: See :func:`choose_rates`.
 
     Returns:
@@ -81,7 +82,7 @@ def choose_shape(student: Student, size: str | None, rates: Rates) -> Shape:
     if size is None and student.clip is not None:
         shape = student.clip
     else:
-        _, frames, height, width = wan_latent_shape(size or WAN_SIZE)
+        _, frames, height, width = latent_shape_of(size or SIZES[student.latent_space], student.latent_space)
         shape = (student.architecture["in_channels"], frames, height, width)
     _check_positions(student, shape)
     if max(rates) > 1:

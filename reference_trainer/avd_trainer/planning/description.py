@@ -17,7 +17,7 @@ from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.methods.base import Call, MethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.wan import WAN_SIZE, wan_latent_shape
+from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.roles import Average, Built, Frozen, Trained
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.weight_files import BUNDLED
@@ -248,7 +248,7 @@ def find_latent_shape(config: TrainConfig) -> tuple[int, ...]:
     data = config.data
     if isinstance(data, ShardsData):
         latent = ShardDataset(*data.path)[0].latent if are_there(data.path) else None
-        return wan_latent_shape(WAN_SIZE) if latent is None else tuple(latent.shape)
+        return latent_shape_of(SIZES["wan"], "wan") if latent is None else tuple(latent.shape)
     assert isinstance(data, ShapesData | VideosData)  # videos are brought to the size of shapes
     return tuple(encode_shapes(MovingShapes(1, 0), BlockDCTCodec()).latents.shape[1:])
 

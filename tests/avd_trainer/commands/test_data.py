@@ -46,14 +46,14 @@ def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> N
     assert status == 0
     assert f"2 clips are in {tmp_path / 'data'}" in said
     dataset = ShardDataset(tmp_path / "data")
-    assert dataset.latent_shape == (16, 2, 4, 6)
+    assert dataset.latent_shape == (16, 2, 8, 12)
     assert not dataset.unconditional().any()
     status, said = run("inspect", tmp_path / "data")
     assert status == 0
     for part in (
         "2 in 1 file(s)",
         "the tiny preset's block DCT, 16 frames per second",
-        "[16, 2, 4, 6] (C, F, H, W), float16",
+        "[16, 2, 8, 12] (C, F, H, W), float16",
         "24 tokens x 32",
         "caption: red circle",
     ):
@@ -142,7 +142,7 @@ def test_warnings_are_printed(tmp_path: Path) -> None:
         (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "{}/missing"), "is no folder and no hub id"),
         (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "{}"), "cannot be loaded"),
         (("encode-prompts", "{}/prompts.txt", "-o", "{}/data", "--model", "tinny"), "--model tinny is no folder"),
-        (("encode", "--videos", "{}", "-o", "{}", "--model", "tiny", "--frames", "6"), "got 6 frames of height 64"),
+        (("encode", "--videos", "{}", "-o", "{}", "--model", "tiny", "--frames", "6"), "got 6 frames of height 32"),
         (
             ("encode", "--videos", "{}", "-o", "{}", "--model", "{}", "--fps", "0"),
             "81 frames of height 480",

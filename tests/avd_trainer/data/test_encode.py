@@ -49,7 +49,7 @@ def test_videos_become_clips_that_follow_each_other(tmp_path: Path) -> None:
     (tmp_path / "videos" / "a" / "dog.txt").write_text("A dog runs.")
     write_video(tmp_path / "videos" / "cat_jumps.mp4", 9)
     dataset = encode(tmp_path / "videos", tmp_path / "data")
-    assert dataset.latent_shape == (16, 3, 4, 6)
+    assert dataset.latent_shape == (16, 3, 8, 12)
     assert set(dataset.column("dtype")) == {"float16"}
     clips = [dataset[row] for row in range(len(dataset))]
     assert [clip.source for clip in clips] == [
@@ -172,16 +172,23 @@ def test_a_folder_that_gives_no_clip_is_an_error(tmp_path: Path) -> None:
     [
         FORMAT._replace(frames=8),
         FORMAT._replace(frames=1),
-        FORMAT._replace(height=24),
-        FORMAT._replace(width=40),
+        FORMAT._replace(height=20),
+        FORMAT._replace(width=44),
         FORMAT._replace(width=0),
         FORMAT._replace(fps=0.0),
     ],
 )
 def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, wrong: ClipFormat) -> None:
     write_video(tmp_path / "clip.mp4", 9)
-    with pytest.raises(UserError, match=r"Clips need 1 \+ 4 n frames"):
+    with pytest.raises(UserError, match=r"block DCT need 1 \+ 4 n frames .* ones are 17, 32, 32 and 16"):
         encode(tmp_path, tmp_path / "data", wrong)
+
+
+def test_wan_takes_larger_steps_of_size_than_the_tiny_preset() -> None:
+    narrow = FORMAT._replace(width=40)
+    narrow.check("block-dct")
+    with pytest.raises(UserError, match=r"Wan's VAE need .* multiples of 16, .* ones are 81, 480, 832 and 16"):
+        narrow.check("wan")
 
 
 def test_a_full_disk_is_not_taken_for_a_broken_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,66 +1,239 @@
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import permutations, product
+
 import pytest
 import torch
 
-from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, DIRECTIONS, SHAPE_COLORS, MovingShapes
+from avd_trainer.data.moving_shapes import (
+    BACKGROUND_COLORS,
+    DIRECTIONS,
+    HELD_OUT_SHARE,
+    LAYOUTS,
+    SHAPE_COLORS,
+    SHAPE_KINDS,
+    SPEEDS,
+    MovingShapes,
+    Scene,
+    Shape,
+    coverage,
+)
+
+CAPTION = "a red circle moving quickly left above a blue square moving slowly right on a sand background"
+SIZE = 32
+
+
+def every_scene() -> Iterator[Scene]:
+    for layout, background, colors in product(LAYOUTS, BACKGROUND_COLORS, permutations(SHAPE_COLORS, 2)):
+        both = [product([color], SHAPE_KINDS, SPEEDS, LAYOUTS[layout]) for color in colors]
+        for first, second in product(*both):
+            yield Scene((Shape(*first), Shape(*second)), layout, background)
 
 
 def test_a_clip_depends_on_seed_and_index_alone() -> None:
-    first, again = MovingShapes(5, seed=3), MovingShapes(9, seed=3)
-    assert torch.equal(first[4].video, again[4].video)
-    assert first[4].caption == again[4].caption
+    first, again = MovingShapes(5, seed=3)[4], MovingShapes(9, seed=3)[4]
+    assert torch.equal(first.video, again.video)
+    assert first.scene == again.scene
+    assert not torch.equal(first.video, MovingShapes(5, seed=4)[4].video)
 
 
 def test_no_two_clips_are_the_same_within_or_across_seeds() -> None:
     videos = [MovingShapes(20, seed=seed)[index].video for seed in (0, 1, 2) for index in range(20)]
-    different = {tuple(video[:, ::8, ::8, ::8].flatten().tolist()) for video in videos}
+    different = {tuple(video[:, ::4, ::4, ::4].flatten().tolist()) for video in videos}
     assert len(different) == len(videos)
+
+
+# --- Captions
+
+
+def test_the_caption_says_all_of_a_scene() -> None:
+    scene = Scene(
+        (Shape("red", "circle", "quickly", "left"), Shape("blue", "square", "slowly", "right")), "above", "sand"
+    )
+    assert scene.caption == CAPTION
+    orange = Scene((Shape("orange", "triangle", "slowly", "up"), scene.shapes[1]), "beside", "sage")
+    assert orange.caption.startswith("an orange triangle moving slowly up beside a blue")
+
+
+def test_captions_are_read_as_they_were_written() -> None:
+    captions = [scene.caption for scene in every_scene()]
+    assert len(set(captions)) == len(captions)
+    assert all(Scene.from_caption(scene.caption) == scene for scene in every_scene())
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "",
+        "a red circle",
+        CAPTION.replace("red", "pink"),
+        CAPTION.replace("circle", "star"),
+        CAPTION.replace("quickly", "fast"),
+        CAPTION.replace("above", "near"),
+        CAPTION.replace("sand", "grass"),
+        CAPTION + ".",
+    ],
+)
+def test_a_caption_of_other_words_is_refused(caption: str) -> None:
+    with pytest.raises(ValueError, match="a caption of MovingShapes is expected, as 'a red circle moving") as error:
+        Scene.from_caption(caption)
+    assert repr(caption) in str(error.value)
+
+
+def test_held_out_captions_are_a_fair_share() -> None:
+    """Of every word in every place: a word that is never held out, or hardly trained on, would not be measured."""
+    held_out, found = Counter[tuple[int, str]](), Counter[tuple[int, str]]()
+    for scene in every_scene():
+        (first, second), held = scene.shapes, scene.held_out
+        words = (*vars(first).values(), *vars(second).values(), scene.layout, scene.background)
+        for place in enumerate(words):
+            found[place] += 1
+            held_out[place] += held
+    for place, count in found.items():
+        assert 0.85 < HELD_OUT_SHARE * held_out[place] / count < 1.15, place
+
+
+def test_no_seed_trains_on_a_caption_that_is_held_out() -> None:
+    captions = {
+        held_out: {MovingShapes(60, seed, held_out=held_out)[index].caption for seed in range(4) for index in range(60)}
+        for held_out in (False, True)
+    }
+    assert not captions[False] & captions[True]
+    assert all(Scene.from_caption(caption).held_out for caption in captions[True])
+    assert min(map(len, captions.values())) > 200  # they are many
+
+
+def test_the_two_shapes_never_share_a_colour() -> None:
+    clips = [MovingShapes(100, seed=2)[index] for index in range(100)]
+    assert all(first.color != second.color for first, second in (clip.scene.shapes for clip in clips))
+
+
+# --- What is in the picture
 
 
 @pytest.mark.parametrize("index", range(12))
 def test_the_ground_truth_says_what_is_in_the_picture(index: int) -> None:
     clip = MovingShapes(12, seed=0)[index]
-    front = clip.tracks[-1]
-    color = torch.tensor(SHAPE_COLORS[front.color])
-    for frame in (0, 16, 32):
-        x, y = front.positions[frame]
-        assert torch.allclose(clip.video[:, frame, int(y), int(x)], color, atol=1e-6)
-    corner_is_background = torch.tensor(BACKGROUND_COLORS[clip.background])
-    covered = (clip.video[:, 0] - corner_is_background.view(3, 1, 1)).abs().amax(0) > 1e-6
-    assert 0.01 < covered.float().mean() < 0.4
-
-
-def test_the_caption_names_shapes_colours_directions_and_background() -> None:
-    clip = MovingShapes(1, seed=5)[0]
+    assert tuple(track.shape for track in clip.tracks) == clip.scene.shapes
+    background = torch.tensor(BACKGROUND_COLORS[clip.scene.background])
+    elsewhere = clip.video - background.view(3, 1, 1, 1)
     for track in clip.tracks:
-        assert f"{track.color} {track.kind} moving {track.direction}" in clip.caption
-    assert clip.caption.endswith(f"on a {clip.background} background")
+        color = torch.tensor(SHAPE_COLORS[track.shape.color])
+        for frame, (x, y) in enumerate(track.positions):
+            assert torch.allclose(clip.video[:, frame, int(y), int(x)], color, atol=1e-6)
+        elsewhere = elsewhere * (coverage(track.shape.kind, track.radius, track.positions, SIZE) == 0)
+    assert elsewhere.abs().max() == 0
 
 
-@pytest.mark.parametrize("index", range(12))
-def test_shapes_set_out_in_their_direction_and_stay_inside(index: int) -> None:
-    clip = MovingShapes(12, seed=7)[index]
+@pytest.mark.parametrize(
+    ("kind", "area", "left", "top", "right", "bottom"),
+    [
+        ("circle", math.pi * 64, -8, -8, 8, 8),
+        ("square", 14.08**2, -7.04, -7.04, 7.04, 7.04),
+        ("triangle", 14.4 * 14.4 / 2, -7.2, -8, 7.2, 6.4),
+    ],
+)
+def test_shapes_have_their_area_and_extent(
+    kind: str, area: float, left: float, top: float, right: float, bottom: float
+) -> None:
+    """Of radius 8, by hand; a triangle has its apex above, its base below."""
+    (inside,) = coverage(kind, 8.0, torch.tensor([[16.0, 17.0]]), SIZE)
+    assert float(inside.sum()) == pytest.approx(area, rel=0.02)
+    rows, columns = ((inside > 0.25).any(dim).nonzero().flatten() for dim in (1, 0))
+    for found, expected in ((rows, (17 + top, 17 + bottom)), (columns, (16 + left, 16 + right))):
+        assert float(found[0]) == pytest.approx(expected[0], abs=1.0)
+        assert float(found[-1] + 1) == pytest.approx(expected[1], abs=1.0)
+    widths = inside.sum(1)
+    assert bool(widths[11] < 0.5 * widths[22]) is (kind == "triangle")
+
+
+@pytest.mark.parametrize("index", range(24))
+def test_each_shape_stays_on_its_half_of_the_frame(index: int) -> None:
+    clip = MovingShapes(24, seed=7)[index]
+    for place, track in enumerate(clip.tracks):
+        # A tenth of a pixel: the fastest and largest just touch the edge.
+        assert track.positions.min() >= track.radius - 0.1
+        assert track.positions.max() <= SIZE - track.radius + 0.1
+        across = track.positions[:, 1 if clip.scene.layout == "above" else 0]
+        assert across.min() - track.radius > place * SIZE / 2
+        assert across.max() + track.radius < (1 + place) * SIZE / 2
+
+
+@pytest.mark.parametrize("index", range(24))
+def test_shapes_move_as_their_caption_says(index: int) -> None:
+    clip = MovingShapes(24, seed=7)[index]
     for track in clip.tracks:
-        assert track.positions.min() >= track.radius - 1e-3
-        assert track.positions.max() <= 64 - track.radius + 1e-3
-        step = track.positions[1] - track.positions[0]
-        wanted = torch.tensor(DIRECTIONS[track.direction])
-        touches_wall = (track.positions[:2] - track.radius < 2).any() or (
-            64 - track.radius - track.positions[:2] < 2
-        ).any()
-        assert touches_wall or torch.dot(step, wanted) > 0.5
-        assert torch.equal(step[wanted == 0], torch.zeros(1))
+        steps = track.positions.diff(dim=0)
+        assert torch.allclose(steps, steps[0].expand_as(steps), atol=1e-4)
+        wanted = torch.tensor(DIRECTIONS[track.shape.direction])
+        travel = float((track.positions[-1] - track.positions[0]) @ wanted)
+        assert travel == pytest.approx(SIZE * SPEEDS[track.shape.speed], rel=0.1 + 1e-6)
+        assert (steps[:, wanted == 0] == 0).all()
+        assert track.shape.direction in LAYOUTS[clip.scene.layout]
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+def test_the_middle_of_the_path_is_the_middle_of_the_frame(frames: int) -> None:
+    clip = MovingShapes(1, seed=1, frames=frames)[0]
+    for track in clip.tracks:
+        along = track.positions[frames // 2, 0 if clip.scene.layout == "above" else 1]
+        assert float(along) == pytest.approx(SIZE / 2, abs=0.03 * SIZE)
+
+
+# --- What a caption leaves open
+
+
+def test_a_caption_can_be_rendered_again() -> None:
+    shapes = MovingShapes(6, seed=5, held_out=True)
+    for index in range(6):
+        clip, again = shapes[index], shapes.render(index, 1)
+        assert torch.equal(shapes.render(index, 0).video, clip.video)
+        assert torch.equal(shapes.render(index, 1).video, again.video)
+        assert again.scene == clip.scene
+        assert not torch.equal(again.video, clip.video)
+
+
+def test_renderings_of_a_caption_differ_little() -> None:
+    shapes = MovingShapes(8, seed=5)
+    clips = [shapes.render(0, rendering) for rendering in range(20)]
+    for place in range(2):
+        tracks = [clip.tracks[place] for clip in clips]
+        positions = torch.stack([track.positions for track in tracks])
+        assert (positions.amax(0) - positions.amin(0)).max() < 0.12 * SIZE
+        radii = [track.radius for track in tracks]
+        assert 1.01 < max(radii) / min(radii) < 1.09
+    own = torch.stack([(clip.video - clips[0].video).square().mean() for clip in clips[1:]])
+    others = torch.stack([(shapes[index].video - clips[0].video).square().mean() for index in range(1, 8)])
+    assert own.max() < 0.25 * others.min()
+
+
+def test_colours_leave_room_above_them() -> None:
+    """Saturated by half as much again they are still colours, so that oversaturation can be seen and measured."""
+    colors = torch.tensor([*SHAPE_COLORS.values(), *BACKGROUND_COLORS.values()])
+    gray = colors.mean(1, keepdim=True)
+    saturated = gray + 1.5 * (colors - gray)
+    assert saturated.min() > 0
+    assert saturated.max() < 1
+
+
+# --- The form
 
 
 def test_video_has_the_documented_form() -> None:
-    video = MovingShapes(1, seed=0, frames=9, size=32)[0].video
-    assert video.shape == (3, 9, 32, 32)
-    assert video.dtype == torch.float32
-    assert video.min() >= 0
-    assert video.max() <= 1
+    assert MovingShapes(1, seed=0)[0].video.shape == (3, 17, SIZE, SIZE)
+    clip = MovingShapes(1, seed=0, frames=9, size=48)[0]
+    assert clip.video.shape == (3, 9, 48, 48)
+    assert clip.video.dtype == torch.float32
+    assert clip.video.min() >= 0
+    assert clip.video.max() <= 1
+    assert clip.tracks[0].positions.shape == (9, 2)
+    assert clip.tracks[0].positions.dtype == torch.float32
 
 
 def test_wrong_sizes_and_indices_are_refused() -> None:
-    with pytest.raises(ValueError, match="size >= 16, got 1, 33 and 8"):
+    with pytest.raises(ValueError, match="size >= 16, got 1, 17 and 8"):
         MovingShapes(1, seed=0, size=8)
-    with pytest.raises(IndexError, match="clip 2 of a data set of 2"):
-        MovingShapes(2, seed=0)[2]
+    for index in (2, -1):
+        with pytest.raises(IndexError, match=f"clip {index} of a data set of 2"):
+            MovingShapes(2, seed=0)[index]

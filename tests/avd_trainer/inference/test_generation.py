@@ -37,7 +37,7 @@ from avd_trainer.training.config import TrainConfig
 GRID = (1000.0, 900.0, 757.0, 522.0)
 FULL, HALF = (1, 1, 1, 1), (2, 2, 1, 1)
 SHAPE = (16, 5, 4, 6)
-SIZE = ("--size", "48x32x17")
+SIZE = ("--size", "24x16x17")
 RED = "a red circle moves left"
 
 
@@ -116,7 +116,7 @@ def test_a_clip_of_a_run_in_three_commands(folders: Path, tmp_path: Path) -> Non
     assert "sample: 4/4" in printed
     assert "decode and write: 2/2" in printed
     assert "full rate (4 steps on all frames): " in printed
-    assert read_mp4(clip).shape == (3, 33, 64, 64)  # what it was trained on
+    assert read_mp4(clip).shape == (3, 17, 32, 32)  # what it was trained on
     with av.open(clip) as container:
         assert container.streams.video[0].average_rate == 12
     assert os.listdir(clip.parent) == ["clip.mp4"]
@@ -189,7 +189,7 @@ def test_several_prompts_become_a_folder(folders: Path, tmp_path: Path) -> None:
     rows = json.loads((output / "prompts.json").read_text())
     assert [(row["file"], row["seed"]) for row in rows] == list(zip(names, (5, 6, 7), strict=True))
     assert [row["prompt"] for row in rows][::2] == [RED, "?!"]
-    assert all(read_mp4(output / name).shape == (3, 17, 32, 48) for name in names)
+    assert all(read_mp4(output / name).shape == (3, 17, 16, 24) for name in names)
     run("sample", folders / "half", "--prompt", "?!", "--output", tmp_path / "alone.mp4", "--seed", 7, *SIZE)
     assert (tmp_path / "alone.mp4").read_bytes() == (output / "002.mp4").read_bytes()
 
@@ -309,11 +309,11 @@ def test_full_and_half_rate_side_by_side(folders: Path, half: Student, tmp_path:
     with Image.open(clip) as animation:
         pixels = np.stack([np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(animation)])
     shown = torch.from_numpy(pixels).permute(3, 0, 1, 2) / 255
-    # 48 x 32 pixels enlarged six times, below their labels.
+    # 24 x 16 pixels enlarged eleven times, below their labels.
     assert shown.shape[1] == 17
-    assert shown.shape[3] == 2 * 6 * 48
-    assert shown.shape[2] > 6 * 32
-    strips, pictures = shown[:, :, : -6 * 32], shown[:, 0, -6 * 32 :: 6, ::6]
+    assert shown.shape[3] == 2 * 11 * 24
+    assert shown.shape[2] > 11 * 16
+    strips, pictures = shown[:, :, : -11 * 16], shown[:, 0, -11 * 16 :: 11, ::11]
     assert strips.amax() > 0.5
     (samples,) = sample_clips(half, [RED], FULL, (2, 2, 2, 1))
     versions = [BlockDCTCodec().decode(latents.unsqueeze(0))[0] for latents in samples]
@@ -429,11 +429,11 @@ def test_names_of_clips() -> None:
         (["half", "--prompts-file", "empty.txt"], "empty.txt holds no prompts"),
         (["half", "--prompt", "a", "--prompt", "b"], "clip.mp4 is one clip, which is for one --prompt alone"),
         (["half", "--prompt", "a", "--output", "a.avi"], "a.avi has an unknown ending: of one prompt it is a file"),
-        (["half", "--prompt", "a", "--size", "50x32x17"], "'50x32x17' is no size for Wan2.1"),
-        (["half", "--prompt", "a", "--size", "48x32x16"], "'48x32x16' is no size for Wan2.1"),
+        (["half", "--prompt", "a", "--size", "50x32x17"], "'50x32x17' is no size for latents of the tiny preset's"),
+        (["half", "--prompt", "a", "--size", "48x32x16"], "'48x32x16' is no size for latents of the tiny preset's"),
         (["half", "--prompt", "a", "--size", "48x32x1"], "A clip of one frame has no half frame rate"),
-        (["half", "--prompt", "a", "--size", "16x32x17"], "latents must be at least 4 high and wide"),
-        (["half", "--prompt", "a", "--size", "48x32x1001"], "251 x 2 x 3 tokens (frames, height, width)"),
+        (["half", "--prompt", "a", "--size", "8x32x17"], "latents must be at least 4 high and wide"),
+        (["half", "--prompt", "a", "--size", "48x32x1001"], "251 x 4 x 6 tokens (frames, height, width)"),
         (["half", "--prompt", "a", "--half-rate-steps", "5"], "half_rate_steps must be from 0 to 4"),
         (["half", "--prompt", "a", "--rates", "1,2,1,1"], "rates must be powers of two that do not grow"),
         (["half", "--prompt", "a", "--rates", "two"], "--rates two: expected a whole number for each step"),

@@ -42,6 +42,8 @@ KINDS = [method.kind for method in list_methods()]
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
 SMALL = ["max_steps=4", "batch_size=4", "samples.every=null", "logging.tensorboard=false"]
 STEPS = 4
+MEANS_OF_FORWARDS = {"matching/gradient_norm", "balance/gradient_ratio"}
+"""Not linear in the samples, so they depend a little on how a batch is shared out to ranks."""
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,8 @@ def test_two_ranks_follow_the_curve_of_one(
         for step, expected in zip(seen, alone, strict=True):
             assert step.keys() == expected.keys()
             for name in expected:
-                assert step[name] == pytest.approx(expected[name], rel=2e-3, abs=1e-5), name
+                rel = 1e-2 if name in MEANS_OF_FORWARDS else 2e-3
+                assert step[name] == pytest.approx(expected[name], rel=rel, abs=1e-5), name
 
 
 def run_with_a_bad_loss(config: TrainConfig, data: TrainingData, role: str) -> tuple[int, int, bool]:

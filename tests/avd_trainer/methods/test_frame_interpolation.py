@@ -205,11 +205,12 @@ def test_errors_are_those_of_all_inserted_frames(monkeypatch: pytest.MonkeyPatch
 # --- The data
 
 
-def test_shapes_held_out_are_of_another_seed() -> None:
+def test_shapes_held_out_have_captions_that_are_never_trained_on() -> None:
     config = make_config(data={"kind": "shapes", "clips": 3, "held_out": 2, "seed": 5})
     data = load_data_of(config)
     assert data.held_out is not None
-    for part, shapes in ((data.clips, MovingShapes(3, 5)), (data.held_out, MovingShapes(2, HELD_OUT + 5))):
+    held_out = MovingShapes(2, HELD_OUT + 5, held_out=True)
+    for part, shapes in ((data.clips, MovingShapes(3, 5)), (data.held_out, held_out)):
         expected = encode_shapes(shapes, BlockDCTCodec()).latents
         assert torch.equal(torch.stack([part[i].latent for i in range(len(part))]), expected)  # type: ignore[misc]
 

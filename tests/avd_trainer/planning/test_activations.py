@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from avd_trainer.models.codecs.wan import wan_latent_shape
+from avd_trainer.models.codecs.latent_space import latent_shape_of
 from avd_trainer.models.transformer import build_transformer
 from avd_trainer.planning.activations import LiveTensors, training_activations
 from avd_trainer.planning.description import describe
@@ -84,7 +84,7 @@ def test_a_model_keeps_as_much_as_planned(monkeypatch: pytest.MonkeyPatch, check
 @pytest.mark.parametrize("changes", [{}, ADAPTERS], ids=["full", "adapters"])
 def test_few_blocks_say_what_many_take(changes: dict[str, Any]) -> None:
     """On full-size clips, whose activations outweigh everything that does not grow with the number of blocks."""
-    shape = wan_latent_shape("832x480x81")
+    shape = latent_shape_of("832x480x81", "wan")
     student = student_of(ARCHITECTURE | {"num_layers": 4}, precision="bfloat16", **changes)
     model = student.build_gathered("student")
     inputs = [torch.empty(1, *rest, device="meta") for rest in (shape, (), (512, 4096))]

@@ -32,6 +32,13 @@ def test_a_plan_that_fits_names_no_changes() -> None:
     assert tiny_plan(gpu_memory=plan.worst.needed / GB).fits
 
 
+def test_a_size_is_of_the_models_latent_space() -> None:
+    tiny = load_config(TrainConfig, "tiny")
+    assert make_plan(tiny, size="40x24x9").run.latent_shape == (16, 3, 6, 10)
+    wan = load_config(TrainConfig, "wan2.1-1.3b", [], {"data": {"kind": "shards", "path": "not/there"}})
+    assert make_plan(wan, size="64x32x9").run.latent_shape == (16, 3, 4, 8)
+
+
 def test_the_plan_shows_parts_verdict_changes_time_and_disk() -> None:
     text = rendered(tiny_plan(gpu_memory=0.5))
     for words in (

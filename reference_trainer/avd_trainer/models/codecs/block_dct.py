@@ -8,13 +8,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from avd_trainer.models.codecs.latent_space import LatentSpace
+from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE, LatentSpace
 
-SPATIAL_STRIDE = 4
-TEMPORAL_STRIDE = 4
+SPATIAL_STRIDE = SPATIAL_STRIDES["block-dct"]
 
 # One latent channel is one coefficient (colour axis, frequency in time, in y, in x). Of each colour axis the mean, the
-# slopes in x and y and the change in time, and the four strongest of the rest on clips of moving shapes.
+# slopes in x and y and the change in time, and four of the five strongest of the rest on clips of moving shapes: two
+# pairs that treat x and y alike.
 COEFFICIENTS: tuple[tuple[int, int, int, int], ...] = (
     (0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0), (0, 1, 0, 0),
     (1, 0, 0, 0), (1, 0, 0, 1), (1, 0, 1, 0), (1, 1, 0, 0),

@@ -10,17 +10,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from avd_trainer.models.codecs.latent_space import LatentSpace
+from avd_trainer.models.codecs.latent_space import PATCH_SIZE, LatentSpace
 from avd_trainer.models.pipeline_parts import part_not_loaded
-from avd_trainer.runtime.errors import UserError
 
 if TYPE_CHECKING:
     pass
-
-WAN_SIZE = "832x480x81"
-"""What Wan2.1 was trained on, as ``WIDTHxHEIGHTxFRAMES``."""
-PATCH_SIZE = 2
-"""Latent pixels per token and side in Wan's transformers; a video's sides divide by the codec's stride times this."""
 
 
 class WanCodec(nn.Module):
@@ -139,23 +133,6 @@ class WanCodec(nn.Module):
         scaled = latents.to(self.vae.device, torch.float32) * self.std + self.mean
         video: Tensor = self.vae.decode(scaled.to(self.vae.dtype)).sample
         return (video.float() + 1.0) / 2.0  # The VAE clamps to [-1, 1].
-
-
-def wan_latent_shape(size: str) -> tuple[int, int, int, int]:
-    """The latent ``(16, F, H, W)`` of a video, given as ``WIDTHxHEIGHTxFRAMES``.
-
-    Raises:
-        UserError: If Wan2.1 cannot encode that size.
-    """
-    parts = size.lower().split("x")
-    if len(parts) == 3 and all(part.isdigit() and int(part) > 0 for part in parts):
-        width, height, frames = map(int, parts)
-        if width % 16 == 0 and height % 16 == 0 and frames % 4 == 1:
-            return 16, 1 + (frames - 1) // 4, height // 8, width // 8
-    raise UserError(
-        f"{size!r} is no size for Wan2.1: expected WIDTHxHEIGHTxFRAMES, width and height divisible by 16 and 1 + 4 n "
-        "frames, for example 832x480x81."
-    )
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> Tensor:
