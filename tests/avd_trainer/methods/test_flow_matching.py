@@ -14,7 +14,7 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT, TrainingData
-from avd_trainer.evaluation.clip_metrics import energy_distance
+from avd_trainer.evaluation.clip_measures import energy_distance
 from avd_trainer.evaluation.shape_measures import shape_measures
 from avd_trainer.evaluation.shape_tracking import track_shapes
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
