@@ -109,6 +109,7 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
             _same_noise(samples),
             steps=teacher_steps,
             guidance_scale=method.guidance_scale,
+            shift=method.sampling_shift,
             on_step=bar.advance,
         )
     engine = config.model_dump(exclude={"evaluation", "method"})
