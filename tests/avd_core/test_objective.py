@@ -69,7 +69,15 @@ def test_the_default_is_the_papers_objective(seed: int, batches: list[list[int]]
 def test_every_option_of_the_configuration_arrives() -> None:
     config = AVDConfig(
         timesteps=(8, 4),
-        regression=RegressionConfig(weight=1.5, sharpness=0.5, decay=0.25, order="update_first", sync_ranks=False),
+        regression=RegressionConfig(
+            weight=1.5,
+            sharpness=0.5,
+            deviation="standardized",
+            judged="excess",
+            decay=0.25,
+            order="update_first",
+            sync_ranks=False,
+        ),
         motion=MotionConfig(weight=0.7, floor=-3.0, eps=0.1, frame_dim=1, channels=3, sync_ranks=False),
         gradient_ratio=0.4,
         balance=BalanceConfig(decay=0.3, sync_ranks=False),
@@ -78,6 +86,7 @@ def test_every_option_of_the_configuration_arrives() -> None:
     regression, motion, cache = objective.regression, objective.motion, objective.regression.cache
     assert objective.config is config
     assert (regression.weight, regression.sharpness) == (1.5, 0.5)
+    assert (regression.deviation, regression.judged) == ("standardized", "excess")
     assert (cache.timesteps.tolist(), cache.decay, cache.order) == ([8, 4], 0.25, "update_first")
     assert (motion.weight, motion.floor, motion.eps, motion.frame_dim, motion.channels) == (0.7, -3.0, 0.1, 1, 3)
     assert (objective.balance.target, objective.balance.decay) == (0.4, 0.3)
@@ -128,8 +137,10 @@ def test_the_names_of_metrics_and_state_are_pinned() -> None:
         "balance.means",
         "regression.cache.means",
         "regression.cache.pending",
+        "regression.cache.pending_squares",
         "regression.cache.seen",
         "regression.cache.timesteps",
+        "regression.cache.variances",
     ]
 
 
