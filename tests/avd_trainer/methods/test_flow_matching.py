@@ -136,7 +136,9 @@ def samples(shapes: CaptionedLatents) -> Tensor:
 
 
 def test_sample_clips_are_shifted_as_the_configuration_says(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("flow_matching", method={"sampling_shift": 4.0, "guidance_scale": 2.0, "timestep_shift": 1.5})
+    trainer = make_trainer(
+        "flow_matching", method={"sampling_shift": 4.0, "guidance_scale": 2.0, "timestep_shift": 1.5}
+    )
     assert trainer.method.sampler == EulerSampler(guidance_scale=2.0, shift=4.0, steps=25)
 
 
