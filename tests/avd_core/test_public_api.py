@@ -83,7 +83,7 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
             "x_0 * weight floor eps frame_dim channels sync_ranks process_group",
         ),
         ("distribution_matching_loss", "x_0 real_x_0 online_x_0 * weight eps"),
-        ("derive_floor", "x_0 * margin frame_dim"),
+        ("derive_floor", "x_0 * margin frame_dim eps"),
         ("temporal_variance", "x_0 * frame_dim"),
         ("shift_timesteps", "timesteps shift num_train_timesteps"),
         ("AdaptiveRegressionLoss", "cache * weight sharpness deviation judged"),

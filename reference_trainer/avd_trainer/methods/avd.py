@@ -130,8 +130,10 @@ class AVD(DMD):
             self.objective.update()
 
     def monitor_options(self) -> dict[str, Any] | None:
-        weight = None if self.config.regression is None else self.config.regression.weight
-        return {"decay": 0.95 ** len(self.config.few_steps), "regression_weight": weight}
+        regression = self.config.regression
+        # Without sharpness all weights are equal on purpose.
+        adaptive = regression is not None and regression.sharpness > 0
+        return {"regression_weight": regression.weight if adaptive else None}
 
 
 METHOD = AVD
