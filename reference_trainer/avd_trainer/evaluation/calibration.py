@@ -16,7 +16,7 @@ from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.evaluation.sharpness import ClipBatch, SharpnessCalibration, calibrate_sharpness, render_sharpness
 from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
-from avd_trainer.models.samplers import EulerSampler, VelocityPredictor, sample_teacher
+from avd_trainer.models.samplers import EulerSampler, sample_teacher
 from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
@@ -106,31 +106,25 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         text_dim=architecture.text_dim,
         channels=architecture.in_channels,
     )
-    teacher = VelocityModel(module, dtype=dtype)
-    student = teacher
-    if config.student_weights is not None:
-        student = VelocityModel(load_transformer(config.student_weights, device, dtype), dtype=dtype)
-    return calibrate_models(config, teacher, student, data, device, samples=samples, steps=steps)
+    return calibrate_models(config, VelocityModel(module, dtype=dtype), data, device, samples=samples, steps=steps)
 
 
 def calibrate_models(
     config: TrainConfig,
-    teacher: VelocityPredictor,
-    student: VelocityPredictor,
+    teacher: VelocityModel,
     data: TrainingData,
     device: torch.device,
     *,
     samples: int,
     steps: int,
 ) -> Calibration:
-    """:func:`calibrate_run` of models and data that are loaded.
+    """:func:`calibrate_run` of a teacher and data that are loaded.
 
     Args:
         config: The run, of method ``dmd`` or one that extends it.
-        teacher: The teacher.
-        student: The student as it starts; the teacher, where it has no weights of its own.
+        teacher: The teacher, as which the student starts, unless ``config.student_weights`` are others.
         data: Clips and prompts.
-        device: Where both models are.
+        device: Where the teacher is.
         samples: As for :func:`calibrate_run`.
         steps: As there.
 
@@ -162,6 +156,9 @@ def calibrate_models(
     regression = method.regression if isinstance(method, AVDMethodConfig) else None
     if regression is None:
         return found.model_copy(update={"sampling": sampler})
+    student = teacher
+    if config.student_weights is not None:
+        student = VelocityModel(load_transformer(config.student_weights, device, teacher.dtype), dtype=teacher.dtype)
     with ProgressBar("real clips", math.ceil(real / size)) as bar:
 
         def drawn() -> Iterator[ClipBatch]:

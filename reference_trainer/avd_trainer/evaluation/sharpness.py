@@ -20,9 +20,9 @@ PAPER_SHARPNESS = 3.0
 PAPER_STEEPNESS = PAPER_SHARPNESS * PAPER_SPREAD
 """The paper's k times the spread that it was chosen for: 0.9 in the sigmoid for a loss one spread above the mean."""
 
-# The weight is a switch where most weights lie in the outer tenths of (0, w_reg), and a constant where nine in ten lie
-# within a tenth of it.
-_MOST, _TENTH = 0.5, 0.1
+# As avd_core's CollapseMonitor judges a run: the weight is a switch where most weights lie in the outer tenths of
+# (0, w_reg), and a constant where their standard deviation is below 2% of w_reg.
+_MOST, _TENTH, _CONSTANT = 0.5, 0.1, 0.02
 # Half of the variance explained. Of fewer clips, a correlation as high comes about by chance.
 _HIGH_CORRELATION, _CLIPS_FOR_CORRELATION = 0.7, 10
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -61,6 +61,8 @@ class StepWeights(BaseModel):
     """5%, 50% and 95% of the weights, as shares of ``w_reg``."""
     at_the_ends: float
     """Share of clips whose weight is in the outer tenths of (0, ``w_reg``)."""
+    weight_spread: float
+    """Standard deviation of the weights, as a share of ``w_reg``."""
     energy_correlation: float | None
     """Correlation over clips of what is judged with the clip's own energy, its mean square; None for fewer than 10
     clips, or where one of the two is constant."""
@@ -73,8 +75,7 @@ class StepWeights(BaseModel):
     @property
     def is_constant(self) -> bool:
         """Whether nearly all clips have the same weight."""
-        low, _, high = self.weights
-        return high - low < _TENTH
+        return self.weight_spread < _CONSTANT
 
     @property
     def follows_energy(self) -> bool:
@@ -160,9 +161,9 @@ def render_sharpness(calibration: SharpnessCalibration) -> Table:
     options = calibration.options
     explanation = (
         "k x spread, sharpness times the spread of deviations, is what a loss one spread above its mean has in the "
-        f"weight's sigmoid; {PAPER_STEEPNESS:g} in the paper. Weights are shares of method.regression.weight: 5, 50 and "
-        "95% of clips are below. At the ends: weights in the outer tenths. Energy: correlation of what is judged with "
-        "the clip's mean square."
+        f"weight's sigmoid; {PAPER_STEEPNESS:g} in the paper. Weights are shares of method.regression.weight: 5, 50 "
+        "and 95% of clips are below. At the ends: weights in the outer tenths. Energy: correlation of what is judged "
+        "with the clip's mean square."
     )
     caption = "\n".join([explanation, *(f"Note: {remark}" for remark in calibration.remarks)])
     title = f"Sharpness {options.sharpness:g}, {options.deviation} deviation of the {_NAMES[options.judged]}"
@@ -213,6 +214,7 @@ def _weights(timestep: float, judged: Tensor, energy: Tensor, options: Regressio
         steepness=options.sharpness * _unit(float(spread), options),
         weights=(low, median, high),
         at_the_ends=float(((weights < _TENTH) | (weights > 1 - _TENTH)).double().mean()),
+        weight_spread=float(weights.std(correction=0)),
         energy_correlation=_correlation(judged, energy),
     )
 
