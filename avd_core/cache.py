@@ -231,7 +231,7 @@ class LossMeanCache(nn.Module):
             own_counts, own_means = counts, _divide(sums, counts)
             sums, counts = sum_over_ranks(self.pending, self.process_group).unbind()
             # Squares can be added once all ranks' are about one mean.
-            squares = squares + _squares_between(own_counts, own_means - _divide(sums, counts))
+            squares = squares + own_counts * (own_means - _divide(sums, counts)).square()
             squares = sum_over_ranks(squares, self.process_group)
         current = _divide(sums, counts)
         jump = current - self.means
@@ -278,7 +278,7 @@ class LossMeanCache(nn.Module):
         # mean: a spread is often far smaller than its mean.
         sums_before, counts_before = self.pending.unbind()
         pairs = _divide(counts * counts_before, counts + counts_before)
-        squares = squares + _squares_between(pairs, means - _divide(sums_before, counts_before))
+        squares = squares + pairs * (means - _divide(sums_before, counts_before)).square()
         self.pending.add_(torch.stack([sums, counts]))
         self.pending_squares.add_(squares)
         if self.auto_update:
@@ -337,11 +337,6 @@ class LossMeanCache(nn.Module):
 def _divide(sums: Tensor, counts: Tensor) -> Tensor:
     """The mean of each entry, 0 where nothing was counted."""
     return sums / counts.clamp_min(1)
-
-
-def _squares_between(counts: Tensor, distances: Tensor) -> Tensor:
-    """``counts * distances^2``, which stays 0 where the count is 0 and the square would overflow."""
-    return (counts.sqrt() * distances).square()
 
 
 def _unit_hint(outside: Sequence[float], high: float) -> str:

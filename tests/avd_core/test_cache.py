@@ -272,9 +272,9 @@ def test_update_first_leaves_evaluation_alone() -> None:
 
 def test_reset_forgets_everything() -> None:
     cache = LossMeanCache(GRID, auto_update=False)
-    record(cache, [(900, 3.0)])
+    record(cache, [(900, 3.0), (900, 4.0)])
     cache.update()
-    record(cache, [(757, 3.0)])
+    record(cache, [(757, 3.0), (757, 4.0)])
     cache.reset()
     assert_same_state(state_of(cache), state_of(LossMeanCache(GRID)))
 

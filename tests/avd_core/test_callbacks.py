@@ -523,6 +523,16 @@ def test_the_smoothing_is_over_steps_also_where_a_signal_is_not_shown(every: int
         assert monitor.signals()["gradient_ratio"] == pytest.approx(smoothed, rel=1e-5, abs=1e-6)
 
 
+def test_a_restart_does_not_forget_how_long_a_signal_was_not_shown() -> None:
+    whole, restarted = prompt_monitor(decay=0.9), prompt_monitor(decay=0.9)
+    watch(whole, [*ratios(1.0), {}, {}])
+    restarted.load_state_dict(whole.state_dict())
+    for monitor in (whole, restarted):
+        watch(monitor, ratios(2.0))
+    assert restarted.signals() == whole.signals()
+    assert whole.signals()["gradient_ratio"] == pytest.approx(2 - 0.9**3)
+
+
 def normal_losses_weights(spread: float, count: int) -> Tensor:
     """Weights of the paper's sharpness, at most 2, for losses that scatter by ``spread``."""
     return 2 * torch.sigmoid(-3 * spread * randn(0, count).float())
