@@ -33,6 +33,10 @@ CHANGEABLE = ("max_skipped_steps", "micro_batch_size", "parallel.", "checkpoint.
 CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
 
 
+class FolderInUseError(UserError):
+    """Another process works in a folder."""
+
+
 def method_of_run(folder: Path) -> str | None:
     """The method of the run in a folder, as its ``config.yaml`` says; None if it holds none."""
     try:
@@ -87,14 +91,22 @@ def check_run(folder: Path, config: TrainConfig) -> int | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder; the system lets go of the lock however the first one ends."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep a second process out of a folder; the system lets go of the lock however the first one ends.
+
+    Args:
+        folder: Exists. A process that locks it a second time is let in, and so ends the first lock.
+        wait: Until the other process is out, rather than to raise.
+
+    Raises:
+        FolderInUseError: If another process is in it.
+    """
     with (folder / LOCK).open("w") as file:
         try:
             # Not flock, which the loader's processes would hold on to for seconds after this one is killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(
+            raise FolderInUseError(
                 f"Another process is training in {folder}. Wait for it, stop it, or choose another --output."
             ) from error
         except OSError:
