@@ -132,8 +132,8 @@ def render(results: Mapping[str, Any]) -> str:
     lines += [
         f"## How much farther from real than {results['baseline']}",
         "",
-        "Mean over seeds of `|value - real| - |baseline - real|`: below 0 is closer to real clips than the baseline. In "
-        "bold where the interval excludes 0.",
+        "Mean over seeds of `|value - real| - |baseline - real|`: below 0 is closer to real than the baseline. "
+        "In bold where the interval excludes 0.",
         "",
         f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",
         f"| --- |{' --: |' * len(names)}",

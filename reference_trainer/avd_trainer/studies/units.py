@@ -24,7 +24,7 @@ from avd_core import (
 from avd_core.sampling import Interpolator
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.sources import HELD_OUT, TrainingData, load_clips
+from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
 from avd_trainer.evaluation.controls import RealClips, make_controls
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import reference_of_shapes
@@ -177,11 +177,9 @@ class Workplace:
             source, *others = self.study.needs(unit)
             half_rate_steps = variant.half_rate_steps
             for other in others:
-                trained = LatentFrameInterpolator.from_pretrained(self.run_folder(other) / "interpolator")
+                trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
-        if not (self.run_folder(source) / "student").exists():
-            raise NonFiniteError(f"There is no student to sample: {source} has diverged.")
-        model = VelocityModel(load_transformer(str(self.run_folder(source) / "student"), self.ranks.device))
+        model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
         schedule = FlowMatchingSchedule()
 
         def predict_x_0(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
@@ -189,6 +187,13 @@ class Workplace:
 
         sampler = HalfRateInterpolationSampler(predict_x_0, interpolator, method.few_steps, half_rate_steps)
         return lambda noise, streams, text: sampler(noise, streams, text=text)
+
+    def _product(self, unit: Unit) -> Path:
+        """The folder of what a unit has trained."""
+        product = self.run_folder(unit) / self.study.run(unit.variant).method.main_role
+        if not product.exists():  # the unit is done all the same
+            raise NonFiniteError(f"There is nothing to sample with: {unit} has diverged.")
+        return product
 
     def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
         if self._stopping():
@@ -202,8 +207,7 @@ class Workplace:
 
     @cached_property
     def _shapes(self) -> MovingShapes:
-        evaluation = self.study.config.evaluation
-        return MovingShapes(evaluation.captions, HELD_OUT + self.study.data.seed, held_out=True)
+        return held_out_shapes(self.study.data, self.study.config.evaluation.captions)
 
     @cached_property
     def _held_out(self) -> CaptionedLatents:

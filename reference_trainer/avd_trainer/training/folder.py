@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from avd_trainer.config.differences import differences
-from avd_trainer.config.loading import COMMAND, ConfigError
+from avd_trainer.config.loading import COMMAND, ConfigError, validate
 from avd_trainer.config.sections import ShardsData
 from avd_trainer.models.roles import Built, Trained
 from avd_trainer.runtime.errors import UserError
@@ -122,6 +122,9 @@ def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) 
         if isinstance(role, Trained | Built)
     ):  # otherwise the learning rate depends on it from the first step
         changeable += ("max_steps",)
+    with suppress(ConfigError):  # of an older version, with fields that are no more: those are told
+        # Fields that came later: the run was as their defaults say.
+        saved = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
     if differing := differences(saved, config.model_dump(mode="json"), changeable):
         raise ConfigError(
             f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
