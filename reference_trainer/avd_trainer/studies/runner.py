@@ -51,7 +51,8 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
         return _work(study, folder, seeds)
     left = _missing(study, folder, seeds)
     (folder / LOGS).mkdir(exist_ok=True)
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["avd_trainer.studies.units"])  # imported once for all
     own = [folder / LOGS / f"{socket.gethostname()}-{os.getpid()}-{number}.txt" for number in range(jobs)]
     processes = [context.Process(target=_work_unseen, args=(study, folder, seeds, log)) for log in own[: len(left)]]
     total = len(study.units(seeds))

@@ -1,4 +1,4 @@
-"""What a study found, made from the files of its units at any time: ``results.json``, ``table.md``, ``figure.png``."""
+"""What a study found, made from its units at any time: ``results.json``, ``table.md`` and figures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
+from avd_trainer.studies.deviations import save_deviations
 from avd_trainer.studies.dots import save_figure
 from avd_trainer.studies.runner import SAVED, result_file
 from avd_trainer.studies.statistics import LEAST_SEEDS, LEVEL, compare, estimate
@@ -25,10 +26,11 @@ from avd_trainer.training.folder import locked
 RESULTS = "results.json"
 TABLE = "table.md"
 FIGURE = "figure.png"
+DEVIATIONS = "deviations.png"
 
 
 def write_summary(study: Study, folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """Write ``results.json``, and where anything is measured ``table.md`` and ``figure.png``.
+    """Write ``results.json``, ``table.md``, ``figure.png`` and, where a variant has a regression, ``deviations.png``.
 
     Covers all variants that the folder has results of, also those that ``study`` leaves out.
 
@@ -55,6 +57,7 @@ def write_summary(study: Study, folder: Path, seeds: Sequence[int]) -> dict[str,
         part.write_text(render(results))
         part.replace(folder / TABLE)
         save_figure(folder / FIGURE, results)
+        save_deviations(folder / DEVIATIONS, results)
     return results
 
 

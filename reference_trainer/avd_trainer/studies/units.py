@@ -39,8 +39,10 @@ from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit
+from avd_trainer.studies.deviations import read_deviations
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS
+from avd_trainer.training.metrics_log import METRICS_FILE
 from avd_trainer.training.run import train
 
 RUN = "run"
@@ -76,9 +78,10 @@ class Workplace:
         """Train where the variant is trained, and measure where it makes clips.
 
         Returns:
-            ``seconds`` that it took since this process began it, ``environment``, and, of clips, either ``noises``, the
-            measures of each of several noises, or ``failed``, why there are none: a student that diverged is a result,
-            too. Of ``reference`` the ``spreads`` of real clips, of ``controls`` the ``controls``.
+            ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
+            also ``noises``, the measures of each of several noises, and ``deviations`` that the adaptive weight judged;
+            or ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the
+            ``spreads`` of real clips, of ``controls`` the ``controls``.
 
         Raises:
             StoppedError: If somebody asked to stop.
@@ -114,7 +117,12 @@ class Workplace:
         if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
             raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
         with _timed(seconds, "measure"):
-            return {"noises": [self._measure(latents, self._codec.decode(latents)) for latents in samples]}
+            noises = [self._measure(latents, self._codec.decode(latents)) for latents in samples]
+        trained = isinstance(variant, TrainConfig)
+        return {
+            "noises": noises,
+            "deviations": read_deviations(self.run_folder(unit) / METRICS_FILE) if trained else None,
+        }
 
     def run_folder(self, unit: Unit) -> Path:
         """Where a unit's run is."""
