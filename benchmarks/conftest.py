@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from environment import environment
+from avd_trainer.runtime.environment import environment
 from test_losses import LOSSES
 
 RESULTS = Path(__file__).parent / "results" / "losses-cpu.json"

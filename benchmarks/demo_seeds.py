@@ -16,9 +16,9 @@ import typer
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.evaluation.clip_metrics import ClipMetrics
+from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.studies.demo import DemoConfig, run_demo
-from environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "demo-seeds.json"
 

@@ -49,9 +49,9 @@ from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import empty_transformer, load_transformer
 from avd_trainer.planning.description import find_architecture
+from avd_trainer.runtime.environment import environment
 from avd_trainer.studies.demo import DemoConfig
 from avd_trainer.training.config import TrainConfig
-from environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)

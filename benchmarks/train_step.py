@@ -37,13 +37,13 @@ from avd_trainer.planning.duration import PEAK_TFLOPS
 from avd_trainer.planning.memory import plan_memory, worst
 from avd_trainer.planning.meta_models import meta_models
 from avd_trainer.planning.operations import forward_operations, training_operations
+from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.progress import peak_memory
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import run as runs
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.optimizers import Metrics
 from avd_trainer.training.trainer import Trainer
-from environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 SOAK_EVERY = 50

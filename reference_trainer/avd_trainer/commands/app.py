@@ -17,6 +17,7 @@ from avd_trainer.commands.methods import methods
 from avd_trainer.commands.plan import plan
 from avd_trainer.commands.presets import presets
 from avd_trainer.commands.sample import sample
+from avd_trainer.commands.study import study
 from avd_trainer.commands.torchrun import SETTINGS, torchrun
 from avd_trainer.commands.train import train
 from avd_trainer.runtime.terminal import say
@@ -30,7 +31,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
 
-for _command in (train, export, sample, plan, calibrate, demo, methods, presets):
+for _command in (train, export, sample, plan, calibrate, demo, study, methods, presets):
     app.command()(_command)
 app.command(context_settings=SETTINGS)(torchrun)
 

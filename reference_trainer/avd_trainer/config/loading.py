@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from itertools import takewhile
@@ -20,7 +20,8 @@ from avd_trainer.runtime.errors import UserError
 DEFAULT_METHOD = "avd"
 """The method of a preset that has several, where none is asked for."""
 EXTENDS = "extends"
-"""Key of a preset or file whose value, ``PRESET/METHOD``, names the preset that it changes."""
+"""Key of a preset or file that names what it changes: a preset, ``PRESET/METHOD``, or of a file ``NAME``, which is
+``NAME.yaml`` beside it."""
 COMMAND = "command"
 """Key of a run's ``config.yaml`` that says which command wrote it. No option: a configuration is read without it."""
 
@@ -47,8 +48,13 @@ def default_method(methods: tuple[str, ...]) -> str:
 
 def describe_preset(preset: str, method: str) -> str:
     """The first sentence of the comment that a preset's file begins with."""
-    lines = _preset_file(preset, method).read_text().splitlines()
-    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines))
+    return first_sentence(_preset_file(preset, method).read_text())
+
+
+def first_sentence(text: str) -> str:
+    """The first sentence of the comment that a YAML file begins with; empty without one."""
+    lines = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    comment = " ".join(line.removeprefix("#").strip() for line in lines)
     return re.split(r"(?<=\.)\s+(?=[A-Z])", comment)[0]  # "et al. 2026" ends no sentence
 
 
@@ -118,12 +124,25 @@ def read_saved(path: Path) -> dict[str, Any]:
         ConfigError: If it cannot be read, or is no such file.
     """
     try:
+        values = read_values(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Choose a new --output.") from error
+    return {key: value for key, value in values.items() if key != COMMAND}
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a YAML file as it is: not validated, without those of what it extends.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds no keys and values.
+    """
+    try:
         values = OmegaConf.to_container(OmegaConf.create(path.read_text()))
     except (OSError, ValueError, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}. Choose a new --output.") from error
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys and values. Choose a new --output.")
-    return {str(key): value for key, value in values.items() if key != COMMAND}
+        raise ConfigError(f"{path}: expected keys and values.")
+    return {str(key): value for key, value in values.items()}
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
@@ -154,10 +173,7 @@ def _read(source: str, method: str | None) -> DictConfig:
         raise ConfigError(
             f"{source!r} is neither a preset ({', '.join(known)}) nor a YAML file. Check the name or the path."
         )
-    try:
-        config = _parse(path.read_text(), source)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{source} cannot be read: {error}.") from error
+    config = _read_file(path, ())
     own = OmegaConf.select(config, "method.kind")
     if method is not None and own != method:
         raise ConfigError(f"{source} is of method {own}, and --method says {method}. Leave --method out for a file.")
@@ -176,19 +192,39 @@ def _read_preset(preset: str, method: str) -> DictConfig:
     return _parse(_preset_file(preset, method).read_text(), f"{preset}/{method}")
 
 
-def _parse(text: str, source: str) -> DictConfig:
-    """The values of a file, on top of those of the preset that it extends."""
+def _read_file(path: Path, before: tuple[Path, ...]) -> DictConfig:
+    """The values of a file, on top of those of what it extends; ``before`` are the files that extend it."""
+    if path in before:
+        ring = " -> ".join(each.stem for each in (*before, path))
+        raise ConfigError(f"{path} extends itself: {ring}. Leave one of these out.")
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+
+    def beside(name: str) -> DictConfig | None:
+        other = path.parent / f"{name}.yaml"
+        return _read_file(other, (*before, path)) if "/" not in name and other.is_file() else None
+
+    return _parse(text, str(path), beside)
+
+
+def _parse(text: str, source: str, beside: Callable[[str], DictConfig | None] = lambda name: None) -> DictConfig:
+    """The values of a file, on top of those of what it extends: another one ``beside`` it, or a preset."""
     config = OmegaConf.create(text)
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{source}: expected keys and values, got a list.")
     base = config.pop(EXTENDS, None)
     if base is None:
         return config
-    preset, _, method = str(base).partition("/")
-    if method not in presets().get(preset, ()):
-        every = ", ".join(f"{name}/{kind}" for name, kinds in presets().items() for kind in kinds)
-        raise ConfigError(f"{source}: extends {base!r}, expected one of {every}.")
-    merged = OmegaConf.merge(_read_preset(preset, method), config)
+    values = beside(str(base))
+    if values is None:
+        preset, _, method = str(base).partition("/")
+        if method not in presets().get(preset, ()):
+            every = ", ".join(f"{name}/{kind}" for name, kinds in presets().items() for kind in kinds)
+            raise ConfigError(f"{source}: extends {base!r}, expected one of {every}, or the name of a file beside it.")
+        values = _read_preset(preset, method)
+    merged = OmegaConf.merge(values, config)
     assert isinstance(merged, DictConfig)
     return merged
 

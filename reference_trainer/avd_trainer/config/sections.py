@@ -29,6 +29,8 @@ class ShapesData(Section):
     seed: int = Field(default=0, ge=0)
     """Which clips to train on; held-out clips have captions that no seed trains on. Data and training have separate
     seeds, so that runs can differ in one alone."""
+    saturation: float = Field(default=1.0, gt=0, le=1.5)
+    """Of their colours, relative to the clips that the bundled teacher was trained on: another style."""
 
 
 class VideosData(Section):

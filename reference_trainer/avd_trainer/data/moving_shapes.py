@@ -46,6 +46,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {"above": ("right", "left"), "beside": ("d
 is above the other, or to its left."""
 
 RADIUS = 0.19
+MOST_SATURATION = 1.5
+"""Beyond it, colours of the palette would leave [0, 1]."""
 # One caption of so many is never trained on.
 HELD_OUT_SHARE = 8
 
@@ -130,16 +132,22 @@ class ShapeClip:
         video: ``[3, F, H, W]`` float32 in [0, 1], RGB.
         scene: What its caption says.
         tracks: Where its shapes are, in the order of the scene.
+        saturation: Of its colours, relative to the palette's.
     """
 
     video: Tensor
     scene: Scene
     tracks: tuple[Track, Track]
+    saturation: float = 1.0
 
     @property
     def caption(self) -> str:
         """The scene in words."""
         return self.scene.caption
+
+    def alone(self, place: int) -> Tensor:
+        """The video with one of its two shapes only."""
+        return draw(self.scene.background, [self.tracks[place]], self.video.shape[-1], self.saturation)
 
 
 class MovingShapes:
@@ -152,14 +160,26 @@ class MovingShapes:
             whatever the seeds.
         frames: Frames per clip.
         size: Height and width in pixels.
+        saturation: How far colours are from the gray of their brightness, relative to the palette; another style.
     """
 
-    def __init__(self, length: int, seed: int, *, held_out: bool = False, frames: int = 17, size: int = 32) -> None:
-        if length < 1 or frames < 1 or size < 16:
+    def __init__(
+        self,
+        length: int,
+        seed: int,
+        *,
+        held_out: bool = False,
+        frames: int = 17,
+        size: int = 32,
+        saturation: float = 1.0,
+    ) -> None:
+        if length < 1 or frames < 1 or size < 16 or not 0 < saturation <= MOST_SATURATION:
             raise ValueError(
-                f"MovingShapes needs length >= 1, frames >= 1 and size >= 16, got {length}, {frames} and {size}."
+                f"MovingShapes needs length >= 1, frames >= 1, size >= 16 and a saturation in (0, {MOST_SATURATION}], "
+                f"got {length}, {frames}, {size} and {saturation}."
             )
         self.length, self.seed, self.held_out, self.frames, self.size = length, seed, held_out, frames, size
+        self.saturation = saturation
 
     def __len__(self) -> int:
         return self.length
@@ -179,17 +199,21 @@ class MovingShapes:
         scene = _draw_scene(_generator(self.seed, index, 0), self.held_out)
         generator = _generator(self.seed, index, 1 + rendering)
         tracks = [_draw_track(generator, scene, place, self.frames, self.size) for place in range(2)]
-        return ShapeClip(draw(scene.background, tracks, self.size), scene, (tracks[0], tracks[1]))
+        video = draw(scene.background, tracks, self.size, self.saturation)
+        return ShapeClip(video, scene, (tracks[0], tracks[1]), self.saturation)
 
 
-def draw(background: str, tracks: list[Track], size: int) -> Tensor:
+def draw(background: str, tracks: list[Track], size: int, saturation: float = 1.0) -> Tensor:
     """The video of some tracks, back to front: ``[3, F, size, size]`` in [0, 1]."""
     frames = len(tracks[0].positions)
     video = torch.tensor(BACKGROUND_COLORS[background]).view(3, 1, 1, 1).expand(3, frames, size, size).clone()
     for track in tracks:
         color = torch.tensor(SHAPE_COLORS[track.shape.color]).view(3, 1, 1, 1)
         video = video + coverage(track.shape.kind, track.radius, track.positions, size) * (color - video)
-    return video
+    if saturation == 1:
+        return video
+    gray = video.mean(dim=0, keepdim=True)
+    return gray + saturation * (video - gray)
 
 
 def coverage(kind: str, radius: float | Tensor, positions: Tensor, size: int) -> Tensor:

@@ -149,14 +149,19 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         UserError: If there is no readable video.
     """
     if isinstance(config, ShapesData):
-        parts = [MovingShapes(config.clips, config.seed)]
+        parts = [MovingShapes(config.clips, config.seed, saturation=config.saturation)]
         if held_out:
-            parts.append(MovingShapes(config.held_out, HELD_OUT + config.seed, held_out=True))
+            parts.append(held_out_shapes(config, config.held_out))
         with ProgressBar("clips", sum(map(len, parts))) as bar:
             encoded = [encode_shapes(part, codec, bar.advance) for part in parts]
         return Clips(encoded[0], encoded[-1])
     with ProgressBar("videos", len(video_files(config.path))) as bar:
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
+
+
+def held_out_shapes(config: ShapesData, count: int) -> MovingShapes:
+    """The first of the clips that no run with this data trains on."""
+    return MovingShapes(count, HELD_OUT + config.seed, held_out=True, saturation=config.saturation)
 
 
 def _open_shards(data: ShardsData, prompts: ShardsData | None, held_out: int, *, text: bool) -> TrainingData:

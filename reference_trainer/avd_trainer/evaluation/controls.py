@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import ShapeClip, draw
+from avd_trainer.data.moving_shapes import ShapeClip
 
 
 class Codec(Protocol):
@@ -42,8 +42,7 @@ class RealClips(NamedTuple):
     @classmethod
     def of_shapes(cls, clips: Sequence[ShapeClip]) -> RealClips:
         """Clips of moving shapes; without the second of the two."""
-        alone = [draw(clip.scene.background, [clip.tracks[0]], clip.video.shape[-1]) for clip in clips]
-        return cls(torch.stack([clip.video for clip in clips]), torch.stack(alone))
+        return cls(torch.stack([clip.video for clip in clips]), torch.stack([clip.alone(0) for clip in clips]))
 
 
 class Encoded(NamedTuple):

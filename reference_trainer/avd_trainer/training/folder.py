@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ CHANGEABLE = (
     "method.sampling_shift",
 )
 CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
+
+
+class FolderInUseError(UserError):
+    """Another process works in a folder."""
 
 
 def method_of_run(folder: Path) -> str | None:
@@ -95,14 +99,22 @@ def check_run(folder: Path, config: TrainConfig) -> int | None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second process out of a run's folder; the system lets go of the lock however the first one ends."""
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep a second process out of a folder; the system lets go of the lock however the first one ends.
+
+    Args:
+        folder: Exists. A process that locks it a second time is let in, and so ends the first lock.
+        wait: Until the other process is out, rather than to raise.
+
+    Raises:
+        FolderInUseError: If another process is in it.
+    """
     with (folder / LOCK).open("w") as file:
         try:
             # Not flock, which the loader's processes would hold on to for seconds after this one is killed.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(
+            raise FolderInUseError(
                 f"Another process is training in {folder}. Wait for it, stop it, or choose another --output."
             ) from error
         except OSError:
@@ -118,9 +130,10 @@ def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) 
         if isinstance(role, Trained | Built)
     ):  # otherwise the learning rate depends on it from the first step
         changeable += ("max_steps",)
-    # Options that came to be since the run was started count as at their defaults, which change nothing.
-    completed = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
-    if differing := differences(completed, config.model_dump(mode="json"), changeable):
+    with suppress(ConfigError):  # of an older version, with fields that are no more: those are told
+        # Fields that came later: the run was as their defaults say.
+        saved = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
+    if differing := differences(saved, config.model_dump(mode="json"), changeable):
         raise ConfigError(
             f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
             "Run with the saved values to go on, or choose a new --output to start over."

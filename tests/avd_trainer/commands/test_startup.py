@@ -20,7 +20,8 @@ def run(*arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], ["-h"], ["--version"], ["methods"], ["presets"], ["plan", "--help"], ["train", "-h"], ["demo", "-h"],
-     ["data", "encode", "-h"], ["analyze", "similarity", "-h"], ["sample", "-h"], ["export", "-h"]],
+     ["data", "encode", "-h"], ["analyze", "similarity", "-h"], ["sample", "-h"], ["export", "-h"],
+     ["study", "-h"]],
 )  # fmt: skip
 def test_asking_for_help_imports_no_torch(arguments: list[str]) -> None:
     """In a process of its own: here PyTorch is there already."""

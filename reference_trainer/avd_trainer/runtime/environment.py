@@ -1,4 +1,6 @@
-"""What a figure was measured on."""
+"""What figures were measured on."""
+
+from __future__ import annotations
 
 import importlib.metadata
 import os

@@ -1,0 +1,50 @@
+"""``avd study``: an experiment of many runs, and what it found."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from avd_trainer.commands.options import Overrides
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.terminal import readable_errors, say
+from avd_trainer.studies.catalog import list_studies
+
+NAME_HELP = f"A study ({', '.join(list_studies())}) or a folder with a study.yaml."
+
+
+def study(
+    name: Annotated[str, typer.Argument(help=NAME_HELP)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the study writes.")],
+    seeds: Annotated[str, typer.Option(help="Seeds of training: a range or a list, such as 1,3,7.")] = "1..8",
+    jobs: Annotated[
+        int,
+        typer.Option(min=0, help="Processes, each with one thread. 0 only makes the tables again of what is there."),
+    ] = 1,
+    variants: Annotated[str | None, typer.Option(help="Which variants, such as dmd,teacher; all without it.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Train the variants of a study with several seeds, measure their students, and compare them.
+
+    One that was stopped goes on by the same command, also from several machines at once that share a folder.
+    """
+    with readable_errors():
+        # Before PyTorch loads: as many processes as cores do more than one process with as many threads, and the number
+        # of threads changes results in the last digit.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        from avd_trainer.studies.definition import load_study, parse_seeds
+        from avd_trainer.studies.runner import SAVED, run_study
+        from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
+
+        chosen = parse_seeds(seeds)
+        found = load_study(name, set_ or [], None if variants is None else variants.split(","))
+        if jobs == 0 and not (output / SAVED).exists():
+            raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")
+        done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
+        write_summary(found, output, chosen)
+        if jobs > 0 and not done:
+            say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
+        say(f"Table: {output / TABLE}. Figure: {output / FIGURE}. Numbers: {output / RESULTS}.")

@@ -1,0 +1,259 @@
+"""A study as its folder says it: which variants of a run are compared, and how they are measured.
+
+``study.yaml`` is about the whole (:class:`StudyConfig`). Each other file is a variant, and the first sentence of its
+comment says what it is:
+
+- a run (:class:`TrainConfig`, usually with ``extends:``), which is trained once for each seed;
+- with ``teacher_of: VARIANT`` the teacher of that run (:class:`TeacherVariant`);
+- with ``of: VARIANT`` the students of that run, sampled in another way (:class:`HalfRateVariant`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import Field
+
+from avd_core import step_rates
+from avd_trainer.config.loading import ConfigError, load_config, read_values
+from avd_trainer.config.sections import Section, ShapesData
+from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.studies.catalog import STUDY, describe, find_study
+from avd_trainer.training.config import TrainConfig
+
+EVALUATION = "evaluation."
+"""Keys of ``--set`` that begin so are about measuring, all others about training."""
+
+
+REFERENCE, CONTROLS = "reference", "controls"
+"""Units beside the variants: what real clips score, and clips that were spoiled on purpose."""
+
+
+class EvaluationConfig(Section):
+    """How students are sampled and measured."""
+
+    captions: int = Field(default=256, ge=2)
+    """Held-out captions, the same for all variants and seeds."""
+    noises: int = Field(default=4, ge=1)
+    """How often each caption is sampled. Noises differ between seeds, and are the same for all variants of a seed."""
+    batch_size: int = Field(default=64, ge=1)
+    """Clips that are sampled at once; changes no sample beyond rounding."""
+    renderings: int = Field(default=20, ge=3)
+    """How often the captions are drawn for the real reference."""
+
+
+class StudyConfig(Section):
+    """``study.yaml``."""
+
+    baseline: str
+    """The variant that all others are compared with."""
+    variants: tuple[str, ...] = Field(min_length=1)
+    """All variants, in the order of tables and figures."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How they are measured."""
+
+
+class TeacherVariant(Section):
+    """Samples of the teacher of a variant, with the guidance that its students learn from."""
+
+    teacher_of: str
+    """The variant; its method has a guidance scale."""
+    steps: int = Field(default=25, ge=1)
+    """Euler steps."""
+
+
+class HalfRateVariant(Section):
+    """The students of another variant, their first steps run on every second latent frame."""
+
+    of: str
+    """The variant whose students are sampled."""
+    half_rate_steps: int = Field(default=2, ge=1)
+    """How many steps run at half rate. Paper: 2 of 4."""
+    interpolator: str | None = None
+    """The variant that trains the interpolator, once for all seeds; None interpolates linearly."""
+
+
+Variant = TrainConfig | TeacherVariant | HalfRateVariant
+
+
+class Unit(NamedTuple):
+    """What one process does in one go: a variant with one seed."""
+
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study, read and checked.
+
+    Attributes:
+        name: Of its folder.
+        title: What it is, in a sentence.
+        titles: The same of each variant of its folder.
+        config: How variants are measured and compared.
+        variants: In the order of tables; those that were chosen and what they need.
+    """
+
+    name: str
+    title: str
+    titles: Mapping[str, str]
+    config: StudyConfig
+    variants: Mapping[str, Variant]
+
+    @property
+    def data(self) -> ShapesData:
+        """The real clips, which all variants share."""
+        data = next(variant.data for variant in self.variants.values() if isinstance(variant, TrainConfig))
+        assert isinstance(data, ShapesData)
+        return data
+
+    def run(self, variant: str) -> TrainConfig:
+        """The run behind a variant."""
+        found = self.variants[variant]
+        while not isinstance(found, TrainConfig):
+            found = self.variants[found.of if isinstance(found, HalfRateVariant) else found.teacher_of]
+        return found
+
+    def is_measured(self, variant: str) -> bool:
+        """Whether a variant makes clips; one that trains an interpolator does not."""
+        return isinstance(self.run(variant).method, DistillationConfig)
+
+    def units(self, seeds: Sequence[int]) -> list[Unit]:
+        """All there is to do, seed by seed, so that a study that is not done yet has whole rows of pairs."""
+        once = [Unit(name, self.data.seed) for name in (REFERENCE, CONTROLS)]
+        once += [Unit(name, self.run(name).seed) for name in self.variants if not self.is_measured(name)]
+        return once + [Unit(name, seed) for seed in seeds for name in self.variants if self.is_measured(name)]
+
+    def needs(self, unit: Unit) -> list[Unit]:
+        """The units whose results a unit starts from."""
+        variant = self.variants.get(unit.variant)
+        if not isinstance(variant, HalfRateVariant):
+            return []
+        needed = [Unit(variant.of, unit.seed)]
+        if variant.interpolator is not None:
+            needed.append(Unit(variant.interpolator, self.run(variant.interpolator).seed))
+        return needed
+
+    def values(self) -> dict[str, Any]:
+        """All values that results depend on, for the study's folder."""
+        return {
+            "study": self.name,
+            "evaluation": self.config.evaluation.model_dump(mode="json"),
+            "variants": {name: variant.model_dump(mode="json") for name, variant in self.variants.items()},
+        }
+
+
+def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str] | None = None) -> Study:
+    """Read a study.
+
+    Args:
+        name: Of a study of the package, or the path of a study's folder.
+        overrides: ``key=value``: of the evaluation where the key begins with ``evaluation.``, otherwise of the run of
+            every variant that is trained.
+        variants: Which ones; None for all. What they refer to comes along.
+
+    Raises:
+        UserError: If anything in it does not fit, before any work.
+    """
+    folder = find_study(name)
+    of_evaluation = [override for override in overrides if override.startswith(EVALUATION)]
+    of_runs = [override for override in overrides if override not in of_evaluation]
+    config = load_config(StudyConfig, str(folder / STUDY), of_evaluation)
+    files = {file.stem: file for file in sorted(folder.glob("*.yaml")) if file.name != STUDY}
+    if taken := files.keys() & {REFERENCE, CONTROLS}:
+        raise ConfigError(f"{folder}: {', '.join(sorted(taken))} cannot be the name of a variant. Choose another one.")
+    if set(config.variants) != files.keys() or len(set(config.variants)) < len(config.variants):
+        raise ConfigError(
+            f"{folder / STUDY}: variants must name each file of the folder once: {', '.join(files)}. "
+            f"Got {', '.join(config.variants)}."
+        )
+    if unknown := [each for each in [config.baseline, *(variants or ())] if each not in files]:
+        raise UserError(f"Study {name} has no variant {unknown[0]!r}. It has {', '.join(config.variants)}.")
+    needed = _with_needs(folder, variants or config.variants)
+    chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in needed}
+    titles = {each: describe(files[each]) for each in config.variants}
+    study = Study(folder.name, describe(folder / STUDY), titles, config, chosen)
+    _check(study, folder)
+    return study
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"1..8"`` or ``"1,3,7"`` or both, as ``"1..3,7"``, rising.
+
+    Raises:
+        UserError: If it is something else, or names a seed twice.
+    """
+    seeds: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dots, last = part.partition("..")
+            seeds += range(int(first), int(last) + 1) if dots else [int(first)]
+    except ValueError:
+        seeds = []
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise UserError(f"--seeds {text}: expected a range such as 1..8, or a list such as 1,3,7, each seed once.")
+    return sorted(seeds)
+
+
+def _with_needs(folder: Path, names: Sequence[str]) -> set[str]:
+    """Names of variants, and of those that they refer to; a name without a file is left to :func:`_load_variant`."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        if (name := waiting.pop()) in found:
+            continue
+        found.add(name)
+        file = folder / f"{name}.yaml"
+        if not file.is_file():
+            raise UserError(
+                f"{folder} has no variant {name!r}, which another one names. Add {file.name}, or correct it."
+            )
+        values = read_values(file)
+        waiting += [values[key] for key in ("of", "teacher_of", "interpolator") if isinstance(values.get(key), str)]
+    return found
+
+
+def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
+    values = read_values(file)
+    if "of" in values:
+        return load_config(HalfRateVariant, str(file))
+    if "teacher_of" in values:
+        return load_config(TeacherVariant, str(file))
+    # Samples while training and curves for a browser are of no use where so many runs go on unseen.
+    unseen = {"samples": {"every": None}, "logging": {"tensorboard": False}}
+    return load_config(TrainConfig, str(file), list(overrides), replace=unseen)
+
+
+def _check(study: Study, folder: Path) -> None:
+    for name, variant in study.variants.items():
+        file = folder / f"{name}.yaml"
+        if not study.titles[name]:
+            raise ConfigError(f"{file}: the first line must be a comment that says what the variant is.")
+        if isinstance(variant, TrainConfig):
+            if not isinstance(variant.data, ShapesData):
+                raise ConfigError(f"{file}: data.kind must be shapes, whose held-out captions can be judged.")
+            if variant.data.model_copy(update={"held_out": study.data.held_out}) != study.data:
+                raise ConfigError(f"{file}: data differs from that of the other variants. All share the real clips.")
+            continue
+        source = study.variants[variant.of if isinstance(variant, HalfRateVariant) else variant.teacher_of]
+        if not isinstance(source, TrainConfig) or not isinstance(source.method, DistillationConfig):
+            raise ConfigError(f"{file}: a variant that trains a student is expected to sample from.")
+        if isinstance(variant, TeacherVariant):
+            if not isinstance(source.method, DMDMethodConfig):
+                raise ConfigError(f"{file}: teacher_of needs a method with a guidance scale, such as dmd.")
+            continue
+        try:
+            step_rates(len(source.method.few_steps), variant.half_rate_steps)
+        except ValueError as error:
+            raise ConfigError(f"{file}: {error}") from error
+        if variant.interpolator is not None and study.is_measured(variant.interpolator):
+            raise ConfigError(f"{file}: interpolator must be a variant of method frame_interpolation.")

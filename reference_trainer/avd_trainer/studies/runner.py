@@ -1,0 +1,151 @@
+"""Runs a study: any number of processes share its units, and what is done is never done again."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from multiprocessing import get_context
+from pathlib import Path
+
+from avd_trainer.config.differences import differences
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import claim_folder, read_json, write_json
+from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.runtime.signals import StopSignals
+from avd_trainer.runtime.terminal import readable_errors
+from avd_trainer.studies.definition import Study, Unit
+from avd_trainer.studies.units import StoppedError, Workplace
+from avd_trainer.training.folder import LOCK, FolderInUseError, locked
+
+SAVED = "study.json"
+UNITS = "units"
+LOGS = "logs"
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How long a process waits for units that others work at before it looks again whether one is free."""
+
+
+def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1) -> bool:
+    """Do what is left to do of a study, beside others who do the same.
+
+    Leaves in ``folder``: ``study.json`` (all values that results depend on), and for each unit ``units/UNIT.json`` (its
+    measures) and ``units/UNIT`` (its run, without checkpoints). Several of these calls may share a folder, also on
+    several machines, if their file system has locks.
+
+    Args:
+        study: What is compared.
+        folder: Empty, or that of the same study; variants and seeds may be added.
+        seeds: Of training.
+        jobs: Processes. With 1 this one does the work; more of them print to ``logs``.
+
+    Returns:
+        Whether all is done; False where a signal asked it to stop.
+
+    Raises:
+        UserError: If ``folder`` holds something else or was made with other values, or a process fails.
+    """
+    claim_study(study, folder)
+    if jobs == 1:
+        return _work(study, folder, seeds)
+    left = _missing(study, folder, seeds)
+    (folder / LOGS).mkdir(exist_ok=True)
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["avd_trainer.studies.units"])  # imported once for all
+    own = [folder / LOGS / f"{socket.gethostname()}-{os.getpid()}-{number}.txt" for number in range(jobs)]
+    processes = [context.Process(target=_work_unseen, args=(study, folder, seeds, log)) for log in own[: len(left)]]
+    total = len(study.units(seeds))
+    shown = total - len(left)
+    with StopSignals() as signals, ProgressBar(study.name, total, start=shown) as bar:
+        for process in processes:
+            process.start()
+        while any(process.is_alive() for process in processes):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if signals.received is not None:
+                for process in processes:
+                    process.terminate()  # which they take as a request to save and stop
+            done = total - len(_missing(study, folder, seeds))
+            for _ in range(done - shown):
+                bar.advance()
+            shown = done
+    failed = [log for process, log in zip(processes, own, strict=False) if process.exitcode]
+    if failed and signals.received is None:
+        raise UserError(
+            f"{len(failed)} of {len(processes)} processes failed; {failed[0]} says why. Mend it and run the same "
+            "command again: what is done stays."
+        )
+    return not _missing(study, folder, seeds)
+
+
+def claim_study(study: Study, folder: Path) -> None:
+    """Take a new folder, or that of the same study, to which variants may be added.
+
+    Raises:
+        UserError: If it cannot be written to, or holds something else, or was made with other values.
+    """
+    claim_folder(folder)
+    with locked(folder, wait=True):
+        values = study.values()
+        if (folder / SAVED).exists():
+            saved = read_json(folder / SAVED)
+            shared = {name: saved["variants"][name] for name in study.variants if name in saved["variants"]}
+            own = values | {"variants": {name: values["variants"][name] for name in shared}}
+            if differing := differences(saved | {"variants": shared}, own):
+                raise UserError(
+                    f"{folder} holds results of other values:\n" + "\n".join(differing) + "\n"
+                    "Choose a new --output for these, or run with the values there to go on."
+                )
+            values["variants"] = saved["variants"] | values["variants"]
+        elif {path.name for path in folder.iterdir()} - {LOCK}:
+            raise UserError(f"{folder} holds something that is no study. Choose a new --output.")
+        write_json(folder / SAVED, values)
+
+
+def result_file(folder: Path, unit: Unit) -> Path:
+    """What a unit leaves in a study's folder when it is done."""
+    return folder / UNITS / f"{unit}.json"
+
+
+def _missing(study: Study, folder: Path, seeds: Sequence[int]) -> list[Unit]:
+    return [unit for unit in study.units(seeds) if not result_file(folder, unit).exists()]
+
+
+def _work(study: Study, folder: Path, seeds: Sequence[int]) -> bool:
+    """Do units until none is left, also those that others began and left."""
+    with StopSignals() as signals, join_ranks() as ranks:
+        place = Workplace(study, folder / UNITS, ranks, lambda: signals.received is not None)
+        while left := _missing(study, folder, seeds):
+            try:
+                if not any(_try(place, folder, unit) for unit in left):
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+            except StoppedError:
+                return False
+            if signals.received is not None:
+                return False
+        return True
+
+
+def _try(place: Workplace, folder: Path, unit: Unit) -> bool:
+    """Do a unit unless it waits for another one, is done meanwhile, or another process does it."""
+    if not all(result_file(folder, needed).exists() for needed in place.study.needs(unit)):
+        return False
+    own = folder / UNITS / str(unit)
+    own.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(own):
+            if result_file(folder, unit).exists():
+                return False
+            write_json(result_file(folder, unit), place.do(unit))
+            return True
+    except FolderInUseError:
+        return False
+
+
+def _work_unseen(study: Study, folder: Path, seeds: Sequence[int], log: Path) -> None:
+    """:func:`_work` in a process of its own that prints to a file."""
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    with readable_errors():
+        _work(study, folder, seeds)

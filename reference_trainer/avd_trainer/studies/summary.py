@@ -1,0 +1,181 @@
+"""What a study found, made from its units at any time: ``results.json``, ``table.md`` and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from avd_trainer.evaluation.controls import CONTROLS as CONTROL_TITLES
+from avd_trainer.evaluation.measure_table import Row, markdown_table
+from avd_trainer.evaluation.measures import MEASURES, headlines
+from avd_trainer.evaluation.reference import Reference, Spread
+from avd_trainer.runtime.environment import environment
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
+from avd_trainer.studies.deviations import save_deviations
+from avd_trainer.studies.dots import save_figure
+from avd_trainer.studies.runner import SAVED, result_file
+from avd_trainer.studies.statistics import LEAST_SEEDS, LEVEL, compare, estimate
+from avd_trainer.training.folder import locked
+
+RESULTS = "results.json"
+TABLE = "table.md"
+FIGURE = "figure.png"
+DEVIATIONS = "deviations.png"
+
+
+def write_summary(study: Study, folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
+    """Write ``results.json``, ``table.md``, ``figure.png`` and, where a variant has a regression, ``deviations.png``.
+
+    Covers all variants that the folder has results of, also those that ``study`` leaves out.
+
+    Args:
+        study: Says titles, order and baseline.
+        folder: A study's, done or not.
+        seeds: Which seeds to report; results of others are left out.
+
+    Returns:
+        What is in ``results.json``.
+
+    Raises:
+        UserError: If the folder holds no results of this study.
+    """
+    saved = read_json(folder / SAVED)
+    if saved["study"] != study.name:
+        raise UserError(
+            f"{folder} holds results of study {saved['study']}, not of {study.name}. Choose another --output."
+        )
+    with locked(folder, wait=True):
+        results = summarise(study, folder, saved, seeds)
+        write_json(folder / RESULTS, results)
+        part = folder / f"{TABLE}.part"
+        part.write_text(render(results))
+        part.replace(folder / TABLE)
+        save_figure(folder / FIGURE, results)
+        save_deviations(folder / DEVIATIONS, results)
+    return results
+
+
+def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """All there is to say of the units that are done, as plain values."""
+    real = _read(folder, Unit(REFERENCE, study.data.seed))
+    controls = _read(folder, Unit(CONTROLS, study.data.seed))
+    units = {
+        name: {seed: unit for seed in seeds if (unit := _read(folder, Unit(name, seed)))}
+        for name in study.config.variants
+        if name in saved["variants"]
+    }
+    values = {
+        name: {seed: _mean(unit) for seed, unit in own.items() if "noises" in unit} for name, own in units.items()
+    }
+    variants = {}
+    for name, own in units.items():
+        measures: dict[str, dict[str, Any]] = {}
+        for measure in MEASURES:
+            of_seeds = _column(values[name], measure)
+            if not of_seeds:
+                continue
+            measures[measure] = estimate(list(of_seeds.values()))._asdict()
+            baseline = _column(values.get(study.config.baseline, {}), measure)
+            if real and name != study.config.baseline:
+                found = compare(of_seeds, baseline, real["spreads"][measure]["mean"])
+                measures[measure]["against_baseline"] = None if found is None else found._asdict()
+        variants[name] = {
+            "title": study.titles[name],
+            "measures": measures,
+            "seeds": {
+                str(seed): {"values": values[name].get(seed)}
+                | {key: value for key, value in unit.items() if key not in ("variant", "seed")}
+                for seed, unit in own.items()
+            },
+            "values": saved["variants"][name],
+        }
+    return {
+        "study": study.name,
+        "title": study.title,
+        "command": f"avd study {study.name} --output DIR --seeds {','.join(map(str, seeds))}",
+        "baseline": study.config.baseline,
+        "evaluation": saved["evaluation"],
+        "seeds": list(seeds),
+        "statistics": f"{LEVEL:.0%} intervals (bootstrap, expanded percentile) from {LEAST_SEEDS} seeds on",
+        "reference": real,
+        "controls": controls,
+        "variants": variants,
+        "environment": environment(),
+    }
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The tables in Markdown: what each variant scores, and whether it is closer to real clips than the baseline."""
+    variants = {name: each for name, each in results["variants"].items() if each["seeds"]}
+    lines = [f"# {results['study']}", "", results["title"], ""]
+    lines += [f"- {name} ({_progress(each, results['seeds'])}): {each['title']}" for name, each in variants.items()]
+    if results["reference"] is None:
+        return "\n".join([*lines, "", "Real clips are not measured yet, so nothing can be compared.", ""])
+    spreads = {name: Spread(**each) for name, each in results["reference"]["spreads"].items()}
+    # The clips themselves are of no use to a table.
+    reference = Reference(spreads, results["reference"]["sets"], results["evaluation"]["captions"], torch.empty(0))
+    rows = [
+        Row(
+            name,
+            {key: found["mean"] for key, found in each["measures"].items()},
+            {key: (found["low"], found["high"]) for key, found in each["measures"].items() if found["low"] is not None},
+        )
+        for name, each in variants.items()
+        if each["measures"]
+    ]
+    controls = [Row(CONTROL_TITLES[name].title, values) for name, values in _controls(results).items()]
+    lines += ["", f"## Means over seeds, with {results['statistics']}", "", markdown_table(rows, reference, controls)]
+    names = headlines(spreads)
+    lines += [
+        f"## How much farther from real than {results['baseline']}",
+        "",
+        "Mean over seeds of `|value - real| - |baseline - real|`: below 0 is closer to real than the baseline. "
+        "In bold where the interval excludes 0.",
+        "",
+        f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"| --- |{' --: |' * len(names)}",
+    ]
+    for name, each in variants.items():
+        found = {key: values.get("against_baseline") for key, values in each["measures"].items()}
+        if any(found.values()):
+            lines.append(f"| {name} | {' | '.join(_difference(found[key]) for key in names)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _controls(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
+    return results["controls"]["controls"] if results["controls"] else {}
+
+
+def _read(folder: Path, unit: Unit) -> dict[str, Any] | None:
+    file = result_file(folder, unit)
+    return read_json(file) if file.exists() else None
+
+
+def _mean(unit: Mapping[str, Any]) -> dict[str, float]:
+    return {name: fmean(each[name] for each in unit["noises"]) for name in unit["noises"][0]}
+
+
+def _column(values: Mapping[int, Mapping[str, float]], measure: str) -> dict[int, float]:
+    return {seed: each[measure] for seed, each in values.items() if measure in each}
+
+
+def _progress(variant: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    failed = sum("failed" in unit for unit in variant["seeds"].values())
+    diverged = f", {failed} diverged" if failed else ""
+    return f"{len(variant['seeds'])} of {len(seeds)} seeds{diverged}"
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    text = f"{found['mean']:+.3f}"
+    if found["low"] is None:
+        return text
+    text = f"{text} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text

@@ -1,0 +1,239 @@
+"""The work of a study: a variant with one seed is trained, sampled on held-out captions, and measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from avd_core import (
+    FlowMatchingSchedule,
+    HalfRateInterpolationSampler,
+    LatentFrameInterpolator,
+    NonFiniteError,
+    interpolate_linearly,
+)
+from avd_core.sampling import Interpolator
+from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
+from avd_trainer.evaluation.controls import RealClips, make_controls
+from avd_trainer.evaluation.measures import measure
+from avd_trainer.evaluation.reference import reference_of_shapes
+from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.samplers import sample_teacher
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.models.weights import open_weights
+from avd_trainer.runtime.draws import seed_of
+from avd_trainer.runtime.environment import environment
+from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit
+from avd_trainer.studies.deviations import read_deviations
+from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.folder import CHECKPOINTS
+from avd_trainer.training.metrics_log import METRICS_FILE
+from avd_trainer.training.run import train
+
+RUN = "run"
+"""The run in a unit's folder; what it trained stays, its checkpoints go when it is done."""
+
+Stopping = Callable[[], bool]
+"""Whether somebody asked the study to stop."""
+
+Sample = Callable[[Tensor, Sequence[torch.Generator], Tensor], Tensor]
+"""Noise ``[B, C, F, h, w]``, a stream of further noise for each sample, and text ``[B, L, D]`` to samples."""
+
+
+class StoppedError(Exception):
+    """A signal came; what was trained is saved."""
+
+
+class Workplace:
+    """What the units of a process share: clips, captions and the codec are made once.
+
+    Args:
+        study: What is done.
+        folder: Where units have their folders.
+        ranks: The one process that computes.
+        stopping: Asked between batches.
+    """
+
+    def __init__(self, study: Study, folder: Path, ranks: Ranks, stopping: Stopping = lambda: False) -> None:
+        self.study, self.folder, self.ranks = study, folder, ranks
+        self._stopping = stopping
+        self._codec = BlockDCTCodec()
+
+    def do(self, unit: Unit) -> dict[str, Any]:
+        """Train where the variant is trained, and measure where it makes clips.
+
+        Returns:
+            ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
+            also ``noises``, the measures of each of several noises, and ``deviations`` that the adaptive weight judged;
+            or ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the
+            ``spreads`` of real clips, of ``controls`` the ``controls``.
+
+        Raises:
+            StoppedError: If somebody asked to stop.
+            UserError: As :func:`train`.
+        """
+        seconds: dict[str, float] = {}
+        start = time.monotonic()
+        result: dict[str, Any] = {"variant": unit.variant, "seed": unit.seed}
+        try:
+            result |= self._results(unit, seconds)
+        except NonFiniteError as error:
+            result["failed"] = str(error)
+        seconds["all"] = round(time.monotonic() - start, 1)
+        return result | {"seconds": seconds, "environment": environment()}
+
+    def _results(self, unit: Unit, seconds: dict[str, float]) -> dict[str, Any]:
+        if unit.variant == REFERENCE:
+            reference = reference_of_shapes(self._shapes, self._codec, sets=self.study.config.evaluation.renderings)
+            return {"sets": reference.sets, "spreads": {name: asdict(each) for name, each in reference.spreads.items()}}
+        if unit.variant == CONTROLS:
+            # Another rendering than the one that clips are compared with.
+            clips = RealClips.of_shapes([self._shapes.render(index, 1) for index in range(len(self._shapes))])
+            controls = make_controls(clips, self._codec)
+            return {"controls": {name: self._measure(each.latents, each.video) for name, each in controls.items()}}
+        variant = self.study.variants[unit.variant]
+        if isinstance(variant, TrainConfig):
+            with _timed(seconds, "train"):
+                self._train(unit, variant)
+        if not self.study.is_measured(unit.variant):
+            return {}
+        with _timed(seconds, "sample"):
+            samples = [self._sample(unit, noise) for noise in range(self.study.config.evaluation.noises)]
+        if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
+            raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
+        with _timed(seconds, "measure"):
+            noises = [self._measure(latents, self._codec.decode(latents)) for latents in samples]
+        trained = isinstance(variant, TrainConfig)
+        return {
+            "noises": noises,
+            "deviations": read_deviations(self.run_folder(unit) / METRICS_FILE) if trained else None,
+        }
+
+    def run_folder(self, unit: Unit) -> Path:
+        """Where a unit's run is."""
+        return self.folder / str(unit) / RUN
+
+    def _train(self, unit: Unit, config: TrainConfig) -> None:
+        folder = self.run_folder(unit)
+        if not (folder / config.method.main_role).exists():  # written whole, after the last step
+            seeded = config.model_copy(update={"seed": unit.seed})
+            if not train(seeded, folder, self.ranks, data=self._training_data, description=str(unit)):
+                raise StoppedError
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+    @torch.no_grad()
+    def _sample(self, unit: Unit, noise: int) -> Tensor:
+        """``[N, C, F, h, w]``: a clip for each held-out caption."""
+        variant, size = self.study.variants[unit.variant], self.study.config.evaluation.batch_size
+        sample = self._teacher(variant) if isinstance(variant, TeacherVariant) else self._student(unit)
+        parts = []
+        for start in range(0, len(self._text), size):
+            if self._stopping():
+                raise StoppedError
+            text = self._text[start : start + size].to(self.ranks.device)
+            # A stream for each sample, so that neither the batches nor the variant change its noise.
+            streams = [
+                torch.Generator().manual_seed(seed_of("study", unit.seed, noise, start + place))
+                for place in range(len(text))
+            ]
+            shape = self._training_data.latent_shape
+            start_noise = torch.stack([torch.randn(*shape, generator=stream) for stream in streams])
+            parts.append(sample(start_noise.to(self.ranks.device), streams, text).cpu())
+        return torch.cat(parts)
+
+    def _teacher(self, variant: TeacherVariant) -> Sample:
+        config = self.study.run(variant.teacher_of)
+        assert config.teacher is not None
+        assert isinstance(config.method, DMDMethodConfig)
+        model = VelocityModel(load_transformer(config.teacher, self.ranks.device))
+        guidance_scale = config.method.guidance_scale
+
+        def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
+            return sample_teacher(
+                model,
+                text,
+                torch.zeros_like(text[0]),
+                noise.shape[1:],
+                lambda shape: noise,
+                steps=variant.steps,
+                guidance_scale=guidance_scale,
+            )
+
+        return sample
+
+    def _student(self, unit: Unit) -> Sample:
+        variant, method = self.study.variants[unit.variant], self.study.run(unit.variant).method
+        assert isinstance(method, DistillationConfig)
+        source, half_rate_steps = unit, 0
+        interpolator: Interpolator = interpolate_linearly
+        if isinstance(variant, HalfRateVariant):
+            source, *others = self.study.needs(unit)
+            half_rate_steps = variant.half_rate_steps
+            for other in others:
+                trained = LatentFrameInterpolator.from_pretrained(self._product(other))
+                interpolator = trained.to(self.ranks.device)
+        model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
+        schedule = FlowMatchingSchedule()
+
+        def predict_x_0(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+            return schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
+
+        sampler = HalfRateInterpolationSampler(predict_x_0, interpolator, method.few_steps, half_rate_steps)
+        return lambda noise, streams, text: sampler(noise, streams, text=text)
+
+    def _product(self, unit: Unit) -> Path:
+        """The folder of what a unit has trained."""
+        product = self.run_folder(unit) / self.study.run(unit.variant).method.main_role
+        if not product.exists():  # the unit is done all the same
+            raise NonFiniteError(f"There is nothing to sample with: {unit} has diverged.")
+        return product
+
+    def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
+        if self._stopping():
+            raise StoppedError
+        return measure(latents, video, self._held_out.captions, self._held_out.latents)
+
+    @cached_property
+    def _training_data(self) -> TrainingData:
+        clips = InMemoryData(load_clips(self.study.data, self._codec, held_out=False).train, self._embed)
+        return TrainingData(clips, clips)
+
+    @cached_property
+    def _shapes(self) -> MovingShapes:
+        return held_out_shapes(self.study.data, self.study.config.evaluation.captions)
+
+    @cached_property
+    def _held_out(self) -> CaptionedLatents:
+        return encode_shapes(self._shapes, self._codec)
+
+    @cached_property
+    def _text(self) -> Tensor:
+        return self._embed(self._held_out.captions)
+
+    @cached_property
+    def _embed(self) -> HashTextEmbedding:
+        teacher = next(run.teacher for run in map(self.study.run, self.study.variants) if run.teacher is not None)
+        with open_weights(teacher) as weights:
+            return HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[name] = round(time.monotonic() - start, 1)

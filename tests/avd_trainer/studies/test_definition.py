@@ -1,0 +1,135 @@
+"""What a study's folder says, and what is refused before any work."""
+
+from pathlib import Path
+
+import pytest
+
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.studies.catalog import find_study, list_studies
+from avd_trainer.studies.definition import (
+    HalfRateVariant,
+    Study,
+    TeacherVariant,
+    Unit,
+    load_study,
+    parse_seeds,
+)
+from avd_trainer.training.config import TrainConfig
+from small_study import write_study
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return load_study(write_study(tmp_path / "small"))
+
+
+def test_variants_are_read_in_the_order_of_the_study(study: Study) -> None:
+    assert study.name == "small"
+    assert study.title == "Two steps of everything."
+    assert study.titles["dmd"] == "Matching alone."
+    kinds = [TeacherVariant, TrainConfig, TrainConfig, HalfRateVariant, TrainConfig]
+    assert [(name, type(variant)) for name, variant in study.variants.items()] == list(
+        zip(["teacher", "dmd", "avd", "half-rate", "interpolator"], kinds, strict=True)
+    )
+
+
+def test_a_variant_has_the_values_of_the_one_that_it_extends(study: Study) -> None:
+    avd = study.run("avd")
+    assert (avd.method.kind, avd.max_steps, avd.few_steps) == ("avd", 2, (1000.0, 500.0))
+    assert avd.method.guidance_scale == study.run("dmd").method.guidance_scale
+    assert study.run("half-rate") is avd
+    assert study.run("teacher") is study.run("dmd")
+
+
+def test_runs_go_on_unseen(study: Study) -> None:
+    assert study.run("dmd").samples.every is None
+    assert not study.run("dmd").logging.tensorboard
+
+
+def test_units_come_seed_by_seed_behind_what_is_done_once(study: Study) -> None:
+    units = list(map(str, study.units([1, 2])))
+    assert units[:3] == ["reference-4", "controls-4", "interpolator-0"]
+    assert units[3:] == [f"{name}-{seed}" for seed in (1, 2) for name in ("teacher", "dmd", "avd", "half-rate")]
+    assert study.needs(Unit("half-rate", 2)) == [Unit("avd", 2), Unit("interpolator", 0)]
+    assert study.needs(Unit("avd", 2)) == study.needs(Unit("teacher", 2)) == []
+
+
+def test_a_variant_brings_what_it_refers_to(tmp_path: Path) -> None:
+    name = write_study(tmp_path / "small")
+    assert list(load_study(name, variants=["half-rate"]).variants) == ["avd", "half-rate", "interpolator"]
+    assert list(load_study(name, variants=["avd"]).variants) == ["avd"]
+
+
+def test_overrides_are_of_the_runs_or_of_the_evaluation(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path / "small"), ["max_steps=7", "evaluation.noises=9"])
+    assert {study.run(name).max_steps for name in study.variants} == {7}
+    assert study.config.evaluation.noises == 9
+    with pytest.raises(UserError, match=r"(?s)interpolator\.yaml.*method\.guidance_scale: there is no such field"):
+        load_study(write_study(tmp_path / "small"), ["method.guidance_scale=2"])
+    assert load_study(write_study(tmp_path / "small"), ["method.guidance_scale=2"], ["dmd"]).run("dmd")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"avd": None}, r"variants must name each file of the folder once"),
+        ({"more": "# One more.\nextends: dmd"}, r"variants must name each file of the folder once: avd, dmd, .*more"),
+        ({"avd": "extends: dmd"}, r"avd\.yaml: the first line must be a comment that says what the variant is"),
+        (
+            {"avd": "# Wrong.\nextends: dm"},
+            r"extends 'dm', expected one of tiny/avd, .* file beside it",
+        ),
+        ({"dmd": "# Round.\nextends: avd"}, r"dmd\.yaml extends itself: avd -> dmd -> avd|dmd -> avd -> dmd"),
+        ({"avd": "# Data.\nextends: dmd\ndata: {seed: 5}"}, r"avd\.yaml: data differs from that of the other variants"),
+        ({"teacher": "# Of nobody.\nteacher_of: nobody"}, r"has no variant 'nobody', which another one names"),
+        ({"teacher": "# Wrong.\nteacher_of: interpolator"}, r"a variant that trains a student is expected"),
+        ({"half-rate": "# Wrong.\nof: teacher"}, r"half-rate\.yaml: a variant that trains a student is expected"),
+        ({"half-rate": "# Wrong.\nof: avd\nhalf_rate_steps: 3"}, r"half_rate_steps must be from 0 to 2"),
+        (
+            {"half-rate": "# Wrong.\nof: avd\ninterpolator: dmd"},
+            r"interpolator must be a variant of method frame_",
+        ),
+        ({"half-rate": "# Wrong.\nof: avd\nrate: 2"}, r"rate: there is no such field"),
+        ({"reference": "# Taken.\nextends: dmd"}, r"reference cannot be the name of a variant"),
+        ({"study": "baseline: nobody\nvariants: [teacher, dmd, avd, half-rate, interpolator]"}, r"no variant 'nobody'"),
+        ({"avd": "# Videos.\nextends: dmd\ndata: {kind: videos, path: x}"}, r"there is no such field|must be shapes"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, str | None], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_study(write_study(tmp_path / "small", **changes))
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'tabel2' is neither a study \(.*table2.*\) nor a folder with a study\.yaml"):
+        find_study("tabel2")
+    with pytest.raises(UserError, match=r"has no variant 'adv'. It has teacher, dmd, avd"):
+        load_study(write_study(tmp_path / "small"), variants=["adv"])
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("1..8", list(range(1, 9))), ("3", [3]), ("7,1,3", [1, 3, 7]), ("1..3,100", [1, 2, 3, 100])]
+)
+def test_seeds(text: str, seeds: list[int]) -> None:
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "a", "1..", "1-8", "3..1", "1,1", "1..3,2", "-1", "1...3"])
+def test_wrong_seeds_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"expected a range such as 1\.\.8, or a list such as 1,3,7, each seed once"):
+        parse_seeds(text)
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_every_study_of_the_package_is_valid(name: str) -> None:
+    study = load_study(name)
+    assert study.title
+    assert study.config.baseline in study.variants
+    assert list(study.variants) == list(study.config.variants)
+    for variant in study.variants:  # a variant that no other one is like
+        same = [other for other in study.variants if study.variants[other] == study.variants[variant]]
+        assert same == [variant]
+
+
+def test_there_are_studies() -> None:
+    assert {"table2", "tuning", "floors", "sharpness", "balance", "style"} <= list_studies().keys()

@@ -1,0 +1,254 @@
+"""Studies from start to end: shared, killed, gone on with, and never done twice."""
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avd_core import NonFiniteError
+from avd_trainer.evaluation.controls import CONTROLS
+from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json
+from avd_trainer.studies import runner, units
+from avd_trainer.studies.definition import Study, load_study
+from avd_trainer.studies.runner import run_study
+from avd_trainer.studies.summary import write_summary
+from avd_trainer.training.checkpoint import list_checkpoints
+from launches import Launch
+from small_study import write_study
+
+SEEDS = [1, 2]
+UNITS = {"reference-4", "controls-4", "interpolator-0"} | {
+    f"{name}-{seed}" for name in ("teacher", "dmd", "avd", "half-rate") for seed in SEEDS
+}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return load_study(write_study(tmp_path_factory.mktemp("studies") / "small"))
+
+
+@pytest.fixture(scope="module")
+def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study that two processes did together."""
+    folder = tmp_path_factory.mktemp("finished")
+    with Launch(1, run_study, study, folder, SEEDS) as one, Launch(1, run_study, study, folder, SEEDS) as other:
+        assert one.results() == other.results() == [True]
+        printed = one.printed() + other.printed()
+    # Nothing was done by both.
+    for unit in ("dmd-1", "avd-2", "interpolator-0"):
+        assert printed.count(f"{unit}: 2/2") == 1
+    return folder
+
+
+@pytest.fixture
+def copy(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return {file.stem: read_json(file) for file in (folder / "units").glob("*.json")}
+
+
+def times(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder / "units").rglob("*") if path.name != ".lock"}
+
+
+def test_every_unit_is_done(finished: Path) -> None:
+    assert results(finished).keys() == UNITS
+
+
+def test_clips_are_measured_for_each_noise(finished: Path) -> None:
+    found = results(finished)
+    for name in UNITS - {"reference-4", "controls-4", "interpolator-0"}:
+        one, other = found[name]["noises"]
+        assert one.keys() == other.keys() == MEASURES.keys()
+        assert one != other
+    assert found["reference-4"]["spreads"].keys() == MEASURES.keys()
+    assert found["controls-4"]["controls"].keys() == CONTROLS.keys()
+    assert "noises" not in found["interpolator-0"]
+
+
+def test_seeds_and_variants_differ(finished: Path) -> None:
+    found = {name: json.dumps(unit["noises"]) for name, unit in results(finished).items() if "noises" in unit}
+    assert len(set(found.values())) == len(found)
+
+
+def test_students_stay_and_checkpoints_go(finished: Path) -> None:
+    run = finished / "units" / "dmd-1" / "run"
+    assert (run / "student" / "config.json").exists()
+    assert not list(finished.rglob("checkpoints"))
+
+
+def test_of_a_finished_study_nothing_is_done_again(study: Study, finished: Path) -> None:
+    before = times(finished)
+    assert run_study(study, finished, SEEDS)
+    assert run_study(study, finished, [2], jobs=2)
+    assert times(finished) == before
+
+
+def test_how_many_are_sampled_at_once_changes_no_sample(study: Study, finished: Path, tmp_path: Path) -> None:
+    one = load_study(write_study(tmp_path / "small"), ["evaluation.batch_size=4"], ["dmd"])
+    assert run_study(one, tmp_path / "other", [1])
+    mine, theirs = (results(folder)["dmd-1"]["noises"][0] for folder in (tmp_path / "other", finished))
+    assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+def wait_for(there: Callable[[], bool], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    return load_study(write_study(tmp_path_factory.mktemp("longer") / "small"), ["max_steps=4"], ["dmd"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(longer: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with Launch(1, run_study, longer, folder, [1]) as launch:
+        assert launch.results() == [True]
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_study_goes_on(longer: Study, undisturbed: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with Launch(1, run_study, longer, tmp_path, [1]) as launch:
+        wait_for(lambda: bool(list_checkpoints(tmp_path / "units" / "dmd-1" / "run" / "checkpoints")))
+        launch.signal(number)
+        assert launch.wait() == [-number if number == signal.SIGKILL else 0]
+        assert number == signal.SIGKILL or launch.results() == [False]
+    assert not (tmp_path / "units" / "dmd-1.json").exists()
+    with Launch(1, run_study, longer, tmp_path, [1]) as launch:
+        assert launch.results() == [True]
+        assert "dmd-1: going on at step" in launch.printed()
+    assert results(tmp_path)["dmd-1"]["noises"] == results(undisturbed)["dmd-1"]["noises"]
+
+
+def test_a_unit_that_died_before_it_was_measured_is_not_trained_again(
+    study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = results(copy)
+    (copy / "units" / "avd-1.json").unlink()
+    monkeypatch.setattr(units, "train", None)
+    assert run_study(study, copy, SEEDS)
+    assert results(copy)["avd-1"]["noises"][0] == pytest.approx(before["avd-1"]["noises"][0], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        ("max_steps=3", r"variants\.dmd\.max_steps: 2 there, 3 now"),
+        ("evaluation.noises=1", r"evaluation\.noises: 2"),
+    ],
+)
+def test_other_values_want_another_folder(finished: Path, tmp_path: Path, overrides: str, key: str) -> None:
+    before = times(finished)
+    other = load_study(write_study(tmp_path / "small"), [overrides])
+    with pytest.raises(UserError, match=rf"(?s)holds results of other values:\n.*{key}.*Choose a new --output"):
+        run_study(other, finished, SEEDS)
+    assert times(finished) == before
+
+
+def test_a_changed_file_wants_another_folder(finished: Path, tmp_path: Path) -> None:
+    name = write_study(tmp_path / "small", teacher="# The teacher in three.\nteacher_of: dmd\nsteps: 3")
+    with pytest.raises(UserError, match=r"variants\.teacher\.steps: 2 there, 3 now"):
+        run_study(load_study(name), finished, SEEDS)
+
+
+def test_a_folder_of_something_else_is_left_alone(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    with pytest.raises(UserError, match="holds something that is no study"):
+        run_study(study, tmp_path, SEEDS)
+
+
+def test_variants_and_seeds_can_be_added(tmp_path: Path) -> None:
+    name, folder = write_study(tmp_path / "small"), tmp_path / "out"
+    assert run_study(load_study(name, variants=["teacher"]), folder, [1])
+    assert run_study(load_study(name, variants=["dmd"]), folder, [1])
+    assert {"teacher-1", "dmd-1"} <= results(folder).keys()
+    found = write_summary(load_study(name), folder, [1, 5])
+    assert list(found["variants"]) == ["teacher", "dmd"]
+    assert "- dmd (1 of 2 seeds): Matching alone." in (folder / "table.md").read_text()
+
+
+def test_several_jobs_print_to_files(copy: Path, study: Study) -> None:
+    (copy / "units" / "teacher-2.json").unlink()
+    (copy / "units" / "half-rate-1.json").unlink()
+    before = results(copy)
+    assert run_study(study, copy, SEEDS, jobs=2)
+    assert results(copy).keys() - before.keys() == {"teacher-2", "half-rate-1"}
+    assert len(list((copy / "logs").iterdir())) == 2
+
+
+def test_a_process_that_fails_is_told(copy: Path, study: Study) -> None:
+    (copy / "units" / "half-rate-1.json").unlink()
+    (copy / "units" / "interpolator-0" / "run" / "interpolator" / "config.json").write_text("broken")
+    with pytest.raises(UserError, match=r"1 of 1 processes failed; .*-0\.txt says why"):
+        run_study(study, copy, SEEDS, jobs=2)
+    (log,) = (copy / "logs").iterdir()
+    assert "holds no LatentFrameInterpolator" in log.read_text()
+
+
+def test_a_student_that_diverged_is_a_result(study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(*_: object, **__: object) -> bool:
+        raise NonFiniteError("10 steps in a row")
+
+    for name in ("avd-1", "half-rate-1"):
+        (copy / "units" / f"{name}.json").unlink()
+    shutil.rmtree(copy / "units" / "avd-1")
+    monkeypatch.setattr(units, "train", diverge)
+    assert run_study(study, copy, SEEDS)
+    assert results(copy)["avd-1"]["failed"] == "10 steps in a row"
+    assert "avd-1 has diverged" in results(copy)["half-rate-1"]["failed"]
+    found = write_summary(study, copy, SEEDS)
+    assert found["variants"]["avd"]["measures"]["visible"]["seeds"] == 1
+    assert "- avd (2 of 2 seeds, 1 diverged)" in (copy / "table.md").read_text()
+
+
+def test_the_summary_is_made_again_from_the_units(study: Study, copy: Path) -> None:
+    found = write_summary(study, copy, SEEDS)
+    for name in ("results.json", "table.md", "figure.png"):
+        (copy / name).unlink()
+    assert write_summary(study, copy, SEEDS) == found == read_json(copy / "results.json")
+    assert (copy / "table.md").read_text()
+    assert (copy / "figure.png").stat().st_size > 10_000
+
+
+def test_the_summary_says_everything(study: Study, finished: Path) -> None:
+    found = write_summary(study, finished, SEEDS)
+    dmd, avd = (found["variants"][name] for name in ("dmd", "avd"))
+    unit = results(finished)["avd-2"]
+    assert avd["seeds"]["2"]["noises"] == unit["noises"]
+    assert avd["seeds"]["2"]["seconds"] == unit["seconds"]
+    assert avd["values"]["method"]["kind"] == "avd"
+    of_seeds = {
+        name: [found["variants"][name]["seeds"][seed]["values"]["saturation"] for seed in "12"]
+        for name in ("dmd", "avd")
+    }
+    assert of_seeds["avd"][1] == pytest.approx(sum(noise["saturation"] for noise in unit["noises"]) / 2)
+    assert avd["measures"]["saturation"]["mean"] == pytest.approx(sum(of_seeds["avd"]) / 2)
+    real = found["reference"]["spreads"]["saturation"]["mean"]
+    farther = [abs(a - real) - abs(b - real) for a, b in zip(of_seeds["avd"], of_seeds["dmd"], strict=True)]
+    assert avd["measures"]["saturation"]["against_baseline"]["mean"] == pytest.approx(sum(farther) / 2)
+    assert "against_baseline" not in dmd["measures"]["saturation"]
+    assert "interpolator" not in (finished / "table.md").read_text().split("## ")[1]
+
+
+def test_the_summary_of_nothing_says_so(study: Study, tmp_path: Path) -> None:
+    runner.claim_study(study, tmp_path)
+    found = write_summary(study, tmp_path, SEEDS)
+    assert found["reference"] is None
+    assert "Real clips are not measured yet" in (tmp_path / "table.md").read_text()
+    other = load_study("table2")
+    with pytest.raises(UserError, match="holds results of study small, and this is table2"):
+        write_summary(other, tmp_path, SEEDS)
