@@ -62,6 +62,15 @@ def test_noise_has_unit_variance(measured: Measured, codec: BlockDCTCodec) -> No
     assert torch.allclose(latents.mean(dim=(0, 2, 3, 4)), torch.zeros(16), atol=0.05)
 
 
+def test_a_blur_keeps_what_is_flat_and_spreads_what_is_not(codec: BlockDCTCodec) -> None:
+    video = torch.full((1, 3, 5, 32, 32), 0.4)
+    assert torch.allclose(CONTROLS["blurred"].spoil(RealClips(video), 0.8, codec).video, video, atol=1e-5)
+    video[..., 16:] = 0.6  # an edge between two blocks of the codec, which it keeps
+    blurred = CONTROLS["blurred"].spoil(RealClips(video), 0.8, codec).video
+    assert torch.allclose(blurred.mean(), torch.tensor(0.5), atol=1e-3)
+    assert blurred[..., 15].mean() > 0.42
+
+
 def test_clips_without_captions_get_all_controls_but_erased_ones(measured: Measured, codec: BlockDCTCodec) -> None:
     clips = RealClips(torch.stack([clip.video for clip in measured.clips]))
     controls = make_controls(clips, codec)

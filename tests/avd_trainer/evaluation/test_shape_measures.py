@@ -135,6 +135,13 @@ def test_direction_and_speed_of_a_way(way: tuple[float, float], direction: int, 
     assert half["speed"] == pytest.approx(speed, abs=1e-5)
 
 
+def test_a_way_that_too_few_frames_show_is_not_known() -> None:
+    shown = first(hide(make_tracks(), list(range(9, FRAMES))))
+    assert (shown["direction"], shown["moves"], shown["speed"]) == (1, 1, pytest.approx(1.0))
+    hidden = first(hide(make_tracks(), list(range(8, FRAMES))))
+    assert (hidden["direction"], hidden["moves"], hidden["speed"]) == (0, 0, 0)
+
+
 def test_jerk_is_the_root_mean_square_of_third_differences_up_to_a_cap() -> None:
     tracks = make_tracks()
     time = torch.arange(float(FRAMES))
