@@ -29,7 +29,8 @@ def demo(
         from avd_trainer.runtime.ranks import join_ranks
         from avd_trainer.studies.demo import METRICS, REPORT, DemoConfig, run_demo
 
-        config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), clips_of(videos, None))
+        own = {} if videos is None else {**clips_of(videos, None), "calibrate": _to_calibrate(set_ or [])}
+        config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), own)
         with join_ranks() as ranks:
             if ranks.device.type == "cpu":
                 say(describe_threads())
@@ -42,3 +43,18 @@ def demo(
             table.add_row(name, *(f"{value:.4f}" for value in row.model_dump().values()))
         Console().print(table)
         say(f"Pictures: {output / REPORT}, {output}/*.gif. Numbers: {output / METRICS}.")
+
+
+def _to_calibrate(overrides: list[str]) -> list[str]:
+    """What the user's clips decide: values that were chosen for others, unless the user has set them."""
+    values = {
+        "floor": ("method.motion.floor",),
+        "sharpness": ("method.regression.deviation", "method.regression.sharpness"),
+    }
+    given = tuple(override.partition("=")[0] for override in overrides)
+    # Whoever sets a whole section has set what is in it.
+    return [
+        part
+        for part, keys in values.items()
+        if not any(key == own or key.startswith(f"{own}.") for key in keys for own in given)
+    ]

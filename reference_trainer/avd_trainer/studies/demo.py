@@ -28,12 +28,14 @@ from avd_trainer.runtime.files import claim_folder, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.runtime.terminal import say
+from avd_trainer.studies.demo_calibration import Part, calibrated
 from avd_trainer.studies.figures import TITLES, save_report
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.metrics_log import METRICS_FILE
 from avd_trainer.training.run import train
 
 CLIPS_PER_GIF = 8
+CLIPS_TO_CALIBRATE = 64
 DEMO = "avd demo"
 """The command that writes demos."""
 CONFIG = "demo.yaml"
@@ -55,6 +57,9 @@ class DemoConfig(TrainConfig):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured."""
+    calibrate: tuple[Part, ...] = ()
+    """What of the method is chosen by the clips in place of the values here; ``avd demo --videos`` asks for what is not
+    set by ``--set``. The demo's ``calibration.json`` says what came of it."""
 
 
 def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics] | None:
@@ -65,7 +70,8 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
     Args:
         config: The AVD run; the other differs in its objective alone.
         output: Empty, or that of the same demo. Gets ``demo.yaml``, ``report.png``, ``real.gif``, ``teacher.gif``,
-            ``dmd.gif``, ``avd.gif``, ``metrics.json``, and a folder for each of the two runs.
+            ``dmd.gif``, ``avd.gif``, ``metrics.json``, and a folder for each of the two runs; where values
+            are chosen by the clips, ``calibration.json``.
         ranks: The one process of the demo.
 
     Returns:
@@ -95,6 +101,9 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
     data = InMemoryData(clips, embed)
     shape = clips.latents.shape[1:]
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
+    method = calibrated(
+        config, config.calibrate, clips, output, samples=min(samples, CLIPS_TO_CALIBRATE), steps=teacher_steps
+    )
     # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
     captions = [clips.captions[i % len(clips)] for i in range(samples)]
     text = embed(captions)
@@ -109,9 +118,10 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
             _same_noise(samples),
             steps=teacher_steps,
             guidance_scale=method.guidance_scale,
+            shift=method.sampling_shift,
             on_step=bar.advance,
         )
-    engine = config.model_dump(exclude={"evaluation", "method"})
+    engine = config.model_dump(exclude={"evaluation", "calibrate", "method"})
     shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
     methods = {"dmd": DMDMethodConfig(**shared), "avd": method}
     for name, run in {name: TrainConfig(**engine, method=each) for name, each in methods.items()}.items():

@@ -158,10 +158,10 @@ class Workplace:
 
     def _teacher(self, variant: TeacherVariant) -> Sample:
         config = self.study.run(variant.teacher_of)
+        method = config.method
         assert config.teacher is not None
-        assert isinstance(config.method, DMDMethodConfig)
+        assert isinstance(method, DMDMethodConfig)
         model = VelocityModel(load_transformer(config.teacher, self.ranks.device))
-        guidance_scale = config.method.guidance_scale
 
         def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
             return sample_teacher(
@@ -171,7 +171,8 @@ class Workplace:
                 noise.shape[1:],
                 lambda shape: noise,
                 steps=variant.steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=method.guidance_scale,
+                shift=method.sampling_shift,
             )
 
         return sample
