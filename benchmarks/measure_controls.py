@@ -21,7 +21,7 @@ from avd_trainer.evaluation.measure_table import Row, markdown_table
 from avd_trainer.evaluation.measures import MEASURES, measure
 from avd_trainer.evaluation.reference import SETS, Reference, Spread, caught, reference_of_shapes
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from environment import environment
+from avd_trainer.runtime.environment import environment
 
 RESULTS = Path(__file__).parent / "results" / "measure-controls.json"
 

@@ -116,6 +116,11 @@ class Study:
         assert isinstance(data, ShapesData)
         return data
 
+    @property
+    def teacher(self) -> str | None:
+        """The teacher, which all variants share; None where none of the chosen ones has one."""
+        return next((run.teacher for run in map(self.run, self.variants) if run.teacher is not None), None)
+
     def run(self, variant: str) -> TrainConfig:
         """The run behind a variant."""
         found = self.variants[variant]
@@ -243,6 +248,8 @@ def _check(study: Study, folder: Path) -> None:
                 raise ConfigError(f"{file}: data.kind must be shapes, whose held-out captions can be judged.")
             if variant.data.model_copy(update={"held_out": study.data.held_out}) != study.data:
                 raise ConfigError(f"{file}: data differs from that of the other variants. All share the real clips.")
+            if variant.method.needs_teacher and variant.teacher != study.teacher:
+                raise ConfigError(f"{file}: teacher differs from that of the other variants. All share the teacher.")
             continue
         source = study.variants[variant.of if isinstance(variant, HalfRateVariant) else variant.teacher_of]
         if not isinstance(source, TrainConfig) or not isinstance(source.method, DistillationConfig):

@@ -37,6 +37,7 @@ from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment
+from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit
 from avd_trainer.studies.deviations import read_deviations
@@ -99,7 +100,9 @@ class Workplace:
 
     def _results(self, unit: Unit, seconds: dict[str, float]) -> dict[str, Any]:
         if unit.variant == REFERENCE:
-            reference = reference_of_shapes(self._shapes, self._codec, sets=self.study.config.evaluation.renderings)
+            sets = self.study.config.evaluation.renderings
+            with ProgressBar(str(unit), sets) as bar:
+                reference = reference_of_shapes(self._shapes, self._codec, sets=sets, on_set=bar.advance)
             return {"sets": reference.sets, "spreads": {name: asdict(each) for name, each in reference.spreads.items()}}
         if unit.variant == CONTROLS:
             # Another rendering than the one that clips are compared with.
@@ -112,15 +115,16 @@ class Workplace:
                 self._train(unit, variant)
         if not self.study.is_measured(unit.variant):
             return {}
-        with _timed(seconds, "sample"):
-            samples = [self._sample(unit, noise) for noise in range(self.study.config.evaluation.noises)]
+        noises = range(self.study.config.evaluation.noises)
+        with _timed(seconds, "sample"), ProgressBar(f"{unit} samples", len(noises) * len(self._batches)) as bar:
+            samples = [self._sample(unit, noise, bar) for noise in noises]
         if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
             raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
         with _timed(seconds, "measure"):
-            noises = [self._measure(latents, self._codec.decode(latents)) for latents in samples]
+            measured = [self._measure(latents, self._codec.decode(latents)) for latents in samples]
         trained = isinstance(variant, TrainConfig)
         return {
-            "noises": noises,
+            "noises": measured,
             "deviations": read_deviations(self.run_folder(unit) / METRICS_FILE) if trained else None,
         }
 
@@ -137,31 +141,30 @@ class Workplace:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
     @torch.no_grad()
-    def _sample(self, unit: Unit, noise: int) -> Tensor:
+    def _sample(self, unit: Unit, noise: int, bar: ProgressBar) -> Tensor:
         """``[N, C, F, h, w]``: a clip for each held-out caption."""
-        variant, size = self.study.variants[unit.variant], self.study.config.evaluation.batch_size
+        variant = self.study.variants[unit.variant]
         sample = self._teacher(variant) if isinstance(variant, TeacherVariant) else self._student(unit)
+        device, shape = self.ranks.device, self._held_out.latents.shape[1:]
         parts = []
-        for start in range(0, len(self._text), size):
+        for places in self._batches:
             if self._stopping():
                 raise StoppedError
-            text = self._text[start : start + size].to(self.ranks.device)
             # A stream for each sample, so that neither the batches nor the variant change its noise.
-            streams = [
-                torch.Generator().manual_seed(seed_of("study", unit.seed, noise, start + place))
-                for place in range(len(text))
-            ]
-            shape = self._training_data.latent_shape
-            start_noise = torch.stack([torch.randn(*shape, generator=stream) for stream in streams])
-            parts.append(sample(start_noise.to(self.ranks.device), streams, text).cpu())
+            seeds = [seed_of("study", unit.seed, noise, place) for place in places]
+            streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+            start = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+            text = self._embed([self._held_out.captions[place] for place in places])
+            parts.append(sample(start.to(device), streams, text.to(device)).cpu())
+            bar.advance()
         return torch.cat(parts)
 
     def _teacher(self, variant: TeacherVariant) -> Sample:
         config = self.study.run(variant.teacher_of)
+        method = config.method
         assert config.teacher is not None
-        assert isinstance(config.method, DMDMethodConfig)
+        assert isinstance(method, DMDMethodConfig)
         model = VelocityModel(load_transformer(config.teacher, self.ranks.device))
-        guidance_scale = config.method.guidance_scale
 
         def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
             return sample_teacher(
@@ -171,7 +174,8 @@ class Workplace:
                 noise.shape[1:],
                 lambda shape: noise,
                 steps=variant.steps,
-                guidance_scale=guidance_scale,
+                guidance_scale=method.guidance_scale,
+                shift=method.sampling_shift,
             )
 
         return sample
@@ -222,14 +226,17 @@ class Workplace:
         return encode_shapes(self._shapes, self._codec)
 
     @cached_property
-    def _text(self) -> Tensor:
-        return self._embed(self._held_out.captions)
-
-    @cached_property
     def _embed(self) -> HashTextEmbedding:
-        teacher = next(run.teacher for run in map(self.study.run, self.study.variants) if run.teacher is not None)
-        with open_weights(teacher) as weights:
+        if self.study.teacher is None:
+            return HashTextEmbedding(TEXT_LENGTH, 2)  # nobody looks at it
+        with open_weights(self.study.teacher) as weights:
             return HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
+
+    @property
+    def _batches(self) -> list[range]:
+        """Places of captions that are sampled at once."""
+        count, size = len(self._shapes), self.study.config.evaluation.batch_size
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,9 @@ def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) 
         if isinstance(role, Trained | Built)
     ):  # otherwise the learning rate depends on it from the first step
         changeable += ("max_steps",)
-    with suppress(ConfigError):  # of an older version, with fields that are no more: those are told
-        # Fields that came later: the run was as their defaults say.
-        saved = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
-    if differing := differences(saved, config.model_dump(mode="json"), changeable):
+    # Options that came to be since the run was started count as at their defaults, which change nothing.
+    completed = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
+    if differing := differences(completed, config.model_dump(mode="json"), changeable):
         raise ConfigError(
             f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
             "Run with the saved values to go on, or choose a new --output to start over."

@@ -81,6 +81,7 @@ def test_overrides_are_of_the_runs_or_of_the_evaluation(tmp_path: Path) -> None:
         ),
         ({"dmd": "# Round.\nextends: avd"}, r"dmd\.yaml extends itself: avd -> dmd -> avd|dmd -> avd -> dmd"),
         ({"avd": "# Data.\nextends: dmd\ndata: {seed: 5}"}, r"avd\.yaml: data differs from that of the other variants"),
+        ({"avd": "# Teacher.\nextends: dmd\nteacher: elsewhere"}, r"avd\.yaml: teacher differs from that of the other"),
         ({"teacher": "# Of nobody.\nteacher_of: nobody"}, r"has no variant 'nobody', which another one names"),
         ({"teacher": "# Wrong.\nteacher_of: interpolator"}, r"a variant that trains a student is expected"),
         ({"half-rate": "# Wrong.\nof: teacher"}, r"half-rate\.yaml: a variant that trains a student is expected"),

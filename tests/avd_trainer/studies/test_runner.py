@@ -250,5 +250,5 @@ def test_the_summary_of_nothing_says_so(study: Study, tmp_path: Path) -> None:
     assert found["reference"] is None
     assert "Real clips are not measured yet" in (tmp_path / "table.md").read_text()
     other = load_study("table2")
-    with pytest.raises(UserError, match="holds results of study small, and this is table2"):
+    with pytest.raises(UserError, match="holds results of study small, not of table2"):
         write_summary(other, tmp_path, SEEDS)

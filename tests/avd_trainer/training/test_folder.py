@@ -1,7 +1,6 @@
 """Whose the folder of a run is, and whether a run may go on in it."""
 
 import fcntl
-import json
 import os
 import shutil
 from pathlib import Path
@@ -38,23 +37,6 @@ def test_another_configuration_is_refused_and_nothing_is_written(
     assert "max_steps" not in message
     assert "Run with the saved values to go on, or choose a new --output" in message
     assert files(tmp_path) == before
-
-
-def test_a_field_that_came_later_had_its_default(
-    configure: MakeConfig, data: TrainingData, tmp_path: Path, ranks: Ranks
-) -> None:
-    train(configure(max_steps=1), tmp_path, ranks, data=data)
-    state = tmp_path / "checkpoints" / "step-00000001" / "state.json"
-    saved = json.loads(state.read_text())
-    del saved["config"]["max_gradient_norm"]
-    state.write_text(json.dumps(saved))
-    claim_run(tmp_path, configure(max_steps=2))
-    with pytest.raises(ConfigError, match=r"  max_gradient_norm: 10.0 there, 5.0 now"):
-        claim_run(tmp_path, configure(max_steps=2, max_gradient_norm=5))
-    saved["config"]["gone"] = 1
-    state.write_text(json.dumps(saved))
-    with pytest.raises(ConfigError, match=r"  gone: 1 there, None now"):
-        claim_run(tmp_path, configure(max_steps=2))
 
 
 @pytest.mark.parametrize(
