@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core import temporal_variance
+from avd_trainer.evaluation.clip_measures import energy_distance, hsv_saturation
 
 
 class ClipMetrics(BaseModel):
@@ -41,30 +41,3 @@ def evaluate(latents: Tensor, video: Tensor, held_out: Tensor) -> ClipMetrics:
         pixel_motion=float(video.diff(dim=2).abs().mean()),
         distance=energy_distance(latents, held_out),
     )
-
-
-def hsv_saturation(video: Tensor) -> Tensor:
-    """``(max - min) / max`` over the RGB channels (dimension 1), 0 for black; values in [0, 1]."""
-    high, low = video.amax(dim=1), video.amin(dim=1)
-    return torch.where(high > 0, (high - low) / high.clamp_min(1e-12), 0.0)
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """``2 E|x - y| - E|x - x'| - E|y - y'|`` (Szekely and Rizzo 2013), unbiased, divided by the root of the dimension.
-
-    Zero exactly when both sets are drawn from one distribution, in expectation; a single estimate can be negative.
-
-    Args:
-        x: ``[N, ...]``.
-        y: ``[M, ...]``, the same shape beyond the first dimension.
-    """
-    x, y = x.flatten(1).double(), y.flatten(1).double()
-    between = torch.cdist(x, y).mean()
-    distance = 2 * between - _mean_within(x) - _mean_within(y)
-    return float(distance / math.sqrt(x.shape[1]))
-
-
-def _mean_within(x: Tensor) -> Tensor:
-    """Mean distance of two different members; 0 for a single one."""
-    pairs = len(x) * (len(x) - 1)
-    return torch.cdist(x, x).sum() / max(1, pairs)

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, RADIUS, SHAPE_COLORS, SHAPE_KINDS, Scene, coverage
 
-# A shape counts as visible where at least this share of its area is there in one piece.
-VISIBLE_SHARE = 0.5
+# A shape counts as visible where one piece has between this share of its area and that: a frame that is painted in its
+# colour from edge to edge shows no shape.
+SMALLEST, LARGEST = 0.5, 2.0
 # Where the centroid of a kind lies below the centre of its box, and the area of its box's half width 1.
 _CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.2}
 _AREA = {"circle": math.pi, "square": (2 * 0.88) ** 2, "triangle": 1.8 * 1.8 / 2}
-_COLORS = SHAPE_COLORS | BACKGROUND_COLORS
+# Neighbours of a pixel in a stack of frames: those that share an edge, in the same frame.
+_WITHIN_A_FRAME = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))])
 _CHUNK = 32
 
 
@@ -29,7 +31,7 @@ class ShapeTracks:
 
     Attributes:
         scenes: What the captions say.
-        visible: ``[N, 2, F]`` bool: the captioned colour is there in one piece, with at least half of the shape's area.
+        visible: ``[N, 2, F]`` bool: the captioned colour is there in one piece of half to twice the shape's area.
         centers: ``[N, 2, F, 2]`` centroid ``(x, y)`` in pixels, to fractions of a pixel.
         areas: ``[N, 2, F]`` in pixels.
         colors: ``[N, 2, 3]`` median RGB of the shape over the clip.
@@ -50,16 +52,20 @@ class ShapeTracks:
 def track_shapes(video: Tensor, captions: Sequence[str]) -> ShapeTracks:
     """Look for the captioned shapes.
 
-    A pixel belongs to the nearest of the palette's colours. A shape is the largest connected piece of its colour; its
-    edge is read from how far pixels lie between the background's colour and its own.
+    A pixel belongs to the nearest of all shapes' colours and the captioned background's. (Other backgrounds are left
+    out: where green meets mauve, pixels look like sage.) A shape is the largest connected piece of its colour; its edge
+    is read from how far pixels lie between the background's colour and its own, both taken from the clip.
 
     Args:
         video: ``[N, 3, F, S, S]`` in [0, 1], RGB; what lies outside is clamped, as a screen does.
         captions: Of the N clips.
 
     Raises:
-        ValueError: If there are not as many captions, or one is not of :class:`MovingShapes`.
+        ValueError: If the video has another shape, there are not as many captions, or one is not of
+            :class:`MovingShapes`.
     """
+    if video.ndim != 5 or video.shape[1] != 3 or video.shape[3] != video.shape[4]:
+        raise ValueError(f"video of square frames is expected, [N, 3, F, S, S], got {list(video.shape)}.")
     if len(video) != len(captions):
         raise ValueError(f"one caption per clip is expected, got {len(captions)} for {len(video)} clips.")
     scenes = [Scene.from_caption(caption) for caption in captions]
@@ -70,23 +76,29 @@ def track_shapes(video: Tensor, captions: Sequence[str]) -> ShapeTracks:
     return ShapeTracks(scenes, visible, centers, areas, colors, misfits, size=video.shape[-1])
 
 
+def captioned_area(kind: str, size: int) -> float:
+    """The area of a shape of one of ``SHAPE_KINDS``, in pixels, in frames of that many pixels a side."""
+    return _AREA[kind] * (RADIUS * size) ** 2
+
+
 def _track(video: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, ...]:
-    count, _, frames, size, _ = video.shape
-    palette = torch.tensor(list(_COLORS.values()))
-    nearest = torch.cdist(video.movedim(1, -1).reshape(-1, 3), palette).argmin(1).view(count, frames, size, size)
-    names = list(_COLORS)
+    size = video.shape[-1]
+    names = list(SHAPE_COLORS)
+    palette = torch.tensor([[*SHAPE_COLORS.values(), BACKGROUND_COLORS[scene.background]] for scene in scenes])
+    nearest = torch.cdist(video.movedim(1, -1).flatten(1, 3), palette).argmin(-1).view_as(video[:, 0])
     wanted = torch.tensor([[names.index(shape.color) for shape in scene.shapes] for scene in scenes])
     pieces = _largest_pieces(nearest.unsqueeze(1) == wanted[:, :, None, None, None])
-    nominal = torch.tensor([[_AREA[shape.kind] for shape in scene.shapes] for scene in scenes]) * (RADIUS * size) ** 2
-    visible = pieces.sum((-1, -2)) >= VISIBLE_SHARE * nominal.unsqueeze(-1)
-    pieces &= visible[..., None, None]
+    nominal = torch.tensor([[captioned_area(shape.kind, size) for shape in scene.shapes] for scene in scenes])
+    share = pieces.sum((-1, -2)) / nominal.unsqueeze(-1)
 
-    pixels = video.unsqueeze(1)  # [N, 1, 3, F, S, S]
-    colors = _median(pixels, pieces)
-    grounds = _median(pixels, (nearest >= len(SHAPE_COLORS)).unsqueeze(1))
-    alpha = _between(pixels, grounds, colors)
+    grounds = _median(video, (nearest == len(names)).unsqueeze(1))
+    visible = (share >= SMALLEST) & (share <= LARGEST) & ~grounds.isnan().any(-1, keepdim=True)
+    pieces &= visible[..., None, None]
+    colors = _median(video, pieces)
+    alpha = _between(video.unsqueeze(1), grounds, colors)
     # Only around the piece: the other shape's colour may lie on the same line.
-    around = F.max_pool2d(pieces.flatten(0, 1).float(), 5, stride=1, padding=2).view_as(alpha)
+    rows = F.max_pool2d(pieces.flatten(0, 1).float(), (5, 1), stride=1, padding=(2, 0))
+    around = F.max_pool2d(rows, (1, 5), stride=1, padding=(0, 2)).view_as(alpha)
     alpha = torch.where(visible[..., None, None], alpha * around, 0.0)
 
     areas = alpha.sum((-1, -2))
@@ -102,18 +114,23 @@ def _track(video: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, ...]:
 
 def _largest_pieces(masks: Tensor) -> Tensor:
     """``[..., S, S]`` bool: of each mask its largest connected area, by shared edges."""
-    found = np.zeros(masks.flatten(0, -3).shape, dtype=bool)
-    for mask, largest in zip(masks.flatten(0, -3).numpy(), found, strict=True):
-        labels, count = ndimage.label(mask)
-        if count:
-            largest[...] = labels == 1 + np.bincount(labels.ravel())[1:].argmax()
-    return torch.from_numpy(found).view_as(masks)
+    stack = masks.flatten(0, -3).numpy()
+    labels, _ = ndimage.label(stack, _WITHIN_A_FRAME)
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0  # what belongs to no piece
+    flat = labels.reshape(len(stack), -1)
+    largest = np.take_along_axis(flat, sizes[flat].argmax(1)[:, None], 1)
+    return torch.from_numpy((flat == largest) & (largest > 0)).view_as(masks)
 
 
-def _median(pixels: Tensor, masks: Tensor) -> Tensor:
+def _median(video: Tensor, masks: Tensor) -> Tensor:
     """``[N, P, 3]`` median colour over the pixels of ``[N, P, F, S, S]`` masks; NaN without any."""
-    masked = torch.where(masks.unsqueeze(2), pixels, math.nan)
-    return masked.flatten(3).nanmedian(-1).values
+    colors = torch.full((*masks.shape[:2], 3), math.nan)
+    for clip, places, own in zip(video, masks, colors, strict=True):
+        for place, mask in enumerate(places):
+            if mask.any():
+                own[place] = clip[:, mask].median(-1).values
+    return colors
 
 
 def _between(pixels: Tensor, ground: Tensor, color: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import SHAPE_COLORS, MovingShapes
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.evaluation.clip_metrics import energy_distance
+from avd_trainer.evaluation.clip_measures import energy_distance
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import sample_teacher, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding

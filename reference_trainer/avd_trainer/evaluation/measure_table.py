@@ -1,0 +1,109 @@
+"""Measures as a table: real clips first, then what is compared, then the controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+from avd_trainer.evaluation.measures import MEASURES, headlines
+from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Reference, is_worse
+
+GOALS = {"higher": "high", "lower": "low", "as real": "as real"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One set of clips in a table.
+
+    Attributes:
+        title: What was measured.
+        values: By name of the measure; a measure that is missing leaves its cell empty.
+        intervals: Of values that have one, from and to.
+    """
+
+    title: str
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
+def markdown_table(
+    rows: Sequence[Row], reference: Reference, controls: Sequence[Row] = (), *, names: Sequence[str] | None = None
+) -> str:
+    """The table in Markdown, and below it how to read it.
+
+    Args:
+        rows: What is compared.
+        reference: What real clips score. Values outside it have an exclamation mark.
+        controls: Real clips that were spoiled.
+        names: Which measures; the headline ones by default.
+    """
+    names = _names(reference, names)
+    header = ["", *(_heading(name) for name in names)]
+    lines = [
+        header,
+        ["---", *("--:" for _ in names)],
+        ["real", *_reference_cells(reference, names)],
+        *([row.title, *_cells(row, reference, names)] for row in rows),
+        *([f"*{row.title}*", *_cells(row, reference, names)] for row in controls),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{table}\n\n{_caption(reference)}\n"
+
+
+def rich_table(
+    rows: Sequence[Row],
+    reference: Reference,
+    controls: Sequence[Row] = (),
+    *,
+    names: Sequence[str] | None = None,
+    title: str | None = None,
+) -> Table:
+    """The same for a terminal; the arguments are those of :func:`markdown_table`."""
+    names = _names(reference, names)
+    table = Table(title=title, caption=_caption(reference), caption_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(_heading(name), justify="right")
+    table.add_row("real", *_reference_cells(reference, names), end_section=True)
+    for group in (rows, controls):
+        for row in group:
+            table.add_row(row.title, *_cells(row, reference, names), end_section=row is group[-1])
+    return table
+
+
+def _names(reference: Reference, names: Sequence[str] | None) -> Sequence[str]:
+    return headlines(reference.spreads) if names is None else names
+
+
+def _heading(name: str) -> str:
+    return f"{name.replace('_', ' ')} ({GOALS[MEASURES[name].better]})"
+
+
+def _reference_cells(reference: Reference, names: Sequence[str]) -> list[str]:
+    return [f"{_number(spread.mean)} ± {spread.std:.1g}" for spread in (reference.spreads[name] for name in names)]
+
+
+def _cells(row: Row, reference: Reference, names: Sequence[str]) -> list[str]:
+    return [_cell(row, reference, name) if name in row.values else "" for name in names]
+
+
+def _cell(row: Row, reference: Reference, name: str) -> str:
+    value = row.values[name]
+    text = _number(value)
+    if name in row.intervals:
+        low, high = row.intervals[name]
+        text += f" [{_number(low)}, {_number(high)}]"
+    return text + " !" * is_worse(name, value, reference.spreads[name])
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _caption(reference: Reference) -> str:
+    return (
+        f"real: mean ± standard deviation of {reference.sets} sets of {reference.clips} real clips. "
+        f"!: worse than real clips by more than {LIMIT_STDS:.0f} standard deviations and {LIMIT_SHARE:.0%} of the mean."
+    )

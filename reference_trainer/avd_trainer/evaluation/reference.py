@@ -1,0 +1,153 @@
+"""What real clips score, and how much that varies: what generated clips are compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import torch
+from torch import Tensor
+
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.evaluation.measures import MEASURES, headlines, measure
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+
+SETS = 20
+# Outside the spread: so many standard deviations off, and by so much of the mean. The latter is for shares that are 1
+# in nearly every rendering.
+LIMIT_STDS = 4.0
+LIMIT_SHARE = 0.01
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One measure over sets of real clips.
+
+    Attributes:
+        mean: Over the sets.
+        std: Sample standard deviation over the sets.
+        low: The 2.5% quantile, interpolated.
+        high: The 97.5% quantile, interpolated.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+    @property
+    def margin(self) -> float:
+        """How far from the mean counts as outside: 4 standard deviations, or 1% of the mean where that is more."""
+        return max(LIMIT_STDS * self.std, LIMIT_SHARE * abs(self.mean))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real clips to compare with.
+
+    Attributes:
+        spreads: By name of the measure, in the order of ``MEASURES``.
+        sets: How many sets of clips were measured.
+        clips: How many clips each of them has. Fewer clips spread more, so compare sets of as many.
+        real: ``[M, C, F, h, w]`` latents of real clips: what ``measure`` takes as ``real`` for generated ones.
+    """
+
+    spreads: Mapping[str, Spread]
+    sets: int
+    clips: int
+    real: Tensor
+
+
+def reference_of_shapes(
+    shapes: MovingShapes, codec: BlockDCTCodec, *, sets: int = SETS, on_set: Callable[[], None] = lambda: None
+) -> Reference:
+    """Render the same captions again and again, and measure each rendering as if a model had made it.
+
+    Clips go through the codec once. Each rendering is compared with the next one as its real clips, the last one with
+    the first; generated clips are to be compared with the first.
+
+    Args:
+        shapes: Whose captions; held-out ones, where trained models are compared.
+        codec: Encodes and decodes.
+        sets: How many renderings; at least 3.
+        on_set: Called after each.
+
+    Raises:
+        ValueError: If there are fewer renderings, or a single clip.
+    """
+    _check_sets(sets)
+    captions = [shapes[index].caption for index in range(len(shapes))]
+    first = latents = _encode_rendering(shapes, 0, codec)
+    scores = []
+    for rendering in range(1, sets + 1):
+        following = _encode_rendering(shapes, rendering, codec) if rendering < sets else first
+        scores.append(measure(latents, codec.decode(latents), captions, following))
+        latents = following
+        on_set()
+    return Reference(_spreads(scores), sets, len(shapes), first)
+
+
+def reference_of_clips(latents: Tensor, decode: Callable[[Tensor], Tensor], *, sets: int = SETS) -> Reference:
+    """Split real clips at random, and measure each half as if a model had made it.
+
+    For clips that exist once: nobody can render them again. A half is compared with the other half as its real clips.
+    It has half as many clips as ``latents``, so the spread is wider than that of sets of ``len(latents)`` clips.
+
+    Args:
+        latents: ``[N, C, F, h, w]``, at least 4 clips.
+        decode: From latents to video.
+        sets: How many halves; at least 3.
+
+    Raises:
+        ValueError: If there are fewer halves or clips.
+    """
+    _check_sets(sets)
+    if len(latents) < 4:
+        raise ValueError(f"at least 4 real clips are expected, so that halves can be compared, got {len(latents)}.")
+    video, half = decode(latents), len(latents) // 2
+    draws = torch.Generator().manual_seed(0)
+    scores = []
+    for _ in range(sets):
+        order = torch.randperm(len(latents), generator=draws)
+        own, other = order[:half], order[half:]
+        scores.append(measure(latents[own], video[own], None, latents[other]))
+    return Reference(_spreads(scores), sets, half, latents)
+
+
+def caught(values: Mapping[str, float], reference: Reference) -> list[str]:
+    """The headline measures by which some clips are worse than real ones.
+
+    A value counts where it lies farther from the reference's mean than :attr:`Spread.margin`, on the bad side: below
+    where higher is better, above where lower is, on either side where real clips are the goal.
+
+    Args:
+        values: What ``measure`` returned of clips of the reference's captions.
+        reference: Of as many clips.
+    """
+    return [name for name in headlines(values) if is_worse(name, values[name], reference.spreads[name])]
+
+
+def is_worse(name: str, value: float, spread: Spread) -> bool:
+    """Whether a value of a measure is worse than real clips', by the rule of :func:`caught`."""
+    above = value - spread.mean
+    shortfall = {"higher": -above, "lower": above, "as real": abs(above)}[MEASURES[name].better]
+    return shortfall > spread.margin
+
+
+def _encode_rendering(shapes: MovingShapes, rendering: int, codec: BlockDCTCodec) -> Tensor:
+    return codec.encode(torch.stack([shapes.render(index, rendering).video for index in range(len(shapes))]))
+
+
+def _check_sets(sets: int) -> None:
+    if sets < 3:
+        raise ValueError(f"at least 3 sets are expected, so that their spread is known, got {sets}. Use 20.")
+
+
+def _spreads(scores: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    spreads = {}
+    for name in scores[0]:
+        values = [score[name] for score in scores]
+        low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+        spreads[name] = Spread(fmean(values), stdev(values), low, high)
+    return spreads
