@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from avd_trainer.data.video_files import load_font, save_gif
+from avd_trainer.data.video_files import enlarge, load_font, save_gif
 
 CELL = 128
 """Pixels: smaller clips are enlarged to this width, so that shapes are seen and not counted in pixels."""
@@ -37,7 +37,7 @@ def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: 
     Raises:
         UserError: If it cannot be written.
     """
-    clips = [[enlarge_smoothly(clip) for clip in video] for video in videos.values()]
+    clips = [[magnify(clip) for clip in video] for video in videos.values()]
     height, width = clips[0][0].shape[-2:]
     heads = [wrap(caption, width) for caption in captions]
     top = GAP + max(text.count("\n") + 1 for text in heads) * (FONT_SIZE + 4)
@@ -69,7 +69,7 @@ def hold_last(video: Tensor) -> Tensor:
 def draw_strip(clip: Tensor, frames: int) -> Image.Image:
     """Frames of a clip ``[3, F, H, W]``, evenly spaced from first to last, side by side with a border around each."""
     chosen = torch.linspace(0, clip.shape[1] - 1, frames).round().long()
-    clip = enlarge_smoothly(clip[:, chosen])
+    clip = magnify(clip[:, chosen])
     height, width = clip.shape[-2:]
     strip = Image.new("RGB", (frames * (width + 2 + GAP) - GAP, height + 2), "white")
     for number, frame in enumerate(clip.unbind(1)):
@@ -79,13 +79,9 @@ def draw_strip(clip: Tensor, frames: int) -> Image.Image:
     return strip
 
 
-def enlarge_smoothly(clip: Tensor) -> Tensor:
-    """``[3, F, H, W]`` at least ``CELL`` pixels wide, with smooth edges: those of single pixels draw the eye."""
-    height, width = clip.shape[-2:]
-    factor = max(1, CELL // width)
-    size = (width * factor, height * factor)
-    frames = [to_image(frame).resize(size, Image.Resampling.BICUBIC) for frame in clip.unbind(1)]
-    return torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames], dim=1).float() / 255
+def magnify(clip: Tensor) -> Tensor:
+    """``[..., H, W]`` at least ``CELL`` pixels wide: each pixel repeated, so that nothing is seen that is not there."""
+    return enlarge(clip, max(1, CELL // clip.shape[-1]))
 
 
 def to_image(frame: Tensor) -> Image.Image:
