@@ -31,7 +31,7 @@ def clip_measures(latents: Tensor, video: Tensor, real: Tensor) -> dict[str, flo
         - ``channel_spread``: see :func:`channel_spread`.
         - ``autocorrelation``: mean over clips of :func:`autocorrelation`.
         - ``motion_distance``: :func:`energy_distance` of differences between neighbouring latent frames to the real
-          clips', in units of latents.
+          clips', as of sets with the same captions; in units of latents.
         - ``spatial_frequency``, ``temporal_frequency``: mean over clips of the functions of the same names.
         - ``temporal_loss``: mean over clips of ``-log(Var_t + 1e-6)``, each clip's variance along frames averaged over
           channels and positions; in nats, lower is more motion. The paper's 1.5 for its teacher is this mean of
@@ -43,7 +43,7 @@ def clip_measures(latents: Tensor, video: Tensor, real: Tensor) -> dict[str, flo
         "saturation": float(hsv_saturation(video).mean()),
         "channel_spread": channel_spread(latents, real),
         "autocorrelation": float(autocorrelation(latents, real).mean()),
-        "motion_distance": energy_distance(latents.diff(dim=2), real.diff(dim=2)),
+        "motion_distance": energy_distance(latents.diff(dim=2), real.diff(dim=2), independent=False),
         "spatial_frequency": float(spatial_frequency(video).mean()),
         "temporal_frequency": float(temporal_frequency(video).mean()),
         "temporal_loss": float(-(variance + EPS).log().mean()),
@@ -91,19 +91,19 @@ def autocorrelation(latents: Tensor, real: Tensor) -> Tensor:
     return (neighbours + least) / (deviation.square().flatten(1).sum(1) + least)
 
 
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """``2 E|x - y| - E|x - x'| - E|y - y'|`` (Szekely and Rizzo 2013) of two sets, over the root of the dimension.
-
-    Means are over all pairs, a member with itself included: the distance of the two sets as they are. It is never
-    negative, and 0 for one set twice. Of two sets of n drawn from one distribution it is about ``2 E|x - x'| / n``;
-    where both have the same captions, that is of clips of one caption.
+def energy_distance(x: Tensor, y: Tensor, *, independent: bool = True) -> float:
+    """``2 E|x - y| - E|x - x'| - E|y - y'|`` (Szekely and Rizzo 2013), divided by the root of the dimension.
 
     Args:
         x: ``[N, ...]``.
         y: ``[M, ...]``, the same shape beyond the first dimension.
+        independent: Whether the sets were drawn independently. Then x' and y' are other members, which makes the
+            estimate unbiased: 0 in expectation for one distribution, and it can be negative. Sets of the same captions
+            are not independent, each member has its like in the other set. For them x' and y' are any members, itself
+            included: the distance of the two sets as they are, never negative, and 0 for one set twice.
     """
     x, y = x.flatten(1).double(), y.flatten(1).double()
-    distance = 2 * torch.cdist(x, y).mean() - torch.cdist(x, x).mean() - torch.cdist(y, y).mean()
+    distance = 2 * torch.cdist(x, y).mean() - _mean_within(x, independent) - _mean_within(y, independent)
     return float(distance / math.sqrt(x.shape[1]))
 
 
@@ -147,3 +147,9 @@ def temporal_frequency(video: Tensor) -> Tensor:
     unseen = UNSEEN * video.shape[1] * frames
     mean: Tensor = (power * torch.fft.fftfreq(frames).abs()).sum(1) / (power.sum(1) + unseen)
     return mean
+
+
+def _mean_within(x: Tensor, independent: bool) -> Tensor:
+    """Mean distance of two members, of two different ones where they are independent; 0 for a single one."""
+    count = len(x)
+    return torch.cdist(x, x).sum() / max(1, count * (count - 1) if independent else count**2)

@@ -94,12 +94,11 @@ def _track(video: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, ...]:
     grounds = _median(video, (nearest == len(names)).unsqueeze(1))
     visible = (share >= SMALLEST) & (share <= LARGEST) & ~grounds.isnan().any(-1, keepdim=True)
     pieces &= visible[..., None, None]
-    colors = _median(video, pieces)
-    alpha = _between(video.unsqueeze(1), grounds, colors)
+    # The edge of a piece is mixed with the background. A piece may be too thin to have anything but an edge.
+    inside = ~_grow(~pieces, 1)
+    colors = _median(video, torch.where(inside.flatten(2).any(-1)[..., None, None, None], inside, pieces))
     # Only around the piece: the other shape's colour may lie on the same line.
-    rows = F.max_pool2d(pieces.flatten(0, 1).float(), (5, 1), stride=1, padding=(2, 0))
-    around = F.max_pool2d(rows, (1, 5), stride=1, padding=(0, 2)).view_as(alpha)
-    alpha = torch.where(visible[..., None, None], alpha * around, 0.0)
+    alpha = _between(video.unsqueeze(1), grounds, colors) * _grow(pieces, 2)
 
     areas = alpha.sum((-1, -2))
     grid = torch.arange(size) + 0.5
@@ -121,6 +120,13 @@ def _largest_pieces(masks: Tensor) -> Tensor:
     flat = labels.reshape(len(stack), -1)
     largest = np.take_along_axis(flat, sizes[flat].argmax(1)[:, None], 1)
     return torch.from_numpy((flat == largest) & (largest > 0)).view_as(masks)
+
+
+def _grow(masks: Tensor, pixels: int) -> Tensor:
+    """``[N, P, F, S, S]`` bool: what is at most so many pixels from the mask, in x and in y."""
+    rows = F.max_pool2d(masks.flatten(0, 1).float(), (2 * pixels + 1, 1), stride=1, padding=(pixels, 0))
+    grown = F.max_pool2d(rows, (1, 2 * pixels + 1), stride=1, padding=(0, pixels))
+    return grown.view_as(masks) > 0
 
 
 def _median(video: Tensor, masks: Tensor) -> Tensor:

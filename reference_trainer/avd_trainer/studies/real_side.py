@@ -10,9 +10,10 @@ from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT, load_clips
 from avd_trainer.evaluation.controls import Encoded, RealClips, make_controls
-from avd_trainer.evaluation.reference import Reference, reference_of_clips, reference_of_shapes
+from avd_trainer.evaluation.reference import SETS, Reference, reference_of_clips, reference_of_shapes
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.progress import ProgressBar
 
 FEWEST_CLIPS = 4
 """Held-out clips without which nothing is known of how real clips vary."""
@@ -64,7 +65,8 @@ class RealSide:
         """What sets of real clips score."""
         if self.shapes is None:
             return reference_of_clips(self.held_out.latents, codec.decode)
-        return reference_of_shapes(self.shapes, codec)
+        with ProgressBar("real clips, rendered and measured", SETS) as bar:
+            return reference_of_shapes(self.shapes, codec, on_set=bar.advance)
 
     def controls(self, codec: BlockDCTCodec) -> Mapping[str, Encoded]:
         """Real clips, spoiled in known ways."""

@@ -1,0 +1,35 @@
+"""Clips of moving shapes, and what they score."""
+
+from typing import NamedTuple
+
+import pytest
+
+from avd_trainer.data.moving_shapes import MovingShapes, ShapeClip
+from avd_trainer.evaluation.controls import Encoded
+from avd_trainer.evaluation.measures import measure
+from avd_trainer.evaluation.reference import Reference, reference_of_shapes
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+
+
+class Measured(NamedTuple):
+    """Held-out captions, real clips of them, and the reference."""
+
+    clips: list[ShapeClip]
+    captions: list[str]
+    reference: Reference
+
+    def __call__(self, spoiled: Encoded) -> dict[str, float]:
+        return measure(spoiled.latents, spoiled.video, self.captions, self.reference.real)
+
+
+@pytest.fixture(scope="session")
+def codec() -> BlockDCTCodec:
+    return BlockDCTCodec()
+
+
+@pytest.fixture(scope="session")
+def measured(codec: BlockDCTCodec) -> Measured:
+    shapes = MovingShapes(24, 1_000_007, held_out=True)
+    # Renderings that are not in the reference.
+    clips = [shapes.render(index, 100) for index in range(len(shapes))]
+    return Measured(clips, [clip.caption for clip in clips], reference_of_shapes(shapes, codec, sets=8))

@@ -1,0 +1,73 @@
+"""Spoiled clips are caught; real ones are not."""
+
+import pytest
+import torch
+
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.evaluation.controls import CONTROLS, ERASED, RealClips, make_controls
+from avd_trainer.evaluation.measures import measure
+from avd_trainer.evaluation.reference import caught, reference_of_clips
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+
+from .conftest import Measured
+
+# By which headline measures each has to be caught, whatever else sees it.
+SEEN_BY = {
+    "noise": {"visible", "kind", "preserved", "direction", "jerk", "spatial_frequency", "motion_distance"},
+    "frozen": {"direction", "temporal_frequency", "motion_distance"},
+    "shuffled": {"preserved", "direction", "jerk", "temporal_frequency", "motion_distance"},
+    "saturated": {"saturation"},
+    "erased": {"visible", "preserved"},
+    "blurred": {"spatial_frequency"},
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_every_control_is_caught(name: str, measured: Measured, codec: BlockDCTCodec) -> None:
+    control = CONTROLS[name]
+    spoiled = control.spoil(RealClips.of_shapes(measured.clips), control.strength, codec)
+    found = caught(measured(spoiled), measured.reference)
+    assert set(found) >= SEEN_BY[name]
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_without_strength_clips_are_real_and_not_caught(name: str, measured: Measured, codec: BlockDCTCodec) -> None:
+    clips = RealClips.of_shapes(measured.clips)
+    same = CONTROLS[name].spoil(clips, CONTROLS[name].unspoiled, codec)
+    assert torch.allclose(same.latents, codec.encode(clips.video), atol=1e-4)
+    assert caught(measured(same), measured.reference) == []
+
+
+@pytest.mark.parametrize("rendering", range(101, 106))
+def test_other_renderings_are_not_caught(rendering: int, measured: Measured, codec: BlockDCTCodec) -> None:
+    shapes = MovingShapes(len(measured.clips), 1_000_007, held_out=True)
+    latents = codec.encode(torch.stack([shapes.render(i, rendering).video for i in range(len(shapes))]))
+    values = measure(latents, codec.decode(latents), measured.captions, measured.reference.real)
+    assert caught(values, measured.reference) == []
+
+
+def test_latents_and_video_are_of_one_thing(measured: Measured, codec: BlockDCTCodec) -> None:
+    controls = make_controls(RealClips.of_shapes(measured.clips), codec)
+    assert list(controls) == list(CONTROLS)
+    for spoiled in controls.values():
+        assert torch.equal(spoiled.video, codec.decode(spoiled.latents))
+        # What was decoded is encoded to the same latents: nothing is in the one that is not in the other.
+        assert torch.allclose(codec.encode(spoiled.video), spoiled.latents, atol=1e-4)
+
+
+def test_noise_has_unit_variance(measured: Measured, codec: BlockDCTCodec) -> None:
+    latents = CONTROLS["noise"].spoil(RealClips.of_shapes(measured.clips), 1.0, codec).latents
+    # Changes in time do not exist in a latent frame of one frame.
+    assert torch.allclose(latents[:, :, 1:].var(dim=(0, 2, 3, 4)), torch.ones(16), atol=0.1)
+    assert torch.allclose(latents.mean(dim=(0, 2, 3, 4)), torch.zeros(16), atol=0.05)
+
+
+def test_clips_without_captions_get_all_controls_but_erased_ones(measured: Measured, codec: BlockDCTCodec) -> None:
+    clips = RealClips(torch.stack([clip.video for clip in measured.clips]))
+    controls = make_controls(clips, codec)
+    assert set(CONTROLS) - set(controls) == {ERASED}
+    reference = reference_of_clips(codec.encode(clips.video), codec.decode)
+    for name, spoiled in controls.items():
+        assert caught(measure(*spoiled, None, reference.real), reference) != [], name
+    with pytest.raises(ValueError, match=r"without one of their objects are expected, got none. Use RealClips"):
+        CONTROLS[ERASED].spoil(clips, 1.0, codec)

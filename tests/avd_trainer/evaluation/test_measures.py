@@ -1,0 +1,188 @@
+"""Every measure moves one way with the strength of its own fault."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from avd_trainer.data.moving_shapes import SHAPE_KINDS, MovingShapes, ShapeClip, Track, draw
+from avd_trainer.evaluation.controls import CONTROLS, Encoded, RealClips
+from avd_trainer.evaluation.measures import MEASURES, headlines, measure
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+
+from .conftest import Measured
+
+Spoil = Callable[[list[ShapeClip], float, BlockDCTCodec], Encoded]
+
+
+def control(name: str) -> Spoil:
+    return lambda clips, strength, codec: CONTROLS[name].spoil(RealClips.of_shapes(clips), strength, codec)
+
+
+def drawn_again(change: Callable[[Track, float], Track]) -> Spoil:
+    """Clips whose tracks were changed, all in the same way."""
+
+    def spoil(clips: list[ShapeClip], strength: float, codec: BlockDCTCodec) -> Encoded:
+        return encode([redraw(clip, lambda track: change(track, strength)) for clip in clips], codec)
+
+    return spoil
+
+
+def in_a_share(change: Callable[[ShapeClip], Tensor]) -> Spoil:
+    """A share of the clips was changed."""
+
+    def spoil(clips: list[ShapeClip], share: float, codec: BlockDCTCodec) -> Encoded:
+        count = round(share * len(clips))
+        return encode([change(clip) if i < count else clip.video for i, clip in enumerate(clips)], codec)
+
+    return spoil
+
+
+def redraw(clip: ShapeClip, change: Callable[[Track], Track]) -> Tensor:
+    return draw(clip.scene.background, [change(track) for track in clip.tracks], clip.video.shape[-1])
+
+
+def encode(videos: list[Tensor], codec: BlockDCTCodec) -> Encoded:
+    latents = codec.encode(torch.stack(videos))
+    return Encoded(latents, codec.decode(latents))
+
+
+def of_another_kind(track: Track) -> Track:
+    kind = SHAPE_KINDS[(SHAPE_KINDS.index(track.shape.kind) + 1) % len(SHAPE_KINDS)]
+    return replace(track, shape=replace(track.shape, kind=kind))
+
+
+def pulsing(track: Track, strength: float) -> Track:
+    pulse = 1 + strength * torch.sin(torch.arange(len(track.positions)) * math.pi / 4)
+    return replace(track, radius=track.radius * pulse.view(-1, 1, 1))
+
+
+def slower(track: Track, strength: float) -> Track:
+    middle = track.positions.mean(0)
+    return replace(track, positions=middle + (1 - strength) * (track.positions - middle))
+
+
+def still(clip: ShapeClip) -> Tensor:
+    return clip.video[:, :1].expand_as(clip.video)
+
+
+ERASED, SHUFFLED, SATURATED = control("erased"), control("shuffled"), control("saturated")
+STILL = in_a_share(still)
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+FACTORS = (1.0, 1.1, 1.2, 1.3, 1.5)
+# Of each measure: what is wrong, how much of it, and which way the measure goes.
+FAULTS: dict[str, tuple[Spoil, tuple[float, ...], int]] = {
+    "visible": (ERASED, SHARES, -1),
+    "complete": (ERASED, SHARES, -1),
+    "kind": (in_a_share(lambda clip: redraw(clip, of_another_kind)), SHARES, -1),
+    "preserved": (SHUFFLED, (0.0, 0.12, 0.24, 0.36), -1),
+    "area_change": (drawn_again(pulsing), (0.0, 0.05, 0.1, 0.2, 0.3), 1),
+    "color_error": (SATURATED, FACTORS, 1),
+    "direction": (in_a_share(lambda clip: clip.video.flip(1)), SHARES, -1),
+    "moves": (STILL, SHARES, -1),
+    "speed_distance": (drawn_again(slower), SHARES, 1),
+    "jerk": (SHUFFLED, SHARES, 1),
+    "saturation": (SATURATED, FACTORS, 1),
+    "channel_spread": (SATURATED, FACTORS[1:], 1),
+    "spatial_frequency": (control("blurred"), (0.0, 0.4, 0.6, 0.8, 1.2), -1),
+    "temporal_frequency": (SHUFFLED, SHARES, 1),
+    "autocorrelation": (SHUFFLED, SHARES, -1),
+    "motion_distance": (control("noise"), SHARES, 1),
+    "temporal_loss": (STILL, SHARES, 1),
+}
+
+
+def test_every_measure_has_a_fault() -> None:
+    assert list(FAULTS) == list(MEASURES)
+
+
+Score = Callable[[Spoil, float], dict[str, float]]
+
+
+@pytest.fixture(scope="module")
+def score(measured: Measured, codec: BlockDCTCodec) -> Score:
+    """What clips score with a fault of some strength; each is measured once."""
+
+    @cache
+    def score(spoil: Spoil, strength: float) -> dict[str, float]:
+        return measured(spoil(measured.clips, strength, codec))
+
+    return score
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_measure_moves_one_way_with_its_fault(name: str, measured: Measured, score: Score) -> None:
+    spoil, strengths, way = FAULTS[name]
+    values = [score(spoil, strength)[name] for strength in strengths]
+    assert len(values) >= 4
+    assert all(way * (after - before) > 0 for before, after in pairwise(values)), values
+    # The strongest is far from real.
+    spread = measured.reference.spreads[name]
+    assert abs(values[-1] - spread.mean) > spread.margin
+    if MEASURES[name].better != "as real":
+        assert way == (1 if MEASURES[name].better == "lower" else -1)
+
+
+# What is to be as real has two wrong sides; the other one.
+@pytest.mark.parametrize(
+    ("name", "spoil", "strengths", "way"),
+    [
+        ("saturation", SATURATED, (1.0, 0.9, 0.7, 0.5), -1),
+        ("channel_spread", SATURATED, (0.9, 0.8, 0.7, 0.5), 1),
+        ("spatial_frequency", control("noise"), SHARES, 1),
+        ("temporal_frequency", STILL, SHARES, -1),
+        ("autocorrelation", STILL, SHARES, 1),
+        ("temporal_loss", SATURATED, FACTORS, -1),
+    ],
+)
+def test_the_other_side_of_real(name: str, spoil: Spoil, strengths: tuple[float, ...], way: int, score: Score) -> None:
+    values = [score(spoil, strength)[name] for strength in strengths]
+    assert all(way * (after - before) > 0 for before, after in pairwise(values)), values
+
+
+def test_clips_without_captions_get_what_needs_none(measured: Measured, codec: BlockDCTCodec) -> None:
+    latents = measured.reference.real
+    values = measure(latents, codec.decode(latents), None, latents)
+    assert list(values) == [name for name, each in MEASURES.items() if not each.needs_captions]
+    everything = measure(latents, codec.decode(latents), measured.captions, latents)
+    assert list(everything) == list(MEASURES)
+    assert {name: everything[name] for name in values} == values
+
+
+def test_headlines_are_in_order_and_of_what_is_there() -> None:
+    assert headlines(MEASURES) == [name for name, each in MEASURES.items() if each.headline]
+    assert headlines({"jerk": 1.0, "temporal_loss": 0.5, "visible": 1.0}) == ["visible", "jerk"]
+
+
+def broken(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    tensor[1, 0, 0, 0, 0] = math.nan
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, v, r: (x[:1], v[:1], r), "latents of at least 2 clips and 2 frames are expected"),
+        (lambda x, v, r: (x[:, :, :1], v, r), "latents of at least 2 clips and 2 frames are expected"),
+        (lambda x, v, r: (x, v[:3], r), "video of the same 4 clips is expected"),
+        (lambda x, v, r: (x, v[:, :2], r), "video of the same 4 clips is expected"),
+        (lambda x, v, r: (x, v, r[:, :, :3]), r"real latents of at least 2 clips are expected, [M, 16, 5, 8, 8], got"),
+        (lambda x, v, r: (broken(x), v, r), "finite latents are expected, got 1 of 4 clips"),
+        (lambda x, v, r: (x, broken(v), r), "finite video are expected, got 1 of 4 clips"),
+        (lambda x, v, r: (x, v, broken(r)), "finite real are expected, got 1 of 4 clips"),
+    ],
+)
+def test_wrong_input_is_refused(
+    change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], message: str, codec: BlockDCTCodec
+) -> None:
+    latents = codec.encode(torch.stack([MovingShapes(4, 0)[i].video for i in range(4)]))
+    x, v, r = change(latents, codec.decode(latents), latents)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        measure(x, v, None, r)
