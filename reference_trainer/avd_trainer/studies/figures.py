@@ -25,14 +25,14 @@ from avd_trainer.evaluation.reference import is_worse
 from avd_trainer.studies.curves import draw_curves, plain
 from avd_trainer.studies.findings import TITLES, Findings
 from avd_trainer.studies.pictures import draw_strip
-from avd_trainer.studies.verdict import summarize
+from avd_trainer.studies.verdict import plain_name, summarize
 
 CLIPS_PER_SHEET = 3
 FRAMES_PER_CLIP = 5
 PANELS_PER_ROW = 5
 WIDTH = 15.0
 OUTSIDE = "#c2452d"
-HEADER_HEIGHT = 4.0
+HEADER_HEIGHT = 1.8
 """Of the table, in heights of its other rows."""
 GOALS = {"higher": "higher is better", "lower": "lower is better", "as real": "as in real clips"}
 """In words, by :attr:`Measure.better`."""
@@ -63,7 +63,7 @@ def save_report(
     headlines = findings.headlines
     panels = -(-len(headlines) // PANELS_PER_ROW)
     table_rows = 1 + len(findings.rows) + len(findings.controls)
-    heights = (5.0, 0.9, 1.5 * panels + 0.3, 0.22 * table_rows + 1.2, 5.0)
+    heights = (5.0, 0.9, 1.6 * panels + 0.3, 0.22 * table_rows + 0.7, 5.0)
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     sheet, words, dots, table, curves = figure.subfigures(len(heights), 1, height_ratios=heights)  # type: ignore[misc]
     _draw_sheet(sheet, videos, captions)
@@ -115,8 +115,8 @@ def _draw_dots(figure: SubFigure, findings: Findings, panels: int) -> None:
         axis.set_yticks(list(places), [TITLES[name] for name in names] if number % PANELS_PER_ROW == 0 else [])
         axis.set_ylim(0.5, len(names) + 0.8)
         axis.margins(x=0.15)
-        title = f"{MEASURES[measure].title} ({GOALS[MEASURES[measure].better]})"
-        axis.set_title(textwrap.fill(title, 36), fontsize=9)
+        title = textwrap.fill(f"{plain_name(measure)}: {MEASURES[measure].title}", 38)
+        axis.set_title(f"{title}\n({GOALS[MEASURES[measure].better]})", fontsize=9)
         plain(axis)
     figure.suptitle("Grey: real clips, the mean of their renderings with two standard deviations", fontsize=11)
 
@@ -131,7 +131,7 @@ def _draw_table(figure: SubFigure, findings: Findings) -> None:
     rows = {TITLES[name]: values for name, values in findings.rows.items()}
     rows |= {CONTROLS[name].title: values for name, values in findings.controls.items()}
     cells = [reference, *([_number(values[name]) for name in measures] for values in rows.values())]
-    titles = [textwrap.fill(MEASURES[name].title, 16) for name in measures]
+    titles = [textwrap.fill(plain_name(name), 12) for name in measures]
     table = axis.table(
         cells, rowLabels=["Real", *rows], colLabels=titles, cellLoc="center", bbox=Bbox.from_bounds(0.14, 0, 0.85, 1)
     )

@@ -44,10 +44,16 @@ class Comparison:
             return "no difference"
         return "nearer to real" if self.gain > 0 else "farther from real"
 
+    @property
+    def name(self) -> str:
+        """The measure's, in words."""
+        return plain_name(self.measure.name)
+
     def __str__(self) -> str:
         values = ", ".join(f"{TITLES[name]} {self.rows[name]:.3g}" for name in ("avd", "dmd", "teacher"))
+        real = f"{self.real.mean:.3g} ± {self.real.std:.1g}"
         return (
-            f"{self.measure.title}: {self.outcome}. {values}; real clips {self.real.mean:.3g} ± {self.real.std:.1g}. "
+            f"{self.name}, {self.measure.title}: {self.outcome}. {values}; real clips {real}. "
             f"Differences up to {self.limit:.2g} count as none."
         )
 
@@ -66,13 +72,17 @@ def summarize(findings: Findings) -> str:
     """One sentence that says what is better and what is worse, and one that says how little it proves."""
     comparisons = compare(findings)
     better, worse, same = (
-        _join([each.measure.name.replace("_", " ") for each in comparisons if each.outcome == outcome])
-        for outcome in OUTCOMES
+        _join([each.name for each in comparisons if each.outcome == outcome]) for outcome in OUTCOMES
     )
     return (
         f"AVD is nearer to the real clips than DMD alone in {better}, farther from them in {worse}, and no different "
         f"in {same}. {ONE_SEED}"
     )
+
+
+def plain_name(measure: str) -> str:
+    """A measure's name as a person writes it."""
+    return measure.replace("_", " ")
 
 
 def render_verdict(findings: Findings) -> str:

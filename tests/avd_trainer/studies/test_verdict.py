@@ -78,7 +78,8 @@ def test_the_sentence_names_what_is_better_and_worse_and_how_little_it_proves() 
     rendered = render_verdict(found)
     assert rendered.startswith(summarize(found))
     assert (
-        f"- {MEASURES[LOW].title}: farther from real. AVD 4, DMD alone 1.1, Teacher 4; real clips 1 ± 0.01." in rendered
+        f"- jerk, {MEASURES[LOW].title}: farther from real. AVD 4, DMD alone 1.1, Teacher 4; real clips 1 ± 0.01."
+        in rendered
     )
     assert "over 20 sets" in rendered
     assert "8 groups of captions" in rendered
