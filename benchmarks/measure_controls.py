@@ -31,9 +31,9 @@ def main(
     results: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
     shapes, codec = MovingShapes(captions, HELD_OUT, held_out=True), BlockDCTCodec()
-    started = time.monotonic()
+    started = time.process_time()
     reference = reference_of_shapes(shapes, codec)
-    seconds = time.monotonic() - started
+    seconds = time.process_time() - started
     # A rendering that is not among those of the reference.
     clips = [shapes.render(index, SETS) for index in range(captions)]
     words = [clip.caption for clip in clips]
@@ -44,7 +44,7 @@ def main(
     report = {
         "command": f"python benchmarks/measure_controls.py --captions {captions}",
         **environment(),
-        "seconds_of_the_reference": round(seconds, 1),
+        "cpu_seconds_of_the_reference": round(seconds, 1),
         "sets": reference.sets,
         "clips": reference.clips,
         "real": {name: asdict(spread) for name, spread in reference.spreads.items()},

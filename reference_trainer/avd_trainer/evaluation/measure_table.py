@@ -104,6 +104,6 @@ def _number(value: float) -> str:
 
 def _caption(reference: Reference) -> str:
     return (
-        f"real: mean ± standard deviation of {reference.sets} sets of {reference.clips} real clips. "
+        f"real: mean ± standard deviation of {reference.sets} sets of {reference.clips} real clips.\n"
         f"!: worse than real clips by more than {LIMIT_STDS:.0f} standard deviations and {LIMIT_SHARE:.0%} of the mean."
     )

@@ -79,7 +79,7 @@ def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real
     (:func:`~avd_trainer.evaluation.shape_measures.shape_measures`), and a clip without motion a defined one.
 
     Args:
-        latents: ``[N, C, F, h, w]`` floating.
+        latents: ``[N, C, F, h, w]`` floating, on any device, as all of these.
         video: ``[N, 3, F', H, W]`` the same clips decoded, RGB; values outside [0, 1] are clamped, as a screen does.
         captions: Of the N clips, which are then :class:`~avd_trainer.data.moving_shapes.MovingShapes`; None for any
             other clips, which get the measures without ``needs_captions``.
@@ -92,7 +92,8 @@ def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real
         ValueError: If shapes do not fit each other, values are not finite, or a caption is of other clips.
     """
     _check(latents, video, real)
-    values = clip_measures(latents.float(), video.float(), real.float())
+    latents, video, real = (x.detach().float().cpu() for x in (latents, video, real))
+    values = clip_measures(latents, video, real)
     if captions is not None:
         values |= _captioned(video, captions)
     return {name: values[name] for name, each in MEASURES.items() if captions is not None or not each.needs_captions}

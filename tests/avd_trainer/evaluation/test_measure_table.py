@@ -32,8 +32,8 @@ def test_markdown_has_real_clips_first_then_rows_then_controls() -> None:
         "| avd | 0.900 [0.850, 0.930] ! | 12.3 ! |\n"
         "| *white noise* | 0.010 ! | 16.0 ! |\n"
         "\n"
-        "real: mean ± standard deviation of 20 sets of 64 real clips. !: worse than real clips by more than "
-        "4 standard deviations and 1% of the mean.\n"
+        "real: mean ± standard deviation of 20 sets of 64 real clips.\n"
+        "!: worse than real clips by more than 4 standard deviations and 1% of the mean.\n"
     )
 
 

@@ -1,0 +1,42 @@
+"""docs/measures.md shows what the saved results say, and its example runs."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from measure_controls import RESULTS, tables
+
+PAGE = (Path(__file__).parents[3] / "docs" / "measures.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_are_those_of_the_saved_results() -> None:
+    for table in tables(json.loads(RESULTS.read_text())):
+        assert table.strip() in PAGE
+
+
+def test_every_measure_has_its_row() -> None:
+    explained, _, _ = PAGE.partition("## What the controls score")
+    first_cells = re.findall(r"^\| ([a-zA-Z *]+) \|", explained, re.MULTILINE)
+    captioned = [_cell(name) for name, each in MEASURES.items() if each.needs_captions]
+    others = [_cell(name) for name, each in MEASURES.items() if not each.needs_captions]
+    assert first_cells == ["measure", *captioned, "measure", *others]
+
+
+def _cell(name: str) -> str:
+    words = name.replace("_", " ")
+    return f"**{words}**" if MEASURES[name].headline else words
+
+
+def test_the_example_runs() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    clips = MovingShapes(6, seed=1, held_out=True)
+    latents = BlockDCTCodec().encode(torch.stack([clips.render(index, 50).video for index in range(6)]))
+    scope: dict[str, Any] = {"latents": latents}
+    exec(code.replace("MovingShapes(64", "MovingShapes(6"), scope)
+    assert list(scope["values"]) == list(MEASURES)
