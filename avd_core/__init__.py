@@ -21,7 +21,7 @@ After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Te
 """
 
 from avd_core.balance import GradientBalance
-from avd_core.cache import LossMeanCache
+from avd_core.cache import LossMeanCache, LossStatistics
 from avd_core.callbacks import (
     Callback,
     CollapseFinding,
@@ -43,7 +43,7 @@ from avd_core.motion import (
 )
 from avd_core.objective import AVDObjective
 from avd_core.output import LossOutput
-from avd_core.regression import AdaptiveRegressionLoss, adaptive_regression_loss
+from avd_core.regression import PAPER_SPREAD, AdaptiveRegressionLoss, adaptive_regression_loss
 from avd_core.sampling import HalfRateInterpolationSampler, SamplingStep, kept_frames, raise_frame_rate, step_rates
 from avd_core.schedule import (
     FlowMatchingSchedule,
@@ -55,6 +55,7 @@ from avd_core.schedule import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "PAPER_SPREAD",
     "AVDConfig",
     "AVDObjective",
     "AdaptiveRegressionLoss",
@@ -72,6 +73,7 @@ __all__ = [
     "LatentStatistics",
     "LossMeanCache",
     "LossOutput",
+    "LossStatistics",
     "MotionConfig",
     "NamedCallbacks",
     "NonFiniteError",

@@ -1,4 +1,4 @@
-"""The mean regression loss of each timestep: Lbar_{t,s} of Eq. 6."""
+"""The mean of the regression losses of each timestep, Lbar_{t,s} of Eq. 6, and their spread."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,39 @@ _FORGOTTEN = 1000
 # The ends of a range belong to it, also after rounding.
 _SLACK = 1 + 1e-5
 
+# A spread this small beside its mean is float32's rounding.
+_RESOLUTION = 1e-6
+
+# Buffers that states lack which were saved before spreads were kept. They start at 0.
+ADDED_BUFFERS = ("variances", "pending_squares")
+
+
+class LossStatistics(NamedTuple):
+    """What the losses of a call are to be compared with.
+
+    Attributes:
+        means: ``[B]``, float32 at least: the mean loss at each sample's timestep. For an entry without a mean it is the
+            loss itself, so that the deviation is 0.
+        spreads: ``[B]``, same dtype, at least 0: the standard deviation there; 0 while it is unknown, see
+            :attr:`LossMeanCache.spreads`.
+    """
+
+    means: Tensor
+    spreads: Tensor
+
 
 class LossMeanCache(nn.Module):
-    """A running mean of the regression loss at each of the student's few timesteps.
+    """A running mean of the regression loss at each of the student's few timesteps, and its spread.
 
     After iteration ``s``, the entry of every timestep ``t`` that occurred in it becomes (Eq. 6)::
 
         Lbar_{t,s} = decay * Lbar_{t,s-1} + (1 - decay) * L_{t,s}
+        V_{t,s}    = decay * V_{t,s-1}    + (1 - decay) * (S_{t,s} + decay * (L_{t,s} - Lbar_{t,s-1})^2)
 
-    where ``L_{t,s}`` is the mean over all samples of that entry in the iteration, on all ranks. An entry that has not
-    occurred yet starts with its first ``L_{t,s}``. Losses that are not finite are left out.
+    where ``L_{t,s}`` and ``S_{t,s}`` are mean and population variance of all samples of that entry in the iteration, on
+    all ranks. The second line is ours: ``V`` is the variance of all losses so far, each with the weight that it has in
+    ``Lbar``. An entry that has not occurred yet starts with its first ``L_{t,s}`` and ``S_{t,s}``. Losses that are not
+    finite are left out. A variance that would overflow is left out, too, while the mean goes on.
 
     One iteration is one update:
 
@@ -51,9 +74,13 @@ class LossMeanCache(nn.Module):
 
     In evaluation mode (``cache.eval()``) means are read and not changed, like the statistics of a batch norm.
 
-    The state is four buffers, so the cache moves, saves and loads with the module that it is part of. The buffers stay
+    The state is six buffers, so the cache moves, saves and loads with the module that it is part of. The buffers stay
     float32 under ``.to(bfloat16)`` and ``.half()``, because in half precision a decay of 0.95 would not move the mean
     any more. If they are cast in another way, such as FSDP's ``buffer_dtype``, the next call raises an error.
+
+    A state that was saved before spreads were kept loads, too: means go on, and each spread starts anew at 0, as if its
+    entry's mean were the one loss that it has seen. Standardised weights are then one half in the entry's first
+    iteration, and sharper than later for some ``1 / (1 - decay)`` iterations, in which the spread grows to its size.
 
     Args:
         timesteps: The grid, strictly rising or falling, in the unit in which timesteps are passed later. Each sample
@@ -73,8 +100,10 @@ class LossMeanCache(nn.Module):
 
     timesteps: Tensor
     means: Tensor
+    variances: Tensor
     seen: Tensor
     pending: Tensor
+    pending_squares: Tensor
 
     def __init__(
         self,
@@ -114,9 +143,11 @@ class LossMeanCache(nn.Module):
         self._warned = False
         self.register_buffer("timesteps", torch.tensor(grid, dtype=torch.float32))
         self.register_buffer("means", torch.zeros(len(grid), dtype=torch.float32))
+        self.register_buffer("variances", torch.zeros(len(grid), dtype=torch.float32))
         self.register_buffer("seen", torch.zeros(len(grid), dtype=torch.bool))
-        # Sums and counts of the running iteration: [2, K].
+        # Of the running iteration, on this rank: sums and counts, [2, K], and squared deviations from the mean so far.
         self.register_buffer("pending", torch.zeros(2, len(grid), dtype=torch.float32))
+        self.register_buffer("pending_squares", torch.zeros(len(grid), dtype=torch.float32))
 
     @classmethod
     def uniform(cls, low: float, high: float, bins: int, **options: Any) -> Self:
@@ -135,17 +166,29 @@ class LossMeanCache(nn.Module):
         cache._tolerance = _SLACK * width / 2
         return cache
 
+    @property
+    def spreads(self) -> Tensor:
+        """``[K]`` float32: the standard deviation of each entry's losses; never NaN.
+
+        It is 0 before an entry has seen two losses, and as long as all are equal up to rounding. A spread of few losses
+        is too small, since the first loss still has most of the weight: with a decay of 0.95 and one loss per iteration
+        it is two thirds of its later size after 6 iterations, nine tenths after 20. Iterations of several losses start
+        nearer to it.
+        """
+        spreads = self.variances.sqrt()
+        return torch.where(spreads > _RESOLUTION * self.means.abs(), spreads, 0.0)
+
     @torch.no_grad()
-    def forward(self, timesteps: Tensor, losses: Tensor) -> Tensor:
-        """Read the mean for each sample and, in training mode, record the losses.
+    def forward(self, timesteps: Tensor, losses: Tensor) -> LossStatistics:
+        """Read mean and spread for each sample and, in training mode, record the losses.
 
         Args:
             timesteps: ``[B]``, integer or floating, in the grid's unit.
-            losses: ``[B]``, floating, unweighted.
+            losses: ``[B]``, floating, unweighted: whatever is compared with its mean.
 
         Returns:
-            ``[B]``, float32 at least: what each loss is to be compared with. For an entry without a mean it is the loss
-            itself, so that the deviation is 0.
+            LossStatistics: ``means`` and ``spreads``, ``[B]`` each: from before the call, or with its losses in them if
+            ``order="update_first"``.
 
         Raises:
             TypeError: If ``losses`` is not floating, or if something has changed the dtype of the cache's own buffers.
@@ -158,7 +201,8 @@ class LossMeanCache(nn.Module):
             raise ValueError(f"losses must have shape [B], one per sample, got {list(losses.shape)}.")
         check_timesteps(timesteps, losses)
         check_same_device("the cache", self.means, "losses", losses)
-        if not self.timesteps.dtype == self.means.dtype == self.pending.dtype == torch.float32:
+        floating = (self.timesteps, self.means, self.variances, self.pending, self.pending_squares)
+        if any(buffer.dtype != torch.float32 for buffer in floating):
             raise TypeError(
                 "The cache's buffers must be float32, and something has cast them in place, to a dtype in which the "
                 "grid and a decay near 1 are lost. FSDP's MixedPrecision(buffer_dtype=...) does so: set it to "
@@ -170,10 +214,10 @@ class LossMeanCache(nn.Module):
         if self.training and self.order == "update_first":
             self._record(index, losses)
             return self._read(index, losses)
-        means = self._read(index, losses)
+        statistics = self._read(index, losses)
         if self.training:
             self._record(index, losses)
-        return means
+        return statistics
 
     @torch.no_grad()
     def update(self) -> None:
@@ -182,22 +226,32 @@ class LossMeanCache(nn.Module):
         Only to be called by who passed ``auto_update=False``, once per optimizer step and on every rank (it is a
         collective where ranks are synchronised).
         """
-        pending = self.pending
+        (sums, counts), squares = self.pending.unbind(), self.pending_squares
         if self.sync_ranks and world_size(self.process_group) > 1:
-            pending = sum_over_ranks(pending, self.process_group)
-        sums, counts = pending.unbind()
-        current = sums / counts.clamp_min(1)
-        # The sum of finite losses can still overflow.
+            own_counts, own_means = counts, _divide(sums, counts)
+            sums, counts = sum_over_ranks(self.pending, self.process_group).unbind()
+            # Squares can be added once all ranks' are about one mean.
+            squares = squares + own_counts * (own_means - _divide(sums, counts)).square()
+            squares = sum_over_ranks(squares, self.process_group)
+        current = _divide(sums, counts)
+        jump = current - self.means
+        variances = _divide(squares, counts)
+        variances = torch.where(
+            self.seen, torch.lerp(variances + self.decay * jump.square(), self.variances, self.decay), variances
+        )
+        means = torch.where(self.seen, torch.lerp(current, self.means, self.decay), current)
+        # The sum of finite losses can still overflow, and squares do so sooner.
         observed = (counts > 0) & current.isfinite()
-        moved = torch.where(self.seen, torch.lerp(current, self.means, self.decay), current)
-        self.means.copy_(torch.where(observed, moved, self.means))
+        self.means.copy_(torch.where(observed, means, self.means))
+        self.variances.copy_(torch.where(observed & variances.isfinite(), variances, self.variances))
         self.seen.logical_or_(observed)
         self.pending.zero_()
+        self.pending_squares.zero_()
         self._recorded = 0
 
     def reset(self) -> None:
         """Forget everything, as if newly constructed."""
-        for buffer in (self.means, self.seen, self.pending):
+        for buffer in (self.means, self.variances, self.seen, self.pending, self.pending_squares):
             buffer.zero_()
         self._recorded = 0
 
@@ -207,17 +261,26 @@ class LossMeanCache(nn.Module):
             f"{entries} entries in [{self._range[0]:g}, {self._range[1]:g}], decay={self.decay}, order={self.order!r}"
         )
 
-    def _read(self, index: Tensor, losses: Tensor) -> Tensor:
-        return torch.where(self.seen[index], self.means[index].to(losses.dtype), losses)
+    def _read(self, index: Tensor, losses: Tensor) -> LossStatistics:
+        means = torch.where(self.seen[index], self.means[index].to(losses.dtype), losses)
+        return LossStatistics(means, self.spreads[index].to(losses.dtype))
 
     def _record(self, index: Tensor, losses: Tensor) -> None:
-        losses = losses.to(self.pending.dtype)
-        finite = losses.isfinite()
-        values = torch.stack([torch.where(finite, losses, 0.0), finite.to(losses.dtype)])
-        # One-hot rather than scatter_add: the grid is tiny, and on CUDA atomics would make the sums irreproducible.
-        entries = torch.arange(len(self.timesteps), device=index.device)
-        one_hot = (index.unsqueeze(1) == entries).to(losses.dtype)
-        self.pending.add_((values.unsqueeze(2) * one_hot).sum(dim=1))
+        losses_B1 = losses.to(self.pending.dtype).unsqueeze(1)
+        # Masks rather than scatter_add: the grid is tiny, and on CUDA atomics would make the sums irreproducible.
+        entries_K = torch.arange(len(self.timesteps), device=index.device)
+        counted_BK = (index.unsqueeze(1) == entries_K) & losses_B1.isfinite()
+        counts = counted_BK.sum(dim=0).to(losses_B1.dtype)
+        sums = torch.where(counted_BK, losses_B1, 0.0).sum(dim=0)
+        means = _divide(sums, counts)
+        squares = torch.where(counted_BK, losses_B1 - means, 0.0).square().sum(dim=0)
+        # About the mean of this call and the calls before, without the cancellation of a mean square less a squared
+        # mean: a spread is often far smaller than its mean.
+        sums_before, counts_before = self.pending.unbind()
+        pairs = _divide(counts * counts_before, counts + counts_before)
+        squares = squares + pairs * (means - _divide(sums_before, counts_before)).square()
+        self.pending.add_(torch.stack([sums, counts]))
+        self.pending_squares.add_(squares)
         if self.auto_update:
             self.update()
         elif not torch.compiler.is_compiling():  # where each count would be compiled anew
@@ -265,7 +328,15 @@ class LossMeanCache(nn.Module):
                 "Build the cache with the saved grid, or start with an empty cache."
             )
             return
+        if isinstance(means := state_dict.get(prefix + "means"), Tensor):
+            for name in ADDED_BUFFERS:  # losses of an unfinished iteration then count as if they were all equal
+                state_dict.setdefault(prefix + name, torch.zeros_like(means))
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _divide(sums: Tensor, counts: Tensor) -> Tensor:
+    """The mean of each entry, 0 where nothing was counted."""
+    return sums / counts.clamp_min(1)
 
 
 def _unit_hint(outside: Sequence[float], high: float) -> str:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from avd_core.cache import CacheOrder
+from avd_core.regression import Deviation, Judged
 
 
 class _Section(BaseModel):
@@ -21,6 +22,12 @@ class RegressionConfig(_Section):
     """``w_reg`` of Eq. 9. Paper: 2, so that a sample of average loss has weight 1. Released code: 1."""
     sharpness: float = Field(default=3.0, ge=0)
     """``k`` of Eq. 7. Paper and released code: 3."""
+    deviation: Deviation = "absolute"
+    """Unit of the deviations that the weight judges by. Paper and released code: ``absolute``, that of the losses.
+    ``standardized`` is that of their spread at each timestep, and the paper's where the spread is 0.3."""
+    judged: Judged = "loss"
+    """What is compared with its mean. Paper and released code: ``loss``. ``relative`` is the loss over the clip's own
+    energy, ``excess`` the loss less the teacher's own, see :class:`AdaptiveRegressionLoss`."""
     decay: float = Field(default=0.95, ge=0, lt=1)
     """``alpha`` of Eq. 6. Paper and released code: 0.95."""
     order: CacheOrder = "weight_first"

@@ -203,26 +203,38 @@ def _check_channels(x_0: Tensor, frame_dim: int, channels: int) -> None:
         )
 
 
-def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = None) -> float:
+def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = None, eps: float = 1e-6) -> float:
     """A floor for your latent space, from samples that move as much as you want.
+
+    It is the mean of the temporal losses that each sample has by itself, which is how we read the paper's 1.5 for its
+    teacher. The logarithm of the samples' mean variance would be lower (Jensen's inequality), the more so the more they
+    differ. In a batch of one, as in the paper, the loss compares each sample by itself with the floor. In a larger one
+    it compares the logarithm of the batch's mean variance, and so stops somewhat before the student moves as much as
+    the samples; ``-log`` of their :func:`temporal_variance` is the floor at which it then stops.
 
     Args:
         x_0: Samples of the teacher (or real latents), ``[B, C, F, H, W]``; a few dozen suffice.
-        margin: How far the floor is below the samples' temporal loss, in nats. With 0 the loss stops pushing when the
-            student moves as much as the samples. The paper's floor of 0.6 is 0.9 below the 1.5 of its teacher, so it
-            asks for up to ``exp(0.9)`` = 2.5 times the teacher's variance.
+        margin: How far the floor is below the samples' temporal loss, in nats. With 0 the loss stops pushing a sample
+            that moves as much as an average one of these. The paper's floor of 0.6 is 0.9 below the 1.5 of its
+            teacher, so it asks for up to ``exp(0.9)`` = 2.5 times the teacher's variance.
         frame_dim: The dimension of frames, as in :func:`clipped_temporal_variance_loss`.
+        eps: That of the loss.
 
     Returns:
-        ``-log(E[Var_t(x_0)]) - margin``. Waits for the device.
+        ``E_x[-log(Var_t(x_0) + eps)] - margin``. Waits for the device.
 
     Raises:
-        ValueError: If the samples do not move or are not finite; otherwise as :func:`temporal_variance`.
+        ValueError: If a sample does not move or is not finite; otherwise as :func:`temporal_variance`.
     """
-    variance = float(temporal_variance(x_0.detach(), frame_dim=frame_dim))
-    if not (variance > 0 and math.isfinite(variance)):
-        raise ValueError(f"derive_floor needs samples that move, got a temporal variance of {variance}.")
-    return -math.log(variance) - margin
+    frame_dim = _find_frames(x_0, frame_dim, None)
+    variances = [float(_temporal_variance(sample, frame_dim)) for sample in x_0.detach().chunk(len(x_0))]
+    for number, variance in enumerate(variances):
+        if not (variance > 0 and math.isfinite(variance)):
+            raise ValueError(
+                f"derive_floor needs samples that move, got a temporal variance of {variance} for sample {number}. "
+                "Leave out samples that stand still or are not finite."
+            )
+    return sum(-math.log(variance + eps) for variance in variances) / len(variances) - margin
 
 
 class _TemporalVariance(torch.autograd.Function):

@@ -57,7 +57,9 @@ class AVDObjective(nn.Module):
             cache = LossMeanCache(
                 config.timesteps, decay=r.decay, order=r.order, auto_update=r.auto_update, sync_ranks=r.sync_ranks
             )
-            self.regression = AdaptiveRegressionLoss(cache, weight=r.weight, sharpness=r.sharpness)
+            self.regression = AdaptiveRegressionLoss(
+                cache, weight=r.weight, sharpness=r.sharpness, deviation=r.deviation, judged=r.judged
+            )
         if config.motion is not None:
             self.motion = ClippedTemporalVarianceLoss(**config.motion.model_dump())
 
@@ -75,6 +77,8 @@ class AVDObjective(nn.Module):
         target: Tensor | None = None,
         timesteps: Tensor | None = None,
         *,
+        clips: Tensor | None = None,
+        teacher_prediction: Tensor | None = None,
         matching_loss: Tensor | None = None,
         matching_output: Tensor | None = None,
     ) -> LossOutput:
@@ -86,6 +90,9 @@ class AVDObjective(nn.Module):
                 follows is unused if the configuration has none.
             target: ``[B', ...]`` the velocity ``noise - x_0`` of those clips.
             timesteps: ``[B']`` the few-step timesteps at which they were noised.
+            clips: ``[B', ...]`` those clips, clean; only if ``config.regression.judged`` is ``"relative"``.
+            teacher_prediction: ``[B', ...]`` the teacher's velocity for the same noised clips, without guidance; only
+                if ``config.regression.judged`` is ``"excess"``.
             matching_loss: Scalar, your matching loss, before its ``backward()``. With this and the next argument the
                 ratio of gradients is reported, and held if ``config.gradient_ratio`` is set. It is not added to the
                 result.
@@ -101,14 +108,16 @@ class AVDObjective(nn.Module):
                 dimensions; in training mode, if ``x_0`` or ``prediction`` has no gradient; otherwise as the parts do.
         """
         # All checks come first: a call that fails must not leave its losses in the cache.
-        self._check_inputs(x_0, prediction, target, timesteps, matching_loss, matching_output)
+        on_clips = {
+            "clips": clips,
+            "teacher_prediction": teacher_prediction,
+            "matching_loss": matching_loss,
+            "matching_output": matching_output,
+        }
+        self._check_inputs(x_0, prediction, target, timesteps, **on_clips)
         parts = []
         if self.regression is not None:
-            parts.append(
-                self.on_clips(
-                    prediction, target, timesteps, matching_loss=matching_loss, matching_output=matching_output
-                )
-            )
+            parts.append(self.on_clips(prediction, target, timesteps, **on_clips))
         if self.motion is not None:
             parts.append(self.on_samples(x_0))
         metrics = {name: value for part in parts for name, value in part.metrics.items()}
@@ -134,6 +143,8 @@ class AVDObjective(nn.Module):
         target: Tensor | None,
         timesteps: Tensor | None,
         *,
+        clips: Tensor | None = None,
+        teacher_prediction: Tensor | None = None,
         matching_loss: Tensor | None = None,
         matching_output: Tensor | None = None,
     ) -> LossOutput:
@@ -147,8 +158,9 @@ class AVDObjective(nn.Module):
         """
         if self.regression is None:
             raise ValueError("AVDConfig leaves out the regression: there is nothing to compute on clips.")
-        self._check_clips(prediction, target, timesteps, matching_loss, matching_output)
-        loss, metrics = self.regression(prediction, target, timesteps)
+        judged_by = {"clips": clips, "teacher_prediction": teacher_prediction}
+        self._check_clips(prediction, target, timesteps, matching_loss, matching_output, **judged_by)
+        loss, metrics = self.regression(prediction, target, timesteps, **judged_by)
         balance: dict[str, Tensor] = {}
         if matching_loss is not None:
             loss, balance_metrics = self.balance(loss, prediction, matching_loss, matching_output)
@@ -172,13 +184,14 @@ class AVDObjective(nn.Module):
         timesteps: Tensor | None,
         matching_loss: Tensor | None,
         matching_output: Tensor | None,
+        **judged_by: Tensor | None,
     ) -> None:
         if self.regression is None and self.motion is None:
             raise ValueError(
                 "AVDConfig leaves out both the regression and the motion term: there is nothing to compute."
             )
         if self.regression is not None:
-            self._check_clips(prediction, target, timesteps, matching_loss, matching_output)
+            self._check_clips(prediction, target, timesteps, matching_loss, matching_output, **judged_by)
         else:
             _check_matching(matching_loss, matching_output)
         if self.motion is not None:
@@ -206,6 +219,7 @@ class AVDObjective(nn.Module):
         timesteps: Tensor | None,
         matching_loss: Tensor | None,
         matching_output: Tensor | None,
+        **judged_by: Tensor | None,
     ) -> None:
         _check_matching(matching_loss, matching_output)
         if self.config.gradient_ratio is not None and matching_loss is None:
@@ -219,7 +233,7 @@ class AVDObjective(nn.Module):
                 "out with AVDConfig(regression=None)."
             )
         if self.regression is not None:
-            self.regression.check_inputs(prediction, target, timesteps)
+            self.regression.check_inputs(prediction, target, timesteps, **judged_by)
         if matching_loss is not None and matching_output is not None:
             self.balance.check_inputs(None, prediction, matching_loss, matching_output)
 

@@ -15,12 +15,27 @@ from avd_core import (
     ClippedTemporalVarianceLoss,
     DistributionMatchingLoss,
     LossMeanCache,
+    LossOutput,
 )
 from tensors import randn
 
 GRID = (1000, 900, 757, 522)
 _shape = (2, 2, 3, 4, 4)
 _timesteps = torch.tensor([1000, 522])
+
+
+class Positional(nn.Module):
+    """A loss that takes its keyword arguments by position."""
+
+    def __init__(self, loss: nn.Module, *names: str) -> None:
+        super().__init__()
+        self.loss = loss
+        self.names = names
+
+    def forward(self, *arguments: Tensor) -> LossOutput:
+        named = len(arguments) - len(self.names)
+        output: LossOutput = self.loss(*arguments[:named], **dict(zip(self.names, arguments[named:], strict=True)))
+        return output
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,18 @@ LOSSES = {
     "regression": Case(
         lambda: AdaptiveRegressionLoss(LossMeanCache(GRID)),
         lambda seed: [randn(seed, *_shape), randn(seed + 1, *_shape), _timesteps],
+        (0,),
+    ),
+    "standardized relative regression": Case(
+        lambda: Positional(
+            AdaptiveRegressionLoss(LossMeanCache(GRID), deviation="standardized", judged="relative"), "clips"
+        ),
+        lambda seed: [randn(seed, *_shape), randn(seed + 1, *_shape), _timesteps, randn(seed + 2, *_shape)],
+        (0,),
+    ),
+    "excess regression": Case(
+        lambda: Positional(AdaptiveRegressionLoss(LossMeanCache(GRID), judged="excess"), "teacher_prediction"),
+        lambda seed: [randn(seed, *_shape), randn(seed + 1, *_shape), _timesteps, randn(seed + 2, *_shape)],
         (0,),
     ),
     "motion": Case(ClippedTemporalVarianceLoss, lambda seed: [0.3 * randn(seed, *_shape)], (0,)),

@@ -26,9 +26,13 @@ def reference_sample_losses(prediction: list[Any], target: list[Any]) -> list[fl
     ]
 
 
-def reference_weights(losses: list[float], means: list[float], sharpness: float, weight: float) -> list[float]:
-    """Eq. 7 as printed: one minus the logistic function of the deviation."""
+def reference_weights(
+    losses: list[float], means: list[float], sharpness: float, weight: float, spreads: list[float] | None = None
+) -> list[float]:
+    """Eq. 7 as printed: one minus the logistic function of the deviation, with spreads in units of 0.3 of them."""
     deviations = [loss - usual for loss, usual in zip(losses, means, strict=True)]
+    if spreads is not None:
+        deviations = [0.3 * d / spread if spread else 0.0 for d, spread in zip(deviations, spreads, strict=True)]
     return [weight * (1 - 1 / (1 + math.exp(-sharpness * deviation))) for deviation in deviations]
 
 
@@ -41,11 +45,12 @@ def reference_regression(
 
 
 class ReferenceCache:
-    """Eq. 6 over a dictionary."""
+    """Eq. 6 over a dictionary; the spread from all losses and the weights that they have in the mean."""
 
     def __init__(self, decay: float = 0.95) -> None:
         self.decay = decay
         self.means: dict[float, float] = {}
+        self.weighted: dict[float, list[tuple[float, float]]] = {}
 
     def read(self, timestep: float, loss: float) -> float:
         return self.means.get(timestep, loss)
@@ -60,6 +65,16 @@ class ReferenceCache:
             current = mean(losses)
             before = self.means.get(timestep, current)
             self.means[timestep] = self.decay * before + (1 - self.decay) * current
+            earlier = self.weighted.get(timestep, [])
+            new = 1 - self.decay if earlier else 1.0
+            self.weighted[timestep] = [(self.decay * weight, loss) for weight, loss in earlier]
+            self.weighted[timestep] += [(new / len(losses), loss) for loss in losses]
+
+    def spread(self, timestep: float) -> float:
+        """Standard deviation of the weighted losses; 0 if there are none."""
+        weighted = self.weighted.get(timestep, [])
+        center = math.fsum(weight * loss for weight, loss in weighted)
+        return math.sqrt(math.fsum(weight * (loss - center) ** 2 for weight, loss in weighted))
 
 
 def reference_temporal_variance(x_BCFHW: list[Any]) -> float:

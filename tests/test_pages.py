@@ -20,7 +20,10 @@ PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md")
 TOP_LEVEL = ("avd_core", "integrations", "reference_trainer", "tests", "benchmarks", "docs", ".ci", ".github")
 MODULE = ["-m", "avd_trainer"]
 # Have an entry for each sample, so golden curves leave them out.
-LISTS = {"regression/sample_losses", "regression/means", "regression/weights", "regression/timesteps"}
+LISTS = {
+    *("regression/sample_losses", "regression/means", "regression/weights", "regression/timesteps"),
+    *("regression/judged", "regression/deviations"),
+}
 
 
 def read(page: str) -> str:

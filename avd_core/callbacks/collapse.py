@@ -1,4 +1,4 @@
-"""Early warnings that a student freezes, jitters, oversaturates or washes out."""
+"""Early warnings that a student freezes, jitters, oversaturates or washes out, or that the adaptive weight fails."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from avd_core._checks import check_number
 from avd_core.callbacks.base import Callback, Metrics
 from avd_core.motion import temporal_variance
+from avd_core.regression import PAPER_SPREAD
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ class CollapseFinding:
 
     Attributes:
         step: When it was noticed.
-        kind: ``"frozen"``, ``"jitter"``, ``"oversaturated"``, ``"washed_out"``, ``"regression_dominates"`` or
-            ``"regression_silent"``.
+        kind: ``"frozen"``, ``"jitter"``, ``"oversaturated"``, ``"washed_out"``, ``"regression_dominates"``,
+            ``"regression_silent"``, ``"weights_switch"`` or ``"weights_constant"``.
         value: What was measured.
         limit: The limit that it crossed.
         message: In words, with what to do.
@@ -73,41 +74,61 @@ class _Rule:
         return value > self.limit if self.above else value < self.limit
 
 
+_SMOOTHED = ("variance", "saturation", "gradient_ratio")
+_SHARPNESS = (
+    f'Set deviation="standardized" with a sharpness of 3, or the sharpness to 3 * {PAPER_SPREAD} / the spread of the '
+    "losses around their means"
+)
+
+
 class CollapseMonitor(Callback):
     """Watches the generated samples and the loss weights, and says in plain words when a run goes wrong.
 
-    Each signal is smoothed over steps. When it crosses a limit, a finding is logged (``logging``, level WARNING) and
-    kept in ``findings``. The same finding comes again only if the signal has recovered in between.
+    When a signal crosses a limit, a finding is logged (``logging``, level WARNING) and kept in ``findings``. The same
+    finding comes again only if the signal has recovered in between.
 
     Reads these metrics, if they are there:
 
-    ============================  =======================================  ==============================
-    metric                        signal                                   findings
-    ============================  =======================================  ==============================
-    ``x_0`` (generated latents)   temporal variance / the reference's      ``frozen``, ``jitter``
-    ``x_0``                       channel std / the reference's, averaged  ``oversaturated``, ``washed_out``
-    ``regression/weights``        mean weight / its maximum                ``regression_silent``
-    ``balance/gradient_ratio``,   the ratio of :class:`GradientBalance`,   ``regression_dominates``
-    ``balance/scale``             as it is after scaling
-    ============================  =======================================  ==============================
+    ==========================  ====================  =======================================  ========================
+    metric                      signal                what it is                               findings
+    ==========================  ====================  =======================================  ========================
+    ``x_0``, generated latents  ``variance``          temporal variance / the reference's      ``frozen``, ``jitter``
+    ``x_0``                     ``saturation``        channel std / the reference's, averaged  ``oversaturated``,
+                                                                                               ``washed_out``
+    ``regression/weights``      ``weight``            mean of the weights / their maximum      ``regression_silent``
+    ``regression/weights``      ``switched``          share of weights in the outer tenths     ``weights_switch``
+    ``regression/weights``      ``weight_spread``     standard deviation / their maximum       ``weights_constant``
+    ``balance/gradient_ratio``  ``gradient_ratio``    the ratio of :class:`GradientBalance`,   ``regression_dominates``
+    ``balance/scale``                                 as it is after scaling
+    ==========================  ====================  =======================================  ========================
 
     Pass ``x_0`` only in steps whose samples are finished, since samples of an earlier few step are always blurred. In
     steps without ``x_0`` samples are not judged.
+
+    Signals of ``x_0`` and of the balance are smoothed over steps, whether they come in each step or in one of four.
+    Those of the weights are of single clips, the last ``window`` of them: an average over a batch looks moderate also
+    where half of its weights are on and half are off.
 
     Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
 
     Args:
         reference: Statistics of real latents, in the student's latent space (:meth:`LatentStatistics.measure`).
-        regression_weight: The ``weight`` of the regression loss, by which its weights are divided; None skips that
-            signal.
+        regression_weight: The ``weight`` of the regression loss, by which its weights are divided; None skips the
+            weights, for plain regression (``sharpness=0``) say, whose weights are constant on purpose.
         every: Steps between two judgements, at least 1.
         grace: Steps at the start that are not judged: a few-step student starts out blurred and still.
-        decay: Smoothing per step, in [0, 1). With 0.95 a signal averages over about 20 batches.
+        decay: Smoothing per step, in [0, 1), also over steps that do not show a signal. With 0.95 a signal averages
+            over about 20 steps: 20 batches, or 5 if it comes in one step of four.
+        window: Number of the last clips by whose weights the regression is judged, once there are so many; at least 2.
         frame_dim: Dimension of frames of ``x_0``: 2 or 1.
         variance_range: Allowed temporal variance, as multiples of the reference's. The default is wide: a motion term
             with the paper's floor lifts the variance to 2.5 times its teacher's.
         saturation_range: Allowed standard deviation, as multiples of the reference's.
         min_weight: Smallest allowed share of the regression's maximal weight. (At an average loss it is 0.5.)
+        max_switched: Largest allowed share of weights below a tenth or above nine tenths of their maximum. (For normal
+            losses with a spread of 0.3 and the paper's sharpness it is 0.015, at five times the spread 0.6.)
+        min_weight_spread: Smallest allowed standard deviation of weights, as a share of their maximum. (For such losses
+            it is 0.19, at a tenth of the spread 0.02.)
         max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None does not
             judge it. It proves nothing: of our small students one with 1.3 to 1.6 froze, while others with 1.0 to 1.4
             and a heavier motion term kept moving.
@@ -124,10 +145,13 @@ class CollapseMonitor(Callback):
         every: int = 10,
         grace: int = 100,
         decay: float = 0.95,
+        window: int = 200,
         frame_dim: int = 2,
         variance_range: tuple[float, float] = (0.5, 3.0),
         saturation_range: tuple[float, float] = (0.8, 1.15),
         min_weight: float = 0.05,
+        max_switched: float = 0.5,
+        min_weight_spread: float = 0.02,
         max_gradient_ratio: float | None = None,
     ) -> None:
         if every < 1:
@@ -135,6 +159,8 @@ class CollapseMonitor(Callback):
         if grace < 0:
             raise ValueError(f"grace must be at least 0, got {grace}.")
         check_number("decay", decay, at_least=0, below=1)
+        if window < 2:
+            raise ValueError(f"window must be at least 2, got {window}: weights are compared with each other.")
         for name, (low, high) in (("variance_range", variance_range), ("saturation_range", saturation_range)):
             if not 0 < low < high:
                 raise ValueError(f"{name} must be (low, high) with 0 < low < high, got {(low, high)}.")
@@ -145,47 +171,72 @@ class CollapseMonitor(Callback):
         self.every = every
         self.grace = grace
         self.decay = decay
+        self.window = window
         self.frame_dim = frame_dim
         self.findings: list[CollapseFinding] = []
         # Grey clips have channels that hold next to nothing; ratios to those would drown the others.
         channel_std = torch.tensor(reference.channel_std)
         self._channel_std = channel_std.clamp_min(0.01 * float(channel_std.max()))
-        self._rules = _rules(variance_range, saturation_range, min_weight, max_gradient_ratio)
+        self._rules = _rules(
+            variance_range, saturation_range, min_weight, max_switched, min_weight_spread, max_gradient_ratio
+        )
         self._active: set[str] = set()
         self._smoothed: dict[str, Tensor] = {}
+        self._shown: dict[str, int] = {}  # the step, counted here, in which a signal was last shown
+        self._weights = torch.empty(0)  # of the last clips, relative to their maximum, oldest first
         self._steps = 0
 
     def after_step(self, step: int, metrics: Metrics) -> None:
+        self._steps += 1
         for name, value in self._signals(metrics).items():
             before = self._smoothed.get(name, value).to(value)
+            decay = self.decay ** (self._steps - self._shown.get(name, self._steps))
             # One bad batch must not blind the monitor for good.
-            moved = torch.where(before.isfinite(), torch.lerp(value, before, self.decay), value)
+            moved = torch.where(before.isfinite(), torch.lerp(value, before, decay), value)
             self._smoothed[name] = torch.where(value.isfinite(), moved, before)
-        self._steps += 1
+            self._shown[name] = self._steps
+        if self.regression_weight and (weights := metrics.get("regression/weights")) is not None:
+            weights = weights.detach().float() / self.regression_weight
+            self._weights = torch.cat([self._weights.to(weights), weights])[-self.window :]
         if self._steps > self.grace and self._steps % self.every == 0:
             self._judge(step, self.signals())
 
     def signals(self) -> dict[str, float]:
-        """The smoothed signals: ``variance``, ``saturation``, ``weight``, ``gradient_ratio``. Waits for the device."""
-        if not self._smoothed:
-            return {}
-        # After a restart some may still be on the CPU, where they were saved.
-        values = torch.stack([value.cpu() for value in self._smoothed.values()]).tolist()
-        return dict(zip(self._smoothed, values, strict=True))
+        """The signals that there are so far, by the names of the table above. Waits for the device."""
+        signals = self._smoothed_values()
+        weights = self._weights.cpu()
+        if len(weights) == self.window and (finite := weights[weights.isfinite()]).numel():
+            signals["weight"] = float(finite.mean())
+            signals["switched"] = float(((finite < 0.1) | (finite > 0.9)).float().mean())
+            signals["weight_spread"] = float(finite.std(correction=0))
+        return signals
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "signals": self.signals(),
+            "signals": self._smoothed_values(),
+            "shown": dict(self._shown),
+            "weights": self._weights.tolist(),
             "active": sorted(self._active),
             "steps": self._steps,
             "findings": [asdict(finding) for finding in self.findings],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self._smoothed = {name: torch.tensor(value) for name, value in state_dict["signals"].items()}
+        signals = {name: value for name, value in state_dict["signals"].items() if name in _SMOOTHED}
+        self._smoothed = {name: torch.tensor(value) for name, value in signals.items()}
+        # States from before weights were kept lack the rest; their signals count as shown in the last step.
+        self._shown = dict(state_dict.get("shown", dict.fromkeys(self._smoothed, int(state_dict["steps"]))))
+        self._weights = torch.tensor(state_dict.get("weights", []), dtype=torch.float32)
         self._active = set(state_dict["active"])
         self._steps = int(state_dict["steps"])
         self.findings = [CollapseFinding(**finding) for finding in state_dict["findings"]]
+
+    def _smoothed_values(self) -> dict[str, float]:
+        if not self._smoothed:
+            return {}
+        # After a restart some may still be on the CPU, where they were saved.
+        values = torch.stack([value.cpu() for value in self._smoothed.values()]).tolist()
+        return dict(zip(self._smoothed, values, strict=True))
 
     @torch.no_grad()
     def _signals(self, metrics: Metrics) -> dict[str, Tensor]:
@@ -200,8 +251,6 @@ class CollapseMonitor(Callback):
             self._channel_std = self._channel_std.to(std.device)  # copies once
             signals["variance"] = temporal_variance(x_0, frame_dim=self.frame_dim) / self.reference.temporal_variance
             signals["saturation"] = (std / self._channel_std).mean()
-        if self.regression_weight and (weights := metrics.get("regression/weights")) is not None:
-            signals["weight"] = weights.mean() / self.regression_weight
         if (ratio := metrics.get("balance/gradient_ratio")) is not None:
             signals["gradient_ratio"] = ratio * metrics.get("balance/scale", 1.0)
         return {name: value.float() for name, value in signals.items()}
@@ -221,7 +270,12 @@ class CollapseMonitor(Callback):
 
 
 def _rules(
-    variance: tuple[float, float], saturation: tuple[float, float], min_weight: float, max_ratio: float | None
+    variance: tuple[float, float],
+    saturation: tuple[float, float],
+    min_weight: float,
+    max_switched: float,
+    min_weight_spread: float,
+    max_ratio: float | None,
 ) -> tuple[_Rule, ...]:
     return (
         _Rule(
@@ -248,6 +302,16 @@ def _rules(
             "regression_silent", "weight", min_weight, False,
             "the adaptive weights are close to zero: losses lie far above their running means. Check the unit of the "
             "timesteps and the scale of the target, or lower the sharpness",
+        ),
+        _Rule(
+            "weights_switch", "switched", max_switched, True,
+            "the adaptive weights are a switch: most lie in the outer tenths of their range, so clips count fully or "
+            f"not at all. {_SHARPNESS}",
+        ),
+        _Rule(
+            "weights_constant", "weight_spread", min_weight_spread, False,
+            "the adaptive weights are a constant: all clips count nearly alike, as in plain regression. "
+            f"{_SHARPNESS}",
         ),
         _Rule(
             "regression_dominates", "gradient_ratio", math.inf if max_ratio is None else max_ratio, True,

@@ -57,9 +57,10 @@ class HostTerms(nn.Module):
     Raises:
         TypeError: If ``config`` or ``parametrisation`` is something else.
         ValueError: If both terms are left out; if the motion term is on for images, or counts its frames in another
-            dimension; if ``gradient_ratio`` is set, for which the matching term would have to be known here; for an
-            unknown layout, a ``loss_scale`` that is not positive, ``timesteps`` beside a ``time_range``, fewer
-            than 2 ``bins``, or times that are not on the path: in another unit, say.
+            dimension; if ``gradient_ratio`` is set, for which the matching term would have to be known here, or
+            ``regression.judged="excess"``, for which the teacher would; for an unknown layout, a ``loss_scale`` that is
+            not positive, ``timesteps`` beside a ``time_range``, fewer than 2 ``bins``, or times that are not on the
+            path: in another unit, say.
     """
 
     def __init__(
@@ -99,6 +100,11 @@ class HostTerms(nn.Module):
             raise ValueError(
                 "AVDConfig(gradient_ratio=...) compares with the matching term's gradient, which an adapter does not "
                 "see. Leave it at None, or call avd_core.AVDObjective with matching_loss and matching_output."
+            )
+        if config.regression is not None and config.regression.judged == "excess":
+            raise ValueError(
+                'RegressionConfig(judged="excess") compares with the teacher\'s own error, and an adapter runs no '
+                'teacher. Set "loss" or "relative", or call avd_core.AVDObjective with teacher_prediction.'
             )
         if config.regression is not None:
             check_times(parametrisation, config.timesteps, time_range)
@@ -230,7 +236,9 @@ class HostTerms(nn.Module):
         # In half precision the difference of two near velocities would be mostly rounding.
         prediction, x_t, clips, noise = (_at_least_float32(tensor) for tensor in (prediction, x_t, clips, noise))
         velocity = self.parametrisation.velocity(prediction, x_t, times)
-        return self._scaled(self.objective.on_clips(velocity, noise - clips, times), clips)
+        regression = self.objective.config.regression
+        judged_by = {"clips": clips} if regression is not None and regression.judged == "relative" else {}
+        return self._scaled(self.objective.on_clips(velocity, noise - clips, times, **judged_by), clips)
 
     def _check_samples(self, x_0: Tensor | None) -> Tensor:
         if x_0 is None:

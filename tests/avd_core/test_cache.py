@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from avd_core import AdaptiveRegressionLoss, LossMeanCache
 from loss_cases import GRID
 from references import ReferenceCache
-from tensors import assert_same_state, cut, state_of
+from tensors import assert_same_state, cut, randn, state_of
 from watchers import NoArithmetic
 
 losses = st.floats(0, 1000, width=32)
@@ -21,9 +21,9 @@ iterations = st.lists(st.lists(samples, min_size=1, max_size=6), min_size=1, max
 
 
 def record(cache: LossMeanCache, batch: list[tuple[float, float]]) -> Tensor:
-    """One call with a list of (timestep, loss)."""
+    """One call with a list of (timestep, loss); returns the means."""
     timesteps, values = zip(*batch, strict=True)
-    return cache(torch.tensor(timesteps), torch.tensor(values))
+    return cache(torch.tensor(timesteps), torch.tensor(values)).means
 
 
 def means_of(cache: LossMeanCache) -> dict[float, float]:
@@ -39,6 +39,10 @@ def assert_means(cache: LossMeanCache, expected: dict[float, float], rtol: float
         assert actual[timestep] == pytest.approx(mean, rel=rtol, abs=atol)
 
 
+def assert_spreads(cache: LossMeanCache, expected: list[float], atol: float = 1e-3) -> None:
+    assert cache.spreads.tolist() == pytest.approx(expected, rel=1e-3, abs=atol)
+
+
 # --- Eq. 6
 
 
@@ -50,6 +54,7 @@ def test_means_and_returned_values_are_the_reference(batches: list[list[tuple[fl
         torch.testing.assert_close(record(cache, batch), torch.tensor(expected), rtol=1e-5, atol=1e-4)
         reference.iterate(batch)
     assert_means(cache, reference.means)
+    assert_spreads(cache, [reference.spread(timestep) for timestep in GRID])
 
 
 def test_an_entry_starts_with_its_first_loss_not_at_zero() -> None:
@@ -93,6 +98,81 @@ def test_the_order_of_samples_within_an_iteration_does_not_matter(
         record(cache, batch)
         record(shuffled, random.sample(batch, len(batch)))
     assert_means(shuffled, means_of(cache))
+    assert_spreads(shuffled, cache.spreads.tolist())
+
+
+# --- The spread
+
+
+@given(
+    st.lists(st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=6), min_size=1, max_size=6),
+    st.sampled_from([0.0, 0.5, 0.95]),
+    st.sampled_from([0.0, 1.0, 1000.0, -50.0]),
+    st.lists(st.booleans(), min_size=5, max_size=5),
+)
+def test_a_spread_far_below_its_mean_is_not_lost_in_rounding(
+    deviations: list[list[float]], decay: float, mean: float, cuts: list[bool]
+) -> None:
+    cache, reference = LossMeanCache(GRID, decay=decay, auto_update=False), ReferenceCache(decay)
+    for iteration in deviations:
+        rounded = torch.tensor([mean + d for d in iteration]).tolist()
+        reference.iterate((900, loss) for loss in rounded)
+        for part in cut([(900, loss) for loss in rounded], cuts[: len(rounded) - 1]):
+            record(cache, part)
+        cache.update()
+    # Within a few units of float32's last place of the mean: a mean square less a squared mean would miss by a third.
+    assert cache.spreads[1].item() == pytest.approx(reference.spread(900), rel=1e-3, abs=3e-6 * max(1, abs(mean)))
+
+
+@pytest.mark.parametrize("order", ["weight_first", "update_first"])
+def test_losses_are_given_the_spread_of_their_timestep_and_order(order: str) -> None:
+    cache = LossMeanCache(GRID, decay=0.5, order=order)
+    timesteps = torch.tensor([1000, 900])
+    first = cache(timesteps, torch.tensor([1.0, 1.0])).spreads
+    second = cache(timesteps, torch.tensor([3.0, 5.0])).spreads
+    third = cache(timesteps, torch.tensor([2.0, 3.0])).spreads
+    assert first.tolist() == [0, 0]
+    # Of 1 and 3 with half the weight each; after the third loss, which is their mean, half of that variance.
+    assert second.tolist() == ([0, 0] if order == "weight_first" else [1, 2])
+    assert third.tolist() == pytest.approx([1, 2] if order == "weight_first" else [math.sqrt(0.5), math.sqrt(2)])
+
+
+def test_there_is_no_spread_before_two_losses_were_seen() -> None:
+    cache = LossMeanCache(GRID)
+    assert cache.spreads.tolist() == [0, 0, 0, 0]
+    record(cache, [(1000, 3.0), (522, 5.0)])
+    assert cache.spreads.tolist() == [0, 0, 0, 0]
+    record(cache, [(522, 6.0)])
+    assert [spread > 0 for spread in cache.spreads.tolist()] == [False, False, False, True]
+
+
+@given(st.floats(1e-3, 1e3), st.lists(st.integers(1, 7), min_size=1, max_size=20))
+def test_equal_losses_have_no_spread_whatever_is_rounded(loss: float, sizes: list[int]) -> None:
+    cache = LossMeanCache(GRID)
+    for size in sizes:
+        record(cache, [(900, loss)] * size)
+    assert cache.spreads.tolist() == [0, 0, 0, 0]
+
+
+@given(st.integers(0, 100), st.sampled_from([0.5, 0.95]))
+def test_the_spread_of_many_losses_is_theirs(seed: int, decay: float) -> None:
+    cache = LossMeanCache(GRID, decay=decay)
+    for step in range(100):
+        record(cache, [(900, loss) for loss in (5 + 0.3 * randn(1000 * seed + step, 16)).tolist()])
+    assert cache.spreads[1].item() == pytest.approx(0.3, rel=0.25)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_variance_that_overflows_is_left_out_while_the_mean_goes_on(size: int) -> None:
+    cache = LossMeanCache(GRID, decay=0.5)
+    record(cache, [(900, 1.0), (900, 3.0)])
+    for _ in range(3):
+        record(cache, [(900, 1e25), (900, 3e25)][:size])
+    assert cache.spreads.isfinite().all()
+    assert means_of(cache)[900] > 5e24
+    for loss in 130 * [1.0, 3.0]:
+        record(cache, [(900, loss)])
+    assert 0.8 < cache.spreads[1].item() < 1.2
 
 
 # --- Iterations of several calls
@@ -110,6 +190,7 @@ def test_any_split_into_micro_batches_is_one_iteration(
         split.update()
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
     assert_means(split, means_of(whole))
+    assert_spreads(split, whole.spreads.tolist())
 
 
 def test_micro_batches_of_a_step_read_the_means_from_before_it() -> None:
@@ -191,9 +272,9 @@ def test_update_first_leaves_evaluation_alone() -> None:
 
 def test_reset_forgets_everything() -> None:
     cache = LossMeanCache(GRID, auto_update=False)
-    record(cache, [(900, 3.0)])
+    record(cache, [(900, 3.0), (900, 4.0)])
     cache.update()
-    record(cache, [(757, 3.0)])
+    record(cache, [(757, 3.0), (757, 4.0)])
     cache.reset()
     assert_same_state(state_of(cache), state_of(LossMeanCache(GRID)))
 
@@ -201,8 +282,8 @@ def test_reset_forgets_everything() -> None:
 def test_no_gradient_passes_through_the_means() -> None:
     cache = LossMeanCache(GRID)
     values = torch.tensor([2.0, 3.0], requires_grad=True)
-    assert not cache(torch.tensor([900, 522]), values).requires_grad
-    assert not cache.means.requires_grad
+    statistics = cache(torch.tensor([900, 522]), values)
+    assert not any(tensor.requires_grad for tensor in (*statistics, cache.means, cache.variances))
 
 
 # --- Losses that are not finite
@@ -219,6 +300,7 @@ def test_losses_that_are_not_finite_never_enter_a_mean(
     record(cache, [*batch[:where], (timestep, bad), *batch[where:]])
     record(clean, batch)
     assert_means(cache, means_of(clean))
+    assert_spreads(cache, clean.spreads.tolist())
 
 
 def test_an_entry_that_saw_only_nan_has_no_mean_yet() -> None:
@@ -321,7 +403,10 @@ def test_the_cache_moves_with_its_module() -> None:
     assert {buffer.dtype for buffer in cache.buffers()} == {torch.float32, torch.bool}
 
 
-@pytest.mark.parametrize("names", [("timesteps", "means", "pending"), ("means",), ("pending",)])
+@pytest.mark.parametrize(
+    "names",
+    [("timesteps", "means", "pending"), ("means",), ("variances",), ("pending",), ("pending_squares",)],
+)
 def test_buffers_that_were_cast_in_place_are_refused(names: tuple[str, ...]) -> None:
     """As FSDP casts the buffers of what it wraps."""
     cache = LossMeanCache(GRID)
@@ -347,7 +432,7 @@ def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype: to
     cache = LossMeanCache(GRID)
     loss = torch.tensor([1.1], dtype=dtype)
     for _ in range(2):
-        means = cache(torch.tensor([900]), loss)
+        means = cache(torch.tensor([900]), loss).means
         assert means.dtype == torch.promote_types(dtype, torch.float32)
         assert means.item() == pytest.approx(loss.item(), rel=1e-7)
     assert cache.means.dtype == torch.float32
@@ -355,7 +440,7 @@ def test_losses_of_any_floating_dtype_are_compared_in_float32_at_least(dtype: to
 
 def test_the_first_deviation_is_exactly_zero_in_float64_too() -> None:
     first = torch.tensor([0.1, 1 / 3], dtype=torch.float64)
-    assert torch.equal(LossMeanCache(GRID)(torch.tensor([900, 522]), first), first)
+    assert torch.equal(LossMeanCache(GRID)(torch.tensor([900, 522]), first).means, first)
 
 
 @given(iterations, st.lists(samples, max_size=4))
@@ -376,9 +461,39 @@ def test_a_restart_in_the_middle_of_an_iteration_changes_nothing(
     assert_same_state(state_of(restarted), state_of(cache))
 
 
-def test_the_state_is_these_four_buffers() -> None:
+def test_the_state_is_these_six_buffers() -> None:
     # Checkpoints depend on the names.
-    assert set(LossMeanCache(GRID).state_dict()) == {"timesteps", "means", "seen", "pending"}
+    assert set(LossMeanCache(GRID).state_dict()) == {
+        "timesteps",
+        "means",
+        "variances",
+        "seen",
+        "pending",
+        "pending_squares",
+    }
+
+
+def test_a_state_from_before_spreads_were_kept_loads_and_its_spread_starts_anew() -> None:
+    cache = LossMeanCache(GRID, auto_update=False)
+    record(cache, [(900, 2.0), (900, 6.0), (522, 1.0)])
+    cache.update()
+    record(cache, [(900, 8.0), (757, 1.0), (757, 3.0)])
+    old = {name: value for name, value in state_of(cache).items() if name in ("timesteps", "means", "seen", "pending")}
+    loaded = LossMeanCache(GRID, auto_update=False)
+    record(loaded, [(900, 50.0), (900, 60.0)])
+    loaded.update()
+    nn.Sequential(loaded).load_state_dict({f"0.{name}": value for name, value in old.items()}, strict=True)
+    assert set(old) == {"timesteps", "means", "seen", "pending"}
+    assert loaded.spreads.tolist() == [0, 0, 0, 0]
+    # Unknown, so a standardised weight is one half.
+    regression = AdaptiveRegressionLoss(loaded, deviation="standardized").eval()
+    assert regression(randn(0, 1, 3), randn(1, 1, 3), torch.tensor([900])).metrics["weights"].tolist() == [1.0]
+    for each in (cache, loaded):
+        each.update()
+    assert means_of(loaded) == means_of(cache)
+    # As if the mean of 4 were the one loss seen at 900, with 0.95 of the weight; those at 757 count as equal.
+    assert loaded.spreads.tolist() == pytest.approx([0, math.sqrt(0.95 * 0.05) * 4, 0, 0])
+    assert cache.spreads[2].item() == 1
 
 
 @pytest.mark.parametrize("grid", [(1000, 900, 757, 520), (1, 0.9, 0.757, 0.522), (1000, 900)])

@@ -44,7 +44,7 @@ def metrics_at(step: int) -> dict[str, Tensor]:
         "loss": torch.tensor(math.nan if step in (3, 4, 9) else 1.0),
         "gradient_norm": torch.tensor(2.0),
         "x_0": clips(step, motion=1 / (1 + step)),
-        "regression/weights": torch.full((2,), 2.0 / (1 + step)),
+        "regression/weights": torch.tensor([2.0, 1.5]) / (1 + step),
         "balance/gradient_ratio": torch.tensor(0.2 * step),
     }
 
@@ -54,12 +54,14 @@ LIMITS = {
     "variance_range": (0.5, 3.0),
     "saturation_range": (0.8, 1.2),
     "min_weight": 0.05,
+    "max_switched": 0.5,
+    "min_weight_spread": 0.02,
     "max_gradient_ratio": 1.0,
 }
 
 
 def make_monitor(model: nn.Module | None) -> CollapseMonitor:
-    return CollapseMonitor(REFERENCE, regression_weight=2.0, every=2, grace=1, decay=0.5, **LIMITS)
+    return CollapseMonitor(REFERENCE, regression_weight=2.0, every=2, grace=1, decay=0.5, window=6, **LIMITS)
 
 
 FACTORIES = {
@@ -375,9 +377,15 @@ def ratios(*values: float) -> list[dict[str, Tensor]]:
     return [{"balance/gradient_ratio": torch.tensor(value)} for value in values]
 
 
+def weights_of(*batches: Any) -> list[dict[str, Tensor]]:
+    """The metrics of one step with all weights, or of a step for each list of weights."""
+    rows = batches if isinstance(batches[0], list) else [list(batches)]
+    return [{"regression/weights": torch.tensor(row)} for row in rows]
+
+
 def prompt_monitor(**options: Any) -> CollapseMonitor:
     """Judges every step by itself."""
-    return CollapseMonitor(REFERENCE, **{"every": 1, "grace": 0, "decay": 0.0} | LIMITS | options)
+    return CollapseMonitor(REFERENCE, **{"every": 1, "grace": 0, "decay": 0.0, "window": 2} | LIMITS | options)
 
 
 def test_statistics_are_the_variance_along_frames_and_the_spread_of_each_channel() -> None:
@@ -456,8 +464,8 @@ def test_the_gradient_ratio_counts_as_it_is_after_scaling() -> None:
 
 
 def test_the_regressions_signals_are_judged() -> None:
-    weights = {"regression/weights": torch.tensor([0.05, 0.05])}  # of at most 2
-    assert watch(prompt_monitor(regression_weight=2.0), [weights]) == ["regression_silent"]
+    weights = {"regression/weights": torch.tensor([0.01, 0.1])}  # of at most 2
+    assert watch(prompt_monitor(regression_weight=2.0, max_switched=1.0), [weights]) == ["regression_silent"]
     assert watch(prompt_monitor(regression_weight=0.5), [weights]) == []
     assert watch(prompt_monitor(regression_weight=None), [weights]) == []
     assert watch(prompt_monitor(), ratios(1.5)) == ["regression_dominates"]
@@ -473,9 +481,12 @@ def test_the_regressions_signals_are_judged() -> None:
         ({"saturation_range": (0.1, 9.0)}, samples(1, spread=1.4), []),
         (
             {"min_weight": 0.6, "regression_weight": 1.0},
-            [{"regression/weights": torch.ones(1) / 2}],
+            weights_of(0.4, 0.6),
             ["regression_silent"],
         ),
+        ({"max_switched": 0.4, "regression_weight": 1.0}, weights_of(0.5, 0.95), ["weights_switch"]),
+        ({"max_switched": 0.9, "min_weight": 0.0, "regression_weight": 2.0}, weights_of(0.1, 1.0), []),
+        ({"min_weight_spread": 0.2, "regression_weight": 1.0}, weights_of(0.4, 0.6), ["weights_constant"]),
         ({"max_gradient_ratio": 3.0}, ratios(2.0), []),
     ],
 )
@@ -497,6 +508,89 @@ def test_signals_are_smoothed(values: list[float], decay: float) -> None:
         monitor.after_step(step, ratios(value)[0])
         smoothed = value if smoothed is None else decay * smoothed + (1 - decay) * value
         assert monitor.signals()["gradient_ratio"] == pytest.approx(smoothed, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+@given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=6))
+def test_the_smoothing_is_over_steps_also_where_a_signal_is_not_shown(every: int, values: list[float]) -> None:
+    monitor = prompt_monitor(decay=0.9)
+    smoothed = values[0]
+    for step, value in enumerate(values):
+        monitor.after_step(every * step, ratios(value)[0])
+        for rest in range(1, every):
+            monitor.after_step(every * step + rest, {})
+        smoothed = smoothed if step == 0 else 0.9**every * smoothed + (1 - 0.9**every) * value
+        assert monitor.signals()["gradient_ratio"] == pytest.approx(smoothed, rel=1e-5, abs=1e-6)
+
+
+def test_a_restart_does_not_forget_how_long_a_signal_was_not_shown() -> None:
+    whole, restarted = prompt_monitor(decay=0.9), prompt_monitor(decay=0.9)
+    watch(whole, [*ratios(1.0), {}, {}])
+    restarted.load_state_dict(whole.state_dict())
+    for monitor in (whole, restarted):
+        watch(monitor, ratios(2.0))
+    assert restarted.signals() == whole.signals()
+    assert whole.signals()["gradient_ratio"] == pytest.approx(2 - 0.9**3)
+
+
+def normal_losses_weights(spread: float, count: int) -> Tensor:
+    """Weights of the paper's sharpness, at most 2, for losses that scatter by ``spread``."""
+    return 2 * torch.sigmoid(-3 * spread * randn(0, count).float())
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(
+    ("spread", "kinds"),
+    [(0.3, []), (1.5, ["weights_switch"]), (0.02, ["weights_constant"]), (0.0, ["weights_constant"])],
+)
+def test_weights_that_are_a_switch_or_a_constant_are_named(spread: float, kinds: list[str], batch: int) -> None:
+    monitor = CollapseMonitor(REFERENCE, regression_weight=2.0, grace=0)
+    weights = normal_losses_weights(spread, 200)
+    stream = [{"regression/weights": part} for part in weights.split(batch)]
+    assert watch(monitor, stream[:-1]) == []  # not yet as many as the window takes
+    assert watch(monitor, stream[-1:] * 10) == kinds
+    for finding in monitor.findings:
+        assert (
+            'deviation="standardized" with a sharpness of 3, or the sharpness to 3 * 0.3 / the spread'
+            in finding.message
+        )
+        assert (finding.value > finding.limit) == (kinds == ["weights_switch"])
+
+
+def test_the_averages_of_batches_hide_what_the_weights_of_clips_show() -> None:
+    on_and_off = [0.0, 2.0, 0.01, 1.99]
+    monitor = prompt_monitor(regression_weight=2.0, window=8)
+    assert watch(monitor, weights_of(on_and_off, on_and_off)) == ["weights_switch"]
+    assert monitor.signals()["weight"] == pytest.approx(0.5)
+
+
+@given(st.lists(st.lists(st.floats(0.1, 1.9), min_size=1, max_size=5), min_size=1, max_size=6))
+def test_the_window_holds_the_last_weights(batches: list[list[float]]) -> None:
+    monitor = prompt_monitor(regression_weight=2.0, window=4)
+    watch(monitor, weights_of(*batches))
+    last = torch.tensor([weight / 2 for batch in batches for weight in batch][-4:])
+    if len(last) < 4:
+        assert "weight" not in monitor.signals()
+    else:
+        assert monitor.signals()["weight"] == pytest.approx(last.mean().item(), rel=1e-5)
+        assert monitor.signals()["weight_spread"] == pytest.approx(last.std(correction=0).item(), rel=1e-3, abs=1e-6)
+        assert monitor.signals()["switched"] == ((last < 0.1) | (last > 0.9)).float().mean().item()
+
+
+def test_a_weight_that_is_not_finite_is_left_out() -> None:
+    monitor = prompt_monitor(regression_weight=1.0, window=4)
+    watch(monitor, weights_of(0.2, math.nan, 0.6, 0.4))
+    assert monitor.signals()["weight"] == pytest.approx(0.4)
+
+
+def test_a_state_from_before_weights_were_kept_loads() -> None:
+    old = {"signals": {"gradient_ratio": 2.0, "weight": 0.4}, "active": [], "steps": 7, "findings": []}
+    monitor = prompt_monitor(decay=0.5, regression_weight=2.0, window=2)
+    monitor.load_state_dict(old)
+    assert monitor.signals() == {"gradient_ratio": 2.0}
+    monitor.after_step(7, ratios(1.0)[0] | weights_of(0.5, 1.0)[0])
+    assert monitor.signals()["gradient_ratio"] == 1.5
+    assert monitor.signals()["weight"] == pytest.approx(0.375)
 
 
 def test_one_outlier_is_no_finding() -> None:
@@ -560,6 +654,7 @@ def test_the_monitor_lets_every_step_pass() -> None:
         ({"every": 0}, "every must be at least 1"),
         ({"grace": -1}, "grace must be at least 0"),
         ({"decay": 1.0}, "decay must be a finite number at least 0 and below 1"),
+        ({"window": 1}, "window must be at least 2"),
         ({"variance_range": (2.0, 1.0)}, "variance_range must be"),
         ({"saturation_range": (0.0, 1.0)}, "saturation_range must be"),
     ],

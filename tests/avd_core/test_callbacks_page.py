@@ -27,7 +27,7 @@ def run(words: str) -> dict[str, Any]:
 
 
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
 
 
 def test_the_average_is_saved_and_taken_up() -> None:
@@ -49,11 +49,17 @@ def test_the_guard_skips_the_broken_step(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_monitor_says_that_samples_freeze(capsys: pytest.CaptureFixture[str]) -> None:
-    run("CollapseMonitor(")
+    run("x_0[:, :, :1]")
     (line,) = capsys.readouterr().out.splitlines()
     said = re.search(r"`(Step \d+: the samples freeze: )\.\.\.`", PAGE)
     assert said is not None
     assert line.startswith(said[1])
+
+
+def test_the_monitor_says_that_the_weight_is_a_switch(capsys: pytest.CaptureFixture[str]) -> None:
+    run("regression_weight=")
+    absolute, standardized = capsys.readouterr().out.splitlines()
+    assert f"`{absolute}` and `{standardized}`" in PAGE
 
 
 def test_several_are_saved_by_their_names() -> None:

@@ -12,6 +12,8 @@ PAPER = {
     "regression": {
         "weight": 2.0,
         "sharpness": 3.0,
+        "deviation": "absolute",
+        "judged": "loss",
         "decay": 0.95,
         "order": "weight_first",
         "auto_update": True,

@@ -27,6 +27,7 @@ from avd_core import (
 )
 from launches import in_group
 from loss_cases import GRID
+from references import ReferenceCache
 from tensors import assert_same_state, randn, state_of
 
 WORLD = 2
@@ -109,8 +110,8 @@ def linear() -> nn.Linear:
 # --- Cache
 
 
-def cache_cases(rank: int) -> dict[str, tuple[list[float], list[bool]]]:
-    """Means after two iterations in which the ranks see different entries, and not all of them finite."""
+def cache_cases(rank: int) -> dict[str, tuple[list[float], list[float], list[bool]]]:
+    """Means and variances after two iterations in which the ranks see different entries, and not all of them finite."""
     own_group = [dist.new_group([r]) for r in range(WORLD)][rank]
     caches = {
         "synchronised": LossMeanCache(GRID, decay=0.5),
@@ -121,9 +122,22 @@ def cache_cases(rank: int) -> dict[str, tuple[list[float], list[bool]]]:
         for cache in caches.values():
             timesteps, losses = zip(*iteration[rank], strict=True)
             cache(torch.tensor(timesteps), torch.tensor(losses))
-    return {name: (cache.means.tolist(), cache.seen.tolist()) for name, cache in caches.items()}
+    return {
+        name: (cache.means.tolist(), cache.variances.tolist(), cache.seen.tolist()) for name, cache in caches.items()
+    }
 
 
+def close_losses(rank: int) -> list[float]:
+    """The spread after each of three iterations of losses that differ by a ten-thousandth, two on one rank."""
+    cache, spreads = LossMeanCache(GRID, decay=0.5), []
+    for losses in CLOSE_LOSSES:
+        own = torch.tensor(losses[:2] if rank == 0 else losses[2:])
+        cache(torch.full((len(own),), 900), own)
+        spreads.append(cache.spreads[1].item())
+    return spreads
+
+
+CLOSE_LOSSES = [(1000.1, 1000.2, 1000.4), (1000.2, 1000.15, 1000.3), (1000.3, 1000.0, 1000.5)]
 NAN = float("nan")
 CACHE_ITERATIONS = [
     ([(1000, 1.0), (757, 4.0)], [(1000, 3.0), (1000, 5.0)]),  # 1000 on both: (1 + 3 + 5) / 3, not the mean of means
@@ -312,6 +326,7 @@ QUESTIONS = {
     "regression splits": regression_splits,
     "regression on DDP": regression_on_ddp,
     "cache": cache_cases,
+    "close losses": close_losses,
     "motion": motion_cases,
     "motion on DDP": motion_on_ddp,
     "motion not finite": motion_not_finite,
@@ -369,15 +384,25 @@ def test_regression_under_ddp_is_one_process_with_the_whole_batch(ask: Ask) -> N
 
 
 def test_the_cache_adds_sums_and_counts_of_all_ranks(ask: Ask) -> None:
-    expected = [3.0, 0.0, 6.0, 2.0], [True, False, True, True]
+    # 1000: of 1, 3 and 5 at once; 757: of 4 and 8, one after the other, with half the weight each.
+    expected = [3.0, 0.0, 6.0, 2.0], [pytest.approx(8 / 3), 0.0, 4.0, 0.0], [True, False, True, True]
     assert [answer["synchronised"] for answer in ask("cache")] == [expected, expected]
 
 
 @pytest.mark.parametrize("name", ["alone", "own group"])
 def test_a_cache_can_stay_with_its_process(ask: Ask, name: str) -> None:
     first, second = (answer[name] for answer in ask("cache"))
-    assert first == ([1.0, 0.0, 4.0, 0.0], [True, False, True, False])
-    assert second == ([4.0, 0.0, 8.0, 2.0], [True, False, True, True])
+    assert first == ([1.0, 0.0, 4.0, 0.0], [0.0] * 4, [True, False, True, False])
+    assert second == ([4.0, 0.0, 8.0, 2.0], [1.0, 0.0, 0.0, 0.0], [True, False, True, True])
+
+
+def test_the_spread_of_all_ranks_survives_a_mean_far_above_it(ask: Ask) -> None:
+    reference = ReferenceCache(decay=0.5)
+    expected = []
+    for losses in CLOSE_LOSSES:
+        reference.iterate((900, loss) for loss in torch.tensor(losses).tolist())
+        expected.append(pytest.approx(reference.spread(900), rel=1e-2))
+    assert ask("close losses") == [expected, expected]
 
 
 # --- Motion
@@ -482,7 +507,7 @@ def test_every_reduction_is_within_its_process_group(monkeypatch: pytest.MonkeyP
     ClippedTemporalVarianceLoss(process_group=group)(x)
     GradientBalance(process_group=group)(x.sum(), x, x.sum(), x)
     NonFiniteGuard(process_group=group).before_step(0, {"loss": torch.ones(())})
-    assert len(summed) == 4
+    assert len(summed) == 5  # the cache's sums, and then its squares about their common mean
     assert {*asked, *summed} == {group}
 
 

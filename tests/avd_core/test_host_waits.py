@@ -98,7 +98,7 @@ def test_no_balance_schedule_or_cache_reads_a_value() -> None:
     with NoHostWait():
         assert balance(*arguments).loss.is_meta
         schedule_calls("meta")
-        assert cache(torch.ones(2, device="meta"), torch.ones(2, device="meta")).is_meta
+        assert cache(torch.ones(2, device="meta"), torch.ones(2, device="meta")).means.is_meta
         cache.update()
 
 

@@ -222,15 +222,28 @@ def test_a_sample_that_stands_still_has_a_finite_loss_and_gradient() -> None:
 
 
 @given(seeds, shapes, st.floats(0, 2))
-def test_derive_floor_is_the_samples_own_loss_less_the_margin(seed: int, shape: tuple[int, ...], margin: float) -> None:
+def test_derive_floor_is_the_mean_of_the_samples_own_losses_less_the_margin(
+    seed: int, shape: tuple[int, ...], margin: float
+) -> None:
     x_0 = randn(seed, *shape)
-    expected = -math.log(reference_temporal_variance(x_0.tolist())) - margin
+    own = [-math.log(reference_temporal_variance([sample]) + 1e-6) for sample in x_0.tolist()]
+    expected = sum(own) / len(own) - margin
     assert derive_floor(x_0, margin=margin) == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert derive_floor(x_0.transpose(1, 2), frame_dim=1, margin=margin) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_with_a_derived_floor_the_term_acts_until_the_student_moves_like_the_samples() -> None:
-    samples = 0.3 * randn(0, 4, 2, 5, 3, 3)
+def test_a_derived_floor_is_above_the_loss_of_the_batch_and_is_that_of_a_single_sample() -> None:
+    samples = randn(0, 4, 2, 5, 3, 3) * torch.tensor([0.1, 0.3, 1.0, 3.0]).view(4, 1, 1, 1, 1)
+    of_the_batch = clipped_temporal_variance_loss(samples).metrics["temporal_loss"].item()
+    assert derive_floor(samples) > of_the_batch + 1
+    for sample in samples.split(1):
+        own = clipped_temporal_variance_loss(sample).metrics["temporal_loss"].item()
+        assert derive_floor(sample) == pytest.approx(own)
+    assert derive_floor(samples, eps=0.1) < derive_floor(samples)
+
+
+def test_with_a_derived_floor_the_term_acts_until_the_student_moves_like_the_sample() -> None:
+    samples = 0.3 * randn(0, 1, 2, 5, 3, 3)
     floor = derive_floor(samples)
     assert gradient_of(0.99 * samples, floor=floor).any()
     assert not gradient_of(1.01 * samples, floor=floor).any()
@@ -242,8 +255,10 @@ def test_with_a_derived_floor_the_term_acts_until_the_student_moves_like_the_sam
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_derive_floor_refuses_samples_that_do_not_move_or_are_not_finite(value: float) -> None:
-    with pytest.raises(ValueError, match="samples that move"):
-        derive_floor(torch.full((1, 2, 3, 2, 2), value))
+    x_0 = randn(0, 2, 2, 3, 2, 2)
+    x_0[1] = value
+    with pytest.raises(ValueError, match=r"samples that move, got .* for sample 1\. Leave out samples"):
+        derive_floor(x_0)
 
 
 def test_derive_floor_needs_no_gradient() -> None:

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from avd_core import AVDConfig, AVDObjective, BalanceConfig, MotionConfig, RegressionConfig
+from avd_core import (
+    AdaptiveRegressionLoss,
+    AVDConfig,
+    AVDObjective,
+    BalanceConfig,
+    LossMeanCache,
+    MotionConfig,
+    RegressionConfig,
+)
 from loss_cases import GRID
 from references import ReferenceCache, reference_motion, reference_regression, reference_sample_losses
 from tensors import assert_same_state, randn, state_of
@@ -69,7 +77,15 @@ def test_the_default_is_the_papers_objective(seed: int, batches: list[list[int]]
 def test_every_option_of_the_configuration_arrives() -> None:
     config = AVDConfig(
         timesteps=(8, 4),
-        regression=RegressionConfig(weight=1.5, sharpness=0.5, decay=0.25, order="update_first", sync_ranks=False),
+        regression=RegressionConfig(
+            weight=1.5,
+            sharpness=0.5,
+            deviation="standardized",
+            judged="excess",
+            decay=0.25,
+            order="update_first",
+            sync_ranks=False,
+        ),
         motion=MotionConfig(weight=0.7, floor=-3.0, eps=0.1, frame_dim=1, channels=3, sync_ranks=False),
         gradient_ratio=0.4,
         balance=BalanceConfig(decay=0.3, sync_ranks=False),
@@ -78,6 +94,7 @@ def test_every_option_of_the_configuration_arrives() -> None:
     regression, motion, cache = objective.regression, objective.motion, objective.regression.cache
     assert objective.config is config
     assert (regression.weight, regression.sharpness) == (1.5, 0.5)
+    assert (regression.deviation, regression.judged) == ("standardized", "excess")
     assert (cache.timesteps.tolist(), cache.decay, cache.order) == ([8, 4], 0.25, "update_first")
     assert (motion.weight, motion.floor, motion.eps, motion.frame_dim, motion.channels) == (0.7, -3.0, 0.1, 1, 3)
     assert (objective.balance.target, objective.balance.decay) == (0.4, 0.3)
@@ -128,8 +145,10 @@ def test_the_names_of_metrics_and_state_are_pinned() -> None:
         "balance.means",
         "regression.cache.means",
         "regression.cache.pending",
+        "regression.cache.pending_squares",
         "regression.cache.seen",
         "regression.cache.timesteps",
+        "regression.cache.variances",
     ]
 
 
@@ -171,6 +190,37 @@ def test_a_configured_ratio_is_held_for_the_regression_alone() -> None:
     assert metrics["regression/loss"].item() == pytest.approx(
         (metrics["balance/scale"] * plain.metrics["regression/loss"]).item()
     )
+
+
+# --- What the weight judges
+
+
+@pytest.mark.parametrize(("judged", "name"), [("relative", "clips"), ("excess", "teacher_prediction")])
+def test_what_the_weight_judges_by_arrives_in_one_pass_and_in_two(judged: str, name: str) -> None:
+    config = AVDConfig(regression=RegressionConfig(judged=judged, deviation="standardized"))
+    whole, parts = AVDObjective(config), AVDObjective(config)
+    loss = AdaptiveRegressionLoss(LossMeanCache(GRID), judged=judged, deviation="standardized")
+    for seed in range(3):
+        inputs, other = draw(10 * seed), {name: randn(seed + 5, *draw().prediction.shape)}
+        _, metrics = whole(*inputs, **other)
+        clips = parts.on_clips(inputs.prediction, inputs.target, inputs.timesteps, **other)
+        expected = loss(inputs.prediction, inputs.target, inputs.timesteps, **other)
+        assert clips.loss == metrics["regression/loss"] == expected.loss
+        for key, value in expected.metrics.items():
+            assert torch.equal(metrics[f"regression/{key}"], value)
+    assert_same_state(state_of(parts), state_of(whole))
+    assert {"regression/judged", "regression/deviations"} <= set(metrics)
+
+
+@pytest.mark.parametrize("given", [{}, {"clips": torch.ones(3, 2)}])
+def test_what_the_weight_cannot_judge_by_leaves_everything_alone(given: dict[str, Tensor]) -> None:
+    objective = AVDObjective(AVDConfig(regression=RegressionConfig(judged="excess")))
+    inputs = draw()
+    with pytest.raises(ValueError, match=r"teacher_prediction|does not look at clips"), NoArithmetic():
+        objective(*inputs, **given)
+    with pytest.raises(ValueError, match=r"teacher_prediction|does not look at clips"), NoArithmetic():
+        objective.on_clips(inputs.prediction, inputs.target, inputs.timesteps, **given)
+    assert not objective.regression.cache.seen.any()
 
 
 # --- Numbers that are not finite

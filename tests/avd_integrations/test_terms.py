@@ -72,6 +72,21 @@ def test_the_regression_is_that_of_the_core_on_velocities() -> None:
     assert set(times.tolist()) <= set(GRID)
 
 
+def test_what_the_weight_judges_is_that_of_the_core() -> None:
+    config = AVDConfig(motion=None, regression=RegressionConfig(judged="relative", deviation="standardized"))
+    terms, objective = host(config)[1], AVDObjective(config)
+    path = rectified_flow()
+    for _ in range(3):
+        given = ready(path, (1000.0, 900.0, 900.0))
+        loss, metrics = terms.on_prediction(**given)
+        by_hand = objective.on_clips(given["prediction"], given["noise"] - CLIPS, given["times"], clips=CLIPS)
+        torch.testing.assert_close(loss, by_hand.loss)
+        torch.testing.assert_close(metrics, by_hand.metrics)
+    assert metrics["regression/weights"].std() > 0
+    with pytest.raises(ValueError, match=r"an adapter runs no teacher\. Set \"loss\" or \"relative\""):
+        host(AVDConfig(regression=RegressionConfig(judged="excess")))
+
+
 def test_a_student_in_trigflow_has_the_loss_of_the_same_student_in_rectified_flow() -> None:
     """One student, written in two conventions: same clips, noise and noise levels."""
     sigmas = torch.tensor([0.9, 0.757, 0.522], dtype=torch.float64)

@@ -35,6 +35,7 @@ def test_the_wan_presets_have_the_papers_values(name: str, kind: str) -> None:
         regression = RegressionConfig(auto_update=False)
         assert method.objective == AVDConfig(regression=regression, motion=MotionConfig(sync_ranks=False))
     assert (method.guidance_scale, method.matching_weight, method.online_updates) == (5, 1, 5)
+    assert method.sampling_shift == 5
     assert (config.batch_size, config.micro_batch_size, config.max_gradient_norm) == (24, 1, 10)
     assert (method.score_timesteps.shift, method.score_timesteps.low, method.score_timesteps.high) == (5, 20, 980)
     for optimizer in (method.student.optimizer, method.online.optimizer):

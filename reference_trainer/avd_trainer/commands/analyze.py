@@ -43,6 +43,9 @@ def similarity(
     guidance_scale: Annotated[
         float | None, typer.Option(min=1, help="Classifier-free guidance of such a model; 5 without this option.")
     ] = None,
+    shift: Annotated[
+        float | None, typer.Option(min=0.01, help="Shift of such a model's timesteps; 5 without this option.")
+    ] = None,
     timesteps: Annotated[
         str | None,
         typer.Option(help="The few steps, comma-separated. Default: the pipeline's own, else 1000,900,757,522."),
@@ -77,7 +80,7 @@ def similarity(
         report = analyze_similarity(
             source,
             output,
-            sampling=find_sampling(source, grid, steps, guidance_scale),
+            sampling=find_sampling(source, grid, steps, guidance_scale, shift),
             prompts_file=prompts_file,
             data=data,
             size=size,

@@ -45,7 +45,8 @@ def demo(
         from avd_trainer.studies.demo import ANIMATION, METRICS, REPORT, VERDICT, DemoConfig, run_demo
         from avd_trainer.studies.verdict import render_verdict
 
-        config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), clips_of(videos, None))
+        own = {} if videos is None else {**clips_of(videos, None), "calibrate": _to_calibrate(set_ or [])}
+        config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), own)
         with join_ranks() as ranks:
             if ranks.device.type == "cpu":
                 say(describe_threads())
@@ -56,3 +57,18 @@ def demo(
         say(render_verdict(findings))
         say(f"Look at {output / ANIMATION} first, then {output / REPORT}. Numbers: {output / VERDICT} and {METRICS}.")
         say(f"To judge by eye without knowing which is which: avd demo --blind --output {output}")
+
+
+def _to_calibrate(overrides: list[str]) -> list[str]:
+    """What the user's clips decide: values that were chosen for others, unless the user has set them."""
+    values = {
+        "floor": ("method.motion.floor",),
+        "sharpness": ("method.regression.deviation", "method.regression.sharpness"),
+    }
+    given = tuple(override.partition("=")[0] for override in overrides)
+    # Whoever sets a whole section has set what is in it.
+    return [
+        part
+        for part, keys in values.items()
+        if not any(key == own or key.startswith(f"{own}.") for key in keys for own in given)
+    ]

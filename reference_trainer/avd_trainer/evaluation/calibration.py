@@ -1,29 +1,30 @@
-"""The motion term's floor for a latent space, from samples of its teacher and from real clips."""
+"""What belongs to a latent space, measured: the motion term's floor, and whether the regression's sharpness fits."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
 from avd_core import temporal_variance
-from avd_trainer.data.sources import load_data
+from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.evaluation.sharpness import ClipBatch, SharpnessCalibration, calibrate_sharpness, render_sharpness
+from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
-from avd_trainer.models.samplers import sample_teacher
-from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer, prepare
+from avd_trainer.models.samplers import EulerSampler, sample_teacher
+from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.training.config import TrainConfig
 
-# How far the paper's floor of 0.6 lies below the 1.5 of its teacher's samples.
+# How far the paper's floor of 0.6 lies below the 1.5 of its teacher's samples, the mean of single clips' losses.
 PAPER_MARGIN = 0.9
-# The paper's k of Eq. 7, for latents that are normalised to unit standard deviation.
-PAPER_SHARPNESS = 3.0
 # What the loss adds to the variance (eps of Eq. 8); keeps the loss of a clip that stands still finite.
 EPS = 1e-6
 
@@ -41,12 +42,12 @@ class LatentScale(BaseModel):
 
     samples: int
     """Number of clips."""
-    temporal_loss: float
-    """``-log E[Var_t]`` of all clips together, in nats."""
     clip_mean: float
-    """Mean of the single clips' temporal losses; above that of all together, more so the more they differ."""
+    """Mean of the single clips' temporal losses, ``-log(Var_t + eps)``, in nats."""
     clip_std: float
     """Standard deviation of the single clips' temporal losses; 0 for one clip."""
+    temporal_loss: float
+    """``-log E[Var_t]`` of all clips together; below ``clip_mean``, more so the more they differ (Jensen)."""
     channel_std: tuple[float, ...]
     """Standard deviation of each channel."""
 
@@ -66,19 +67,23 @@ class Calibration(BaseModel):
     real: LatentScale
     """Real clips."""
     floor: float
-    """Floor at which the term stops once the student moves as much as the teacher: its ``temporal_loss``, which is
+    """Floor at which the term stops once the student moves as much as the teacher: its ``clip_mean``, which is
     :func:`avd_core.derive_floor` of all samples."""
     paper_floor: float
     """Floor as far below the teacher's temporal loss as the paper's, 0.9: up to 2.5 times the teacher's variance."""
     remarks: tuple[str, ...]
     """What does not fit together, in words, with what to do."""
+    sampling: EulerSampler | None = None
+    """How the teacher was sampled; None where the samples were given."""
+    sharpness: SharpnessCalibration | None = None
+    """The weight of the adaptive regression; None for a method without it."""
 
 
 def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibration:
-    """Sample the teacher of a run and compare with its real clips, in one process.
+    """Sample the teacher of a run, compare with its real clips, and regress those as the student starts; one process.
 
     Args:
-        config: The run: teacher, guidance, data, prompts, seed.
+        config: The run: teacher, guidance, sampling shift, regression, data, prompts, seed.
         samples: Number of samples, and of real clips, at most those that there are.
         steps: Euler steps of the teacher.
 
@@ -91,7 +96,8 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         raise UserError(
             f"Method {method.kind} has no teacher with guidance to calibrate. Choose dmd or avd by --method."
         )
-    module = load_transformer(config.teacher)
+    dtype = DTYPES[config.precision]
+    module = load_transformer(config.teacher, device, dtype)
     architecture = module.config
     data = load_data(
         config.data,
@@ -100,31 +106,68 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         text_dim=architecture.text_dim,
         channels=architecture.in_channels,
     )
-    dtype = DTYPES[config.precision]
-    prepare(module, {}, dtype)
-    teacher = VelocityModel(module.to(device), dtype=dtype)
-    shape, unconditional = data.latent_shape, data.prompts.unconditional().to(device)
-    real, batch = min(samples, len(data.clips)), config.micro_batch_size or config.batch_size
-    batches = [range(start, min(start + batch, samples)) for start in range(0, samples, batch)]
-    with ProgressBar("teacher samples", steps * len(batches)) as bar:
+    return calibrate_models(config, VelocityModel(module, dtype=dtype), data, device, samples=samples, steps=steps)
+
+
+def calibrate_models(
+    config: TrainConfig,
+    teacher: VelocityModel,
+    data: TrainingData,
+    device: torch.device,
+    *,
+    samples: int,
+    steps: int,
+) -> Calibration:
+    """:func:`calibrate_run` of a teacher and data that are loaded.
+
+    Args:
+        config: The run, of method ``dmd`` or one that extends it.
+        teacher: The teacher, as which the student starts, unless ``config.student_weights`` are others.
+        data: Clips and prompts.
+        device: Where the teacher is.
+        samples: As for :func:`calibrate_run`.
+        steps: As there.
+
+    Raises:
+        UserError: As :func:`calibrate` and :func:`calibrate_sharpness`.
+    """
+    method = config.method
+    assert isinstance(method, DMDMethodConfig)
+    real, size = min(samples, len(data.clips)), config.micro_batch_size or config.batch_size
+    places = [row * len(data.clips) // real for row in range(real)]
+    sampler = EulerSampler(method.guidance_scale, method.sampling_shift, steps)
+    with ProgressBar("teacher samples", steps * math.ceil(samples / size)) as bar:
 
         def sampled() -> Iterator[Tensor]:
-            for rows in batches:
-                text = torch.stack([data.prompts[row % len(data.prompts)].text for row in rows]).to(device)
-                draws = Draws((config.seed, "calibration"), rows, device)
+            for rows in _batches(samples, size):
                 yield sample_teacher(
                     teacher,
-                    text,
-                    unconditional,
-                    shape,
-                    draws.named("trajectory"),
-                    steps=steps,
-                    guidance_scale=method.guidance_scale,
+                    torch.stack([data.prompts[row % len(data.prompts)].text for row in rows]).to(device),
+                    data.prompts.unconditional().to(device),
+                    data.latent_shape,
+                    Draws((config.seed, "calibration"), rows, device).named("trajectory"),
+                    steps=sampler.steps,
+                    guidance_scale=sampler.guidance_scale,
+                    shift=sampler.shift,
                     on_step=bar.advance,
                 )
 
-        clips = (data.clips[row * len(data.clips) // real].latent for row in range(real))
-        return calibrate(sampled(), (clip.unsqueeze(0) for clip in clips if clip is not None))
+        found = calibrate(sampled(), (clips for clips, _ in _real_batches(data, places, 1)))
+    regression = method.regression if isinstance(method, AVDMethodConfig) else None
+    if regression is None:
+        return found.model_copy(update={"sampling": sampler})
+    student = teacher
+    if config.student_weights is not None:
+        student = VelocityModel(load_transformer(config.student_weights, device, teacher.dtype), dtype=teacher.dtype)
+    with ProgressBar("real clips", math.ceil(real / size)) as bar:
+
+        def drawn() -> Iterator[ClipBatch]:
+            for rows, (latents, text) in zip(_batches(real, size), _real_batches(data, places, size), strict=True):
+                yield ClipBatch(latents.to(device), text.to(device), Draws((config.seed, "sharpness"), rows, device))
+                bar.advance()
+
+        judged = calibrate_sharpness(student, teacher, drawn(), method.few_steps, regression)
+    return found.model_copy(update={"sampling": sampler, "sharpness": judged})
 
 
 def calibrate(teacher_batches: Iterable[Tensor], real_batches: Iterable[Tensor]) -> Calibration:
@@ -150,34 +193,51 @@ def calibrate(teacher_batches: Iterable[Tensor], real_batches: Iterable[Tensor])
     return Calibration(
         teacher=teacher,
         real=real,
-        floor=teacher.temporal_loss,
-        paper_floor=teacher.temporal_loss - PAPER_MARGIN,
+        floor=teacher.clip_mean,
+        paper_floor=teacher.clip_mean - PAPER_MARGIN,
         remarks=tuple(_remarks(teacher, real)),
     )
 
 
-def render(calibration: Calibration) -> Table:
+def render(calibration: Calibration) -> Group:
     """The calibration for a terminal."""
-    teacher, real = calibration.teacher, calibration.real
+    teacher, real, sampling = calibration.teacher, calibration.real, calibration.sampling
     caption = "\n".join([EXPLANATION, *(f"Note: {remark}" for remark in calibration.remarks)])
-    table = Table(title="Calibration", caption=caption, caption_justify="left")
+    title = "Motion"
+    if sampling is not None:
+        steps, scale, shift = sampling.steps, sampling.guidance_scale, sampling.shift
+        title += f": teacher in {steps} Euler steps, guidance {scale:g}, shift {shift:g}"
+    table = Table(title=title, caption=caption, caption_justify="left")
     table.add_column("")
     table.add_column("teacher", justify="right")
     table.add_column("real", justify="right")
     table.add_row("clips", str(teacher.samples), str(real.samples))
-    table.add_row("temporal loss", f"{teacher.temporal_loss:.3f}", f"{real.temporal_loss:.3f}")
     table.add_row(
         "temporal loss of single clips",
         f"{teacher.clip_mean:.3f} ± {teacher.clip_std:.3f}",
         f"{real.clip_mean:.3f} ± {real.clip_std:.3f}",
     )
+    table.add_row("temporal loss of all together", f"{teacher.temporal_loss:.3f}", f"{real.temporal_loss:.3f}")
     table.add_row("standard deviation", f"{teacher.std:.3f}", f"{real.std:.3f}")
     for channel, stds in enumerate(zip(teacher.channel_std, real.channel_std, strict=True)):
         table.add_row(f"  channel {channel}", *(f"{std:.3f}" for std in stds))
     table.add_section()
     table.add_row("floor: moves as much as the teacher", f"{calibration.floor:.2f}", "")
     table.add_row("floor: as far below it as the paper's", f"{calibration.paper_floor:.2f}", "")
-    return table
+    return Group(table) if calibration.sharpness is None else Group(table, render_sharpness(calibration.sharpness))
+
+
+def _batches(count: int, size: int) -> list[range]:
+    """Rows of ``count`` in batches of ``size``."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _real_batches(data: TrainingData, places: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Latents ``[B, C, F, H, W]`` of the clips at some places, and the text ``[B, L, D]`` of their captions."""
+    for rows in _batches(len(places), size):
+        examples = [data.clips[places[row]] for row in rows]
+        latents = [example.latent for example in examples if example.latent is not None]
+        yield torch.stack(latents), torch.stack([example.text for example in examples])
 
 
 @torch.no_grad()
@@ -223,15 +283,7 @@ def _remarks(teacher: LatentScale, real: LatentScale) -> list[str]:
             f"real clips spread {ratio:.2f} times as much as the teacher's samples. Check that both are normalised by "
             "the same VAE statistics; if they are, the data is of another kind than the teacher's."
         )
-    # The noise has unit variance, so it is against 1 that the data's scale counts.
-    if not 0.8 <= real.std <= 1.25:
-        sharpness = PAPER_SHARPNESS / real.std**2
-        remarks.append(
-            f"real clips have a standard deviation of {real.std:.2f}, where the regression's sharpness of "
-            f"{PAPER_SHARPNESS:g} is meant for 1. Losses differ from their mean by the square of that: for the same "
-            f"weights set method.regression.sharpness to about {sharpness:.2g}."
-        )
-    if real.temporal_loss - teacher.temporal_loss > PAPER_MARGIN:
+    if real.clip_mean - teacher.clip_mean > PAPER_MARGIN:
         remarks.append(
             "real clips move far less than the teacher's samples, so regression and motion term pull in opposite "
             "directions. Leave still clips out of the data, or raise the floor."

@@ -51,11 +51,13 @@ class Sampling(BaseModel):
     """Euler steps of a model that was not distilled."""
     guidance_scale: float = 1.0
     """Classifier-free guidance of such a model, standard form."""
+    shift: float = 1.0
+    """Shift of such a model's timesteps; 1 leaves them evenly spaced."""
 
     def __str__(self) -> str:
         if self.timesteps is not None:
             return f"few steps {', '.join(f'{timestep:g}' for timestep in self.timesteps)}"
-        return f"{self.steps} Euler steps, guidance {self.guidance_scale:g}"
+        return f"{self.steps} Euler steps, guidance {self.guidance_scale:g}, shift {self.shift:g}"
 
 
 def analyze_similarity(
@@ -123,7 +125,11 @@ def analyze_similarity(
 
 
 def find_sampling(
-    source: str, timesteps: Sequence[float] | None, steps: int | None, guidance_scale: float | None
+    source: str,
+    timesteps: Sequence[float] | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    shift: float | None = None,
 ) -> Sampling:
     """How to sample, from what was asked for and what the model's folder says.
 
@@ -132,6 +138,7 @@ def find_sampling(
         timesteps: The few steps; None for the pipeline's, or the paper's where there is no scheduler.
         steps: For a model that was not distilled.
         guidance_scale: For such a model; None is 5.
+        shift: Of such a model's timesteps; None is 5.
 
     Raises:
         UserError: If options exclude each other, timesteps do not fall, or the pipeline has no few steps.
@@ -139,10 +146,15 @@ def find_sampling(
     if steps is not None:
         if timesteps is not None:
             raise UserError("--steps and --timesteps exclude each other: one is for models that were not distilled.")
-        return Sampling(steps=steps, guidance_scale=5.0 if guidance_scale is None else guidance_scale)
-    if guidance_scale is not None:
+        return Sampling(
+            steps=steps,
+            guidance_scale=5.0 if guidance_scale is None else guidance_scale,
+            shift=5.0 if shift is None else shift,
+        )
+    if guidance_scale is not None or shift is not None:
         raise UserError(
-            "--guidance-scale is for models that were not distilled. Pass --steps as well, or leave it out."
+            "--guidance-scale and --shift are for models that were not distilled. Pass --steps as well, or leave them "
+            "out."
         )
     grid = _find_grid(source) if timesteps is None else tuple(timesteps)
     if not grid or not 0 < grid[-1] <= grid[0] <= 1000 or any(a <= b for a, b in pairwise(grid)):
@@ -187,6 +199,7 @@ def _sample(
                     draws.named("trajectory"),
                     steps=sampling.steps,
                     guidance_scale=sampling.guidance_scale,
+                    shift=sampling.shift,
                     on_prediction=keep,
                 )
             yield trajectory

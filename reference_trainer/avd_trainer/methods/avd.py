@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -36,8 +37,10 @@ class AVDMethodConfig(DMDMethodConfig):
     """How that ratio is measured."""
 
     def calls(self) -> Sequence[Call]:
-        on_clips = [] if self.regression is None else [Call("student", 1, backward=True)]
-        return (*super().calls(), *on_clips)
+        if self.regression is None:
+            return super().calls()
+        judging = [Call("teacher", 1)] if self.regression.judged == "excess" else []
+        return (*super().calls(), *judging, Call("student", 1, backward=True))
 
     @property
     def objective(self) -> AVDConfig:
@@ -104,11 +107,19 @@ class AVD(DMD):
         few_steps = self.objective.timesteps
         t_B = few_steps[(draws.uniform("regression_timesteps") * len(few_steps)).long()]
         noise_BCFHW = draws.normal("regression_noise", clips_BCFHW.shape[1:])
-        velocity_BCFHW = self.student(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
+        x_t_BCFHW = schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B)
+        judged_by: dict[str, Tensor] = {}  # what the weight looks at besides the student's error
+        if self.config.regression.judged == "relative":
+            judged_by = {"clips": clips_BCFHW}
+        if self.config.regression.judged == "excess":
+            with torch.no_grad():  # and before the student's graph takes memory
+                judged_by = {"teacher_prediction": self.teacher(x_t_BCFHW, t_B, text_BLD)}
+        velocity_BCFHW = self.student(x_t_BCFHW, t_B, text_BLD)
         loss, metrics = self.objective.on_clips(
             velocity_BCFHW,
             schedule.velocity(clips_BCFHW, noise_BCFHW),
             t_B,
+            **judged_by,
             matching_loss=matching_loss,
             matching_output=matching_output,
         )
@@ -119,8 +130,10 @@ class AVD(DMD):
             self.objective.update()
 
     def monitor_options(self) -> dict[str, Any] | None:
-        weight = None if self.config.regression is None else self.config.regression.weight
-        return {"decay": 0.95 ** len(self.config.few_steps), "regression_weight": weight}
+        regression = self.config.regression
+        # Without sharpness all weights are equal on purpose.
+        adaptive = regression is not None and regression.sharpness > 0
+        return {"regression_weight": regression.weight if adaptive else None}
 
 
 METHOD = AVD

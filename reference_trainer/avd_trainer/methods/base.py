@@ -220,6 +220,9 @@ class DistillationConfig(MethodConfig):
     """The student's timesteps, falling, in (0, 1000]. Released code of AVD: 1000, 900, 757, 522."""
     student: StudentRoleConfig = StudentRoleConfig()
     """The model that is distilled."""
+    sampling_shift: float = Field(default=5.0, gt=0)
+    """Shift of the timesteps at which the *teacher* is sampled, for calibration and comparisons; training does not
+    sample it, and the student has its few steps. Paper: 5."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Decay of the average of the student's weights, which is what is exported and sampled from."""
 

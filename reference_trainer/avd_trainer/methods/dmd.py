@@ -111,8 +111,7 @@ class DMD(Method):
         return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
 
     def monitor_options(self) -> dict[str, Any] | None:
-        # Only one step in so many has finished samples to look at: as many steps are averaged over as by default.
-        return {"decay": 0.95 ** len(self.config.few_steps)}
+        return {}
 
     def _match(self, x_BCFHW: Tensor, text_BLD: Tensor, draws: Draws) -> LossOutput:
         """Eq. 4: both models' clean predictions of the noised sample."""

@@ -30,11 +30,13 @@ class FlowMatchingMethodConfig(MethodConfig):
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3, schedule="one_cycle")
     """What steps on it."""
     timestep_shift: float = Field(default=2.0, gt=0)
-    """Shift of the uniformly drawn timesteps."""
+    """Shift of the uniformly drawn timesteps that the teacher is trained at; above 1, more of them at high noise."""
     caption_dropout: float = Field(default=0.1, ge=0, le=1)
     """Share of clips trained without caption, for classifier-free guidance."""
     guidance_scale: float = Field(default=3.0, ge=1)
     """Classifier-free guidance of the sample clips, standard form."""
+    sampling_shift: float = Field(default=3.0, gt=0)
+    """Shift of the timesteps of the sample clips' 25 Euler steps; independent of the one trained with."""
     ema_decay: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the average of the weights, which is what is exported."""
 
@@ -63,7 +65,7 @@ class FlowMatching(Method):
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
         self.teacher = models["teacher"]
-        self.sampler = EulerSampler(guidance_scale=config.guidance_scale)
+        self.sampler = EulerSampler(config.guidance_scale, config.sampling_shift)
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("teacher", ("clips",))]

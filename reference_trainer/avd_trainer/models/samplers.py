@@ -61,6 +61,7 @@ class EulerSampler:
     """Euler steps of the probability-flow ODE; see :func:`sample_teacher`."""
 
     guidance_scale: float
+    shift: float
     steps: int = 25
 
     def __call__(
@@ -72,7 +73,14 @@ class EulerSampler:
         draw_noise: DrawNoise,
     ) -> Tensor:
         return sample_teacher(
-            model, text, unconditional, shape, draw_noise, steps=self.steps, guidance_scale=self.guidance_scale
+            model,
+            text,
+            unconditional,
+            shape,
+            draw_noise,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            shift=self.shift,
         )
 
 
@@ -158,7 +166,7 @@ def sample_teacher(
     *,
     steps: int = 25,
     guidance_scale: float,
-    shift: float = 3.0,
+    shift: float,
     on_step: Callable[[], None] = lambda: None,
     on_prediction: Callable[[float, Tensor], None] | None = None,
 ) -> Tensor:
@@ -172,7 +180,8 @@ def sample_teacher(
         draw_noise: Draws for the B samples.
         steps: Euler steps.
         guidance_scale: Classifier-free guidance, standard form.
-        shift: Shift of the uniform timesteps. Wan2.1 samples 480p with 3.
+        shift: Of the evenly spaced timesteps, by :func:`avd_core.shift_timesteps`: above 1, more of the steps are at
+            high noise. You et al. 2026 sample their teacher with 5; Wan2.1's own default at 480p is 3.
         on_step: Called after each step.
         on_prediction: As in :func:`few_step_rollout`.
     """

@@ -29,6 +29,7 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.runtime.terminal import say
 from avd_trainer.studies.blind import write_blind_check
+from avd_trainer.studies.demo_calibration import Part, calibrated
 from avd_trainer.studies.demo_clips import DemoClips
 from avd_trainer.studies.figures import save_report
 from avd_trainer.studies.findings import STUDENTS, TITLES, Findings, measure_rows
@@ -41,6 +42,7 @@ from avd_trainer.training.run import train
 
 REAL = "real"
 CLIPS_IN_ANIMATION = 6
+CLIPS_TO_CALIBRATE = 64
 DEMO = "avd demo"
 """The command that writes demos."""
 CONFIG = "demo.yaml"
@@ -65,6 +67,9 @@ class DemoConfig(TrainConfig):
 
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured."""
+    calibrate: tuple[Part, ...] = ()
+    """What of the method is chosen by the clips in place of the values here; ``avd demo --videos`` asks for what is not
+    set by ``--set``. The demo's ``calibration.json`` says what came of it."""
 
 
 def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
@@ -75,7 +80,8 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
     Args:
         config: The AVD run; the other differs in its objective alone.
         output: Empty, or that of the same demo. Gets ``demo.yaml``, ``demo.gif``, ``report.png``, ``verdict.md``,
-            ``metrics.json``, ``clips.safetensors``, and a folder for each of the two runs.
+            ``metrics.json``, ``clips.safetensors``, and a folder for each of the two runs; where
+            values are chosen by the clips, ``calibration.json``.
         ranks: The one process of the demo.
 
     Returns:
@@ -97,7 +103,11 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
         say(f"The demo in {output} is finished, and nothing is done again. Another one wants another --output.")
         return Findings.load(output / METRICS, DemoClips.load(output / CLIPS).latents[REAL])
     codec = BlockDCTCodec()
-    real = RealSide.load(config.data, config.evaluation.samples, codec)
+    samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
+    real = RealSide.load(config.data, samples, codec)
+    method = calibrated(
+        config, config.calibrate, real.train, output, samples=min(samples, CLIPS_TO_CALIBRATE), steps=teacher_steps
+    )
     if not (output / CLIPS).exists():
         made = _make_clips(config, method, real, output, ranks)
         if made is None:
@@ -169,9 +179,10 @@ def _make_clips(
             _same_noise(samples),
             steps=teacher_steps,
             guidance_scale=method.guidance_scale,
+            shift=method.sampling_shift,
             on_step=bar.advance,
         )
-    engine = config.model_dump(exclude={"evaluation", "method"})
+    engine = config.model_dump(exclude={"evaluation", "calibrate", "method"})
     shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
     for name, own in zip(STUDENTS, (DMDMethodConfig(**shared), method), strict=True):
         run = TrainConfig(**engine, method=own)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from avd_core.cache import ADDED_BUFFERS
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, is_lost_rank
 
@@ -208,7 +209,8 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
 
     Args:
         checkpoint: The folder.
-        tensors: By owner and name. They are changed in place.
+        tensors: By owner and name. They are changed in place; those that the cache of losses did not have when the
+            checkpoint was written become 0.
         distributed: Whether all ranks call, each with its shards; False for one process alone.
 
     Raises:
@@ -223,7 +225,10 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
         _expect_no_dist()
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
-        _check_complete(flat, reader, files)
+        stored = reader.read_metadata().state_dict_metadata
+        for name in [name for name in flat if name.rpartition(".")[2] in ADDED_BUFFERS and name not in stored]:
+            flat.pop(name).zero_()
+        _check_complete(flat, stored, files)
         load(flat, storage_reader=reader, no_dist=alone)
     except (OSError, SafetensorError, CheckpointException, RuntimeError, KeyError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError) or is_lost_rank(error):
@@ -248,9 +253,8 @@ def _check_whole(checkpoint: Path, path: Path) -> None:
         raise _damaged(checkpoint, path, error) from error
 
 
-def _check_complete(tensors: Mapping[str, Tensor], reader: HuggingFaceStorageReader, files: Sequence[Path]) -> None:
+def _check_complete(tensors: Mapping[str, Tensor], stored: Mapping[str, Any], files: Sequence[Path]) -> None:
     """A missing file leaves holes in sharded tensors, which loading would pass over in silence."""
-    stored = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         entry = stored.get(name)
         found = sum(chunk.sizes.numel() for chunk in entry.chunks) if isinstance(entry, TensorStorageMetadata) else 0

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from avd_trainer.config.differences import differences
-from avd_trainer.config.loading import COMMAND, ConfigError
+from avd_trainer.config.loading import COMMAND, ConfigError, validate
 from avd_trainer.config.sections import ShardsData
 from avd_trainer.models.roles import Built, Trained
 from avd_trainer.runtime.errors import UserError
@@ -29,7 +29,15 @@ TRAIN = "avd train"
 
 # What may differ between a run and its resumption: nothing that the weights depend on. What shards hold is compared
 # file by file, so it does not matter where they lie.
-CHANGEABLE = ("max_skipped_steps", "micro_batch_size", "parallel.", "checkpoint.", "logging.", "samples.")
+CHANGEABLE = (
+    "max_skipped_steps",
+    "micro_batch_size",
+    "parallel.",
+    "checkpoint.",
+    "logging.",
+    "samples.",
+    "method.sampling_shift",
+)
 CHANGEABLE_OF_SHARDS = ("data.path", "data.workers", "prompts.path", "prompts.workers")
 
 
@@ -110,7 +118,9 @@ def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) 
         if isinstance(role, Trained | Built)
     ):  # otherwise the learning rate depends on it from the first step
         changeable += ("max_steps",)
-    if differing := differences(saved, config.model_dump(mode="json"), changeable):
+    # Options that came to be since the run was started count as at their defaults, which change nothing.
+    completed = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
+    if differing := differences(completed, config.model_dump(mode="json"), changeable):
         raise ConfigError(
             f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
             "Run with the saved values to go on, or choose a new --output to start over."

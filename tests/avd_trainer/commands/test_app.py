@@ -134,16 +134,20 @@ def test_broken_weights_are_named(tmp_path: Path) -> None:
 def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     status, printed = run(
-        "calibrate", "tiny", "--samples", "4", "--steps", "2", "--json", file, "--set", "data.clips=8"
+        "calibrate", "tiny", "--samples", "4", "--steps", "2", "--shift", "4", "--json", file, "--set", "data.clips=8"
     )  # fmt: skip
     assert status == 0
     assert "floor: moves as much as the teacher" in printed
+    assert "shift 4" in printed
+    assert "k x spread" in printed
     calibration = json.loads(file.read_text())
     assert (calibration["teacher"]["samples"], calibration["real"]["samples"]) == (4, 4)
     config = load_config(TrainConfig, "tiny", ["data.clips=8"])
     real = load_data_of(config).clips
     clips = torch.stack([real[index].latent for index in (0, 2, 4, 6)])  # type: ignore[misc]
-    assert calibration["real"]["temporal_loss"] == pytest.approx(derive_floor(clips), rel=1e-5)
+    assert calibration["real"]["clip_mean"] == pytest.approx(derive_floor(clips), rel=1e-5)
+    assert calibration["sampling"] == {"guidance_scale": 3.0, "shift": 4.0, "steps": 2}
+    assert [step["timestep"] for step in calibration["sharpness"]["steps"]] == [1000, 900, 757, 522]
 
 
 def test_videos_and_data_exclude_each_other(tmp_path: Path) -> None:

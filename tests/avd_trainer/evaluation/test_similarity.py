@@ -204,6 +204,7 @@ def test_the_teacher_sampler_hands_out_its_predictions_and_ends_on_the_last() ->
         lambda shape: noise,
         steps=5,
         guidance_scale=2.0,
+        shift=3.0,
         on_prediction=lambda t, x_0: told.append(Prediction(t, x_0)),
     )
     grid = shift_timesteps(torch.linspace(1000, 0, 6), 3.0)[:-1]
@@ -265,11 +266,15 @@ def test_a_teacher_is_sampled_in_many_steps_with_guidance(tmp_path: Path) -> Non
     status, _ = run("bundled:tiny", "-o", tmp_path, *options)
     assert status == 0
     written = json.loads((tmp_path / "similarity.json").read_text())
-    assert [round(step["timestep"]) for step in written["steps"]] == [1000, 857, 600]
-    assert written["sampling"] == {"timesteps": None, "steps": 3, "guidance_scale": 2.0}
+    assert [round(step["timestep"]) for step in written["steps"]] == [1000, 909, 714]
+    assert written["sampling"] == {"timesteps": None, "steps": 3, "guidance_scale": 2.0, "shift": 5.0}
     # Guidance has an effect.
     run("bundled:tiny", "-o", tmp_path, "--steps", 3, "--guidance-scale", 1, "--count", 2, "--size", "32x32x9")
     assert json.loads((tmp_path / "similarity.json").read_text())["steps"] != written["steps"]
+    # So has the shift.
+    assert run("bundled:tiny", "-o", tmp_path, *options, "--shift", 3)[0] == 0
+    shifted = json.loads((tmp_path / "similarity.json").read_text())
+    assert [round(step["timestep"]) for step in shifted["steps"]] == [1000, 857, 600]
 
 
 @pytest.fixture(scope="module")
@@ -356,7 +361,7 @@ def test_guidance_of_a_pipeline_is_away_from_wans_negative_prompt(tmp_path: Path
     sample_teacher(
         VelocityModel(load_transformer(str(pipeline))), text[:2], text[2], (16, 3, 4, 4),
         Draws((0, "similarity"), range(2), torch.device("cpu")).named("trajectory"), steps=2, guidance_scale=4.0,
-        on_prediction=lambda timestep, x_0: predictions.append(Prediction(timestep, x_0)),
+        shift=5.0, on_prediction=lambda timestep, x_0: predictions.append(Prediction(timestep, x_0)),
     )  # fmt: skip
     expected = [step.mean for step in measure([predictions]).report.steps]
     assert [step["mean"] for step in written["steps"]] == pytest.approx(expected, rel=1e-6)
@@ -416,6 +421,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(
         (("missing", "-o", tmp_path / "out"), "no such file or folder"),
         ((*tiny, "--steps", 5, "--timesteps", "1000"), "exclude each other"),
         ((*tiny, "--guidance-scale", 3), "Pass --steps as well"),
+        ((*tiny, "--shift", 3), "Pass --steps as well"),
         ((*tiny, "--timesteps", "1000,many"), "numbers with commas"),
         ((*tiny, "--timesteps", "500,900"), "fall strictly"),
         ((*tiny, "--timesteps", "1500,900"), "fall strictly"),

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from torch import Tensor
 from avd_core import AVDObjective, DistributionMatchingLoss
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.in_memory import CaptionedLatents
-from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
-from runs import MakeTrainer, first_step, load_data_of, order_of, step_gradients
+from runs import ARCHITECTURE, LORA, MakeTrainer, first_step, load_data_of, order_of, step_gradients
 
 StopAt = Callable[[int], None]
 
@@ -104,14 +105,24 @@ def test_runs_with_and_without_our_terms_see_the_same_prompts_and_noise(make_tra
     assert not torch.equal(first["avd"]["gradient_norm"], first["dmd"]["gradient_norm"])
 
 
+@pytest.mark.parametrize("judged", ["loss", "relative", "excess"])
 def test_a_step_is_that_of_the_plain_algorithm(
-    make_trainer: MakeTrainer, clips: CaptionedLatents, stop_at: StopAt
+    make_trainer: MakeTrainer, clips: CaptionedLatents, stop_at: StopAt, judged: str, tmp_path: Path
 ) -> None:
     """Eq. 9 with one graph and one backward pass, over models that are neither sharded nor shared."""
-    trainer = make_trainer(method={"online_updates": 1}, max_gradient_norm=1e6)
+    weights = tmp_path / "student"  # another model than the teacher, whose excess would be 0
+    torch.manual_seed(7)
+    build_transformer(ARCHITECTURE).save_pretrained(weights)
+    trainer = make_trainer(
+        method={"online_updates": 1, "regression": {"judged": judged}},
+        max_gradient_norm=1e6,
+        student_weights=str(weights),
+    )
     stop_at(1)
     method: Any = trainer.config.method
-    student, teacher, online = (VelocityModel(load_transformer(str(trainer.config.teacher))) for _ in range(3))
+    student, teacher, online = (
+        VelocityModel(load_transformer(str(path))) for path in (weights, *2 * [trainer.config.teacher])
+    )
     student.module.requires_grad_(True)
     order = {name: order_of(name).batch(0, 2) for name in ("prompts", "clips")}
     text = {name: torch.stack([trainer.data.clips[i].text for i in index]) for name, index in order.items()}
@@ -137,8 +148,16 @@ def test_a_step_is_that_of_the_plain_algorithm(
     noise = draws.normal("regression_noise", shape)
     level = (chosen / 1000).view(2, 1, 1, 1, 1)
     real_clips = clips.latents[order["clips"]]
-    prediction = student((1 - level) * real_clips + level * noise, chosen, text["clips"])
-    added, metrics = AVDObjective(method.objective)(x_0, prediction, noise - real_clips, chosen)
+    noised = (1 - level) * real_clips + level * noise
+    prediction = student(noised, chosen, text["clips"])
+    with torch.no_grad():
+        judged_by = {
+            "loss": {},
+            "relative": {"clips": real_clips},
+            "excess": {"teacher_prediction": teacher(noised, chosen, text["clips"])},
+        }[judged]
+    added, metrics = AVDObjective(method.objective)(x_0, prediction, noise - real_clips, chosen, **judged_by)
+    assert ("regression/judged" in metrics) == (judged != "loss")
     (matching + added).backward()
     metrics |= {"loss": (matching + added).detach(), "matching/loss": matching.detach()}
 
@@ -147,6 +166,39 @@ def test_a_step_is_that_of_the_plain_algorithm(
     torch.testing.assert_close(step_gradients(trainer, step), expected, rtol=1e-4, atol=1e-7)
     for name, value in metrics.items():
         torch.testing.assert_close(step[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "adapters"])
+def test_the_excess_of_a_student_over_its_teacher_starts_at_zero(
+    make_trainer: MakeTrainer, lora: dict[str, Any] | None
+) -> None:
+    """Adapters and teacher share a base: the teacher must be asked without them."""
+    roles = {role: {"lora": lora, "optimizer": {"lr": 1e-2}} for role in ("student", "online")}
+    trainer = make_trainer(method={"regression": {"judged": "excess"}, **roles})
+    first, second = (step["regression/judged"] for step in islice(trainer.run(), 2))
+    torch.testing.assert_close(first, torch.zeros(2), rtol=0, atol=1e-6)
+    assert second.abs().min() > 1e-5
+
+
+def test_the_teachers_own_error_is_one_forward_without_guidance_or_gradient(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(method={"online_updates": 1, "few_steps": [1000], "regression": {"judged": "excess"}})
+    counts = count_forwards(trainer)
+    first_step(trainer)
+    batch = trainer.config.batch_size
+    assert counts["teacher", False] == (2 + 1) * batch  # both sides of the matching term's guidance; real clips
+    assert counts["teacher", True] == 0
+
+
+def test_what_is_judged_does_not_depend_on_micro_batches(make_trainer: MakeTrainer) -> None:
+    def curve(size: int | None) -> list[dict[str, Tensor]]:
+        method = {"regression": {"judged": "excess", "deviation": "standardized"}}
+        return list(make_trainer(method=method, batch_size=4, micro_batch_size=size).run())
+
+    for whole, parts in zip(curve(None), curve(1), strict=True):
+        for name in ("judged", "deviations", "weights", "loss"):
+            torch.testing.assert_close(
+                parts[f"regression/{name}"], whole[f"regression/{name}"], rtol=2e-3, atol=1e-5, msg=name
+            )
 
 
 @pytest.mark.parametrize("last", [0, 3])
@@ -163,14 +215,20 @@ def test_the_monitor_is_shown_finished_samples_only(make_trainer: MakeTrainer, s
         assert shown[0]["x_0"].shape == (trainer.config.batch_size, *trainer.latent_shape)
 
 
-@pytest.mark.parametrize(("kind", "weight"), [("dmd", None), ("avd", 0.5)])
-def test_the_monitor_averages_over_the_steps_that_show_it_something(
-    make_trainer: MakeTrainer, kind: str, weight: float | None
+@pytest.mark.parametrize(
+    ("kind", "method", "weight"),
+    [
+        ("dmd", {}, None),
+        ("avd", {"regression": {"weight": 0.5}}, 0.5),
+        ("avd", {"regression": {"sharpness": 0.0}}, None),
+        ("avd", {"regression": None}, None),
+    ],
+)
+def test_the_monitor_judges_the_weights_of_an_adaptive_regression_only(
+    make_trainer: MakeTrainer, kind: str, method: dict[str, Any], weight: float | None
 ) -> None:
-    own = {} if weight is None else {"regression": {"weight": weight}}
-    monitor = make_trainer(kind, method={"few_steps": [1000, 500], **own}).monitor
+    monitor = make_trainer(kind, method=method).monitor
     assert monitor is not None
-    assert monitor.decay == pytest.approx(0.95**2)
     assert monitor.regression_weight == weight
 
 

@@ -39,6 +39,11 @@ from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
 
 KINDS = [method.kind for method in list_methods()]
+# Options with which a method asks more models, or keeps more state, than by default.
+VARIANTS = {
+    "avd by excess": ("avd", "method.regression.judged=excess", "method.regression.deviation=standardized"),
+    "avd by relative loss": ("avd", "method.regression.judged=relative"),
+}
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
 SMALL = ["max_steps=4", "batch_size=4", "samples.every=null", "logging.tensorboard=false"]
 STEPS = 4
@@ -61,8 +66,9 @@ def data(clips: CaptionedLatents) -> TrainingData:
 @pytest.fixture
 def configure(teacher: Path) -> Callable[..., TrainConfig]:
     def configure(kind: str, *overrides: str) -> TrainConfig:
+        kind, *options = VARIANTS.get(kind, (kind,))
         own = [f"teacher={teacher}"] if load_method(kind).Config.needs_teacher else []
-        return load_config(TrainConfig, "tiny", [*SMALL, *own, *overrides], method=kind)
+        return load_config(TrainConfig, "tiny", [*SMALL, *own, *options, *overrides], method=kind)
 
     return configure
 
@@ -121,7 +127,7 @@ def test_frozen_roles_stay_and_trained_ones_move(
         assert any(not torch.equal(a, b) for a, b in zip(averaged, after[role.of], strict=True))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
 def test_a_run_resumed_from_any_step_ends_bit_for_bit_the_same(
     kind: str, configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks, tmp_path: Path
 ) -> None:
@@ -144,7 +150,7 @@ def contents(run: Path) -> dict[str, bytes]:
     return {path.relative_to(run).as_posix(): path.read_bytes() for path in [*left, run / "metrics.jsonl"]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
 def test_two_ranks_follow_the_curve_of_one(
     kind: str, configure: Callable[..., TrainConfig], data: TrainingData
 ) -> None:
@@ -264,7 +270,7 @@ def test_the_plan_knows_its_roles(kind: str, configure: Callable[..., TrainConfi
     assert {f"{name} update" for name in trained} <= {phase.name for phase in plan.memory}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
 def test_its_calls_are_those_of_a_step(
     kind: str,
     configure: Callable[..., TrainConfig],

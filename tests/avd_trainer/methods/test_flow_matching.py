@@ -17,7 +17,7 @@ from avd_trainer.data.moving_shapes import SHAPE_COLORS, MovingShapes
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.evaluation.clip_measures import energy_distance
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import sample_teacher, schedule
+from avd_trainer.models.samplers import EulerSampler, sample_teacher, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.runtime.draws import Draws
@@ -131,7 +131,15 @@ def samples(shapes: CaptionedLatents) -> Tensor:
         lambda shape: torch.randn(CLIPS, *shape, generator=draws),
         steps=15,
         guidance_scale=METHOD.guidance_scale,
+        shift=METHOD.sampling_shift,
     )
+
+
+def test_sample_clips_are_shifted_as_the_configuration_says(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(
+        "flow_matching", method={"sampling_shift": 4.0, "guidance_scale": 2.0, "timestep_shift": 1.5}
+    )
+    assert trainer.method.sampler == EulerSampler(guidance_scale=2.0, shift=4.0, steps=25)
 
 
 def test_the_bundled_teacher_denoises_unseen_clips(shapes: CaptionedLatents) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from avd_trainer.models.samplers import few_step_rollout, guided_velocity, sample_teacher
+from avd_trainer.models.samplers import EulerSampler, few_step_rollout, guided_velocity, sample_teacher
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 SHAPE = (2, 3, 2, 2)
@@ -68,9 +68,17 @@ def test_each_step_starts_from_the_noised_prediction_of_the_one_before() -> None
 
 def test_the_teacher_sampler_follows_the_path_to_x_0() -> None:
     model = KnownModel(torch.randn(SHAPE))
-    x_0 = sample_teacher(model, TEXT, NOTHING, SHAPE, draw, steps=7, guidance_scale=3.0)
+    x_0 = sample_teacher(model, TEXT, NOTHING, SHAPE, draw, steps=7, guidance_scale=3.0, shift=5.0)
     torch.testing.assert_close(x_0, model.x_0.detach().expand(4, *SHAPE), atol=1e-4, rtol=1e-4)
     assert [call.batch for call in model.calls] == [8] * 7
+
+
+@pytest.mark.parametrize(("shift", "expected"), [(1.0, [1000, 750, 500, 250]), (5.0, [1000, 937.5, 2500 / 3, 625])])
+def test_the_teachers_timesteps_are_evenly_spaced_and_shifted(shift: float, expected: list[float]) -> None:
+    """``shift s / (1 + (shift - 1) s)`` of sigma 1, 0.75, 0.5, 0.25."""
+    model = KnownModel(torch.randn(SHAPE))
+    EulerSampler(guidance_scale=1.0, shift=shift, steps=4)(model, TEXT, NOTHING, SHAPE, draw)
+    assert [call.timesteps[0].item() for call in model.calls] == pytest.approx(expected)
 
 
 def test_guidance_is_one_forward_over_the_prompt_and_the_negative_prompt() -> None:

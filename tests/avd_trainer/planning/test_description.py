@@ -30,6 +30,7 @@ Asked = Counter[tuple[str, bool]]
     [
         ({"online_updates": 5}, 35.5),
         ({"online_updates": 5, "regression": None}, 32.5),
+        ({"online_updates": 5, "regression": {"judged": "excess"}}, 36.5),
         ({"kind": "dmd", "online_updates": 5}, 32.5),
         ({"online_updates": 5, "guidance_scale": 1.0}, 34.5),
         ({"online_updates": 5, "few_steps": [1000]}, 28.0),
@@ -44,8 +45,16 @@ def test_forward_equivalents_of_an_update(method: dict[str, Any], forwards: floa
 
 @pytest.mark.parametrize(
     "method",
-    [{}, {"online_updates": 3}, {"kind": "dmd"}, {"guidance_scale": 1.0}, {"regression": None}],
-    ids=["avd", "more online updates", "dmd", "no guidance", "no regression"],
+    [
+        {},
+        {"online_updates": 3},
+        {"kind": "dmd"},
+        {"guidance_scale": 1.0},
+        {"regression": None},
+        {"regression": {"judged": "excess"}},
+        {"regression": {"judged": "relative"}},
+    ],
+    ids=["avd", "more online updates", "dmd", "no guidance", "no regression", "excess", "relative loss"],
 )
 def test_calls_are_those_of_a_trainer(
     small_teacher: str, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any]

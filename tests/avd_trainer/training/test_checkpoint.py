@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from avd_core import CollapseFinding
+from avd_core import AdaptiveRegressionLoss, CollapseFinding, LossMeanCache
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
@@ -328,6 +328,21 @@ def test_tensors_of_another_name_or_shape_are_refused(
     folder = save(make_checkpoints(), 1)
     with pytest.raises(UserError, match="model/weight"):
         read_tensors(folder, {"model": {name: torch.zeros(shape) for name, shape in wanted.items()}})
+
+
+def test_one_from_before_spreads_were_kept_goes_on_with_its_means(make_checkpoints: MakeCheckpoints) -> None:
+    cache = LossMeanCache((1000, 900))
+    for loss in (1.0, 3.0):
+        cache(torch.tensor([900]), torch.tensor([loss]))
+    old = {f"cache.{name}": cache.get_buffer(name).clone() for name in ("timesteps", "means", "seen", "pending")}
+    checkpoints = make_checkpoints()
+    checkpoints.save(1, {"method": old}, {})
+    checkpoints.wait()
+    module = AdaptiveRegressionLoss(LossMeanCache((1000, 900)))
+    module.cache(torch.tensor([900, 900]), torch.tensor([5.0, 9.0]))
+    read_tensors(checkpoints.path(1), {"method": module.state_dict()})
+    assert module.cache.means.tolist() == cache.means.tolist()
+    assert module.cache.spreads.tolist() == [0, 0]
 
 
 # --- All that a run consists of, on any number of ranks

@@ -12,8 +12,10 @@ from avd_trainer.config.loading import ConfigError, load_config, save_config
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training import folder
+from avd_trainer.training.checkpoint import read_state
 from avd_trainer.training.config import TrainConfig
-from avd_trainer.training.folder import claim_run, locked, method_of_run
+from avd_trainer.training.folder import check_run, claim_run, locked, method_of_run
 from avd_trainer.training.run import train
 from launches import Launch
 from runs import MakeConfig, files, outcome
@@ -52,6 +54,25 @@ def test_a_schedule_that_depends_on_the_length_of_a_run_fixes_it(
     train(make_config(kind, method=method, max_steps=1, **changes), tmp_path, ranks, data=data)
     with pytest.raises(ConfigError, match="  max_steps: 1 there, 2 now"):
         train(make_config(kind, method=method, max_steps=2, **changes), tmp_path, ranks, data=data)
+
+
+def test_options_that_came_to_be_since_a_run_was_started_are_at_their_defaults(
+    configure: MakeConfig, data: TrainingData, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(configure(max_steps=1), tmp_path, ranks, data=data)
+
+    def without_new_options(checkpoint: Path) -> dict[str, Any]:
+        state = read_state(checkpoint)
+        for name in ("judged", "deviation"):
+            del state["config"]["method"]["regression"][name]
+        del state["config"]["method"]["sampling_shift"]
+        return state
+
+    monkeypatch.setattr(folder, "read_state", without_new_options)
+    # Training does not sample the teacher, so how that is done may change.
+    assert check_run(tmp_path, configure(max_steps=2, method={"sampling_shift": 3.0})) == 1
+    with pytest.raises(ConfigError, match=r"  method\.regression\.judged: 'loss' there, 'excess' now"):
+        check_run(tmp_path, configure(max_steps=2, method={"regression": {"judged": "excess"}}))
 
 
 def test_the_run_of_another_method_is_said_to_be_one(make_config: MakeConfig, tmp_path: Path) -> None:
