@@ -92,7 +92,7 @@ def _draw_sheet(figure: SubFigure, videos: Mapping[str, Tensor], captions: Seque
             fontsize=12, color=COLORS[name], fontweight="bold",
         )  # fmt: skip
     figure.suptitle(
-        "Frames of decoded clips, time to the right: captions that nothing was trained on, one noise for all models",
+        "Frames of decoded clips, time to the right. Real ones are held out from training; models share one noise.",
         fontsize=11,
     )
 
@@ -118,7 +118,7 @@ def _draw_dots(figure: SubFigure, findings: Findings, panels: int) -> None:
         title = textwrap.fill(f"{plain_name(measure)}: {MEASURES[measure].title}", 38)
         axis.set_title(f"{title}\n({GOALS[MEASURES[measure].better]})", fontsize=9)
         plain(axis)
-    figure.suptitle("Grey: real clips, the mean of their renderings with two standard deviations", fontsize=11)
+    figure.suptitle("Grey: sets of real clips, their mean with two standard deviations", fontsize=11)
 
 
 def _draw_table(figure: SubFigure, findings: Findings) -> None:
