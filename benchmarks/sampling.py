@@ -42,8 +42,8 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.sources import HELD_OUT, load_clips
-from avd_trainer.evaluation.clip_metrics import evaluate
+from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.evaluation.measures import measure
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
@@ -51,6 +51,7 @@ from avd_trainer.models.transformer import empty_transformer, load_transformer
 from avd_trainer.planning.description import find_architecture
 from avd_trainer.runtime.environment import environment
 from avd_trainer.studies.demo import DemoConfig
+from avd_trainer.studies.real_side import RealSide
 from avd_trainer.training.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
@@ -233,15 +234,15 @@ def _loop_over_pairs(network: LatentFrameInterpolator, latents: Tensor) -> Tenso
 
 @torch.no_grad()
 def measure_quality(student: Path, interpolator: Path) -> dict[str, Any]:
-    """The demo's metrics of a tiny student at full and at half rate: the same captions and noise for all."""
+    """The demo's measures of a tiny student at full and at half rate: the same captions and noise for all."""
     network = LatentFrameInterpolator.from_pretrained(interpolator)
     config = load_config(DemoConfig, "tiny")
     assert isinstance(config.data, ShapesData)
     codec = BlockDCTCodec()
-    clips, held_out = load_clips(config.data, codec)
     samples = config.evaluation.samples
-    text = _embed(clips.captions[:samples])
-    denoise = _denoiser(load_transformer(str(student)), text)
+    real = RealSide.load(config.data, samples, codec)
+    reference = real.reference(codec)
+    denoise = _denoiser(load_transformer(str(student)), _embed(real.held_out.captions))
     ways: dict[str, tuple[Interpolator, int]] = {
         "full rate": (interpolate_linearly, 0),
         "half rate, network": (network, HALF_RATE_STEPS),
@@ -254,20 +255,14 @@ def measure_quality(student: Path, interpolator: Path) -> dict[str, Any]:
     for seed in SEEDS:
         for name, (insert, half_rate_steps) in ways.items():
             draws = torch.Generator().manual_seed(seed)
-            noise = torch.randn(samples, *clips.latents.shape[1:], generator=draws)
+            noise = torch.randn(real.held_out.latents.shape, generator=draws)
             latents = HalfRateInterpolationSampler(denoise, insert, TIMESTEPS, half_rate_steps)(noise, draws)
-            rows[name].append(evaluate(latents, codec.decode(latents), held_out.latents).model_dump())
-    full = rows["full rate"]
+            rows[name].append(measure(latents, codec.decode(latents), real.held_out.captions, reference.real))
     return {
         "samples": samples,
         "noise_seeds": list(SEEDS),
-        "real": evaluate(clips.latents[:samples], codec.decode(clips.latents[:samples]), held_out.latents).model_dump(),
-        "metrics": {name: _mean_and_spread(values) for name, values in rows.items()},
-        "distance_over_full_rate": {
-            name: _spread([own["distance"] / at_full["distance"] for own, at_full in zip(values, full, strict=True)])
-            for name, values in rows.items()
-            if name != "full rate"
-        },
+        "real": {name: {"mean": spread.mean, "std": spread.std} for name, spread in reference.spreads.items()},
+        "measures": {name: _mean_and_spread(values) for name, values in rows.items()},
     }
 
 

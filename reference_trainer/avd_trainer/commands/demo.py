@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from avd_trainer.commands.options import MaxSteps, Overrides, Videos, clips_of, overrides_of
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.terminal import readable_errors, say
 from avd_trainer.runtime.threads import describe_threads
 
@@ -19,30 +18,45 @@ def demo(
     videos: Videos = None,
     max_steps: MaxSteps = None,
     set_: Overrides = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Of a finished demo: write pairs of clips without names, to judge by eye.")
+    ] = False,
+    blind_seed: Annotated[
+        int | None, typer.Option(min=0, help="With --blind: which clips are shown, and which model at which side.")
+    ] = None,
 ) -> None:
     """Distil two tiny students, by DMD alone and with AVD, and compare them in pictures and numbers.
 
     One that was stopped goes on by the same command.
     """
     with readable_errors():
+        if blind:
+            if videos is not None or max_steps is not None or set_:
+                raise UserError("--blind shows the clips of a finished demo, so it goes with --output alone.")
+            from avd_trainer.studies.demo import write_blind_pairs
+
+            page = write_blind_pairs(output, blind_seed or 0)
+            say(f"Open {page} in a browser. The same pairs as pictures: {output}/blind, with the key beside them.")
+            return
+        if blind_seed is not None:
+            raise UserError("--blind-seed is about the pairs of --blind. Pass both, or --set seed=... for training.")
         from avd_trainer.config.loading import load_config
         from avd_trainer.runtime.ranks import join_ranks
-        from avd_trainer.studies.demo import METRICS, REPORT, DemoConfig, run_demo
+        from avd_trainer.studies.demo import ANIMATION, METRICS, REPORT, VERDICT, DemoConfig, run_demo
+        from avd_trainer.studies.verdict import render_verdict
 
         own = {} if videos is None else {**clips_of(videos, None), "calibrate": _to_calibrate(set_ or [])}
         config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), own)
         with join_ranks() as ranks:
             if ranks.device.type == "cpu":
                 say(describe_threads())
-            metrics = run_demo(config, output, ranks)
-        if metrics is None:
+            findings = run_demo(config, output, ranks)
+        if findings is None:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
             return
-        table = Table("", "saturation", "temporal loss", "pixel motion", "distance")
-        for name, row in metrics.items():
-            table.add_row(name, *(f"{value:.4f}" for value in row.model_dump().values()))
-        Console().print(table)
-        say(f"Pictures: {output / REPORT}, {output}/*.gif. Numbers: {output / METRICS}.")
+        say(render_verdict(findings))
+        say(f"Look at {output / ANIMATION} first, then {output / REPORT}. Numbers: {output / VERDICT} and {METRICS}.")
+        say(f"To judge by eye without knowing which is which: avd demo --blind --output {output}")
 
 
 def _to_calibrate(overrides: list[str]) -> list[str]:

@@ -110,6 +110,11 @@ def enlarge(video: Tensor, factor: int) -> Tensor:
     return video.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
 
 
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans of a height in pixels. Pillow's own font knows English alone."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+
+
 def _to_bytes(video: Tensor) -> Tensor:
     """``[3, F, H, W]`` in [0, 1] to bytes in main memory; frame by frame, for temporaries of one frame's size."""
     frames = (frame.nan_to_num(0.0).clamp(0, 1) for frame in video.detach().unbind(1))
@@ -192,8 +197,7 @@ def _flat(frames: Tensor) -> np.ndarray:
 
 def _caption_strip(caption: str, width: int) -> Tensor:
     """White text on black, bytes ``[3, H, width]``; every caption's strip has the same even height."""
-    # Pillow's own font knows English alone.
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), FONT_SIZE)
+    font = load_font(FONT_SIZE)
     letters = int((width - 8) / font.getlength("n"))
     lines = textwrap.wrap(caption, letters, max_lines=CAPTION_LINES, placeholder=" ...")
     strip = Image.new("RGB", (width, 2 * round(0.65 * CAPTION_LINES * FONT_SIZE) + 8))

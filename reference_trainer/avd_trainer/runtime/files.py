@@ -27,8 +27,13 @@ def claim_folder(folder: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a file that is either the old or the new one, never half."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, in UTF-8, that is either the old or the new one, never half."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.write_text(text, encoding="utf-8")
     os.replace(part, path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from avd_core import temporal_variance
 from avd_trainer.config.differences import differences
 from avd_trainer.config.loading import read_saved, save_config
 from avd_trainer.config.sections import Section, ShardsData
 from avd_trainer.data.in_memory import InMemoryData
-from avd_trainer.data.sources import TrainingData, load_clips
-from avd_trainer.data.video_files import enlarge, save_gif, tile
-from avd_trainer.evaluation.clip_metrics import ClipMetrics, evaluate
+from avd_trainer.data.sources import TrainingData
+from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
@@ -24,30 +24,40 @@ from avd_trainer.models.samplers import DrawNoise, VelocityPredictor, few_step_r
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import claim_folder, write_json
+from avd_trainer.runtime.files import claim_folder, write_text
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.runtime.terminal import say
+from avd_trainer.studies.blind import write_blind_check
 from avd_trainer.studies.demo_calibration import Part, calibrated
-from avd_trainer.studies.figures import TITLES, save_report
+from avd_trainer.studies.demo_clips import DemoClips
+from avd_trainer.studies.figures import save_report
+from avd_trainer.studies.findings import STUDENTS, TITLES, Findings, measure_rows
+from avd_trainer.studies.pictures import save_animation
+from avd_trainer.studies.real_side import RealSide
+from avd_trainer.studies.verdict import render_verdict
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.metrics_log import METRICS_FILE
 from avd_trainer.training.run import train
 
-CLIPS_PER_GIF = 8
+REAL = "real"
+CLIPS_IN_ANIMATION = 6
 CLIPS_TO_CALIBRATE = 64
 DEMO = "avd demo"
 """The command that writes demos."""
 CONFIG = "demo.yaml"
+CLIPS = "clips.safetensors"
+ANIMATION = "demo.gif"
 REPORT = "report.png"
+VERDICT = "verdict.md"
 METRICS = "metrics.json"
 
 
 class EvaluationConfig(Section):
     """How a demo measures what came out."""
 
-    samples: int = Field(default=144, ge=2)
-    """Clips per model, and real clips to compare with."""
+    samples: int = Field(default=128, ge=4)
+    """Clips per model, and held-out captions of shapes."""
     teacher_steps: int = Field(default=25, ge=1)
     """Euler steps of the teacher."""
 
@@ -62,21 +72,20 @@ class DemoConfig(TrainConfig):
     set by ``--set``. The demo's ``calibration.json`` says what came of it."""
 
 
-def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMetrics] | None:
+def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
     """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
 
     A demo that was stopped goes on where it stands. Of one that is finished nothing is done again.
 
     Args:
         config: The AVD run; the other differs in its objective alone.
-        output: Empty, or that of the same demo. Gets ``demo.yaml``, ``report.png``, ``real.gif``, ``teacher.gif``,
-            ``dmd.gif``, ``avd.gif``, ``metrics.json``, and a folder for each of the two runs; where values
-            are chosen by the clips, ``calibration.json``.
+        output: Empty, or that of the same demo. Gets ``demo.yaml``, ``demo.gif``, ``report.png``, ``verdict.md``,
+            ``metrics.json``, ``clips.safetensors``, and a folder for each of the two runs; where
+            values are chosen by the clips, ``calibration.json``.
         ranks: The one process of the demo.
 
     Returns:
-        The metrics of ``real``, ``teacher``, ``dmd`` and ``avd``; None where a signal asked it to stop, with everything
-        saved.
+        What was measured; None where a signal asked it to stop, with everything saved.
 
     Raises:
         UserError: If there are several ranks, the data is not in memory, the method is not AVD, or ``output`` holds
@@ -89,31 +98,83 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
         raise UserError(
             f"The demo compares AVD with DMD alone, and this is method {method.kind}. Leave method.kind out."
         )
-    assert config.teacher is not None  # the method needs one
     _claim(config, output)
-    if (finished := _read_finished(output)) is not None:
+    if _is_finished(output):
         say(f"The demo in {output} is finished, and nothing is done again. Another one wants another --output.")
-        return finished
+        return Findings.load(output / METRICS, DemoClips.load(output / CLIPS).latents[REAL])
     codec = BlockDCTCodec()
+    samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
+    real = RealSide.load(config.data, samples, codec)
+    method = calibrated(
+        config, config.calibrate, real.train, output, samples=min(samples, CLIPS_TO_CALIBRATE), steps=teacher_steps
+    )
+    if not (output / CLIPS).exists():
+        made = _make_clips(config, method, real, output, ranks)
+        if made is None:
+            return None
+        made.save(output / CLIPS)
+    clips = DemoClips.load(output / CLIPS)
+    rows = {name: Encoded(latents, codec.decode(latents)) for name, latents in clips.latents.items()}
+    generated = {name: row for name, row in rows.items() if name != REAL}
+    findings = measure_rows(generated, real.shape_captions, real.reference(codec), real.controls(codec))
+
+    videos = {name: row.video for name, row in rows.items()}
+    shown = min(CLIPS_IN_ANIMATION, *map(len, videos.values()))
+    save_animation(
+        {TITLES[name]: video[:shown] for name, video in videos.items()}, clips.captions[:shown], output / ANIMATION
+    )
+    save_report(
+        output / REPORT,
+        videos,
+        clips.captions,
+        findings,
+        {name: output / name / METRICS_FILE for name in STUDENTS},
+        method.few_steps,
+        floor=None if method.motion is None else method.motion.floor,
+        real={
+            "sample/std": float(real.train.latents.std()),
+            "sample/temporal_loss": -math.log(float(temporal_variance(real.train.latents))),
+        },
+    )
+    write_text(output / VERDICT, render_verdict(findings) + "\n" + findings.table)
+    findings.save(output / METRICS)
+    return findings
+
+
+def write_blind_pairs(output: Path, seed: int) -> Path:
+    """Write the blind check of a finished demo; returns its page. See :func:`write_blind_check`.
+
+    Raises:
+        UserError: If ``output`` holds no finished demo, or cannot be written to.
+    """
+    if not _is_finished(output):
+        raise UserError(f"{output} holds no finished demo. Run `avd demo --output {output}` first.")
+    clips = DemoClips.load(output / CLIPS)
+    codec = BlockDCTCodec()
+    videos = {name: codec.decode(clips.latents[name]) for name in STUDENTS}
+    return write_blind_check(videos, clips.captions, TITLES, output, seed)
+
+
+def _make_clips(
+    config: DemoConfig, method: AVDMethodConfig, real: RealSide, output: Path, ranks: Ranks
+) -> DemoClips | None:
+    """Sample from the teacher, train the students and sample from them; None where a signal asked to stop."""
+    assert config.teacher is not None  # the method needs one
     teacher = load_transformer(config.teacher)
     embed = HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim)
-    clips, held_out = load_clips(config.data, codec)
-    data = InMemoryData(clips, embed)
-    shape = clips.latents.shape[1:]
+    memory = InMemoryData(real.train, embed)
+    shape = real.train.latents.shape[1:]
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
-    method = calibrated(
-        config, config.calibrate, clips, output, samples=min(samples, CLIPS_TO_CALIBRATE), steps=teacher_steps
-    )
-    # The real clips that are shown, and their captions for the others; repeated where a folder of videos has fewer.
-    captions = [clips.captions[i % len(clips)] for i in range(samples)]
+    # Repeated where a folder of videos has fewer.
+    captions = [real.held_out.captions[i % len(real.held_out)] for i in range(samples)]
     text = embed(captions)
 
-    latents = {"real": clips.latents[:samples]}
+    latents = {REAL: real.held_out.latents}
     with ProgressBar("teacher samples", teacher_steps) as bar:
         latents["teacher"] = sample_teacher(
             VelocityModel(teacher),
             text,
-            data.unconditional(),
+            memory.unconditional(),
             shape,
             _same_noise(samples),
             steps=teacher_steps,
@@ -123,31 +184,14 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> dict[str, ClipMe
         )
     engine = config.model_dump(exclude={"evaluation", "calibrate", "method"})
     shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
-    methods = {"dmd": DMDMethodConfig(**shared), "avd": method}
-    for name, run in {name: TrainConfig(**engine, method=each) for name, each in methods.items()}.items():
-        if not train(run, output / name, ranks, data=TrainingData(data, data), description=name):
+    for name, own in zip(STUDENTS, (DMDMethodConfig(**shared), method), strict=True):
+        run = TrainConfig(**engine, method=own)
+        if not train(run, output / name, ranks, data=TrainingData(memory, memory), description=name):
             return None
         student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
             latents[name] = few_step_rollout(student, text, shape, method.few_steps, _same_noise(samples)).x_0
-
-    videos = {name: codec.decode(x) for name, x in latents.items()}
-    metrics = {name: evaluate(latents[name], videos[name], held_out.latents) for name in latents}
-    motion = method.motion
-    save_report(
-        output / REPORT,
-        videos,
-        metrics,
-        {name: output / name / METRICS_FILE for name in ("dmd", "avd")},
-        captions,
-        method.few_steps,
-        floor=None if motion is None else motion.floor,
-        latent_std=float(clips.latents.std()),
-    )
-    for name, video in videos.items():
-        save_gif(enlarge(tile(video[:CLIPS_PER_GIF]), 2), output / f"{name}.gif", fps=12)
-    write_json(output / METRICS, {name: value.model_dump() for name, value in metrics.items()})
-    return metrics
+    return DemoClips(captions, latents)
 
 
 def _claim(config: DemoConfig, output: Path) -> None:
@@ -170,12 +214,8 @@ def _claim(config: DemoConfig, output: Path) -> None:
         save_config(config, file, DEMO)
 
 
-def _read_finished(output: Path) -> dict[str, ClipMetrics] | None:
-    """The metrics of a demo that has all of its files; None of any other."""
-    if not all((output / name).exists() for name in (METRICS, REPORT, *(f"{name}.gif" for name in TITLES))):
-        return None
-    saved = json.loads((output / METRICS).read_text())
-    return {name: ClipMetrics.model_validate(values) for name, values in saved.items()}
+def _is_finished(output: Path) -> bool:
+    return all((output / name).exists() for name in (CLIPS, ANIMATION, REPORT, VERDICT, METRICS))
 
 
 def _same_noise(samples: int) -> DrawNoise:

