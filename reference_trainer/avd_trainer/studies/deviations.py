@@ -77,7 +77,7 @@ def _deviations(variant: Mapping[str, Any]) -> dict[str, list[float]]:
     found = [unit["deviations"] for unit in variant["seeds"].values() if unit.get("deviations")]
     return {
         step: [fmean(values) for values in zip(*(each[step] for each in found if step in each), strict=True)]
-        for step in (found[0] if found else {})
+        for step in sorted({step for each in found for step in each}, key=float, reverse=True)
     }
 
 

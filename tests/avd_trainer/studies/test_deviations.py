@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from avd_trainer.studies.deviations import read_deviations, save_deviations
+from avd_trainer.studies.deviations import _deviations, read_deviations, save_deviations
 
 
 def write(folder: Path, *steps: dict[str, Any]) -> Path:
@@ -55,3 +55,10 @@ def test_the_figure_has_a_panel_for_each_variant_with_a_regression(tmp_path: Pat
     assert not (tmp_path / "no.png").exists()
     save_deviations(tmp_path / "yes.png", {"variants": {"dmd": without, "avd": with_}})
     assert (tmp_path / "yes.png").stat().st_size > 5_000
+
+
+def test_a_step_that_one_seed_never_drew_is_that_of_the_others() -> None:
+    units = [{"deviations": {"522": [0.0] * 5}}, {"deviations": {"1000": [1.0] * 5, "522": [2.0] * 5}}]
+    found = _deviations({"seeds": dict(enumerate(units))})
+    assert found == {"1000": [1.0] * 5, "522": [1.0] * 5}
+    assert list(found) == ["1000", "522"]

@@ -42,8 +42,8 @@ def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert one.results() == other.results() == [True]
         printed = one.printed() + other.printed()
     # Nothing was done by both.
-    for unit in ("dmd-1", "avd-2", "interpolator-0"):
-        assert printed.count(f"{unit}: 2/2") == 1
+    for work in ("reference-4: 3/3", "interpolator-0: 2/2", "dmd-1: 2/2", "avd-2: 2/2", "teacher-1 samples: 4/4"):
+        assert printed.count(work) == 1
     return folder
 
 

@@ -81,8 +81,9 @@ def test_what_a_seed_does_to_both_cancels() -> None:
     assert unpaired.sign == 0
 
 
-def test_both_sides_of_the_real_value_are_wrong() -> None:
-    found = compare(dict.fromkeys(range(8), 1.2), dict.fromkeys(range(8), 0.9), real=1.0)
+@pytest.mark.parametrize(("value", "baseline"), [(1.2, 0.9), (0.8, 1.1), (0.8, 0.9), (1.2, 1.1)])
+def test_both_sides_of_the_real_value_are_wrong(value: float, baseline: float) -> None:
+    found = compare(dict.fromkeys(range(8), value), dict.fromkeys(range(8), baseline), real=1.0)
     assert found is not None
     assert found.mean == pytest.approx(0.1)
     assert found.sign == 1
