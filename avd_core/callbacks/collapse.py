@@ -164,7 +164,8 @@ class CollapseMonitor(Callback):
         for name, (low, high) in (("variance_range", variance_range), ("saturation_range", saturation_range)):
             if not 0 < low < high:
                 raise ValueError(f"{name} must be (low, high) with 0 < low < high, got {(low, high)}.")
-        if not (reference.temporal_variance > 0 and all(s > 0 for s in reference.channel_std)):
+        # Some channels may be constant, such as the colours of grey footage.
+        if not (reference.temporal_variance > 0 and min(reference.channel_std) >= 0 < max(reference.channel_std)):
             raise ValueError(f"reference must have positive statistics, got {reference}. Measure clips that move.")
         self.reference = reference
         self.regression_weight = regression_weight
