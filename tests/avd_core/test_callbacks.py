@@ -447,7 +447,7 @@ def test_each_channel_is_compared_with_its_own() -> None:
 
 @pytest.mark.parametrize("small", [1e-6, 0.0])
 def test_a_channel_that_holds_next_to_nothing_does_not_drown_the_others(small: float) -> None:
-    # Grey clips leave a colour channel at 1e-6 of the others, or at 0; the student's rounding is not its oversaturation.
+    # Grey clips leave a colour channel at 1e-6 of the others, or at 0; a rounding error is no oversaturation.
     reference = LatentStatistics(1.0, (small, 1.0))
     x_0 = clips(0, shape=(64, 2, 4, 4, 4))
     x_0 = x_0 / x_0.transpose(0, 1).flatten(1).std(1).view(1, 2, 1, 1, 1)
