@@ -423,7 +423,14 @@ def test_the_cache_moves_with_its_module() -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("timesteps", "means", "pending"), ("means",), ("variances",), ("variance_shares",), ("pending",), ("pending_squares",)],
+    [
+        ("timesteps", "means", "pending"),
+        ("means",),
+        ("variances",),
+        ("variance_shares",),
+        ("pending",),
+        ("pending_squares",),
+    ],
 )
 def test_buffers_that_were_cast_in_place_are_refused(names: tuple[str, ...]) -> None:
     """As FSDP casts the buffers of what it wraps."""
@@ -531,7 +538,9 @@ def test_what_starts_anew_is_told_for_caches_only() -> None:
         "x/cache.variance_shares",
         "x/cache.pending_squares",
     }
-    assert LossMeanCache.starting_anew(balance | {f"cache.{name}" for name in LossMeanCache(GRID).state_dict()}) == set()
+    assert (
+        LossMeanCache.starting_anew(balance | {f"cache.{name}" for name in LossMeanCache(GRID).state_dict()}) == set()
+    )
 
 
 @pytest.mark.parametrize("grid", [(1000, 900, 757, 520), (1, 0.9, 0.757, 0.522), (1000, 900)])
