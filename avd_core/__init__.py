@@ -23,6 +23,9 @@ After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Te
 from avd_core.balance import GradientBalance
 from avd_core.cache import LossMeanCache, LossStatistics
 from avd_core.callbacks import (
+    MAX_SWITCHED,
+    MIN_WEIGHT_SPREAD,
+    OUTER_WEIGHTS,
     Callback,
     CollapseFinding,
     CollapseMonitor,
@@ -55,6 +58,9 @@ from avd_core.schedule import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "MAX_SWITCHED",
+    "MIN_WEIGHT_SPREAD",
+    "OUTER_WEIGHTS",
     "PAPER_SPREAD",
     "AVDConfig",
     "AVDObjective",

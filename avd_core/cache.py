@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Self
 
@@ -29,8 +29,8 @@ _SLACK = 1 + 1e-5
 # A spread this small beside its mean is float32's rounding.
 _RESOLUTION = 1e-6
 
-# Buffers that states lack which were saved before spreads were kept. They start at 0.
-ADDED_BUFFERS = ("variances", "pending_squares")
+# States that were saved before spreads were kept lack these. They start at 0.
+_OF_SPREAD = ("variances", "variance_shares", "pending_squares")
 
 
 class LossStatistics(NamedTuple):
@@ -54,11 +54,15 @@ class LossMeanCache(nn.Module):
 
         Lbar_{t,s} = decay * Lbar_{t,s-1} + (1 - decay) * L_{t,s}
         V_{t,s}    = decay * V_{t,s-1}    + (1 - decay) * (S_{t,s} + decay * (L_{t,s} - Lbar_{t,s-1})^2)
+        Q_{t,s}    = decay^2 * Q_{t,s-1}  + (1 - decay)^2 / n_{t,s}
+        spread     = sqrt(V_{t,s} / (1 - Q_{t,s}))
 
-    where ``L_{t,s}`` and ``S_{t,s}`` are mean and population variance of all samples of that entry in the iteration, on
-    all ranks. The second line is ours: ``V`` is the variance of all losses so far, each with the weight that it has in
-    ``Lbar``. An entry that has not occurred yet starts with its first ``L_{t,s}`` and ``S_{t,s}``. Losses that are not
-    finite are left out. A variance that would overflow is left out, too, while the mean goes on.
+    where ``L_{t,s}`` and ``S_{t,s}`` are mean and population variance of all ``n_{t,s}`` samples of that entry in the
+    iteration, on all ranks. All but the first line is ours: ``V`` is the variance of all losses so far, each with the
+    weight that it has in ``Lbar``, and ``Q`` the sum of the squares of these weights. If losses are independent and of
+    one variance, ``V`` is on average the share ``1 - Q`` of it. An entry that has not occurred yet starts with its
+    first ``L_{t,s}``, ``S_{t,s}`` and ``1 / n_{t,s}``. Losses that are not finite are left out. A variance that would
+    overflow is left out, too, while the mean goes on.
 
     One iteration is one update:
 
@@ -74,13 +78,13 @@ class LossMeanCache(nn.Module):
 
     In evaluation mode (``cache.eval()``) means are read and not changed, like the statistics of a batch norm.
 
-    The state is six buffers, so the cache moves, saves and loads with the module that it is part of. The buffers stay
+    The state is seven buffers, so the cache moves, saves and loads with the module that it is part of. The buffers stay
     float32 under ``.to(bfloat16)`` and ``.half()``, because in half precision a decay of 0.95 would not move the mean
     any more. If they are cast in another way, such as FSDP's ``buffer_dtype``, the next call raises an error.
 
-    A state that was saved before spreads were kept loads, too: means go on, and each spread starts anew at 0, as if its
+    A state that was saved before spreads were kept loads, too: means go on, and each spread starts anew, as if its
     entry's mean were the one loss that it has seen. Standardised weights are then one half in the entry's first
-    iteration, and sharper than later for some ``1 / (1 - decay)`` iterations, in which the spread grows to its size.
+    iteration.
 
     Args:
         timesteps: The grid, strictly rising or falling, in the unit in which timesteps are passed later. Each sample
@@ -101,6 +105,7 @@ class LossMeanCache(nn.Module):
     timesteps: Tensor
     means: Tensor
     variances: Tensor
+    variance_shares: Tensor
     seen: Tensor
     pending: Tensor
     pending_squares: Tensor
@@ -144,6 +149,7 @@ class LossMeanCache(nn.Module):
         self.register_buffer("timesteps", torch.tensor(grid, dtype=torch.float32))
         self.register_buffer("means", torch.zeros(len(grid), dtype=torch.float32))
         self.register_buffer("variances", torch.zeros(len(grid), dtype=torch.float32))
+        self.register_buffer("variance_shares", torch.zeros(len(grid), dtype=torch.float32))  # 1 - Q
         self.register_buffer("seen", torch.zeros(len(grid), dtype=torch.bool))
         # Of the running iteration, on this rank: sums and counts, [2, K], and squared deviations from the mean so far.
         self.register_buffer("pending", torch.zeros(2, len(grid), dtype=torch.float32))
@@ -170,13 +176,12 @@ class LossMeanCache(nn.Module):
     def spreads(self) -> Tensor:
         """``[K]`` float32: the standard deviation of each entry's losses; never NaN.
 
-        It is 0 before an entry has seen two losses, and as long as all are equal up to rounding. A spread of few losses
-        is too small, since the first loss still has most of the weight: with a decay of 0.95 and one loss per iteration
-        it is two thirds of its later size after 6 iterations, nine tenths after 20. Iterations of several losses start
-        nearer to it.
+        It is 0 before an entry has seen two losses, and as long as all are equal up to rounding. Its square is right on
+        average from the second loss on, but a spread of few losses can be far too large or too small.
         """
-        spreads = self.variances.sqrt()
-        return torch.where(spreads > _RESOLUTION * self.means.abs(), spreads, 0.0)
+        known = self.variance_shares > 0
+        spreads = self.variances.sqrt() / torch.where(known, self.variance_shares, 1.0).sqrt()
+        return torch.where(known & (spreads > _RESOLUTION * self.means.abs()), spreads, 0.0)
 
     @torch.no_grad()
     def forward(self, timesteps: Tensor, losses: Tensor) -> LossStatistics:
@@ -201,7 +206,7 @@ class LossMeanCache(nn.Module):
             raise ValueError(f"losses must have shape [B], one per sample, got {list(losses.shape)}.")
         check_timesteps(timesteps, losses)
         check_same_device("the cache", self.means, "losses", losses)
-        floating = (self.timesteps, self.means, self.variances, self.pending, self.pending_squares)
+        floating = (buffer for buffer in self.buffers() if buffer is not self.seen)
         if any(buffer.dtype != torch.float32 for buffer in floating):
             raise TypeError(
                 "The cache's buffers must be float32, and something has cast them in place, to a dtype in which the "
@@ -239,20 +244,45 @@ class LossMeanCache(nn.Module):
         variances = torch.where(
             self.seen, torch.lerp(variances + self.decay * jump.square(), self.variances, self.decay), variances
         )
+        new = 1 - self.decay
+        shares = torch.where(
+            self.seen,
+            self.decay**2 * self.variance_shares + new * (1 + self.decay - new / counts.clamp_min(1)),
+            1 - 1 / counts.clamp_min(1),
+        )
         means = torch.where(self.seen, torch.lerp(current, self.means, self.decay), current)
         # The sum of finite losses can still overflow, and squares do so sooner.
         observed = (counts > 0) & current.isfinite()
         self.means.copy_(torch.where(observed, means, self.means))
-        self.variances.copy_(torch.where(observed & variances.isfinite(), variances, self.variances))
+        measured = observed & variances.isfinite()
+        self.variances.copy_(torch.where(measured, variances, self.variances))
+        self.variance_shares.copy_(torch.where(measured, shares, self.variance_shares))
         self.seen.logical_or_(observed)
         self.pending.zero_()
         self.pending_squares.zero_()
         self._recorded = 0
 
+    @staticmethod
+    def starting_anew(saved: Collection[str]) -> set[str]:
+        """The buffers that start at 0 when a state is loaded that was saved before spreads were kept.
+
+        ``load_state_dict`` does so by itself. This is for who reads tensors by name, such as a sharded checkpoint.
+
+        Args:
+            saved: All names in the state, with any prefixes. A cache is where ``means`` and ``pending`` stand together.
+
+        Returns:
+            set of str: Names of buffers, with their cache's prefix; empty if the spreads were saved.
+        """
+        prefixes = {name.removesuffix("means") for name in saved if name.endswith("means")}
+        old = {p for p in prefixes if p + "pending" in saved and p + "variance_shares" not in saved}
+        return {prefix + name for prefix in old for name in _OF_SPREAD}
+
     def reset(self) -> None:
         """Forget everything, as if newly constructed."""
-        for buffer in (self.means, self.variances, self.seen, self.pending, self.pending_squares):
-            buffer.zero_()
+        for buffer in self.buffers():
+            if buffer is not self.timesteps:
+                buffer.zero_()
         self._recorded = 0
 
     def extra_repr(self) -> str:
@@ -328,9 +358,9 @@ class LossMeanCache(nn.Module):
                 "Build the cache with the saved grid, or start with an empty cache."
             )
             return
-        if isinstance(means := state_dict.get(prefix + "means"), Tensor):
-            for name in ADDED_BUFFERS:  # losses of an unfinished iteration then count as if they were all equal
-                state_dict.setdefault(prefix + name, torch.zeros_like(means))
+        for name in self.starting_anew(state_dict):
+            if name.startswith(prefix):
+                state_dict[name] = torch.zeros_like(state_dict[prefix + "means"])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

@@ -29,6 +29,9 @@ PAPER_SPREAD = 0.3
 Standardised deviations are in this unit: where the spread of the losses is 0.3, they are the paper's. A loss one spread
 above its mean then has ``sharpness * PAPER_SPREAD`` in Eq. 7's sigmoid, 0.9 for the paper's sharpness."""
 
+# A spread of differences of losses this small beside the losses is float32's rounding.
+_RESOLUTION = 1e-6
+
 # Energy of a clip below which its relative loss is divided by this instead: a thousandth of the noise's energy, 1.
 _SMALLEST_ENERGY = 1e-3
 
@@ -131,6 +134,9 @@ class AdaptiveRegressionLoss(nn.Module):
         if teacher_prediction is not None:
             judged = judged - _sample_losses(teacher_prediction.detach(), target.detach())
         means, spreads = self.cache(timesteps, judged)
+        if teacher_prediction is not None:
+            # The mean of a difference can be far smaller than what was rounded, so the cache cannot know.
+            spreads = torch.where(spreads > _RESOLUTION * sample_losses.detach(), spreads, 0.0)
         return _weigh(
             sample_losses,
             means,

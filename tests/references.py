@@ -71,10 +71,13 @@ class ReferenceCache:
             self.weighted[timestep] += [(new / len(losses), loss) for loss in losses]
 
     def spread(self, timestep: float) -> float:
-        """Standard deviation of the weighted losses; 0 if there are none."""
+        """Standard deviation of the weighted losses, unbiased in the square; 0 if there are fewer than two."""
         weighted = self.weighted.get(timestep, [])
+        if sum(weight > 0 for weight, _ in weighted) < 2:
+            return 0.0
         center = math.fsum(weight * loss for weight, loss in weighted)
-        return math.sqrt(math.fsum(weight * (loss - center) ** 2 for weight, loss in weighted))
+        variance = math.fsum(weight * (loss - center) ** 2 for weight, loss in weighted)
+        return math.sqrt(variance / (1 - math.fsum(weight**2 for weight, _ in weighted)))
 
 
 def reference_temporal_variance(x_BCFHW: list[Any]) -> float:

@@ -1,11 +1,21 @@
 """Callbacks that any training loop can call; see :class:`Callback` for how."""
 
 from avd_core.callbacks.base import Callback, NamedCallbacks
-from avd_core.callbacks.collapse import CollapseFinding, CollapseMonitor, LatentStatistics
+from avd_core.callbacks.collapse import (
+    MAX_SWITCHED,
+    MIN_WEIGHT_SPREAD,
+    OUTER_WEIGHTS,
+    CollapseFinding,
+    CollapseMonitor,
+    LatentStatistics,
+)
 from avd_core.callbacks.ema import EMACallback
 from avd_core.callbacks.non_finite import NonFiniteError, NonFiniteGuard
 
 __all__ = [
+    "MAX_SWITCHED",
+    "MIN_WEIGHT_SPREAD",
+    "OUTER_WEIGHTS",
     "Callback",
     "CollapseFinding",
     "CollapseMonitor",

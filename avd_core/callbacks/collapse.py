@@ -19,6 +19,16 @@ from avd_core.regression import PAPER_SPREAD
 
 logger = logging.getLogger(__name__)
 
+OUTER_WEIGHTS = 0.1
+"""A weight in this share of (0, ``w_reg``), at either end, is nearly off or on."""
+MAX_SWITCHED = 0.5
+"""Where more of the weights than this are in the outer tenths, the weight is a switch."""
+MIN_WEIGHT_SPREAD = 0.02
+"""Where weights have a smaller standard deviation than this share of ``w_reg``, the weight is a constant."""
+
+# Of fewer clips at a few step, neither can be told.
+_ENOUGH = 20
+
 
 @dataclass(frozen=True)
 class LatentStatistics:
@@ -96,8 +106,8 @@ class CollapseMonitor(Callback):
     ``x_0``                     ``saturation``        channel std / the reference's, averaged  ``oversaturated``,
                                                                                                ``washed_out``
     ``regression/weights``      ``weight``            mean of the weights / their maximum      ``regression_silent``
-    ``regression/weights``      ``switched``          share of weights in the outer tenths     ``weights_switch``
-    ``regression/weights``      ``weight_spread``     standard deviation / their maximum       ``weights_constant``
+    ``regression/timesteps``    ``switched``          share of weights in the outer tenths     ``weights_switch``
+    ..                          ``weight_spread``     standard deviation / their maximum       ``weights_constant``
     ``balance/gradient_ratio``  ``gradient_ratio``    the ratio of :class:`GradientBalance`,   ``regression_dominates``
     ``balance/scale``                                 as it is after scaling
     ==========================  ====================  =======================================  ========================
@@ -107,7 +117,10 @@ class CollapseMonitor(Callback):
 
     Signals of ``x_0`` and of the balance are smoothed over steps, whether they come in each step or in one of four.
     Those of the weights are of single clips, the last ``window`` of them: an average over a batch looks moderate also
-    where half of its weights are on and half are off.
+    where half of its weights are on and half are off. Each few step with at least 20 of these clips is judged by
+    itself, and the signal is that of the worst; clips at other times, or all if there are no ``regression/timesteps``,
+    are judged together. A step whose weights are silent counts neither as a switch nor as a constant, and a constant
+    not as a switch.
 
     Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
 
@@ -150,8 +163,8 @@ class CollapseMonitor(Callback):
         variance_range: tuple[float, float] = (0.5, 3.0),
         saturation_range: tuple[float, float] = (0.8, 1.15),
         min_weight: float = 0.05,
-        max_switched: float = 0.5,
-        min_weight_spread: float = 0.02,
+        max_switched: float = MAX_SWITCHED,
+        min_weight_spread: float = MIN_WEIGHT_SPREAD,
         max_gradient_ratio: float | None = None,
     ) -> None:
         if every < 1:
@@ -175,16 +188,21 @@ class CollapseMonitor(Callback):
         self.window = window
         self.frame_dim = frame_dim
         self.findings: list[CollapseFinding] = []
-        # Grey clips have channels that hold next to nothing; ratios to those would drown the others.
+        # Grey clips have channels that hold next to nothing; ratios to those would say nothing, and drown the others.
         channel_std = torch.tensor(reference.channel_std)
-        self._channel_std = channel_std.clamp_min(0.01 * float(channel_std.max()))
+        counted = channel_std >= 0.01 * channel_std.max()
+        # Multiplied by each channel's standard deviation and added up, the mean of the ratios.
+        self._channel_factors = torch.where(counted, 1 / channel_std, 0.0) / counted.sum()
         self._rules = _rules(
             variance_range, saturation_range, min_weight, max_switched, min_weight_spread, max_gradient_ratio
         )
+        self.min_weight = min_weight
+        self.min_weight_spread = min_weight_spread
         self._active: set[str] = set()
         self._smoothed: dict[str, Tensor] = {}
         self._shown: dict[str, int] = {}  # the step, counted here, in which a signal was last shown
-        self._weights = torch.empty(0)  # of the last clips, relative to their maximum, oldest first
+        # Of the last clips, oldest first: weights relative to their maximum, and timesteps; [2, N].
+        self._weights = torch.empty(2, 0)
         self._steps = 0
 
     def after_step(self, step: int, metrics: Metrics) -> None:
@@ -198,25 +216,22 @@ class CollapseMonitor(Callback):
             self._shown[name] = self._steps
         if self.regression_weight and (weights := metrics.get("regression/weights")) is not None:
             weights = weights.detach().float() / self.regression_weight
-            self._weights = torch.cat([self._weights.to(weights), weights])[-self.window :]
+            timesteps = metrics.get("regression/timesteps", torch.zeros_like(weights)).to(weights)
+            self._weights = torch.cat([self._weights.to(weights), torch.stack([weights, timesteps])], 1)
+            self._weights = self._weights[:, -self.window :]
         if self._steps > self.grace and self._steps % self.every == 0:
             self._judge(step, self.signals())
 
     def signals(self) -> dict[str, float]:
         """The signals that there are so far, by the names of the table above. Waits for the device."""
-        signals = self._smoothed_values()
-        weights = self._weights.cpu()
-        if len(weights) == self.window and (finite := weights[weights.isfinite()]).numel():
-            signals["weight"] = float(finite.mean())
-            signals["switched"] = float(((finite < 0.1) | (finite > 0.9)).float().mean())
-            signals["weight_spread"] = float(finite.std(correction=0))
-        return signals
+        return {**self._smoothed_values(), **self._weight_signals()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "signals": self._smoothed_values(),
             "shown": dict(self._shown),
-            "weights": self._weights.tolist(),
+            "weights": self._weights[0].tolist(),
+            "timesteps": self._weights[1].tolist(),
             "active": sorted(self._active),
             "steps": self._steps,
             "findings": [asdict(finding) for finding in self.findings],
@@ -227,7 +242,8 @@ class CollapseMonitor(Callback):
         self._smoothed = {name: torch.tensor(value) for name, value in signals.items()}
         # States from before weights were kept lack the rest; their signals count as shown in the last step.
         self._shown = dict(state_dict.get("shown", dict.fromkeys(self._smoothed, int(state_dict["steps"]))))
-        self._weights = torch.tensor(state_dict.get("weights", []), dtype=torch.float32)
+        weights, timesteps = state_dict.get("weights", []), state_dict.get("timesteps")
+        self._weights = torch.tensor([weights, timesteps or [0.0] * len(weights)], dtype=torch.float32)
         self._active = set(state_dict["active"])
         self._steps = int(state_dict["steps"])
         self.findings = [CollapseFinding(**finding) for finding in state_dict["findings"]]
@@ -239,19 +255,37 @@ class CollapseMonitor(Callback):
         values = torch.stack([value.cpu() for value in self._smoothed.values()]).tolist()
         return dict(zip(self._smoothed, values, strict=True))
 
+    def _weight_signals(self) -> dict[str, float]:
+        weights, timesteps = self._weights.cpu()
+        if len(weights) < self.window:
+            return {}
+        steps = _by_step(weights, timesteps)
+        signals = {}
+        if steps:
+            signals["weight"] = min(float(step.mean()) for step in steps)
+        if heard := [step for step in steps if step.mean() >= self.min_weight]:
+            signals["weight_spread"] = min(float(step.std(correction=0)) for step in heard)
+            signals["switched"] = max(
+                float(((step < OUTER_WEIGHTS) | (step > 1 - OUTER_WEIGHTS)).float().mean())
+                if step.std(correction=0) >= self.min_weight_spread
+                else 0.0
+                for step in heard
+            )
+        return signals
+
     @torch.no_grad()
     def _signals(self, metrics: Metrics) -> dict[str, Tensor]:
         signals = {}
         if (x_0 := metrics.get("x_0")) is not None:
             std = _channel_std(x_0, self.frame_dim)
-            if std.shape != self._channel_std.shape:
+            if std.shape != self._channel_factors.shape:
                 raise ValueError(
-                    f"x_0 {list(x_0.shape)} has {len(std)} channels, the reference has {len(self._channel_std)}. "
+                    f"x_0 {list(x_0.shape)} has {len(std)} channels, the reference has {len(self._channel_factors)}. "
                     "Measure the reference in the same latent space and with the same frame_dim."
                 )
-            self._channel_std = self._channel_std.to(std.device)  # copies once
+            self._channel_factors = self._channel_factors.to(std.device)  # copies once
             signals["variance"] = temporal_variance(x_0, frame_dim=self.frame_dim) / self.reference.temporal_variance
-            signals["saturation"] = (std / self._channel_std).mean()
+            signals["saturation"] = (std * self._channel_factors).sum()
         if (ratio := metrics.get("balance/gradient_ratio")) is not None:
             signals["gradient_ratio"] = ratio * metrics.get("balance/scale", 1.0)
         return {name: value.float() for name, value in signals.items()}
@@ -320,6 +354,15 @@ def _rules(
             "Lower its weight, or hold the ratio with GradientBalance(target=...)",
         ),
     )  # fmt: skip
+
+
+def _by_step(weights: Tensor, timesteps: Tensor) -> list[Tensor]:
+    """Weights of each timestep that has enough; of all others together, if they are enough or there are no more."""
+    weights, timesteps = weights[weights.isfinite()], timesteps[weights.isfinite()]
+    _, index, counts = timesteps.unique(return_inverse=True, return_counts=True)
+    steps = [weights[index == place] for place in (counts >= _ENOUGH).nonzero().flatten()]
+    others = weights[counts[index] < _ENOUGH]
+    return [*steps, others] if len(others) >= _ENOUGH or (len(others) and not steps) else steps
 
 
 def _channel_std(x_0: Tensor, frame_dim: int) -> Tensor:

@@ -132,9 +132,11 @@ def test_losses_are_given_the_spread_of_their_timestep_and_order(order: str) -> 
     second = cache(timesteps, torch.tensor([3.0, 5.0])).spreads
     third = cache(timesteps, torch.tensor([2.0, 3.0])).spreads
     assert first.tolist() == [0, 0]
-    # Of 1 and 3 with half the weight each; after the third loss, which is their mean, half of that variance.
-    assert second.tolist() == ([0, 0] if order == "weight_first" else [1, 2])
-    assert third.tolist() == pytest.approx([1, 2] if order == "weight_first" else [math.sqrt(0.5), math.sqrt(2)])
+    # Of 1 and 3 with half the weight each: 1, without bias 1 / (1 - 1/2). The third loss is their mean, and 1/2, 1/4
+    # and 1/4 the weights: (1/4 + 1/4) / (1 - 3/8).
+    assert second.tolist() == pytest.approx([0, 0] if order == "weight_first" else [math.sqrt(2), math.sqrt(8)])
+    after = [math.sqrt(2), math.sqrt(8)] if order == "weight_first" else [math.sqrt(0.8), math.sqrt(3.2)]
+    assert third.tolist() == pytest.approx(after)
 
 
 def test_there_is_no_spread_before_two_losses_were_seen() -> None:
@@ -152,6 +154,22 @@ def test_equal_losses_have_no_spread_whatever_is_rounded(loss: float, sizes: lis
     for size in sizes:
         record(cache, [(900, loss)] * size)
     assert cache.spreads.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 1, 1, 1, 1, 1), (3,), (2, 1, 4), 20 * (1,)], ids=str)
+def test_a_variance_is_right_on_average_after_any_iteration(sizes: tuple[int, ...], decay: float) -> None:
+    """Each of 300 entries sees losses of its own."""
+    entries = 300
+    cache, timesteps = LossMeanCache(range(entries), decay=decay), torch.arange(entries)
+    for iteration, size in enumerate(sizes):
+        losses = 5 + 0.3 * randn(iteration, size * entries)
+        cache(timesteps.repeat(size), losses)
+    if decay == 0 and sizes[-1] == 1:
+        assert not cache.spreads.any()  # one loss has all the weight
+    else:
+        squares = cache.spreads.square() / 0.09
+        assert squares.mean().item() == pytest.approx(1, abs=4 * squares.std().item() / math.sqrt(entries))
 
 
 @given(st.integers(0, 100), st.sampled_from([0.5, 0.95]))
@@ -405,7 +423,14 @@ def test_the_cache_moves_with_its_module() -> None:
 
 @pytest.mark.parametrize(
     "names",
-    [("timesteps", "means", "pending"), ("means",), ("variances",), ("pending",), ("pending_squares",)],
+    [
+        ("timesteps", "means", "pending"),
+        ("means",),
+        ("variances",),
+        ("variance_shares",),
+        ("pending",),
+        ("pending_squares",),
+    ],
 )
 def test_buffers_that_were_cast_in_place_are_refused(names: tuple[str, ...]) -> None:
     """As FSDP casts the buffers of what it wraps."""
@@ -461,12 +486,13 @@ def test_a_restart_in_the_middle_of_an_iteration_changes_nothing(
     assert_same_state(state_of(restarted), state_of(cache))
 
 
-def test_the_state_is_these_six_buffers() -> None:
+def test_the_state_is_these_seven_buffers() -> None:
     # Checkpoints depend on the names.
     assert set(LossMeanCache(GRID).state_dict()) == {
         "timesteps",
         "means",
         "variances",
+        "variance_shares",
         "seen",
         "pending",
         "pending_squares",
@@ -491,9 +517,30 @@ def test_a_state_from_before_spreads_were_kept_loads_and_its_spread_starts_anew(
     for each in (cache, loaded):
         each.update()
     assert means_of(loaded) == means_of(cache)
-    # As if the mean of 4 were the one loss seen at 900, with 0.95 of the weight; those at 757 count as equal.
-    assert loaded.spreads.tolist() == pytest.approx([0, math.sqrt(0.95 * 0.05) * 4, 0, 0])
-    assert cache.spreads[2].item() == 1
+    # As if the mean of 4 were the one loss seen at 900 before the 8; those at 757 count as equal.
+    assert loaded.spreads.tolist() == pytest.approx([0, math.sqrt(8), 0, 0])
+    assert cache.spreads[2].item() == pytest.approx(math.sqrt(2))
+
+
+def test_a_variance_from_before_its_share_was_kept_starts_anew() -> None:
+    cache = LossMeanCache(GRID)
+    record(cache, [(900, 2.0), (900, 6.0)])
+    state = state_of(cache)
+    del state["variance_shares"]
+    cache.load_state_dict(state)
+    assert (cache.spreads.tolist(), means_of(cache)) == ([0, 0, 0, 0], {900: 4.0})
+
+
+def test_what_starts_anew_is_told_for_caches_only() -> None:
+    balance = {"balance.means", "balance.calls"}
+    assert LossMeanCache.starting_anew(balance | {"x/cache.means", "x/cache.pending"}) == {
+        "x/cache.variances",
+        "x/cache.variance_shares",
+        "x/cache.pending_squares",
+    }
+    assert (
+        LossMeanCache.starting_anew(balance | {f"cache.{name}" for name in LossMeanCache(GRID).state_dict()}) == set()
+    )
 
 
 @pytest.mark.parametrize("grid", [(1000, 900, 757, 520), (1, 0.9, 0.757, 0.522), (1000, 900)])

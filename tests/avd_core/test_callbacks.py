@@ -1,6 +1,7 @@
 import gc
 import inspect
 import io
+import json
 import logging
 import math
 import sys
@@ -453,7 +454,15 @@ def test_a_channel_that_holds_next_to_nothing_does_not_drown_the_others(small: f
     x_0 = x_0 / x_0.transpose(0, 1).flatten(1).std(1).view(1, 2, 1, 1, 1)
     monitor = CollapseMonitor(reference, every=1, grace=0)
     watch(monitor, [{"x_0": x_0 * torch.tensor([1e-3, 1.0]).view(1, 2, 1, 1, 1)}])
-    assert monitor.signals()["saturation"] == pytest.approx((0.1 + 1) / 2, rel=1e-2)
+    assert monitor.signals()["saturation"] == pytest.approx(1, rel=1e-2)
+
+
+@pytest.mark.parametrize("small", [0.0, 1e-6, 0.009, 0.011])
+def test_the_reference_clips_themselves_are_neither_washed_out_nor_oversaturated(small: float) -> None:
+    x_0 = clips(0, shape=(16, 4, 4, 4, 4)) * torch.tensor([1.0, small, small, small]).view(1, 4, 1, 1, 1)
+    monitor = CollapseMonitor(LatentStatistics.measure(x_0), every=1, grace=0)
+    assert watch(monitor, [{"x_0": x_0}]) == []
+    assert monitor.signals()["saturation"] == pytest.approx(1)
 
 
 def test_the_gradient_ratio_counts_as_it_is_after_scaling() -> None:
@@ -466,7 +475,11 @@ def test_the_gradient_ratio_counts_as_it_is_after_scaling() -> None:
 
 def test_the_regressions_signals_are_judged() -> None:
     weights = {"regression/weights": torch.tensor([0.01, 0.1])}  # of at most 2
-    assert watch(prompt_monitor(regression_weight=2.0, max_switched=1.0), [weights]) == ["regression_silent"]
+    assert watch(prompt_monitor(regression_weight=2.0), [weights]) == ["regression_silent"]
+    equal = {"regression/weights": torch.tensor([0.01, 0.01])}  # silent, which says all
+    assert watch(prompt_monitor(regression_weight=2.0), [equal]) == ["regression_silent"]
+    on = {"regression/weights": torch.tensor([1.9, 1.9])}  # in the outer tenth, yet equal
+    assert watch(prompt_monitor(regression_weight=2.0), [on]) == ["weights_constant"]
     assert watch(prompt_monitor(regression_weight=0.5), [weights]) == []
     assert watch(prompt_monitor(regression_weight=None), [weights]) == []
     assert watch(prompt_monitor(), ratios(1.5)) == ["regression_dominates"]
@@ -558,6 +571,42 @@ def test_weights_that_are_a_switch_or_a_constant_are_named(spread: float, kinds:
         assert (finding.value > finding.limit) == (kinds == ["weights_switch"])
 
 
+@pytest.mark.parametrize("at_each", [25, 50, 500])
+@pytest.mark.parametrize(
+    ("spreads", "kinds"),
+    [
+        ((0.3, 0.3, 0.3, 0.3), []),
+        ((1.4, 1.4, 0.3, 0.3), ["weights_switch"]),  # 0.27 of all weights are in the outer tenths
+        ((0.3, 0.3, 0.3, 0.02), ["weights_constant"]),
+        ((1.4, 0.3, 0.3, 0.02), ["weights_switch", "weights_constant"]),
+    ],
+)
+def test_each_few_step_is_judged_by_itself(spreads: tuple[float, ...], kinds: list[str], at_each: int) -> None:
+    monitor = prompt_monitor(regression_weight=2.0, window=4 * at_each)
+    weights = torch.stack([normal_losses_weights(spread, at_each) for spread in spreads], 1)
+    timesteps = torch.tensor([1000, 900, 757, 522])
+    stream = [{"regression/weights": row, "regression/timesteps": timesteps} for row in weights]
+    restarted = prompt_monitor(regression_weight=2.0, window=4 * at_each)
+    watch(monitor, stream[:-1])
+    restarted.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    for each in (monitor, restarted):
+        assert watch(each, stream[-1:]) == kinds
+
+
+def test_a_few_step_of_few_clips_is_not_judged_by_itself() -> None:
+    at_rare = [{"regression/weights": torch.tensor([1.0]), "regression/timesteps": torch.tensor([522])}] * 10
+    stream = [
+        {"regression/weights": part, "regression/timesteps": torch.tensor([900])}
+        for part in normal_losses_weights(0.3, 50).split(1)
+    ]
+    assert watch(prompt_monitor(regression_weight=2.0, window=60), at_rare + stream) == []
+
+
+def test_weights_at_drawn_times_are_judged_together() -> None:
+    stream = [{"regression/weights": normal_losses_weights(1.4, 50), "regression/timesteps": torch.linspace(0, 1, 50)}]
+    assert watch(prompt_monitor(regression_weight=2.0, window=50), stream) == ["weights_switch"]
+
+
 def test_the_averages_of_batches_hide_what_the_weights_of_clips_show() -> None:
     on_and_off = [0.0, 2.0, 0.01, 1.99]
     monitor = prompt_monitor(regression_weight=2.0, window=8)
@@ -574,8 +623,12 @@ def test_the_window_holds_the_last_weights(batches: list[list[float]]) -> None:
         assert "weight" not in monitor.signals()
     else:
         assert monitor.signals()["weight"] == pytest.approx(last.mean().item(), rel=1e-5)
+        if last.mean() < 0.05:
+            assert "switched" not in monitor.signals()
+            return
         assert monitor.signals()["weight_spread"] == pytest.approx(last.std(correction=0).item(), rel=1e-3, abs=1e-6)
-        assert monitor.signals()["switched"] == ((last < 0.1) | (last > 0.9)).float().mean().item()
+        switched = ((last < 0.1) | (last > 0.9)).float().mean().item()
+        assert monitor.signals()["switched"] == (switched if last.std(correction=0) >= 0.02 else 0)
 
 
 def test_a_weight_that_is_not_finite_is_left_out() -> None:

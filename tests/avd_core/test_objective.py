@@ -148,6 +148,7 @@ def test_the_names_of_metrics_and_state_are_pinned() -> None:
         "regression.cache.pending_squares",
         "regression.cache.seen",
         "regression.cache.timesteps",
+        "regression.cache.variance_shares",
         "regression.cache.variances",
     ]
 

@@ -32,10 +32,13 @@ PUBLIC = [
     "LossMeanCache",
     "LossOutput",
     "LossStatistics",
+    "MAX_SWITCHED",
+    "MIN_WEIGHT_SPREAD",
     "MotionConfig",
     "NamedCallbacks",
     "NonFiniteError",
     "NonFiniteGuard",
+    "OUTER_WEIGHTS",
     "PAPER_SPREAD",
     "RegressionConfig",
     "SamplingStep",
@@ -54,7 +57,7 @@ PUBLIC = [
     "temporal_variance",
 ]
 
-CONSTANTS = {"PAPER_SPREAD"}
+CONSTANTS = {"MAX_SWITCHED", "MIN_WEIGHT_SPREAD", "OUTER_WEIGHTS", "PAPER_SPREAD"}
 
 MODULES = [name for _, name, _ in pkgutil.walk_packages(avd_core.__path__, "avd_core.")]
 

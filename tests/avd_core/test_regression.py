@@ -273,6 +273,17 @@ def test_a_student_that_is_its_teacher_has_no_excess(seed: int, deviation: str) 
     assert regression.cache.means.tolist() == [0.0] * 4
 
 
+@given(seeds)
+def test_an_excess_of_rounding_has_no_spread(seed: int) -> None:
+    regression = AdaptiveRegressionLoss(LossMeanCache(GRID), deviation="standardized", judged="excess")
+    prediction, target = randn(seed, 3, 64).float().requires_grad_(), randn(seed + 1, 3, 64).float()
+    for step in range(4):
+        teacher = prediction.detach() * (1 + 2e-7 * randn(seed + step, 3, 64).float().sign())
+        metrics = regression(prediction, target, torch.full((3,), 900), teacher_prediction=teacher).metrics
+        assert metrics["weights"].tolist() == [1.0] * 3
+    assert regression.cache.spreads[1] > 0  # the cache alone would take it for a spread
+
+
 def test_a_student_that_misses_more_than_its_teacher_gets_less_weight() -> None:
     target, teacher = randn(0, 2, 64), randn(0, 2, 64)
     teacher[0] += 3  # this clip is hard for both, and the student no worse on it

@@ -10,7 +10,16 @@ from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 from torch import Tensor
 
-from avd_core import PAPER_SPREAD, AVDConfig, AVDObjective, RegressionConfig, adaptive_regression_loss
+from avd_core import (
+    MAX_SWITCHED,
+    MIN_WEIGHT_SPREAD,
+    OUTER_WEIGHTS,
+    PAPER_SPREAD,
+    AVDConfig,
+    AVDObjective,
+    RegressionConfig,
+    adaptive_regression_loss,
+)
 from avd_trainer.models.samplers import VelocityPredictor, schedule
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
@@ -20,9 +29,6 @@ PAPER_SHARPNESS = 3.0
 PAPER_STEEPNESS = PAPER_SHARPNESS * PAPER_SPREAD
 """The paper's k times the spread that it was chosen for: 0.9 in the sigmoid for a loss one spread above the mean."""
 
-# As avd_core's CollapseMonitor judges a run: the weight is a switch where most weights lie in the outer tenths of
-# (0, w_reg), and a constant where their standard deviation is below 2% of w_reg.
-_MOST, _TENTH, _CONSTANT = 0.5, 0.1, 0.02
 # Half of the variance explained. Of fewer clips, a correlation as high comes about by chance.
 _HIGH_CORRELATION, _CLIPS_FOR_CORRELATION = 0.7, 10
 _QUANTILES = (0.05, 0.5, 0.95)
@@ -69,13 +75,13 @@ class StepWeights(BaseModel):
 
     @property
     def is_switch(self) -> bool:
-        """Whether most weights are nearly on or off."""
-        return self.at_the_ends > _MOST
+        """Whether most weights are nearly on or off, and not all alike; as CollapseMonitor judges a run."""
+        return self.at_the_ends > MAX_SWITCHED and not self.is_constant
 
     @property
     def is_constant(self) -> bool:
         """Whether nearly all clips have the same weight."""
-        return self.weight_spread < _CONSTANT
+        return self.weight_spread < MIN_WEIGHT_SPREAD
 
     @property
     def follows_energy(self) -> bool:
@@ -120,7 +126,7 @@ def calibrate_sharpness(
         options: The regression.
 
     Raises:
-        UserError: If there are no clips, or what is judged is not finite.
+        UserError: If there are fewer than two clips, or what is judged is not finite.
     """
     regression = AVDObjective(AVDConfig(timesteps=few_steps, regression=options, motion=None)).regression
     assert regression is not None
@@ -139,8 +145,12 @@ def calibrate_sharpness(
                 judged_by = {"teacher_prediction": teacher(x_t, t, text)}
             _, metrics = regression(student(x_t, t, text), schedule.velocity(clips, noise), t, **judged_by)
             values.append(metrics.get("judged", metrics["sample_losses"]).cpu().double())
-    if not energies:
-        raise UserError("There are no real clips to calibrate the sharpness with. Give at least a few dozen.")
+    count = sum(map(len, energies))
+    if count < 2:
+        raise UserError(
+            f"The sharpness goes by how losses of real clips differ, and there are {count} of them. Give at least two, "
+            "better a few dozen (--samples)."
+        )
     energy = torch.cat(energies)
     steps = tuple(
         _weights(timestep, torch.cat(values), energy, options)
@@ -213,7 +223,7 @@ def _weights(timestep: float, judged: Tensor, energy: Tensor, options: Regressio
         spread=float(spread),
         steepness=options.sharpness * _unit(float(spread), options),
         weights=(low, median, high),
-        at_the_ends=float(((weights < _TENTH) | (weights > 1 - _TENTH)).double().mean()),
+        at_the_ends=float(((weights < OUTER_WEIGHTS) | (weights > 1 - OUTER_WEIGHTS)).double().mean()),
         weight_spread=float(weights.std(correction=0)),
         energy_correlation=_correlation(judged, energy),
     )
@@ -259,12 +269,16 @@ def _remarks(steps: tuple[StepWeights, ...], options: RegressionConfig, paper_sh
             "paper's curve."
         )
     if options.judged != "excess" and (energetic := [step for step in steps if step.follows_energy]):
-        highest = max(abs(step.energy_correlation or 0.0) for step in energetic)
-        remarks.append(
-            f"at t = {_times(energetic)} what the weight judges goes with the clip's own energy (correlation up to "
-            f"{highest:.2f}): it would turn off clips of high contrast rather than clips that fit badly. Set "
-            "method.regression.judged=excess and deviation=standardized; that costs one more forward of the teacher."
-        )
+        for contrast, sign in (("high", 1), ("low", -1)):
+            if not (steps_so := [step for step in energetic if sign * (step.energy_correlation or 0.0) > 0]):
+                continue
+            strongest = sign * max(sign * (step.energy_correlation or 0.0) for step in steps_so)
+            remarks.append(
+                f"at t = {_times(steps_so)} what the weight judges goes by the clip's own energy (correlation "
+                f"{strongest:.2f}): it would turn off clips of {contrast} contrast rather than clips that fit badly. "
+                "Set method.regression.judged=excess and deviation=standardized; that costs one more forward of the "
+                "teacher."
+            )
     return remarks
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from avd_core.cache import ADDED_BUFFERS
+from avd_core import LossMeanCache
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, is_lost_rank
 
@@ -209,8 +209,8 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
 
     Args:
         checkpoint: The folder.
-        tensors: By owner and name. They are changed in place; those that the cache of losses did not have when the
-            checkpoint was written become 0.
+        tensors: By owner and name. They are changed in place; spreads of losses become 0 if the checkpoint was
+            written before they were kept.
         distributed: Whether all ranks call, each with its shards; False for one process alone.
 
     Raises:
@@ -226,7 +226,7 @@ def read_tensors(checkpoint: Path, tensors: Tensors, *, distributed: bool = True
     try:
         reader = HuggingFaceStorageReader(str(checkpoint))
         stored = reader.read_metadata().state_dict_metadata
-        for name in [name for name in flat if name.rpartition(".")[2] in ADDED_BUFFERS and name not in stored]:
+        for name in LossMeanCache.starting_anew(stored) & flat.keys():
             flat.pop(name).zero_()
         _check_complete(flat, stored, files)
         load(flat, storage_reader=reader, no_dist=alone)
