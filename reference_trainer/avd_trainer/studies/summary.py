@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -83,7 +84,8 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
             measures[measure] = estimate(list(of_seeds.values()))._asdict()
             baseline = _column(values.get(study.config.baseline, {}), measure)
             if real and name != study.config.baseline:
-                found = compare(of_seeds, baseline, real["spreads"][measure]["mean"])
+                distance = partial(MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
+                found = compare(of_seeds, baseline, distance)
                 measures[measure]["against_baseline"] = None if found is None else found._asdict()
         variants[name] = {
             "title": study.titles[name],
@@ -135,7 +137,7 @@ def render(results: Mapping[str, Any]) -> str:
     lines += [
         f"## How much farther from real than {results['baseline']}",
         "",
-        "Mean over seeds of `|value - real| - |baseline - real|`: below 0 is closer to real than the baseline. "
+        "Mean over seeds of the distance to real clips less the baseline's: below 0 is closer to real than the baseline. "
         "In bold where the interval excludes 0.",
         "",
         f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",
