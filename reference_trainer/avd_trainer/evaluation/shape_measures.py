@@ -40,8 +40,8 @@ def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
         - ``complete``: 1 where both shapes are visible in at least 3 of 4 frames.
         - ``kind``: 1 where the captioned kind fits best, over the frames that show the shape. Never visible: 0.
         - ``preserved``: 1 where the shape is visible in every frame, without jumps, of one kind in 2 of 3 frames.
-        - ``placed``: 1 where its centre, over the frames that show it, is on the captioned half of the frame. Visible in
-          less than half of the frames: 0.
+        - ``placed``: 1 where its centre, over the frames that show it, is on the captioned half. Visible in less than
+          half of the frames: 0.
         - ``direction``: 1 where it moves in the captioned direction rather than in another, and at least half the
           captioned way. Visible in less than half of the frames: 0.
         - ``speed_error``: distance of its speed along the captioned direction to the captioned speed, pixels per frame;

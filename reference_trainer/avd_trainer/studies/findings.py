@@ -95,9 +95,10 @@ def measure_rows(
         places = [place for place, caption in enumerate(captions) if caption in group]
         real_places = [place for place, caption in enumerate(real_captions) if caption in group]
         return measure(
-            *(each[places] for each in clips),
+            clips.latents[places],
+            clips.video[places],
             [captions[place] for place in places] if of_shapes else None,
-            Encoded(*(each[real_places] for each in reference.real)),
+            Encoded(reference.real.latents[real_places], reference.real.video[real_places]),
         )
 
     groups = _groups(captions)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from avd_trainer.evaluation.controls import CONTROLS as CONTROL_TITLES
+from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.measure_table import Row, markdown_table
 from avd_trainer.evaluation.measures import MEASURES, headlines
 from avd_trainer.evaluation.reference import Reference, Spread
@@ -121,7 +122,12 @@ def render(results: Mapping[str, Any]) -> str:
         return "\n".join([*lines, "", "Real clips are not measured yet, so nothing can be compared.", ""])
     spreads = {name: Spread(**each) for name, each in results["reference"]["spreads"].items()}
     # The clips themselves are of no use to a table.
-    reference = Reference(spreads, results["reference"]["sets"], results["evaluation"]["captions"], torch.empty(0))
+    reference = Reference(
+        spreads,
+        results["reference"]["sets"],
+        results["evaluation"]["captions"],
+        Encoded(torch.empty(0), torch.empty(0)),
+    )
     rows = [
         Row(
             name,
@@ -137,7 +143,7 @@ def render(results: Mapping[str, Any]) -> str:
     lines += [
         f"## How much farther from real than {results['baseline']}",
         "",
-        "Mean over seeds of the distance to real clips less the baseline's: below 0 is closer to real than the baseline. "
+        "Mean over seeds of the distance to real clips less the baseline's: below 0 is closer than the baseline. "
         "In bold where the interval excludes 0.",
         "",
         f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",

@@ -63,7 +63,8 @@ def compare(findings: Findings) -> list[Comparison]:
 
     Where higher or lower is better, whoever is beyond the real clips is as near as can be. A gain counts where it is
     larger than :attr:`Spread.margin`, by which sets of real clips differ too, and its 95% interval over groups of
-    captions (Student's t) is of one sign; with less than four captions there are no groups, and the margin alone counts.
+    captions (Student's t) is of one sign. With less than four captions there are no groups, and the
+    margin alone counts.
     """
     return [_compare(name, findings) for name in findings.headlines]
 
