@@ -122,12 +122,8 @@ def render(results: Mapping[str, Any]) -> str:
         return "\n".join([*lines, "", "Real clips are not measured yet, so nothing can be compared.", ""])
     spreads = {name: Spread(**each) for name, each in results["reference"]["spreads"].items()}
     # The clips themselves are of no use to a table.
-    reference = Reference(
-        spreads,
-        results["reference"]["sets"],
-        results["evaluation"]["captions"],
-        Encoded(torch.empty(0), torch.empty(0)),
-    )
+    none = Encoded(torch.empty(0), torch.empty(0))
+    reference = Reference(spreads, results["reference"]["sets"], results["evaluation"]["captions"], none)
     rows = [
         Row(
             name,

@@ -222,6 +222,21 @@ def test_headlines_are_in_order_and_of_what_is_there() -> None:
     assert headlines({"jerk": 1.0, "temporal_loss": 0.5, "visible": 1.0}) == ["visible", "jerk"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "distance"),
+    [
+        ("visible", 0.75, 0.25),
+        ("visible", 1.25, 0.0),
+        ("motion_distance", 1.25, 0.25),
+        ("motion_distance", 0.75, 0.0),
+        ("jerk", 1.25, 0.25),
+        ("jerk", 0.75, 0.25),
+    ],
+)
+def test_distance_to_real_clips_has_the_sides_of_its_measure(name: str, value: float, distance: float) -> None:
+    assert MEASURES[name].distance(value, 1.0) == distance
+
+
 def broken(tensor: Tensor) -> Tensor:
     tensor = tensor.clone()
     tensor[1, 0, 0, 0, 0] = math.nan
