@@ -15,7 +15,7 @@ SEEN_BY = {
     "noise": {"visible", "kind", "preserved", "direction", "jerk", "spatial_frequency", "motion_distance"},
     "frozen": {"direction", "temporal_frequency", "motion_distance"},
     "shuffled": {"preserved", "direction", "jerk", "temporal_frequency", "motion_distance"},
-    "saturated": {"saturation"},
+    "saturated": {"color_error", "saturation_error"},
     "erased": {"visible", "preserved"},
     "blurred": {"spatial_frequency"},
 }
