@@ -16,10 +16,10 @@ import typer
 
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.controls import CONTROLS, RealClips, make_controls
+from avd_trainer.evaluation.controls import CONTROLS, Encoded, controls_of_shapes
 from avd_trainer.evaluation.measure_table import Row, markdown_table
-from avd_trainer.evaluation.measures import MEASURES, measure
-from avd_trainer.evaluation.reference import SETS, Reference, Spread, caught, reference_of_shapes
+from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.evaluation.reference import Reference, Spread, caught, reference_of_shapes, score
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.environment import environment
 
@@ -34,13 +34,8 @@ def main(
     started = time.process_time()
     reference = reference_of_shapes(shapes, codec)
     seconds = time.process_time() - started
-    # A rendering that is not among those of the reference.
-    clips = [shapes.render(index, SETS) for index in range(captions)]
-    words = [clip.caption for clip in clips]
-    controls = {
-        name: measure(each.latents, each.video, words, reference.real)
-        for name, each in make_controls(RealClips.of_shapes(clips), codec).items()
-    }
+    words = [shapes[index].caption for index in range(captions)]
+    controls = {name: score(each, words, reference) for name, each in controls_of_shapes(shapes, codec).items()}
     report = {
         "command": f"python benchmarks/measure_controls.py --captions {captions}",
         **environment(),
@@ -58,7 +53,7 @@ def main(
 def tables(report: dict[str, Any]) -> list[str]:
     """The headline measures, and the others, in Markdown."""
     spreads = {name: Spread(**spread) for name, spread in report["real"].items()}
-    reference = Reference(spreads, report["sets"], report["clips"], torch.empty(0))
+    reference = Reference(spreads, report["sets"], report["clips"], Encoded(torch.empty(0), torch.empty(0)))
     rows = [Row(CONTROLS[name].title, values) for name, values in report["controls"].items()]
     others = [name for name, each in MEASURES.items() if not each.headline]
     return [markdown_table([], reference, rows), markdown_table([], reference, rows, names=others)]

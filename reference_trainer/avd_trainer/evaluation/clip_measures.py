@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 # What a screen of 8 bits rounds away, as a variance of pixels in [0, 1]: below it nothing is seen to vary.
@@ -16,34 +17,44 @@ _LEAST_SPREAD = 1e-3
 _LEAST_VARIANCE = 1e-4
 
 
-def clip_measures(latents: Tensor, video: Tensor, real: Tensor) -> dict[str, float]:
+def clip_measures(
+    latents: Tensor, video: Tensor, real: Tensor, real_video: Tensor, *, paired: bool
+) -> dict[str, float]:
     """Measure a set of clips.
 
     Args:
         latents: ``[N, C, F, h, w]`` floating.
         video: ``[N, 3, F', H, W]`` the same clips decoded, RGB; values outside [0, 1] are clamped, as a screen does.
         real: ``[M, C, F, h, w]`` latents of real clips that are not among ``latents``.
+        real_video: ``[M, 3, F', H, W]`` what they decode to.
+        paired: Whether clip i and real clip i are of one caption; then M is N. Otherwise the two sets are independent.
 
     Returns:
         One number each, for the set:
 
         - ``saturation``: mean HSV saturation of pixels, in [0, 1].
+        - ``saturation_error``: mean distance of a clip's saturation to that of its real clip, which is the one of its
+          caption, or, where clips are not paired, the one of its rank: the Wasserstein distance of the two sets.
         - ``channel_spread``: see :func:`channel_spread`.
         - ``autocorrelation``: mean over clips of :func:`autocorrelation`.
         - ``motion_distance``: :func:`energy_distance` of differences between neighbouring latent frames to the real
-          clips', as of sets with the same captions; in units of latents.
+          clips'; in units of latents.
         - ``spatial_frequency``, ``temporal_frequency``: mean over clips of the functions of the same names.
         - ``temporal_loss``: mean over clips of ``-log(Var_t + 1e-6)``, each clip's variance along frames averaged over
           channels and positions; in nats, lower is more motion. The paper's 1.5 for its teacher is this mean of
           single clips' losses, not the loss of the pooled variance.
     """
-    video = video.clamp(0, 1)
+    video, real_video = video.clamp(0, 1), real_video.clamp(0, 1)
+    saturation, wanted = (hsv_saturation(x).flatten(1).mean(1) for x in (video, real_video))
     variance = latents.var(dim=2, correction=0).flatten(1).mean(1)
     return {
-        "saturation": float(hsv_saturation(video).mean()),
+        "saturation": float(saturation.mean()),
+        "saturation_error": float(
+            (saturation - wanted).abs().mean() if paired else wasserstein_distance(saturation.numpy(), wanted.numpy())
+        ),
         "channel_spread": channel_spread(latents, real),
         "autocorrelation": float(autocorrelation(latents, real).mean()),
-        "motion_distance": energy_distance(latents.diff(dim=2), real.diff(dim=2), independent=False),
+        "motion_distance": energy_distance(latents.diff(dim=2), real.diff(dim=2), independent=not paired),
         "spatial_frequency": float(spatial_frequency(video).mean()),
         "temporal_frequency": float(temporal_frequency(video).mean()),
         "temporal_loss": float(-(variance + EPS).log().mean()),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import ShapeClip
+from avd_trainer.data.moving_shapes import MovingShapes, ShapeClip
 
 
 class Codec(Protocol):
@@ -74,6 +74,11 @@ class Control:
     strength: float
     unspoiled: float
     spoil: Callable[[RealClips, float, Codec], Encoded]
+
+
+def controls_of_shapes(shapes: MovingShapes, codec: Codec) -> dict[str, Encoded]:
+    """All controls at their usual strength, by name, of another rendering than the one that clips are compared with."""
+    return make_controls(RealClips.of_shapes([shapes.render(index, 1) for index in range(len(shapes))]), codec)
 
 
 def make_controls(clips: RealClips, codec: Codec) -> dict[str, Encoded]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from avd_trainer.evaluation.clip_measures import clip_measures
+from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.shape_measures import shape_measures
 from avd_trainer.evaluation.shape_tracking import track_shapes
 
@@ -32,6 +32,14 @@ class Measure:
     headline: bool = True
     needs_captions: bool = False
 
+    def distance(self, value: float, real: float) -> float:
+        """How far a value is from real clips', at least 0, in the measure's unit.
+
+        Where higher or lower is better, whoever is beyond the real clips is as near as can be: 0.
+        """
+        above = value - real
+        return {"higher": max(0.0, -above), "lower": max(0.0, above), "as real": abs(above)}[self.better]
+
 
 MEASURES: dict[str, Measure] = {
     each.name: each
@@ -47,20 +55,14 @@ MEASURES: dict[str, Measure] = {
         Measure("kind", "shapes of the captioned kind, share", "higher", needs_captions=True),
         Measure("preserved", "shapes that persist with colour and kind, share", "higher", needs_captions=True),
         Measure("area_change", "change of a shape's area, relative", "lower", headline=False, needs_captions=True),
-        Measure(
-            "color_error", "colour against the caption, RGB distance", "lower", headline=False, needs_captions=True
-        ),
+        Measure("color_error", "colour against the caption, RGB distance", "as real", needs_captions=True),
+        Measure("placed", "shapes on the captioned half of the frame, share", "higher", needs_captions=True),
         Measure("direction", "shapes that follow the captioned direction, share", "higher", needs_captions=True),
         Measure("moves", "dynamic degree: shapes that move, share", "higher", headline=False, needs_captions=True),
-        Measure(
-            "speed_distance",
-            "distance of speeds to the captioned ones, pixels per frame",
-            "lower",
-            headline=False,
-            needs_captions=True,
-        ),
-        Measure("jerk", "jerk of the typical shape, pixels per frame cubed", "lower", needs_captions=True),
-        Measure("saturation", "HSV saturation of pixels, 0 to 1", "as real"),
+        Measure("speed_error", "speed against the caption, pixels per frame", "lower", needs_captions=True),
+        Measure("jerk", "jerk of shapes, pixels per frame cubed", "as real", needs_captions=True),
+        Measure("saturation", "HSV saturation of pixels, 0 to 1", "as real", headline=False),
+        Measure("saturation_error", "HSV saturation of single clips against real ones", "lower"),
         Measure("channel_spread", "spread of the channel farthest off, log ratio to real", "lower", headline=False),
         Measure("spatial_frequency", "mean spatial frequency, cycles per pixel", "as real"),
         Measure("temporal_frequency", "mean temporal frequency, cycles per frame", "as real"),
@@ -72,7 +74,7 @@ MEASURES: dict[str, Measure] = {
 """All measures, in the order in which tables show them."""
 
 
-def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Tensor) -> dict[str, float]:
+def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Encoded) -> dict[str, float]:
     """Measure a set of clips.
 
     No clip is left out of a mean: a shape that cannot be found has the worst value of each measure
@@ -83,7 +85,8 @@ def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real
         video: ``[N, 3, F', H, W]`` the same clips decoded, RGB; values outside [0, 1] are clamped, as a screen does.
         captions: Of the N clips, which are then :class:`~avd_trainer.data.moving_shapes.MovingShapes`; None for any
             other clips, which get the measures without ``needs_captions``.
-        real: ``[M, C, F, h, w]`` latents of real clips of the same captions that are not among ``latents``.
+        real: Real clips that are not among ``latents``: with captions as many, of the same captions in their order;
+            without, of any number, drawn independently.
 
     Returns:
         A finite number for each of ``MEASURES``, by name and in its order.
@@ -91,11 +94,12 @@ def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real
     Raises:
         ValueError: If shapes do not fit each other, values are not finite, or a caption is of other clips.
     """
-    _check(latents, video, real)
-    latents, video, real = (x.detach().float().cpu() for x in (latents, video, real))
-    values = clip_measures(latents, video, real)
+    _check(latents, video, captions, real)
+    latents, video, real_latents, real_video = (x.detach().float().cpu() for x in (latents, video, *real))
+    values = clip_measures(latents, video, real_latents, real_video, paired=captions is not None)
     if captions is not None:
-        values |= _captioned(video, captions)
+        shapes = shape_measures(track_shapes(video, captions))
+        values |= {name: float(each.mean()) for name, each in shapes.items()}
     return {name: values[name] for name, each in MEASURES.items() if captions is not None or not each.needs_captions}
 
 
@@ -104,19 +108,7 @@ def headlines(values: Mapping[str, object]) -> list[str]:
     return [name for name, each in MEASURES.items() if each.headline and name in values]
 
 
-def _captioned(video: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    shapes = shape_measures(track_shapes(video, captions))
-    speed, captioned = (shapes.pop(name).flatten() for name in ("speed", "speed_captioned"))
-    # The median, so that jerk says how shapes move, and not once more how many are visible.
-    jerk = shapes.pop("jerk").median()
-    return {
-        **{name: float(values.mean()) for name, values in shapes.items()},
-        "jerk": float(jerk),
-        "speed_distance": float(wasserstein_distance(speed.numpy(), captioned.numpy())),
-    }
-
-
-def _check(latents: Tensor, video: Tensor, real: Tensor) -> None:
+def _check(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Encoded) -> None:
     if latents.ndim != 5 or latents.shape[0] < 2 or latents.shape[2] < 2:
         raise ValueError(
             "latents of at least 2 clips and 2 frames are expected, [N, C, F, h, w], got "
@@ -127,12 +119,23 @@ def _check(latents: Tensor, video: Tensor, real: Tensor) -> None:
             f"video of the same {len(latents)} clips is expected, [N, 3, F, H, W], got {list(video.shape)}. Decode all "
             "of the latents."
         )
-    if real.ndim != 5 or len(real) < 2 or real.shape[1:] != latents.shape[1:]:
+    if real.latents.ndim != 5 or len(real.latents) < 2 or real.latents.shape[1:] != latents.shape[1:]:
         raise ValueError(
             f"real latents of at least 2 clips are expected, [M, {', '.join(map(str, latents.shape[1:]))}], got "
-            f"{list(real.shape)}. Encode real clips of the same size and number of frames."
+            f"{list(real.latents.shape)}. Encode real clips of the same size and number of frames."
         )
-    for name, values in (("latents", latents), ("video", video), ("real", real)):
+    if real.video.shape != (len(real.latents), *video.shape[1:]):
+        raise ValueError(
+            f"video of the {len(real.latents)} real clips is expected, {[len(real.latents), *video.shape[1:]]}, got "
+            f"{list(real.video.shape)}. Decode all of their latents."
+        )
+    if captions is not None and len(real.latents) != len(latents):
+        raise ValueError(
+            f"a real clip for each of {len(latents)} captioned clips is expected, got {len(real.latents)}. Pass those "
+            "of the same captions."
+        )
+    everything = (("latents", latents), ("video", video), ("real latents", real.latents), ("real video", real.video))
+    for name, values in everything:
         broken = int((~values.isfinite()).flatten(1).any(1).sum())
         if broken:
             raise ValueError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.measures import MEASURES, headlines, measure
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
@@ -50,13 +51,13 @@ class Reference:
         spreads: By name of the measure, in the order of ``MEASURES``.
         sets: How many sets of clips were measured.
         clips: How many clips each of them has. Fewer clips spread more, so compare sets of as many.
-        real: ``[M, C, F, h, w]`` latents of real clips: what ``measure`` takes as ``real`` for generated ones.
+        real: Real clips to compare generated ones with; see :func:`score`.
     """
 
     spreads: Mapping[str, Spread]
     sets: int
     clips: int
-    real: Tensor
+    real: Encoded
 
 
 def reference_of_shapes(
@@ -78,12 +79,12 @@ def reference_of_shapes(
     """
     _check_sets(sets)
     captions = [shapes[index].caption for index in range(len(shapes))]
-    first = latents = _encode_rendering(shapes, 0, codec)
+    first = own = _encode_rendering(shapes, 0, codec)
     scores = []
     for rendering in range(1, sets + 1):
         following = _encode_rendering(shapes, rendering, codec) if rendering < sets else first
-        scores.append(measure(latents, codec.decode(latents), captions, following))
-        latents = following
+        scores.append(measure(*own, captions, following))
+        own = following
         on_set()
     return Reference(_spreads(scores), sets, len(shapes), first)
 
@@ -92,7 +93,8 @@ def reference_of_clips(latents: Tensor, decode: Callable[[Tensor], Tensor], *, s
     """Split real clips at random, and measure each half as if a model had made it.
 
     For clips that exist once: nobody can render them again. A half is compared with the other half as its real clips.
-    It has half as many clips as ``latents``, so the spread is wider than that of sets of ``len(latents)`` clips.
+    It has half as many clips as ``latents``, so the spread is wider than that of sets of ``len(latents)`` clips, and
+    :func:`score` compares generated clips in sets of as many. Of an odd number, one is left out.
 
     Args:
         latents: ``[N, C, F, h, w]``, at least 4 clips.
@@ -110,9 +112,34 @@ def reference_of_clips(latents: Tensor, decode: Callable[[Tensor], Tensor], *, s
     scores = []
     for _ in range(sets):
         order = torch.randperm(len(latents), generator=draws)
-        own, other = order[:half], order[half:]
-        scores.append(measure(latents[own], video[own], None, latents[other]))
-    return Reference(_spreads(scores), sets, half, latents)
+        own, other = order[:half], order[half : 2 * half]
+        scores.append(measure(latents[own], video[own], None, Encoded(latents[other], video[other])))
+    return Reference(_spreads(scores), sets, half, Encoded(latents[: 2 * half], video[: 2 * half]))
+
+
+def score(clips: Encoded, captions: Sequence[str] | None, reference: Reference) -> dict[str, float]:
+    """Measure generated clips as the reference's sets were measured.
+
+    Captioned clips are compared with the real clips of their captions. Others are parted into sets of as many clips as
+    the reference's (what is left over does not count), and measures are means over the sets: the first set is compared
+    with the second half of the real clips, the second with the first, and so on. So clips that were made from the real
+    ones, in their order, never meet themselves.
+
+    Args:
+        clips: Of the reference's captions, where there are any.
+        captions: Of the clips, where they are of moving shapes.
+        reference: Whose halves are alike where there are no captions: its clips are in random order.
+    """
+    if captions is not None:
+        return measure(*clips, captions, reference.real)
+    size = min(reference.clips, len(clips.latents))
+    scores = []
+    for number in range(len(clips.latents) // size):
+        part = slice(number * size, (number + 1) * size)
+        other = slice(reference.clips, None) if number % 2 == 0 else slice(reference.clips)
+        real = Encoded(*(each[other] for each in reference.real))
+        scores.append(measure(clips.latents[part], clips.video[part], None, real))
+    return {name: fmean(each[name] for each in scores) for name in scores[0]}
 
 
 def caught(values: Mapping[str, float], reference: Reference) -> list[str]:
@@ -122,21 +149,20 @@ def caught(values: Mapping[str, float], reference: Reference) -> list[str]:
     where higher is better, above where lower is, on either side where real clips are the goal.
 
     Args:
-        values: What ``measure`` returned of clips of the reference's captions.
-        reference: Of as many clips.
+        values: What :func:`score` returned of the clips.
+        reference: What it compared them with.
     """
     return [name for name in headlines(values) if is_worse(name, values[name], reference.spreads[name])]
 
 
 def is_worse(name: str, value: float, spread: Spread) -> bool:
     """Whether a value of a measure is worse than real clips', by the rule of :func:`caught`."""
-    above = value - spread.mean
-    shortfall = {"higher": -above, "lower": above, "as real": abs(above)}[MEASURES[name].better]
-    return shortfall > spread.margin
+    return MEASURES[name].distance(value, spread.mean) > spread.margin
 
 
-def _encode_rendering(shapes: MovingShapes, rendering: int, codec: BlockDCTCodec) -> Tensor:
-    return codec.encode(torch.stack([shapes.render(index, rendering).video for index in range(len(shapes))]))
+def _encode_rendering(shapes: MovingShapes, rendering: int, codec: BlockDCTCodec) -> Encoded:
+    latents = codec.encode(torch.stack([shapes.render(index, rendering).video for index in range(len(shapes))]))
+    return Encoded(latents, codec.decode(latents))
 
 
 def _check_sets(sets: int) -> None:

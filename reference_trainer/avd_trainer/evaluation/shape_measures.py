@@ -23,8 +23,11 @@ LARGEST_JUMP = 0.08
 STEADY_SHARE = 2 / 3
 # Frames that have to show a shape for its way to be known.
 KNOWN_SHARE = 0.5
-# The most jerk that is told apart, as a share of the frame; that of a shape that cannot be followed.
-MOST_JERK = 0.5
+# The largest third difference that is told apart, as a share of the frame; that of a shape that cannot be followed.
+# Above what real shapes have, and not far above: a few shapes that vanish must not hide how all others move.
+MOST_JERK = 0.125
+# The coordinate, of x and y, in which a layout parts the frame.
+_ACROSS = {"above": 1, "beside": 0}
 
 
 def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
@@ -37,15 +40,16 @@ def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
         - ``complete``: 1 where both shapes are visible in at least 3 of 4 frames.
         - ``kind``: 1 where the captioned kind fits best, over the frames that show the shape. Never visible: 0.
         - ``preserved``: 1 where the shape is visible in every frame, without jumps, of one kind in 2 of 3 frames.
+        - ``placed``: 1 where its centre, over the frames that show it, is on the captioned half. Visible in less than
+          half of the frames: 0.
         - ``direction``: 1 where it moves in the captioned direction rather than in another, and at least half the
           captioned way. Visible in less than half of the frames: 0.
-        - ``speed``: pixels per frame along the captioned direction; negative against it. Visible in less than half of
-          the frames: 0.
-        - ``speed_captioned``: what the caption says.
+        - ``speed_error``: distance of its speed along the captioned direction to the captioned speed, pixels per frame;
+          at most the captioned speed, a still's. Visible in less than half of the frames: as a still's.
         - ``moves``: 1 where it gets at least half the captioned way, in any direction. Visible in less than half of the
           frames: 0.
-        - ``jerk``: root mean square over time of the third difference of its centre, in pixels per frame cubed. Capped
-          at half the frame's height, which is also the value of four frames that do not all show the shape.
+        - ``jerk``: root mean square over time of the third difference of its centre, in pixels per frame cubed. Each
+          difference is capped at an eighth of the frame's height, the value of four frames that do not all show it.
         - ``area_change``: root mean square over frames of its area's deviation from the mean area of those that show
           the shape, relative to that mean. A frame without the shape has area 0; never visible: 1.
         - ``color_error``: distance of its median colour to the captioned one, in RGB of [0, 1]. Never visible: the
@@ -67,6 +71,10 @@ def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
     along = (way * captioned).sum(-1)
     across = (way - along.unsqueeze(-1) * captioned).norm(dim=-1)
 
+    axes = torch.tensor([[_ACROSS[scene.layout]] * 2 for scene in scenes]).unsqueeze(-1)
+    across_halves = tracks.centers.nanmean(2).gather(-1, axes).squeeze(-1)
+    on_half = torch.stack([across_halves[:, 0] < size / 2, across_halves[:, 1] > size / 2], dim=-1)
+
     most_jerk = MOST_JERK * size
     third = tracks.centers.diff(n=3, dim=2).norm(dim=-1).nan_to_num(math.inf).clamp_max(most_jerk)
 
@@ -81,9 +89,9 @@ def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
         "complete": (share >= 0.75).all(-1).float(),
         "kind": ((kinds == wanted) & seen).float(),
         "preserved": (visible.all(-1) & (jumps <= LARGEST_JUMP * size).all(-1) & steady).float(),
+        "placed": (on_half & (share >= KNOWN_SHARE)).float(),
         "direction": ((along > across) & (along >= MOVED_SHARE * travel)).float(),
-        "speed": along / (frames - 1),
-        "speed_captioned": travel / (frames - 1),
+        "speed_error": torch.minimum((along - travel).abs(), travel) / (frames - 1),
         "moves": (way.norm(dim=-1) >= MOVED_SHARE * travel).float(),
         "jerk": third.square().mean(-1).sqrt(),
         "area_change": area_change,

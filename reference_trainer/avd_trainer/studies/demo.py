@@ -99,10 +99,11 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
             f"The demo compares AVD with DMD alone, and this is method {method.kind}. Leave method.kind out."
         )
     _claim(config, output)
+    codec = BlockDCTCodec()
     if _is_finished(output):
         say(f"The demo in {output} is finished, and nothing is done again. Another one wants another --output.")
-        return Findings.load(output / METRICS, DemoClips.load(output / CLIPS).latents[REAL])
-    codec = BlockDCTCodec()
+        saved = DemoClips.load(output / CLIPS).latents[REAL]
+        return Findings.load(output / METRICS, Encoded(saved, codec.decode(saved)))
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
     real = RealSide.load(config.data, samples, codec)
     method = calibrated(
@@ -116,7 +117,14 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
     clips = DemoClips.load(output / CLIPS)
     rows = {name: Encoded(latents, codec.decode(latents)) for name, latents in clips.latents.items()}
     generated = {name: row for name, row in rows.items() if name != REAL}
-    findings = measure_rows(generated, real.shape_captions, real.reference(codec), real.controls(codec))
+    findings = measure_rows(
+        generated,
+        clips.captions,
+        real.held_out.captions,
+        real.reference(codec),
+        real.controls(codec),
+        of_shapes=real.shapes is not None,
+    )
 
     videos = {name: row.video for name, row in rows.items()}
     shown = min(CLIPS_IN_ANIMATION, *map(len, videos.values()))

@@ -7,19 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from avd_trainer.evaluation.controls import CONTROLS, Encoded
 from avd_trainer.evaluation.measure_table import Row, markdown_table
 from avd_trainer.evaluation.measures import headlines, measure
-from avd_trainer.evaluation.reference import Reference, Spread
+from avd_trainer.evaluation.reference import Reference, Spread, score
 from avd_trainer.runtime.files import write_json
 
 TITLES = {"real": "Real", "teacher": "Teacher", "dmd": "DMD alone", "avd": "AVD"}
 """The rows of a demo, and what they are called."""
 STUDENTS = ("dmd", "avd")
 GROUPS = 8
-"""Parts of the captions that students are measured on one by one, so that it is known how much captions scatter."""
+"""Parts of the captions, at most, that students are measured on one by one, so that it is known how much captions
+scatter. Each has at least two captions of its own, so there are fewer parts of few captions."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Findings:
         write_json(path, {"rows": self.rows, "reference": reference, "controls": self.controls, "groups": self.groups})
 
     @classmethod
-    def load(cls, path: Path, real: Tensor) -> Findings:
+    def load(cls, path: Path, real: Encoded) -> Findings:
         """Read what :meth:`save` wrote; ``real`` are the reference's clips, which the file has not."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         spreads = {name: Spread(**values) for name, values in saved["reference"].pop("spreads").items()}
@@ -71,30 +70,51 @@ class Findings:
 
 def measure_rows(
     rows: Mapping[str, Encoded],
-    captions: Sequence[str] | None,
+    captions: Sequence[str],
+    real_captions: Sequence[str],
     reference: Reference,
     controls: Mapping[str, Encoded],
+    *,
+    of_shapes: bool,
 ) -> Findings:
     """Measure what models made, and the controls.
 
     Args:
         rows: Of teacher, dmd and avd: N clips each.
-        captions: Of the N clips, where they are of moving shapes.
+        captions: Of the N clips.
+        real_captions: Of the reference's real clips.
         reference: What real clips have.
         controls: Spoiled clips of the same captions.
+        of_shapes: Whether captions say all of their clips.
     """
 
-    def values(clips: Encoded, part: slice = slice(None)) -> dict[str, float]:
-        own = None if captions is None else captions[part]
-        return measure(clips.latents[part], clips.video[part], own, reference.real)
+    own = captions if of_shapes else None
+    measured = {name: score(clips, own, reference) for name, clips in {**rows, **controls}.items()}
 
-    measured = {name: values(clips) for name, clips in {**rows, **controls}.items()}
-    count = len(rows["avd"].latents)
-    size = max(2, count // GROUPS)
-    parts = [slice(first, first + size) for first in range(0, count - size + 1, size)]
+    def of_group(clips: Encoded, group: set[str]) -> dict[str, float]:
+        places = [place for place, caption in enumerate(captions) if caption in group]
+        real_places = [place for place, caption in enumerate(real_captions) if caption in group]
+        return measure(
+            clips.latents[places],
+            clips.video[places],
+            [captions[place] for place in places] if of_shapes else None,
+            Encoded(reference.real.latents[real_places], reference.real.video[real_places]),
+        )
+
+    groups = _groups(captions)
     return Findings(
         rows={name: measured[name] for name in rows},
-        groups={name: [values(rows[name], part) for part in parts] for name in STUDENTS},
+        groups={name: [of_group(rows[name], group) for group in groups] for name in STUDENTS},
         reference=reference,
         controls={name: measured[name] for name in controls},
     )
+
+
+def _groups(captions: Sequence[str]) -> list[set[str]]:
+    """Parts of the different captions, as equal as can be; none where there are too few for two.
+
+    Clips of one caption are in one group: they are not independent of each other.
+    """
+    different = list(dict.fromkeys(captions))
+    count = min(GROUPS, len(different) // 2)
+    return [set(different[number::count]) for number in range(count)] if count > 1 else []

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+import torch
 
 from avd_trainer.config.sections import ShapesData, VideosData
 from avd_trainer.data.in_memory import CaptionedLatents, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.data.sources import HELD_OUT, load_clips
-from avd_trainer.evaluation.controls import Encoded, RealClips, make_controls
+from avd_trainer.data.sources import held_out_shapes, load_clips
+from avd_trainer.evaluation.controls import Encoded, RealClips, controls_of_shapes, make_controls
 from avd_trainer.evaluation.reference import SETS, Reference, reference_of_clips, reference_of_shapes
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
@@ -39,14 +41,15 @@ class RealSide:
 
         Args:
             data: Which.
-            samples: How many are held out, of shapes; videos have as many as they have.
+            samples: How many are held out, of shapes. Of videos an even number, at most twice as many, in random order:
+                halves of them are what a model's samples are compared with.
             codec: Encodes them.
 
         Raises:
             UserError: If there is no readable video, or too little of them.
         """
         if isinstance(data, ShapesData):
-            shapes = MovingShapes(samples, HELD_OUT + data.seed, held_out=True)
+            shapes = held_out_shapes(data, samples)
             return cls(load_clips(data, codec, held_out=False).train, encode_shapes(shapes, codec), shapes)
         train, held_out = load_clips(data, codec)
         if len(held_out) < FEWEST_CLIPS:
@@ -54,12 +57,10 @@ class RealSide:
                 f"The last quarters of the videos in {data.path} give {len(held_out)} clips, and at least "
                 f"{FEWEST_CLIPS} are needed to compare with. Add more or longer videos."
             )
-        return cls(train, held_out, None)
-
-    @property
-    def shape_captions(self) -> Sequence[str] | None:
-        """Captions that say all of their clips; None of videos."""
-        return None if self.shapes is None else self.held_out.captions
+        count = min(len(held_out) // 2, samples) * 2
+        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))[:count]
+        captions = [held_out.captions[place] for place in order.tolist()]
+        return cls(train, CaptionedLatents(held_out.latents[order], captions), None)
 
     def reference(self, codec: BlockDCTCodec) -> Reference:
         """What sets of real clips score."""
@@ -72,4 +73,4 @@ class RealSide:
         """Real clips, spoiled in known ways."""
         if self.shapes is None:
             return make_controls(RealClips(codec.decode(self.held_out.latents)), codec)
-        return make_controls(RealClips.of_shapes([self.shapes[i] for i in range(len(self.shapes))]), codec)
+        return controls_of_shapes(self.shapes, codec)

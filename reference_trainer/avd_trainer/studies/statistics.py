@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -69,19 +69,21 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(array.mean()), std, float(low), float(high), count)
 
 
-def compare(values: Mapping[int, float], baseline: Mapping[int, float], real: float) -> Estimate | None:
-    """How much farther from real clips one variant is than another: ``|value - real| - |baseline - real|``.
+def compare(
+    values: Mapping[int, float], baseline: Mapping[int, float], distance: Callable[[float], float]
+) -> Estimate | None:
+    """How much farther from real clips one variant is than another: ``distance(value) - distance(baseline)``.
 
     The difference is taken seed by seed, so what a seed does to both (its draws, the noise of its samples) cancels.
-    Below 0 is closer to real than the baseline. The real value counts as known.
+    Below 0 is closer to real than the baseline. The real clips' value counts as known.
 
     Args:
         values: One measure of the variant, by seed.
         baseline: The same of the baseline.
-        real: The real clips' mean.
+        distance: How far a value is from real clips'; see :meth:`Measure.distance`.
 
     Returns:
         Over the seeds that both have; None without any.
     """
     shared = sorted(values.keys() & baseline.keys())
-    return estimate([abs(values[seed] - real) - abs(baseline[seed] - real) for seed in shared]) if shared else None
+    return estimate([distance(values[seed]) - distance(baseline[seed]) for seed in shared]) if shared else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from avd_trainer.evaluation.controls import CONTROLS as CONTROL_TITLES
+from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.measure_table import Row, markdown_table
 from avd_trainer.evaluation.measures import MEASURES, headlines
 from avd_trainer.evaluation.reference import Reference, Spread
@@ -83,7 +85,8 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
             measures[measure] = estimate(list(of_seeds.values()))._asdict()
             baseline = _column(values.get(study.config.baseline, {}), measure)
             if real and name != study.config.baseline:
-                found = compare(of_seeds, baseline, real["spreads"][measure]["mean"])
+                distance = partial(MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
+                found = compare(of_seeds, baseline, distance)
                 measures[measure]["against_baseline"] = None if found is None else found._asdict()
         variants[name] = {
             "title": study.titles[name],
@@ -119,7 +122,8 @@ def render(results: Mapping[str, Any]) -> str:
         return "\n".join([*lines, "", "Real clips are not measured yet, so nothing can be compared.", ""])
     spreads = {name: Spread(**each) for name, each in results["reference"]["spreads"].items()}
     # The clips themselves are of no use to a table.
-    reference = Reference(spreads, results["reference"]["sets"], results["evaluation"]["captions"], torch.empty(0))
+    none = Encoded(torch.empty(0), torch.empty(0))
+    reference = Reference(spreads, results["reference"]["sets"], results["evaluation"]["captions"], none)
     rows = [
         Row(
             name,
@@ -135,7 +139,7 @@ def render(results: Mapping[str, Any]) -> str:
     lines += [
         f"## How much farther from real than {results['baseline']}",
         "",
-        "Mean over seeds of `|value - real| - |baseline - real|`: below 0 is closer to real than the baseline. "
+        "Mean over seeds of the distance to real clips less the baseline's: below 0 is closer than the baseline. "
         "In bold where the interval excludes 0.",
         "",
         f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",

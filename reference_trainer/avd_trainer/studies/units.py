@@ -25,7 +25,7 @@ from avd_core.sampling import Interpolator
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
-from avd_trainer.evaluation.controls import RealClips, make_controls
+from avd_trainer.evaluation.controls import Encoded, controls_of_shapes
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import reference_of_shapes
 from avd_trainer.methods.base import DistillationConfig
@@ -105,9 +105,7 @@ class Workplace:
                 reference = reference_of_shapes(self._shapes, self._codec, sets=sets, on_set=bar.advance)
             return {"sets": reference.sets, "spreads": {name: asdict(each) for name, each in reference.spreads.items()}}
         if unit.variant == CONTROLS:
-            # Another rendering than the one that clips are compared with.
-            clips = RealClips.of_shapes([self._shapes.render(index, 1) for index in range(len(self._shapes))])
-            controls = make_controls(clips, self._codec)
+            controls = controls_of_shapes(self._shapes, self._codec)
             return {"controls": {name: self._measure(each.latents, each.video) for name, each in controls.items()}}
         variant = self.study.variants[unit.variant]
         if isinstance(variant, TrainConfig):
@@ -210,7 +208,7 @@ class Workplace:
     def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
         if self._stopping():
             raise StoppedError
-        return measure(latents, video, self._held_out.captions, self._held_out.latents)
+        return measure(latents, video, self._held_out.captions, self._real)
 
     @cached_property
     def _training_data(self) -> TrainingData:
@@ -224,6 +222,10 @@ class Workplace:
     @cached_property
     def _held_out(self) -> CaptionedLatents:
         return encode_shapes(self._shapes, self._codec)
+
+    @cached_property
+    def _real(self) -> Encoded:
+        return Encoded(self._held_out.latents, self._codec.decode(self._held_out.latents))
 
     @cached_property
     def _embed(self) -> HashTextEmbedding:

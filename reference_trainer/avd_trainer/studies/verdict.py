@@ -63,7 +63,8 @@ def compare(findings: Findings) -> list[Comparison]:
 
     Where higher or lower is better, whoever is beyond the real clips is as near as can be. A gain counts where it is
     larger than :attr:`Spread.margin`, by which sets of real clips differ too, and its 95% interval over groups of
-    captions (Student's t) is of one sign.
+    captions (Student's t) is of one sign. With less than four captions there are no groups, and the
+    margin alone counts.
     """
     return [_compare(name, findings) for name in findings.headlines]
 
@@ -88,10 +89,16 @@ def plain_name(measure: str) -> str:
 def render_verdict(findings: Findings) -> str:
     """The verdict as Markdown: the sentences, then a line for each measure."""
     lines = [f"- {comparison}" for comparison in compare(findings)]
+    groups = len(findings.groups["avd"])
+    over_groups = (
+        f", and than half its 95% interval over {groups} groups of captions"
+        if groups
+        else "; there are too few captions to say how much they scatter"
+    )
     rule = (
         f"Real clips: mean and standard deviation over {findings.reference.sets} sets of them. A difference counts "
-        f"where it is larger than {LIMIT_STDS:g} of these standard deviations, than {LIMIT_SHARE:.0%} of the mean, "
-        f"and than half its 95% interval over {len(findings.groups['avd'])} groups of captions."
+        f"where it is larger than {LIMIT_STDS:g} of these standard deviations and than {LIMIT_SHARE:.0%} of the mean"
+        f"{over_groups}."
     )
     return "\n".join([summarize(findings), "", *lines, "", rule, ""])
 
@@ -100,10 +107,12 @@ def _compare(name: str, findings: Findings) -> Comparison:
     measure, real = MEASURES[name], findings.reference.spreads[name]
 
     def gain(avd: Mapping[str, float], dmd: Mapping[str, float]) -> float:
-        return _distance(measure, dmd[name], real) - _distance(measure, avd[name], real)
+        return measure.distance(dmd[name], real.mean) - measure.distance(avd[name], real.mean)
 
     scatter = [gain(*pair) for pair in zip(findings.groups["avd"], findings.groups["dmd"], strict=True)]
-    half_interval = float(stats.t.ppf(0.975, len(scatter) - 1)) * stdev(scatter) / math.sqrt(len(scatter))
+    half_interval = 0.0
+    if scatter:
+        half_interval = float(stats.t.ppf(0.975, len(scatter) - 1)) * stdev(scatter) / math.sqrt(len(scatter))
     return Comparison(
         measure,
         gain(findings.rows["avd"], findings.rows["dmd"]),
@@ -111,11 +120,6 @@ def _compare(name: str, findings: Findings) -> Comparison:
         {row: values[name] for row, values in findings.rows.items()},
         real,
     )
-
-
-def _distance(measure: Measure, value: float, real: Spread) -> float:
-    above = value - real.mean
-    return {"higher": max(0.0, -above), "lower": max(0.0, above), "as real": abs(above)}[measure.better]
 
 
 def _join(names: Sequence[str]) -> str:

@@ -6,8 +6,7 @@ import pytest
 
 from avd_trainer.data.moving_shapes import MovingShapes, ShapeClip
 from avd_trainer.evaluation.controls import Encoded
-from avd_trainer.evaluation.measures import measure
-from avd_trainer.evaluation.reference import Reference, reference_of_shapes
+from avd_trainer.evaluation.reference import Reference, reference_of_shapes, score
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
 
@@ -19,7 +18,7 @@ class Measured(NamedTuple):
     reference: Reference
 
     def __call__(self, spoiled: Encoded) -> dict[str, float]:
-        return measure(spoiled.latents, spoiled.video, self.captions, self.reference.real)
+        return score(spoiled, self.captions, self.reference)
 
 
 @pytest.fixture(scope="session")

@@ -145,10 +145,11 @@ def test_temporal_loss_is_the_mean_of_single_clips_losses(latents: Tensor) -> No
         series = clip.permute(0, 2, 3, 1).reshape(-1, 5).tolist()
         variances = [sum((x - sum(xs) / 5) ** 2 for x in xs) / 5 for xs in series]
         losses.append(-math.log(sum(variances) / len(variances) + 1e-6))
-    values = clip_measures(scaled, torch.rand(6, 3, 5, 8, 8), latents)
+    video = torch.rand(6, 3, 5, 8, 8)
+    values = clip_measures(scaled, video, latents, video, paired=True)
     assert values["temporal_loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
 def test_pixels_beyond_the_screen_count_as_the_screen_shows_them(latents: Tensor) -> None:
     video = torch.tensor([2.0, 1.0, 1.0]).view(1, 3, 1, 1, 1).expand(6, 3, 5, 8, 8)
-    assert clip_measures(latents, video, latents)["saturation"] == 0
+    assert clip_measures(latents, video, latents, video, paired=True)["saturation"] == 0

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.evaluation.controls import CONTROLS, ERASED, RealClips, make_controls
-from avd_trainer.evaluation.measures import measure
-from avd_trainer.evaluation.reference import caught, reference_of_clips
+from avd_trainer.evaluation.controls import CONTROLS, ERASED, Encoded, RealClips, make_controls
+from avd_trainer.evaluation.reference import caught, reference_of_clips, score
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
 from .conftest import Measured
@@ -16,7 +15,7 @@ SEEN_BY = {
     "noise": {"visible", "kind", "preserved", "direction", "jerk", "spatial_frequency", "motion_distance"},
     "frozen": {"direction", "temporal_frequency", "motion_distance"},
     "shuffled": {"preserved", "direction", "jerk", "temporal_frequency", "motion_distance"},
-    "saturated": {"saturation"},
+    "saturated": {"color_error", "saturation_error"},
     "erased": {"visible", "preserved"},
     "blurred": {"spatial_frequency"},
 }
@@ -42,7 +41,7 @@ def test_without_strength_clips_are_real_and_not_caught(name: str, measured: Mea
 def test_other_renderings_are_not_caught(rendering: int, measured: Measured, codec: BlockDCTCodec) -> None:
     shapes = MovingShapes(len(measured.clips), 1_000_007, held_out=True)
     latents = codec.encode(torch.stack([shapes.render(i, rendering).video for i in range(len(shapes))]))
-    values = measure(latents, codec.decode(latents), measured.captions, measured.reference.real)
+    values = measured(Encoded(latents, codec.decode(latents)))
     assert caught(values, measured.reference) == []
 
 
@@ -77,6 +76,6 @@ def test_clips_without_captions_get_all_controls_but_erased_ones(measured: Measu
     assert set(CONTROLS) - set(controls) == {ERASED}
     reference = reference_of_clips(codec.encode(clips.video), codec.decode)
     for name, spoiled in controls.items():
-        assert caught(measure(*spoiled, None, reference.real), reference) != [], name
+        assert caught(score(spoiled, None, reference), reference) != [], name
     with pytest.raises(ValueError, match=r"without one of their objects are expected, got none. Use RealClips"):
         CONTROLS[ERASED].spoil(clips, 1.0, codec)

@@ -3,6 +3,7 @@ import io
 import torch
 from rich.console import Console
 
+from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.measure_table import Row, markdown_table, rich_table
 from avd_trainer.evaluation.reference import Reference, Spread
 
@@ -14,7 +15,7 @@ REFERENCE = Reference(
     },
     sets=20,
     clips=64,
-    real=torch.zeros(1),
+    real=Encoded(torch.zeros(1), torch.zeros(1)),
 )
 ROWS = [
     Row("teacher", {"visible": 0.995, "jerk": 1.05, "temporal_loss": 0.9}),
@@ -25,7 +26,7 @@ CONTROLS = [Row("white noise", {"visible": 0.01, "jerk": 16.0})]
 
 def test_markdown_has_real_clips_first_then_rows_then_controls() -> None:
     assert markdown_table(ROWS, REFERENCE, CONTROLS) == (
-        "|  | visible (high) | jerk (low) |\n"
+        "|  | visible (high) | jerk (as real) |\n"
         "| --- | --: | --: |\n"
         "| real | 1.000 ± 0 | 1.100 ± 0.04 |\n"
         "| teacher | 0.995 | 1.050 |\n"

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import SHAPE_KINDS, MovingShapes, ShapeClip, Track, draw
+from avd_trainer.data.moving_shapes import DIRECTIONS, SHAPE_KINDS, SPEEDS, MovingShapes, ShapeClip, Track, draw
 from avd_trainer.evaluation.controls import CONTROLS, Encoded, RealClips
 from avd_trainer.evaluation.measures import MEASURES, headlines, measure
+from avd_trainer.evaluation.reference import caught
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
 from .conftest import Measured
@@ -68,6 +69,45 @@ def slower(track: Track, strength: float) -> Track:
     return replace(track, positions=middle + (1 - strength) * (track.positions - middle))
 
 
+def on_the_other_half(clip: ShapeClip) -> Tensor:
+    return clip.video.flip(2 if clip.scene.layout == "above" else 3)
+
+
+def in_two_ways(spoil: Spoil) -> Spoil:
+    """One half of the clips has too much, the other too little, by the same share."""
+
+    def both(clips: list[ShapeClip], share: float, codec: BlockDCTCodec) -> Encoded:
+        half = len(clips) // 2
+        parts = spoil(clips[:half], 1 + share, codec), spoil(clips[half:], 1 - share, codec)
+        return Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    return both
+
+
+def with_swapped_speeds(clip: ShapeClip) -> Tensor:
+    """Quick shapes move slowly, slow ones quickly."""
+
+    def swap(track: Track) -> Track:
+        middle, own = track.positions.mean(0), SPEEDS[track.shape.speed]
+        other = sum(SPEEDS.values()) - own
+        return replace(track, positions=middle + other / own * (track.positions - middle))
+
+    return redraw(clip, swap)
+
+
+def with_jitter(speed: str) -> Spoil:
+    """Shapes of one speed tremble across their way by some pixels."""
+
+    def tremble(track: Track, pixels: float) -> Track:
+        if track.shape.speed != speed:
+            return track
+        way = DIRECTIONS[track.shape.direction]
+        sign = torch.where(torch.arange(len(track.positions)) // 4 % 2 == 0, 1.0, -1.0).unsqueeze(1)
+        return replace(track, positions=track.positions + pixels * sign * torch.tensor([way[1], way[0]]))
+
+    return drawn_again(tremble)
+
+
 def still(clip: ShapeClip) -> Tensor:
     return clip.video[:, :1].expand_as(clip.video)
 
@@ -84,11 +124,13 @@ FAULTS: dict[str, tuple[Spoil, tuple[float, ...], int]] = {
     "preserved": (SHUFFLED, (0.0, 0.12, 0.24, 0.36), -1),
     "area_change": (drawn_again(pulsing), (0.0, 0.05, 0.1, 0.2, 0.3), 1),
     "color_error": (SATURATED, FACTORS, 1),
+    "placed": (in_a_share(on_the_other_half), SHARES, -1),
     "direction": (in_a_share(lambda clip: clip.video.flip(1)), SHARES, -1),
     "moves": (STILL, SHARES, -1),
-    "speed_distance": (drawn_again(slower), SHARES, 1),
-    "jerk": (SHUFFLED, SHARES, 1),
+    "speed_error": (drawn_again(slower), SHARES, 1),
+    "jerk": (SHUFFLED, (0.0, 0.12, 0.24, 0.5), 1),
     "saturation": (SATURATED, FACTORS, 1),
+    "saturation_error": (in_two_ways(SATURATED), (0.0, 0.1, 0.2, 0.3, 0.5), 1),
     "channel_spread": (SATURATED, FACTORS[1:], 1),
     "spatial_frequency": (control("blurred"), (0.0, 0.4, 0.6, 0.8, 1.2), -1),
     "temporal_frequency": (SHUFFLED, SHARES, 1),
@@ -146,18 +188,53 @@ def test_the_other_side_of_real(name: str, spoil: Spoil, strengths: tuple[float,
     assert all(way * (after - before) > 0 for before, after in pairwise(values)), values
 
 
+@pytest.mark.parametrize(
+    ("name", "spoil", "strength"),
+    [
+        ("jerk", with_jitter("quickly"), 2.0),
+        ("jerk", with_jitter("slowly"), 2.0),
+        ("jerk", STILL, 1.0),
+        ("color_error", in_two_ways(SATURATED), 0.2),
+        ("saturation_error", in_two_ways(SATURATED), 0.2),
+        ("speed_error", in_a_share(with_swapped_speeds), 1.0),
+        ("placed", in_a_share(on_the_other_half), 0.5),
+    ],
+)
+def test_faults_of_a_part_and_opposite_faults_are_caught(
+    name: str, spoil: Spoil, strength: float, measured: Measured, score: Score
+) -> None:
+    assert name in caught(score(spoil, strength), measured.reference)
+
+
 def test_clips_without_captions_get_what_needs_none(measured: Measured, codec: BlockDCTCodec) -> None:
-    latents = measured.reference.real
-    values = measure(latents, codec.decode(latents), None, latents)
+    real = measured.reference.real
+    values = measure(*real, None, real)
     assert list(values) == [name for name, each in MEASURES.items() if not each.needs_captions]
-    everything = measure(latents, codec.decode(latents), measured.captions, latents)
+    everything = measure(*real, measured.captions, real)
     assert list(everything) == list(MEASURES)
-    assert {name: everything[name] for name in values} == values
+    # Without captions nobody knows which clips belong together.
+    unpaired = {"motion_distance"}
+    assert {name for name in values if values[name] != everything[name]} == unpaired
 
 
 def test_headlines_are_in_order_and_of_what_is_there() -> None:
     assert headlines(MEASURES) == [name for name, each in MEASURES.items() if each.headline]
     assert headlines({"jerk": 1.0, "temporal_loss": 0.5, "visible": 1.0}) == ["visible", "jerk"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "distance"),
+    [
+        ("visible", 0.75, 0.25),
+        ("visible", 1.25, 0.0),
+        ("motion_distance", 1.25, 0.25),
+        ("motion_distance", 0.75, 0.0),
+        ("jerk", 1.25, 0.25),
+        ("jerk", 0.75, 0.25),
+    ],
+)
+def test_distance_to_real_clips_has_the_sides_of_its_measure(name: str, value: float, distance: float) -> None:
+    assert MEASURES[name].distance(value, 1.0) == distance
 
 
 def broken(tensor: Tensor) -> Tensor:
@@ -176,13 +253,14 @@ def broken(tensor: Tensor) -> Tensor:
         (lambda x, v, r: (x, v, r[:, :, :3]), r"real latents of at least 2 clips are expected, [M, 16, 5, 8, 8], got"),
         (lambda x, v, r: (broken(x), v, r), "finite latents are expected, got 1 of 4 clips"),
         (lambda x, v, r: (x, broken(v), r), "finite video are expected, got 1 of 4 clips"),
-        (lambda x, v, r: (x, v, broken(r)), "finite real are expected, got 1 of 4 clips"),
+        (lambda x, v, r: (x, v, broken(r)), "finite real latents are expected, got 1 of 4 clips"),
     ],
 )
 def test_wrong_input_is_refused(
     change: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]], message: str, codec: BlockDCTCodec
 ) -> None:
     latents = codec.encode(torch.stack([MovingShapes(4, 0)[i].video for i in range(4)]))
-    x, v, r = change(latents, codec.decode(latents), latents)
+    video = codec.decode(latents)
+    x, v, r = change(latents, video, latents)
     with pytest.raises(ValueError, match=re.escape(message)):
-        measure(x, v, None, r)
+        measure(x, v, None, Encoded(r, video))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.evaluation.controls import CONTROLS, Encoded, RealClips
 from avd_trainer.evaluation.measures import MEASURES, measure
 from avd_trainer.evaluation.reference import (
     Reference,
@@ -12,6 +13,7 @@ from avd_trainer.evaluation.reference import (
     is_worse,
     reference_of_clips,
     reference_of_shapes,
+    score,
 )
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
@@ -22,9 +24,10 @@ def test_the_spread_is_that_of_renderings_against_the_next(codec: BlockDCTCodec)
     shapes = MovingShapes(4, 3, held_out=True)
     counted: list[None] = []
     reference = reference_of_shapes(shapes, codec, sets=3, on_set=lambda: counted.append(None))
-    sets = [codec.encode(torch.stack([shapes.render(i, r).video for i in range(4)])) for r in range(3)]
+    latents = [codec.encode(torch.stack([shapes.render(i, r).video for i in range(4)])) for r in range(3)]
+    sets = [Encoded(each, codec.decode(each)) for each in latents]
     captions = [shapes[i].caption for i in range(4)]
-    scores = [measure(sets[r], codec.decode(sets[r]), captions, sets[(r + 1) % 3]) for r in range(3)]
+    scores = [measure(*sets[r], captions, sets[(r + 1) % 3]) for r in range(3)]
     assert list(reference.spreads) == list(MEASURES)
     for name, spread in reference.spreads.items():
         values = torch.tensor([score[name] for score in scores], dtype=torch.float64)
@@ -32,13 +35,13 @@ def test_the_spread_is_that_of_renderings_against_the_next(codec: BlockDCTCodec)
         assert spread.std == pytest.approx(float(values.std()), abs=1e-9)
         assert values.min() <= spread.low <= spread.high <= values.max()
     assert (reference.sets, reference.clips, len(counted)) == (3, 4, 3)
-    assert torch.equal(reference.real, sets[0])
+    assert torch.equal(reference.real.latents, latents[0])
 
 
 def test_halves_of_real_clips_are_a_reference_where_nobody_can_render_more(
     measured: Measured, codec: BlockDCTCodec
 ) -> None:
-    latents = measured.reference.real
+    latents = measured.reference.real.latents
     reference = reference_of_clips(latents, codec.decode, sets=5)
     assert (reference.sets, reference.clips) == (5, len(latents) // 2)
     assert set(reference.spreads) == {name for name, each in MEASURES.items() if not each.needs_captions}
@@ -47,15 +50,29 @@ def test_halves_of_real_clips_are_a_reference_where_nobody_can_render_more(
     assert again.spreads == reference.spreads
 
 
+@pytest.mark.parametrize("count", [8, 12])
+def test_frozen_clips_are_caught_by_their_motion_without_captions(
+    count: int, measured: Measured, codec: BlockDCTCodec
+) -> None:
+    """Of more clips than the reference has, as samples of a model are."""
+    reference = reference_of_clips(measured.reference.real.latents[:count], codec.decode)
+    clips = RealClips.of_shapes(measured.clips)
+    found = caught(score(CONTROLS["frozen"].spoil(clips, 1.0, codec), None, reference), reference)
+    assert "motion_distance" in found
+    real = CONTROLS["frozen"].spoil(clips, 0.0, codec)
+    assert "motion_distance" not in caught(score(real, None, reference), reference)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "worse"),
     [
         ("visible", 0.45, True),
         ("visible", 0.47, False),
         ("visible", 0.9, False),
-        ("jerk", 0.55, True),
-        ("jerk", 0.53, False),
-        ("jerk", 0.1, False),
+        ("motion_distance", 0.55, True),
+        ("motion_distance", 0.53, False),
+        ("motion_distance", 0.1, False),
+        ("jerk", 0.1, True),
         ("saturation", 0.45, True),
         ("saturation", 0.47, False),
         ("saturation", 0.55, True),
@@ -82,5 +99,5 @@ def test_wrong_input_is_refused(measured: Measured, codec: BlockDCTCodec) -> Non
     with pytest.raises(ValueError, match="at least 3 sets are expected, so that their spread is known, got 2"):
         reference_of_shapes(MovingShapes(4, 3), codec, sets=2)
     with pytest.raises(ValueError, match="at least 4 real clips are expected, so that halves can be compared, got 3"):
-        reference_of_clips(measured.reference.real[:3], codec.decode)
+        reference_of_clips(measured.reference.real.latents[:3], codec.decode)
     assert isinstance(replace(measured.reference, sets=1), Reference)

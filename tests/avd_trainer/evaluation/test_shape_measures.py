@@ -16,8 +16,8 @@ SCENE = Scene.from_caption(
     "a red circle moving quickly right above a blue square moving slowly left on a sand background"
 )
 FRAMES, SIZE = 17, 32
-HIGHER = ("visible", "complete", "kind", "preserved", "direction", "moves")
-LOWER = ("jerk", "area_change", "color_error")
+HIGHER = ("visible", "complete", "kind", "preserved", "placed", "direction", "moves")
+LOWER = ("speed_error", "jerk", "area_change", "color_error")
 
 
 def make_tracks() -> ShapeTracks:
@@ -66,15 +66,13 @@ def test_what_is_as_captioned_is_faultless() -> None:
     assert all((values[name] == 1).all() for name in HIGHER)
     for name in LOWER:
         assert values[name].flatten().tolist() == pytest.approx([0, 0], abs=1e-5)
-    assert values["speed"].tolist() == [pytest.approx([1.0, 0.4])]
-    assert values["speed_captioned"].tolist() == [pytest.approx([1.0, 0.4])]
 
 
 def test_a_shape_that_is_never_found_has_the_worst_of_all_values() -> None:
     gone = first(hide(make_tracks(), list(range(FRAMES))))
     assert [gone[name] for name in HIGHER] == [0] * len(HIGHER)
-    assert gone["speed"] == 0
-    assert gone["jerk"] == 16
+    assert gone["speed_error"] == 1
+    assert gone["jerk"] == 4
     assert gone["area_change"] == 1
     assert gone["color_error"] == pytest.approx(math.dist(BACKGROUND_COLORS["sand"], SHAPE_COLORS["red"]), abs=1e-6)
 
@@ -88,8 +86,8 @@ def test_hiding_more_frames_never_helps(fault: str) -> None:
         tracks.areas[0, 0, ::2] *= 1.5
     measures = [first(hide(tracks, list(range(FRAMES - count, FRAMES)))) for count in (0, 4, 8, 12, 17)]
     for better, worse in pairwise(measures):
-        assert all(worse[name] <= better[name] for name in (*HIGHER, "speed"))
-        assert all(worse[name] >= better[name] - 1e-6 for name in ("jerk", "color_error"))
+        assert all(worse[name] <= better[name] for name in HIGHER)
+        assert all(worse[name] >= better[name] - 1e-6 for name in ("speed_error", "jerk", "color_error"))
         # It may hide the frames that differ, but pays for each of them with a whole area.
         assert worse["area_change"] >= better["area_change"] - 1e-6
 
@@ -113,33 +111,34 @@ def test_a_shape_that_jumps_is_not_preserved() -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "direction", "moves", "speed"),
+    ("way", "direction", "moves", "error"),
     [
-        ((16.0, 0.0), 1, 1, 1.0),
-        ((9.0, 0.0), 1, 1, 9 / 16),
-        ((7.0, 0.0), 0, 0, 7 / 16),
-        ((-16.0, 0.0), 0, 1, -1.0),
-        ((9.0, 10.0), 0, 1, 9 / 16),
-        ((0.0, 0.0), 0, 0, 0.0),
+        ((16.0, 0.0), 1, 1, 0.0),
+        ((9.0, 0.0), 1, 1, 7 / 16),
+        ((7.0, 0.0), 0, 0, 9 / 16),
+        ((-16.0, 0.0), 0, 1, 1.0),
+        ((9.0, 10.0), 0, 1, 7 / 16),
+        ((0.0, 0.0), 0, 0, 1.0),
+        ((20.0, 0.0), 1, 1, 4 / 16),
     ],
 )
-def test_direction_and_speed_of_a_way(way: tuple[float, float], direction: int, moves: int, speed: float) -> None:
+def test_direction_and_speed_of_a_way(way: tuple[float, float], direction: int, moves: int, error: float) -> None:
     tracks = make_tracks()
     time = torch.arange(float(FRAMES)) / (FRAMES - 1)
     tracks.centers[0, 0] = torch.tensor([8.0, 8.0]) + time.unsqueeze(1) * torch.tensor(way)
     values = first(tracks)
     assert (values["direction"], values["moves"]) == (direction, moves)
-    assert values["speed"] == pytest.approx(speed, abs=1e-5)
+    assert values["speed_error"] == pytest.approx(error, abs=1e-5)
     # A way is known from the frames that show it, as long as those are half of them.
     half = first(hide(tracks, [0, 3, 4, 9, 10, 12, 15, 16]))
-    assert half["speed"] == pytest.approx(speed, abs=1e-5)
+    assert half["speed_error"] == pytest.approx(error, abs=1e-5)
 
 
 def test_a_way_that_too_few_frames_show_is_not_known() -> None:
     shown = first(hide(make_tracks(), list(range(9, FRAMES))))
-    assert (shown["direction"], shown["moves"], shown["speed"]) == (1, 1, pytest.approx(1.0))
+    assert (shown["direction"], shown["moves"], shown["speed_error"]) == (1, 1, pytest.approx(0.0, abs=1e-5))
     hidden = first(hide(make_tracks(), list(range(8, FRAMES))))
-    assert (hidden["direction"], hidden["moves"], hidden["speed"]) == (0, 0, 0)
+    assert (hidden["direction"], hidden["moves"], hidden["speed_error"]) == (0, 0, 1)
 
 
 def test_jerk_is_the_root_mean_square_of_third_differences_up_to_a_cap() -> None:
@@ -148,7 +147,17 @@ def test_jerk_is_the_root_mean_square_of_third_differences_up_to_a_cap() -> None
     tracks.centers[0, 0, :, 0] = 8 + 0.001 * time**3  # its third difference is 0.006 everywhere
     assert first(tracks)["jerk"] == pytest.approx(0.006, rel=1e-2)
     tracks.centers[0, 0, ::2] += 100
-    assert first(tracks)["jerk"] == 16
+    assert first(tracks)["jerk"] == 4
+
+
+def test_placed_is_on_the_captioned_half() -> None:
+    tracks = make_tracks()
+    assert _measure(tracks)["placed"].tolist() == [[1, 1]]
+    tracks.centers[0, :, :, 1] += 9  # the upper one is now below the middle
+    assert _measure(tracks)["placed"].tolist() == [[0, 1]]
+    beside = replace(tracks, scenes=[replace(SCENE, layout="beside")])
+    beside.centers[0, :, :, 0] = torch.tensor([[20.0], [20.0]])
+    assert _measure(beside)["placed"].tolist() == [[0, 1]]
 
 
 def test_area_change_is_relative_to_the_mean() -> None:

@@ -1,5 +1,6 @@
 """The verdict: what it says follows from the numbers behind it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,12 @@ import torch
 from scipy import stats
 
 from avd_trainer.evaluation.controls import CONTROLS, Encoded
-from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.evaluation.measures import MEASURES, measure
 from avd_trainer.evaluation.reference import Reference, Spread
 from avd_trainer.studies.findings import GROUPS, Findings, measure_rows
 from avd_trainer.studies.verdict import compare, render_verdict, summarize
 
-SHARE, LOW, BOTH = "visible", "jerk", "saturation"
+SHARE, LOW, BOTH = "visible", "motion_distance", "spatial_frequency"
 assert (MEASURES[SHARE].better, MEASURES[LOW].better, MEASURES[BOTH].better) == ("higher", "lower", "as real")
 
 
@@ -26,7 +27,7 @@ def findings(
     return Findings(
         rows={"teacher": avd, "dmd": dmd, "avd": avd},
         groups={"dmd": [dmd] * 8, "avd": groups},
-        reference=Reference(spreads, sets=20, clips=64, real=torch.zeros(1)),
+        reference=Reference(spreads, sets=20, clips=64, real=Encoded(torch.zeros(1), torch.zeros(1))),
         controls={"noise": dmd},
     )
 
@@ -72,14 +73,15 @@ def test_what_captions_scatter_by_is_no_difference() -> None:
 def test_the_sentence_names_what_is_better_and_worse_and_how_little_it_proves() -> None:
     found = findings({SHARE: (0.5, 0.9), BOTH: (1.5, 1.2), LOW: (1.1, 4.0)})
     assert summarize(found) == (
-        "AVD is nearer to the real clips than DMD alone in visible and saturation, farther from them in jerk, and no "
-        "different in nothing. This is one seed, which proves nothing: docs/studies.md has the comparison over several."
+        "AVD is nearer to the real clips than DMD alone in visible and spatial frequency, farther from them in motion "
+        "distance, and no different in nothing. This is one seed, which proves nothing: docs/studies.md has the "
+        "comparison over several."
     )
     rendered = render_verdict(found)
     assert rendered.startswith(summarize(found))
     assert (
-        f"- jerk, {MEASURES[LOW].title}: farther from real. AVD 4, DMD alone 1.1, Teacher 4; real clips 1 ± 0.01."
-        in rendered
+        f"- motion distance, {MEASURES[LOW].title}: farther from real. AVD 4, DMD alone 1.1, Teacher 4; real clips "
+        "1 ± 0.01." in rendered
     )
     assert "over 20 sets" in rendered
     assert "8 groups of captions" in rendered
@@ -98,22 +100,35 @@ def test_findings_are_read_as_they_were_saved(tmp_path: Path) -> None:
     assert f"*{CONTROLS['noise'].title}*" in again.table
 
 
-@pytest.mark.parametrize(("clips", "groups", "size"), [(32, 8, 4), (35, 8, 4), (6, 3, 2), (5, 2, 2)])
-def test_students_are_measured_in_groups_of_captions(clips: int, groups: int, size: int) -> None:
+def test_without_groups_of_captions_only_the_spread_of_real_clips_counts() -> None:
+    found = findings({BOTH: (1.5, 1.3)})
+    alone = replace(found, groups={"dmd": [], "avd": []})
+    assert compare(alone)[0].limit == found.reference.spreads[BOTH].margin
+    assert "too few captions" in render_verdict(alone)
+
+
+@pytest.mark.parametrize(("count", "groups"), [(32, 8), (35, 8), (6, 3), (5, 2), (3, 0), (2, 0)])
+def test_students_are_measured_in_groups_of_different_captions(count: int, groups: int) -> None:
+    """Each against the real clips of its own captions; clips of one caption are never in two groups."""
     draws = torch.Generator().manual_seed(0)
-    rows = {
-        name: Encoded(torch.randn(clips, 2, 3, 2, 2, generator=draws), torch.rand(clips, 3, 5, 8, 8, generator=draws))
-        for name in ("teacher", "dmd", "avd")
-    }
-    real = torch.randn(8, 2, 3, 2, 2, generator=draws)
-    reference = Reference({BOTH: Spread(1, 0, 1, 1)}, sets=3, clips=8, real=real)
-    found = measure_rows(rows, None, reference, {"noise": rows["dmd"]})
+
+    def clips(number: int) -> Encoded:
+        return Encoded(
+            torch.randn(number, 2, 3, 2, 2, generator=draws), torch.rand(number, 3, 5, 8, 8, generator=draws)
+        )
+
+    captions = [f"caption {place % count}" for place in range(2 * count)]
+    rows = {name: clips(2 * count) for name in ("teacher", "dmd", "avd")}
+    real = clips(2 * count)
+    reference = Reference({BOTH: Spread(1, 0, 1, 1)}, sets=3, clips=count, real=real)
+    found = measure_rows(rows, captions, captions, reference, {"noise": rows["dmd"]}, of_shapes=False)
     assert GROUPS == 8
     assert list(found.rows) == ["teacher", "dmd", "avd"]
     assert list(found.controls) == ["noise"]
     assert found.controls["noise"] == found.rows["dmd"]
     for name in ("dmd", "avd"):
-        video = rows[name].video
-        parts = [video[first * size : (first + 1) * size] for first in range(groups)]
-        expected = [float(((p.amax(1) - p.amin(1)) / p.amax(1)).mean()) for p in parts]
-        assert [group[BOTH] for group in found.groups[name]] == pytest.approx(expected, rel=1e-5)
+        assert len(found.groups[name]) == groups
+        for number, group in enumerate(found.groups[name]):
+            places = [place for place in range(2 * count) if place % count % groups == number]
+            own = Encoded(real.latents[places], real.video[places])
+            assert group == measure(rows[name].latents[places], rows[name].video[places], None, own)
