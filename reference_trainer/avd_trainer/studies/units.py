@@ -219,7 +219,8 @@ class Workplace:
 
     @cached_property
     def _shapes(self) -> MovingShapes:
-        return held_out_shapes(self.study.data, self.study.config.evaluation.captions)
+        evaluation = self.study.config.evaluation
+        return held_out_shapes(self.study.data, evaluation.captions, evaluation.caption_seed)
 
     @cached_property
     def _held_out(self) -> CaptionedLatents:
