@@ -39,14 +39,18 @@ def study(
         # of threads changes results in the last digit.
         os.environ["OMP_NUM_THREADS"] = "1"
         from avd_trainer.studies.definition import load_study, parse_seeds
-        from avd_trainer.studies.runner import SAVED, run_study
+        from avd_trainer.studies.runner import SAVED, FailedProcessError, run_study
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
 
         found = load_study(name, set_ or [], None if variants is None else variants.split(","))
         chosen = parse_seeds(found.config.seeds if seeds is None else seeds)
         if jobs == 0 and not (output / SAVED).exists():
             raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")
-        done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
+        try:
+            done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
+        except FailedProcessError:
+            write_summary(found, output, chosen)
+            raise
         write_summary(found, output, chosen)
         if jobs > 0 and not done:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")

@@ -48,8 +48,8 @@ class EvaluationConfig(Section):
     captions: int = Field(default=256, ge=2)
     """Held-out captions, the same for all variants and seeds."""
     caption_seed: int = Field(default=1, ge=0)
-    """Which of the held-out captions. Values are chosen on those of 0, which the demo has too, so results are of others;
-    of 256 captions, two seeds share about 15."""
+    """Which of the held-out captions. Values are chosen on those of 0, which are the demo's too, and results are of
+    others; of 256 captions, two seeds share about 15."""
     noises: int = Field(default=4, ge=1)
     """How often each caption is sampled. Noises differ between seeds, and are the same for all variants of a seed."""
     batch_size: int = Field(default=64, ge=1)
@@ -66,8 +66,8 @@ class StudyConfig(Section):
     variants: tuple[str, ...] = Field(min_length=1)
     """All variants, in the order of tables and figures."""
     seeds: str = "1..8"
-    """Seeds of training, where none are asked for, as :func:`parse_seeds` reads them. Those from 100 on are for choosing
-    values."""
+    """Seeds of training, where none are asked for, as :func:`parse_seeds` reads them. Those from 100 on are for
+    choosing values."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How they are measured."""
 
@@ -115,8 +115,10 @@ class Study:
         titles: The same of each variant of its folder.
         config: How variants are measured and compared.
         variants: In the order of tables; those that were chosen and all that they refer to.
-        worked_on: Those that there is work for: the chosen ones and what they need results of. A teacher needs the values
-            of its run alone.
+        worked_on: Those that there is work for: the chosen ones and what they need results of. A teacher needs only the
+            values of its run.
+        source: The name or path that it was asked for by.
+        overrides: What ``--set`` has changed.
     """
 
     name: str
@@ -125,6 +127,8 @@ class Study:
     config: StudyConfig
     variants: Mapping[str, Variant]
     worked_on: Set[str]
+    source: str
+    overrides: Sequence[str]
 
     @property
     def data(self) -> ShapesData:
@@ -206,7 +210,9 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
     config = load_config(StudyConfig, str(folder / STUDY), of_evaluation)
     parse_seeds(config.seeds)
     files = {
-        file.stem: file for file in sorted(folder.glob("*.yaml")) if file.name != STUDY and file.name[0] != SHARED
+        file.stem: file
+        for file in sorted(folder.glob("*.yaml"))
+        if file.name != STUDY and not file.name.startswith(SHARED)
     }
     if taken := files.keys() & {REFERENCE, CONTROLS}:
         raise ConfigError(f"{folder}: {', '.join(sorted(taken))} cannot be the name of a variant. Choose another one.")
@@ -221,7 +227,7 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
     named = _with_needs(folder, worked_on, (*NEEDS, "teacher_of"))
     chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in named}
     titles = {each: describe(files[each]) for each in config.variants}
-    study = Study(folder.name, describe(folder / STUDY), titles, config, chosen, worked_on)
+    study = Study(folder.name, describe(folder / STUDY), titles, config, chosen, worked_on, name, overrides)
     _check(study, folder)
     return study
 
@@ -245,7 +251,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[str]:
-    """Names of variants, and of those that they refer to by ``keys``; a name without a file is left to :func:`_load_variant`."""
+    """Names of variants, and of those that they refer to by ``keys``, and so on."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
