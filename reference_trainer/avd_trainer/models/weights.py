@@ -69,7 +69,7 @@ class TransformerWeights:
         digest = hashlib.blake2b(json.dumps(self.config, sort_keys=True, default=str).encode(), digest_size=12)
         for name in self.names():
             digest.update(f"{name} {self.shape(name)} {self.dtype(name)}".encode())
-            digest.update(self.read(name).flatten().view(torch.uint8).numpy())
+            digest.update(self.read(name).flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def close(self) -> None:
