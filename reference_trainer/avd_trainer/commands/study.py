@@ -19,7 +19,10 @@ NAME_HELP = f"A study ({', '.join(list_studies())}) or a folder with a study.yam
 def study(
     name: Annotated[str, typer.Argument(help=NAME_HELP)],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that the study writes.")],
-    seeds: Annotated[str, typer.Option(help="Seeds of training: a range or a list, such as 1,3,7.")] = "1..8",
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Seeds of training: a range or a list, such as 1,3,7. Without it, those of the study."),
+    ] = None,
     jobs: Annotated[
         int,
         typer.Option(min=0, help="Processes, each with one thread. 0 only makes the tables again of what is there."),
@@ -36,14 +39,18 @@ def study(
         # of threads changes results in the last digit.
         os.environ["OMP_NUM_THREADS"] = "1"
         from avd_trainer.studies.definition import load_study, parse_seeds
-        from avd_trainer.studies.runner import SAVED, run_study
+        from avd_trainer.studies.runner import SAVED, FailedProcessError, run_study
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
 
-        chosen = parse_seeds(seeds)
         found = load_study(name, set_ or [], None if variants is None else variants.split(","))
+        chosen = parse_seeds(found.config.seeds if seeds is None else seeds)
         if jobs == 0 and not (output / SAVED).exists():
             raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")
-        done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
+        try:
+            done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
+        except FailedProcessError:
+            write_summary(found, output, chosen)
+            raise
         write_summary(found, output, chosen)
         if jobs > 0 and not done:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")

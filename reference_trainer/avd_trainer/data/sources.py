@@ -159,9 +159,16 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
 
 
-def held_out_shapes(config: ShapesData, count: int) -> MovingShapes:
-    """The first of the clips that no run with this data trains on."""
-    return MovingShapes(count, HELD_OUT + config.seed, held_out=True, saturation=config.saturation)
+def held_out_shapes(config: ShapesData, count: int, caption_seed: int = 0) -> MovingShapes:
+    """The first of the clips that no run with this data trains on.
+
+    Args:
+        config: Which data.
+        count: How many clips.
+        caption_seed: Which of the held-out captions. Sets of two seeds are drawn one without regard to the other.
+    """
+    seed = HELD_OUT * (1 + caption_seed) + config.seed
+    return MovingShapes(count, seed, held_out=True, saturation=config.saturation)
 
 
 def _open_shards(data: ShardsData, prompts: ShardsData | None, held_out: int, *, text: bool) -> TrainingData:

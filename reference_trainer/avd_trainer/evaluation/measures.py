@@ -13,6 +13,9 @@ from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.shape_measures import shape_measures
 from avd_trainer.evaluation.shape_tracking import track_shapes
 
+VERSION = 2
+"""Raise it with every change of what a measure is of the same clips: results of two versions are not compared."""
+
 
 @dataclass(frozen=True)
 class Measure:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -61,6 +63,14 @@ class TransformerWeights:
             slices: One slice for each of the first dimensions; ``None`` for the whole tensor.
         """
         return self._tensors[name][slices or ()].clone(memory_format=torch.contiguous_format)
+
+    def digest(self) -> str:
+        """A word for the configuration and all weights, the same for any files that hold the same."""
+        digest = hashlib.blake2b(json.dumps(self.config, sort_keys=True, default=str).encode(), digest_size=12)
+        for name in self.names():
+            digest.update(f"{name} {self.shape(name)} {self.dtype(name)}".encode())
+            digest.update(self.read(name).flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Let go of the files; nothing can be read afterwards."""

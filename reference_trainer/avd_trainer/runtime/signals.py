@@ -19,6 +19,9 @@ class StopSignals:
     A second Ctrl-C, for those in a hurry, interrupts as usual. It has to come a second later at the earliest: a
     terminal sends Ctrl-C to the launcher and its processes, and the launcher sends it to them once more.
 
+    Inside another one, what came is told to that one at the end: what is around a run that was nearly done has to stop
+    too.
+
     Attributes:
         received: The name of the first signal that came, or None.
     """
@@ -38,6 +41,9 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopSignals) and number.name == self.received:
+                outer._receive(number, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

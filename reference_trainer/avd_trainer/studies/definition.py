@@ -1,7 +1,7 @@
 """A study as its folder says it: which variants of a run are compared, and how they are measured.
 
-``study.yaml`` is about the whole (:class:`StudyConfig`). Each other file is a variant, and the first sentence of its
-comment says what it is:
+``study.yaml`` is about the whole (:class:`StudyConfig`). Files whose names begin with ``_`` are for others to extend.
+Each other file is a variant, and the first sentence of its comment says what it is:
 
 - a run (:class:`TrainConfig`, usually with ``extends:``), which is trained once for each seed;
 - with ``teacher_of: VARIANT`` the teacher of that run (:class:`TeacherVariant`);
@@ -10,8 +10,9 @@ comment says what it is:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +21,22 @@ from pydantic import Field
 from avd_core import step_rates
 from avd_trainer.config.loading import ConfigError, load_config, read_values
 from avd_trainer.config.sections import Section, ShapesData
+from avd_trainer.evaluation.measures import VERSION
 from avd_trainer.methods.base import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.studies.catalog import STUDY, describe, find_study
 from avd_trainer.training.config import TrainConfig
 
+SHARED = "_"
+"""Files whose names begin so are no variants; others extend them."""
 EVALUATION = "evaluation."
 """Keys of ``--set`` that begin so are about measuring, all others about training."""
 
+
+NEEDS = ("of", "interpolator")
+"""Keys that name a variant whose results this one starts from."""
 
 REFERENCE, CONTROLS = "reference", "controls"
 """Units beside the variants: what real clips score, and clips that were spoiled on purpose."""
@@ -39,6 +47,9 @@ class EvaluationConfig(Section):
 
     captions: int = Field(default=256, ge=2)
     """Held-out captions, the same for all variants and seeds."""
+    caption_seed: int = Field(default=1, ge=0)
+    """Which of the held-out captions. Values are chosen on those of 0, which are the demo's too, and results are of
+    others; of 256 captions, two seeds share about 15."""
     noises: int = Field(default=4, ge=1)
     """How often each caption is sampled. Noises differ between seeds, and are the same for all variants of a seed."""
     batch_size: int = Field(default=64, ge=1)
@@ -54,6 +65,9 @@ class StudyConfig(Section):
     """The variant that all others are compared with."""
     variants: tuple[str, ...] = Field(min_length=1)
     """All variants, in the order of tables and figures."""
+    seeds: str = "1..8"
+    """Seeds of training, where none are asked for, as :func:`parse_seeds` reads them. Those from 100 on are for
+    choosing values."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How they are measured."""
 
@@ -100,7 +114,11 @@ class Study:
         title: What it is, in a sentence.
         titles: The same of each variant of its folder.
         config: How variants are measured and compared.
-        variants: In the order of tables; those that were chosen and what they need.
+        variants: In the order of tables; those that were chosen and all that they refer to.
+        worked_on: Those that there is work for: the chosen ones and what they need results of. A teacher needs only the
+            values of its run.
+        source: The name or path that it was asked for by.
+        overrides: What ``--set`` has changed.
     """
 
     name: str
@@ -108,6 +126,9 @@ class Study:
     titles: Mapping[str, str]
     config: StudyConfig
     variants: Mapping[str, Variant]
+    worked_on: Set[str]
+    source: str
+    overrides: Sequence[str]
 
     @property
     def data(self) -> ShapesData:
@@ -120,6 +141,14 @@ class Study:
     def teacher(self) -> str | None:
         """The teacher, which all variants share; None where none of the chosen ones has one."""
         return next((run.teacher for run in map(self.run, self.variants) if run.teacher is not None), None)
+
+    @cached_property
+    def teacher_digest(self) -> str | None:
+        """A word for the teacher's weights: a name or a path may come to stand for others."""
+        if self.teacher is None:
+            return None
+        with open_weights(self.teacher) as weights:
+            return weights.digest()
 
     def run(self, variant: str) -> TrainConfig:
         """The run behind a variant."""
@@ -134,9 +163,10 @@ class Study:
 
     def units(self, seeds: Sequence[int]) -> list[Unit]:
         """All there is to do, seed by seed, so that a study that is not done yet has whole rows of pairs."""
+        worked_on = [name for name in self.variants if name in self.worked_on]
         once = [Unit(name, self.data.seed) for name in (REFERENCE, CONTROLS)]
-        once += [Unit(name, self.run(name).seed) for name in self.variants if not self.is_measured(name)]
-        return once + [Unit(name, seed) for seed in seeds for name in self.variants if self.is_measured(name)]
+        once += [Unit(name, self.run(name).seed) for name in worked_on if not self.is_measured(name)]
+        return once + [Unit(name, seed) for seed in seeds for name in worked_on if self.is_measured(name)]
 
     def needs(self, unit: Unit) -> list[Unit]:
         """The units whose results a unit starts from."""
@@ -150,10 +180,15 @@ class Study:
 
     def values(self) -> dict[str, Any]:
         """All values that results depend on, for the study's folder."""
+        variants = {name: variant.model_dump(mode="json") for name, variant in self.variants.items()}
+        for name, variant in self.variants.items():
+            if isinstance(variant, TrainConfig) and variant.teacher is not None:
+                variants[name]["teacher_digest"] = self.teacher_digest
         return {
             "study": self.name,
             "evaluation": self.config.evaluation.model_dump(mode="json"),
-            "variants": {name: variant.model_dump(mode="json") for name, variant in self.variants.items()},
+            "measures_version": VERSION,
+            "variants": variants,
         }
 
 
@@ -173,7 +208,12 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
     of_evaluation = [override for override in overrides if override.startswith(EVALUATION)]
     of_runs = [override for override in overrides if override not in of_evaluation]
     config = load_config(StudyConfig, str(folder / STUDY), of_evaluation)
-    files = {file.stem: file for file in sorted(folder.glob("*.yaml")) if file.name != STUDY}
+    parse_seeds(config.seeds)
+    files = {
+        file.stem: file
+        for file in sorted(folder.glob("*.yaml"))
+        if file.name != STUDY and not file.name.startswith(SHARED)
+    }
     if taken := files.keys() & {REFERENCE, CONTROLS}:
         raise ConfigError(f"{folder}: {', '.join(sorted(taken))} cannot be the name of a variant. Choose another one.")
     if set(config.variants) != files.keys() or len(set(config.variants)) < len(config.variants):
@@ -183,10 +223,11 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
         )
     if unknown := [each for each in [config.baseline, *(variants or ())] if each not in files]:
         raise UserError(f"Study {name} has no variant {unknown[0]!r}. It has {', '.join(config.variants)}.")
-    needed = _with_needs(folder, variants or config.variants)
-    chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in needed}
+    worked_on = _with_needs(folder, variants or config.variants, NEEDS)
+    named = _with_needs(folder, worked_on, (*NEEDS, "teacher_of"))
+    chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in named}
     titles = {each: describe(files[each]) for each in config.variants}
-    study = Study(folder.name, describe(folder / STUDY), titles, config, chosen)
+    study = Study(folder.name, describe(folder / STUDY), titles, config, chosen, worked_on, name, overrides)
     _check(study, folder)
     return study
 
@@ -205,12 +246,12 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError:
         seeds = []
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text}: expected a range such as 1..8, or a list such as 1,3,7, each seed once.")
+        raise UserError(f"seeds {text!r}: expected a range such as 1..8, or a list such as 1,3,7, each seed once.")
     return sorted(seeds)
 
 
-def _with_needs(folder: Path, names: Sequence[str]) -> set[str]:
-    """Names of variants, and of those that they refer to; a name without a file is left to :func:`_load_variant`."""
+def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[str]:
+    """Names of variants, and of those that they refer to by ``keys``, and so on."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -223,7 +264,7 @@ def _with_needs(folder: Path, names: Sequence[str]) -> set[str]:
                 f"{folder} has no variant {name!r}, which another one names. Add {file.name}, or correct it."
             )
         values = read_values(file)
-        waiting += [values[key] for key in ("of", "teacher_of", "interpolator") if isinstance(values.get(key), str)]
+        waiting += [values[key] for key in keys if isinstance(values.get(key), str)]
     return found
 
 

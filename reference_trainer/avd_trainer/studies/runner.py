@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,10 +22,16 @@ from avd_trainer.studies.units import StoppedError, Workplace
 from avd_trainer.training.folder import LOCK, FolderInUseError, locked
 
 SAVED = "study.json"
+OVERRIDES = "overrides"
+"""Key of ``study.json``: ``--set`` of the latest call, for the command that would do it again; values are compared."""
 UNITS = "units"
 LOGS = "logs"
 SECONDS_BETWEEN_LOOKS = 1.0
 """How long a process waits for units that others work at before it looks again whether one is free."""
+
+
+class FailedProcessError(UserError):
+    """A process of a study has failed; what the others did is there."""
 
 
 def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1) -> bool:
@@ -44,7 +51,8 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
         Whether all is done; False where a signal asked it to stop.
 
     Raises:
-        UserError: If ``folder`` holds something else or was made with other values, or a process fails.
+        FailedProcessError: If a process failed and units are left.
+        UserError: If ``folder`` holds something else or was made with other values.
     """
     claim_study(study, folder)
     if jobs == 1:
@@ -70,12 +78,13 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
                 bar.advance()
             shown = done
     failed = [log for process, log in zip(processes, own, strict=False) if process.exitcode]
-    if failed and signals.received is None:
-        raise UserError(
+    missing = _missing(study, folder, seeds)
+    if failed and missing and signals.received is None:
+        raise FailedProcessError(
             f"{len(failed)} of {len(processes)} processes failed; {failed[0]} says why. Mend it and run the same "
             "command again: what is done stays."
         )
-    return not _missing(study, folder, seeds)
+    return not missing
 
 
 def claim_study(study: Study, folder: Path) -> None:
@@ -91,7 +100,7 @@ def claim_study(study: Study, folder: Path) -> None:
             saved = read_json(folder / SAVED)
             shared = {name: saved["variants"][name] for name in study.variants if name in saved["variants"]}
             own = values | {"variants": {name: values["variants"][name] for name in shared}}
-            if differing := differences(saved | {"variants": shared}, own):
+            if differing := differences(saved | {"variants": shared}, own, (OVERRIDES,)):
                 raise UserError(
                     f"{folder} holds results of other values:\n" + "\n".join(differing) + "\n"
                     "Choose a new --output for these, or run with the values there to go on."
@@ -99,7 +108,7 @@ def claim_study(study: Study, folder: Path) -> None:
             values["variants"] = saved["variants"] | values["variants"]
         elif {path.name for path in folder.iterdir()} - {LOCK}:
             raise UserError(f"{folder} holds something that is no study. Choose a new --output.")
-        write_json(folder / SAVED, values)
+        write_json(folder / SAVED, values | {OVERRIDES: study.overrides})
 
 
 def result_file(folder: Path, unit: Unit) -> Path:
@@ -132,14 +141,15 @@ def _try(place: Workplace, folder: Path, unit: Unit) -> bool:
         return False
     own = folder / UNITS / str(unit)
     own.mkdir(parents=True, exist_ok=True)
-    try:
-        with locked(own):
-            if result_file(folder, unit).exists():
-                return False
-            write_json(result_file(folder, unit), place.do(unit))
-            return True
-    except FolderInUseError:
-        return False
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(own))
+        except FolderInUseError:
+            return False
+        if result_file(folder, unit).exists():
+            return False
+        write_json(result_file(folder, unit), place.do(unit))
+        return True
 
 
 def _work_unseen(study: Study, folder: Path, seeds: Sequence[int], log: Path) -> None:

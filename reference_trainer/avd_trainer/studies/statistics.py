@@ -33,13 +33,6 @@ class Estimate(NamedTuple):
     high: float | None
     seeds: int
 
-    @property
-    def sign(self) -> int:
-        """1 or -1 if the interval lies above or below 0; 0 if it holds 0, or there is none."""
-        if self.low is None or self.high is None:
-            return 0
-        return int(self.low > 0) - int(self.high < 0)
-
 
 def estimate(values: Sequence[float]) -> Estimate:
     """The mean of independent values, with its bootstrap interval.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +22,8 @@ from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
 from avd_trainer.studies.deviations import save_deviations
 from avd_trainer.studies.dots import save_figure
-from avd_trainer.studies.runner import SAVED, result_file
-from avd_trainer.studies.statistics import LEAST_SEEDS, LEVEL, compare, estimate
+from avd_trainer.studies.runner import OVERRIDES, SAVED, result_file
+from avd_trainer.studies.statistics import LEAST_SEEDS, LEVEL, Estimate, compare, estimate
 from avd_trainer.training.folder import locked
 
 RESULTS = "results.json"
@@ -82,12 +83,13 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
             of_seeds = _column(values[name], measure)
             if not of_seeds:
                 continue
-            measures[measure] = estimate(list(of_seeds.values()))._asdict()
+            measures[measure] = _told(estimate(list(of_seeds.values())), units[name])
             baseline = _column(values.get(study.config.baseline, {}), measure)
             if real and name != study.config.baseline:
                 distance = partial(MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
                 found = compare(of_seeds, baseline, distance)
-                measures[measure]["against_baseline"] = None if found is None else found._asdict()
+                compared = units[name], units.get(study.config.baseline, {})
+                measures[measure]["against_baseline"] = None if found is None else _told(found, *compared)
         variants[name] = {
             "title": study.titles[name],
             "measures": measures,
@@ -101,11 +103,12 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
     return {
         "study": study.name,
         "title": study.title,
-        "command": f"avd study {study.name} --output DIR --seeds {','.join(map(str, seeds))}",
+        "command": _command(study, saved, seeds, {name for name, own in units.items() if own} | study.worked_on),
         "baseline": study.config.baseline,
         "evaluation": saved["evaluation"],
         "seeds": list(seeds),
-        "statistics": f"{LEVEL:.0%} intervals (bootstrap, expanded percentile) from {LEAST_SEEDS} seeds on",
+        "statistics": f"{LEVEL:.0%} intervals (bootstrap, expanded percentile) from {LEAST_SEEDS} seeds on; none where "
+        "one has diverged",
         "reference": real,
         "controls": controls,
         "variants": variants,
@@ -126,7 +129,7 @@ def render(results: Mapping[str, Any]) -> str:
     reference = Reference(spreads, results["reference"]["sets"], results["evaluation"]["captions"], none)
     rows = [
         Row(
-            name,
+            _labelled(name, each),
             {key: found["mean"] for key, found in each["measures"].items()},
             {key: (found["low"], found["high"]) for key, found in each["measures"].items() if found["low"] is not None},
         )
@@ -152,6 +155,22 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _told(found: Estimate, *variants: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """An estimate as plain values; without an interval where a seed diverged, since those left are the better ones."""
+    diverged = any("failed" in unit for units in variants for unit in units.values())
+    return (found._replace(low=None, high=None) if diverged else found)._asdict()
+
+
+def _command(study: Study, saved: Mapping[str, Any], seeds: Sequence[int], variants: Set[str]) -> str:
+    """What would do it again, in the shell's words."""
+    words = ["avd", "study", study.source, "--output", "DIR", "--seeds", ",".join(map(str, seeds))]
+    if variants < set(study.config.variants):
+        words += ["--variants", ",".join(name for name in study.config.variants if name in variants)]
+    for override in saved[OVERRIDES]:
+        words += ["--set", override]
+    return shlex.join(words)
+
+
 def _controls(results: Mapping[str, Any]) -> Mapping[str, Mapping[str, float]]:
     return results["controls"]["controls"] if results["controls"] else {}
 
@@ -175,11 +194,17 @@ def _progress(variant: Mapping[str, Any], seeds: Sequence[int]) -> str:
     return f"{len(variant['seeds'])} of {len(seeds)} seeds{diverged}"
 
 
+def _labelled(name: str, variant: Mapping[str, Any]) -> str:
+    """A variant's name; with the number of students that its means are over, where some have diverged."""
+    values = [unit for unit in variant["seeds"].values() if "failed" not in unit]
+    return name if len(values) == len(variant["seeds"]) else f"{name} (n = {len(values)})"
+
+
 def _difference(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     text = f"{found['mean']:+.3f}"
     if found["low"] is None:
-        return text
+        return f"{text} (n = {found['seeds']})"
     text = f"{text} [{found['low']:+.3f}, {found['high']:+.3f}]"
     return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text

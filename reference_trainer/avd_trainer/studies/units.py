@@ -102,7 +102,12 @@ class Workplace:
         if unit.variant == REFERENCE:
             sets = self.study.config.evaluation.renderings
             with ProgressBar(str(unit), sets) as bar:
-                reference = reference_of_shapes(self._shapes, self._codec, sets=sets, on_set=bar.advance)
+
+                def advance() -> None:
+                    bar.advance()
+                    self._check_stop()
+
+                reference = reference_of_shapes(self._shapes, self._codec, sets=sets, on_set=advance)
             return {"sets": reference.sets, "spreads": {name: asdict(each) for name, each in reference.spreads.items()}}
         if unit.variant == CONTROLS:
             controls = controls_of_shapes(self._shapes, self._codec)
@@ -146,8 +151,7 @@ class Workplace:
         device, shape = self.ranks.device, self._held_out.latents.shape[1:]
         parts = []
         for places in self._batches:
-            if self._stopping():
-                raise StoppedError
+            self._check_stop()
             # A stream for each sample, so that neither the batches nor the variant change its noise.
             seeds = [seed_of("study", unit.seed, noise, place) for place in places]
             streams = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -205,9 +209,12 @@ class Workplace:
             raise NonFiniteError(f"There is nothing to sample with: {unit} has diverged.")
         return product
 
-    def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
+    def _check_stop(self) -> None:
         if self._stopping():
             raise StoppedError
+
+    def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
+        self._check_stop()
         return measure(latents, video, self._held_out.captions, self._real)
 
     @cached_property
@@ -217,7 +224,8 @@ class Workplace:
 
     @cached_property
     def _shapes(self) -> MovingShapes:
-        return held_out_shapes(self.study.data, self.study.config.evaluation.captions)
+        evaluation = self.study.config.evaluation
+        return held_out_shapes(self.study.data, evaluation.captions, evaluation.caption_seed)
 
     @cached_property
     def _held_out(self) -> CaptionedLatents:

@@ -6,7 +6,7 @@ import torch
 from avd_trainer.config.sections import DataSection, ShapesData, ShardsData
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_writing import ShardWriter
-from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
+from avd_trainer.data.sources import TrainingData, assumed_encoding, held_out_shapes, load_data
 from avd_trainer.models.codecs.latent_space import latent_space_of
 from avd_trainer.runtime.errors import UserError
 
@@ -86,3 +86,13 @@ def test_data_that_does_not_say_it_is_taken_for_the_teachers(wan: str) -> None:
     for teacher, space in ((BUNDLED, "block-dct"), (wan, "wan"), ("someone/else", "wan")):
         assert assumed_encoding(shards, teacher).latent_space == space
         assert assumed_encoding(ShapesData(), teacher).latent_space == "block-dct"
+
+
+def test_another_caption_seed_has_other_held_out_captions() -> None:
+    config = ShapesData(seed=4)
+    one, other = (held_out_shapes(config, 64, seed) for seed in (0, 1))
+    assert all(each.render(0, 0).scene.held_out for each in (one, other))
+    captions = [{shapes[index].caption for index in range(64)} for shapes in (one, other)]
+    assert len(captions[0] & captions[1]) < 8
+    # Nor are they those of another data seed.
+    assert other.seed != held_out_shapes(ShapesData(seed=5), 64).seed

@@ -279,6 +279,22 @@ def test_a_part_is_a_copy_of_that_part(opened: TransformerWeights, model: WanTra
     assert torch.equal(opened.read(name), whole)
 
 
+def test_a_digest_is_of_names_values_and_configuration(model: WanTransformer3DModel, tmp_path: Path) -> None:
+    def digest(name: str, **changes: int) -> str:
+        model.save_pretrained(tmp_path / name)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changes))
+        with open_weights(str(tmp_path / name)) as weights:
+            return weights.digest()
+
+    one = digest("one")
+    assert digest("copy") == one
+    assert digest("configuration", freq_dim=2 * model.config.freq_dim) != one
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1.0
+    assert digest("weight") != one
+
+
 def test_nothing_is_read_after_closing(opened: TransformerWeights) -> None:
     opened.close()
     with pytest.raises(KeyError):

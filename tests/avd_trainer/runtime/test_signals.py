@@ -43,3 +43,13 @@ def test_a_ctrl_c_that_a_launcher_sends_again_is_one(clock: list[float]) -> None
         except KeyboardInterrupt:  # which would end pytest
             pytest.fail("the repetition interrupted")
         assert signals.received == "SIGINT"
+
+
+def test_a_signal_inside_is_told_to_what_is_around() -> None:
+    with StopSignals() as outer:
+        with StopSignals() as inner:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert inner.received == outer.received == "SIGUSR1"
+    with StopSignals() as outer, StopSignals():
+        pass
+    assert outer.received is None

@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from avd_trainer.config.loading import read_values
+from avd_trainer.evaluation.measures import VERSION
+from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.studies.catalog import find_study, list_studies
 from avd_trainer.studies.definition import (
@@ -60,6 +63,50 @@ def test_a_variant_brings_what_it_refers_to(tmp_path: Path) -> None:
     assert list(load_study(name, variants=["avd"]).variants) == ["avd"]
 
 
+def test_a_teacher_brings_the_values_of_its_run_and_no_work(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path / "small"), variants=["teacher"])
+    assert list(study.variants) == ["teacher", "dmd"]
+    assert "dmd" in study.values()["variants"]
+    assert [unit.variant for unit in study.units([1])] == ["reference", "controls", "teacher"]
+
+
+def test_files_for_others_to_extend_are_no_variants(tmp_path: Path) -> None:
+    name = write_study(tmp_path / "small", _shared="extends: dmd\nmax_steps: 9", avd="# As shared.\nextends: _shared")
+    study = load_study(name)
+    assert "_shared" not in study.variants
+    assert study.run("avd").max_steps == 9
+
+
+def test_values_say_which_weights_and_measures(tmp_path: Path) -> None:
+    values = load_study(write_study(tmp_path / "small")).values()
+    with open_weights("bundled:tiny") as weights:
+        digest = weights.digest()
+    assert values["measures_version"] == VERSION
+    of_runs = {name: each.get("teacher_digest") for name, each in values["variants"].items()}
+    assert of_runs == {"teacher": None, "dmd": digest, "avd": digest, "half-rate": None, "interpolator": None}
+
+
+def test_values_are_chosen_on_other_captions_and_seeds_than_results() -> None:
+    tuning, table2 = load_study("tuning"), load_study("table2")
+    assert set(parse_seeds(tuning.config.seeds)).isdisjoint(parse_seeds(table2.config.seeds))
+    assert tuning.config.evaluation.caption_seed != table2.config.evaluation.caption_seed
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_no_study_hangs_on_what_a_preset_says_of_the_regression(name: str) -> None:
+    """A preset may come to judge by something else; what a study's titles say must stay true."""
+    study = load_study(name)
+    folder = find_study(name)
+    runs = {each: run for each, run in study.variants.items() if isinstance(run, TrainConfig)}
+    for variant in [each for each, run in runs.items() if run.method.kind == "avd"]:
+        texts, file = [], variant
+        while "/" not in file:
+            texts.append((folder / f"{file}.yaml").read_text())
+            file = str(read_values(folder / f"{file}.yaml")["extends"])
+        written = "".join(texts)
+        assert "regression: null" in written or ("judged:" in written and "deviation:" in written), variant
+
+
 def test_overrides_are_of_the_runs_or_of_the_evaluation(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "small"), ["max_steps=7", "evaluation.noises=9"])
     assert {study.run(name).max_steps for name in study.variants} == {7}
@@ -92,6 +139,7 @@ def test_overrides_are_of_the_runs_or_of_the_evaluation(tmp_path: Path) -> None:
         ),
         ({"half-rate": "# Wrong.\nof: avd\nrate: 2"}, r"rate: there is no such field"),
         ({"reference": "# Taken.\nextends: dmd"}, r"reference cannot be the name of a variant"),
+        ({"study": "baseline: dmd\nseeds: 8..1\nvariants: [teacher]"}, r"seeds '8..1': expected a range"),
         ({"study": "baseline: nobody\nvariants: [teacher, dmd, avd, half-rate, interpolator]"}, r"no variant 'nobody'"),
         ({"avd": "# Videos.\nextends: dmd\ndata: {kind: videos, path: x}"}, r"there is no such field|must be shapes"),
     ],

@@ -4,22 +4,28 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from avd_core import NonFiniteError
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json
+from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies import runner, units
-from avd_trainer.studies.definition import Study, load_study
-from avd_trainer.studies.runner import run_study
+from avd_trainer.studies.definition import REFERENCE, Study, Unit, load_study
+from avd_trainer.studies.runner import FailedProcessError, run_study
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.checkpoint import list_checkpoints
+from avd_trainer.training.folder import FolderInUseError
 from launches import Launch
 from small_study import write_study
 
@@ -212,7 +218,123 @@ def test_a_student_that_diverged_is_a_result(study: Study, copy: Path, monkeypat
     assert "avd-1 has diverged" in results(copy)["half-rate-1"]["failed"]
     found = write_summary(study, copy, SEEDS)
     assert found["variants"]["avd"]["measures"]["visible"]["seeds"] == 1
-    assert "- avd (2 of 2 seeds, 1 diverged)" in (copy / "table.md").read_text()
+    table = (copy / "table.md").read_text()
+    assert "- avd (2 of 2 seeds, 1 diverged)" in table
+    assert "| avd (n = 1) |" in table
+
+
+def test_where_a_seed_diverged_there_is_no_interval(study: Study, copy: Path) -> None:
+    """The students that are left are the better ones."""
+    seeds = list(range(1, 9))
+    for name in ("dmd", "avd", "half-rate"):
+        for seed in seeds[2:]:
+            shutil.copy(copy / "units" / f"{name}-{1 + seed % 2}.json", copy / "units" / f"{name}-{seed}.json")
+    write_json(copy / "units" / "avd-8.json", {"variant": "avd", "seed": 8, "failed": "10 steps in a row"})
+    found = write_summary(study, copy, seeds)["variants"]
+    dmd, avd, half_rate = (found[name]["measures"]["saturation"] for name in ("dmd", "avd", "half-rate"))
+    assert dmd["low"] is not None
+    assert (avd["low"], avd["high"], avd["seeds"]) == (None, None, 7)
+    assert (avd["against_baseline"]["low"], avd["against_baseline"]["seeds"]) == (None, 7)
+    assert half_rate["against_baseline"]["low"] is not None
+    write_json(copy / "units" / "dmd-8.json", {"variant": "dmd", "seed": 8, "failed": "10 steps in a row"})
+    found = write_summary(study, copy, seeds)["variants"]
+    assert found["half-rate"]["measures"]["saturation"]["low"] is not None
+    assert found["half-rate"]["measures"]["saturation"]["against_baseline"]["low"] is None
+
+
+def test_the_command_in_the_results_would_do_them_again(finished: Path, study: Study, tmp_path: Path) -> None:
+    assert write_summary(study, finished, SEEDS)["command"] == f"avd study {study.source} --output DIR --seeds 1,2"
+    other = load_study("table2", ["max_steps=3", "evaluation.noises=2"], ["dmd", "dmd-tuned"])
+    runner.claim_study(other, tmp_path)
+    command = (
+        "avd study table2 --output DIR --seeds 1,2 --variants dmd-tuned,dmd --set max_steps=3 --set evaluation.noises=2"
+    )
+    assert write_summary(other, tmp_path, SEEDS)["command"] == command
+    # Tables are made again without naming values.
+    again = load_study("table2", variants=["dmd", "dmd-tuned"])
+    assert write_summary(again, tmp_path, SEEDS)["command"] == command
+
+
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_failed_process_is_a_failure_only_where_something_is_left(
+    study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch, finishes: bool
+) -> None:
+    lost = copy / "units" / "teacher-2.json"
+    text = lost.read_text()
+    lost.unlink()
+
+    class FailingProcess:
+        exitcode = 1
+
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def start(self) -> None:
+            if finishes:  # as another process would have
+                lost.write_text(text)
+
+        def is_alive(self) -> bool:
+            return False
+
+    context = SimpleNamespace(Process=FailingProcess, set_forkserver_preload=lambda _: None)
+    monkeypatch.setattr(runner, "get_context", lambda _: context)
+    if finishes:
+        assert run_study(study, copy, SEEDS, jobs=2)
+    else:
+        with pytest.raises(FailedProcessError):
+            run_study(study, copy, SEEDS, jobs=2)
+
+
+def test_a_run_whose_folder_is_in_use_is_told(study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By somebody's `avd train`: waiting for a unit of the study would be for ever."""
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise FolderInUseError("Another process is training")
+
+    (copy / "units" / "avd-1.json").unlink()
+    shutil.rmtree(copy / "units" / "avd-1" / "run")
+    monkeypatch.setattr(units, "train", refuse)
+    with pytest.raises(FolderInUseError):
+        run_study(study, copy, SEEDS)
+
+
+def test_measuring_real_clips_stops_on_request(study: Study, tmp_path: Path, ranks: Ranks) -> None:
+    asked: list[None] = []
+
+    def stopping() -> bool:
+        asked.append(None)
+        return True
+
+    with pytest.raises(units.StoppedError):
+        units.Workplace(study, tmp_path, ranks, stopping).do(Unit(REFERENCE, 4))
+    assert len(asked) == 1
+
+
+def test_in_a_seed_all_variants_have_the_same_noises(
+    study: Study, tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+
+    def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
+        further = [torch.randn(noise.shape[1:], generator=stream) for stream in streams]
+        seen.append(torch.stack([noise, torch.stack(further)]))
+        return noise
+
+    monkeypatch.setattr(units.Workplace, "_student", lambda *_: sample)
+    monkeypatch.setattr(units.Workplace, "_teacher", lambda *_: sample)
+    place = units.Workplace(study, tmp_path, ranks)
+
+    def noises(variant: str, seed: int, noise: int) -> Tensor:
+        seen.clear()
+        with ProgressBar("samples", 2, quiet=True) as bar:
+            place._sample(Unit(variant, seed), noise, bar)
+        return torch.cat(seen, dim=1)
+
+    first = noises("dmd", 1, 0)
+    for variant in ("teacher", "avd", "half-rate"):
+        assert torch.equal(noises(variant, 1, 0), first)
+    clips = torch.cat([first, noises("dmd", 1, 1), noises("dmd", 2, 0)], dim=1).flatten(0, 1).flatten(1)
+    assert len(clips.unique(dim=0)) == len(clips)  # none twice: of captions, of noises, of seeds, of what follows
 
 
 def test_the_summary_is_made_again_from_the_units(study: Study, copy: Path) -> None:
