@@ -2,11 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.moving_shapes import Scene
@@ -174,3 +177,35 @@ def test_the_demo_is_of_avd(tmp_path: Path, ranks: Ranks) -> None:
     with pytest.raises(UserError, match="compares AVD with DMD alone, and this is method dmd"):
         run_demo(other, tmp_path / "demo", ranks)
     assert not (tmp_path / "demo").exists()
+
+
+def test_all_rows_start_from_the_same_noise(
+    tmp_path: Path, ranks: Ranks, finished: tuple[Path, Findings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("dmd", "avd"):
+        shutil.copytree(finished[0] / name, tmp_path / name)
+    shutil.copy(finished[0] / demo.CONFIG, tmp_path / demo.CONFIG)
+    seen: list[list[Tensor]] = []
+
+    def recorded(sampler: Any) -> Any:
+        def sample(*args: Any, **kwargs: Any) -> Any:
+            (draw,) = (each for each in args if callable(each) and not hasattr(each, "module"))
+
+            def record(shape: Sequence[int]) -> Tensor:
+                noise: Tensor = draw(shape)
+                seen[-1].append(noise)
+                return noise
+
+            seen.append([])
+            return sampler(*(record if each is draw else each for each in args), **kwargs)
+
+        return sample
+
+    for name in ("sample_teacher", "few_step_rollout"):
+        monkeypatch.setattr(demo, name, recorded(getattr(demo, name)))
+    assert run_demo(config(), tmp_path, ranks) is not None
+    teacher, *students = (torch.stack(each) for each in seen)
+    for student in students:
+        assert torch.equal(student[0], teacher[0])
+        assert torch.equal(student, students[0])
+        assert len(student.flatten(0, 1).unique(dim=0)) == student.shape[0] * student.shape[1]
