@@ -48,7 +48,7 @@ GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
 SMALL = ["max_steps=4", "batch_size=4", "samples.every=null", "logging.tensorboard=false"]
 STEPS = 4
 NOT_LINEAR_IN_SAMPLES = {"matching/gradient_norm", "balance/gradient_ratio"}
-"""So they depend a little on how a batch is shared out to ranks: in dmd and avd, the methods that have them, by 0.24%."""
+"""So they depend a little on how a batch is shared out to ranks: gradient norms of dmd and avd by 0.24%."""
 
 
 @pytest.fixture(scope="module")
