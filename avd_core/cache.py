@@ -91,8 +91,9 @@ class LossMeanCache(nn.Module):
             counts for the nearest entry, so 999 is found at 1000. For times drawn from a range see :meth:`uniform`.
         decay: ``alpha`` of Eq. 6, in [0, 1). The paper's is 0.95.
         order: ``"weight_first"`` compares a loss with the mean from before the iteration (Eq. 7). ``"update_first"``,
-            as in the released code, compares it with a mean that already contains it. Deviations are then ``decay``
-            times as large, like a sharpness of 2.85 in place of 3.
+            as in the released code, compares it with a mean that already contains it. Absolute deviations are
+            then ``decay`` times as large, like a sharpness of 2.85 in place of 3; of standardised ones the unit moves,
+            too.
         auto_update: Whether each training call is an iteration of its own. See above.
         sync_ranks: Whether sums and counts are added over ranks.
         process_group: The ranks; None is the default group, where torch.distributed is initialised.

@@ -212,6 +212,9 @@ def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = No
     it compares the logarithm of the batch's mean variance, and so stops somewhat before the student moves as much as
     the samples; ``-log`` of their :func:`temporal_variance` is the floor at which it then stops.
 
+    A sample whose variance is below ``eps`` stands still, and is left out: its loss would say nothing but
+    ``-log(eps)``, 13.8, and a few of these would raise the mean far above every sample that moves.
+
     Args:
         x_0: Samples of the teacher (or real latents), ``[B, C, F, H, W]``; a few dozen suffice.
         margin: How far the floor is below the samples' temporal loss, in nats. With 0 the loss stops pushing a sample
@@ -221,20 +224,26 @@ def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = No
         eps: That of the loss.
 
     Returns:
-        ``E_x[-log(Var_t(x_0) + eps)] - margin``. Waits for the device.
+        ``E_x[-log(Var_t(x_0) + eps)] - margin``, over samples that move. Waits for the device.
 
     Raises:
-        ValueError: If a sample does not move or is not finite; otherwise as :func:`temporal_variance`.
+        ValueError: If no sample moves or one is not finite; otherwise as :func:`temporal_variance`.
     """
     frame_dim = _find_frames(x_0, frame_dim, None)
     variances = [float(_temporal_variance(sample, frame_dim)) for sample in x_0.detach().chunk(len(x_0))]
     for number, variance in enumerate(variances):
-        if not (variance > 0 and math.isfinite(variance)):
+        if not math.isfinite(variance):
             raise ValueError(
-                f"derive_floor needs samples that move, got a temporal variance of {variance} for sample {number}. "
-                "Leave out samples that stand still or are not finite."
+                f"derive_floor needs finite samples, got a temporal variance of {variance} for sample {number}. Leave "
+                "it out."
             )
-    return sum(-math.log(variance + eps) for variance in variances) / len(variances) - margin
+    moving = [variance for variance in variances if variance > eps]
+    if not moving:
+        raise ValueError(
+            f"derive_floor needs samples that move, got temporal variances of at most {max(variances)}. Pass samples "
+            "of which some move."
+        )
+    return sum(-math.log(variance + eps) for variance in moving) / len(moving) - margin
 
 
 class _TemporalVariance(torch.autograd.Function):

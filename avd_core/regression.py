@@ -26,8 +26,11 @@ Judged = Literal["loss", "relative", "excess"]
 PAPER_SPREAD = 0.3
 """The spread of losses for which the paper chose its sharpness of 3: deviations in [-0.3, 0.3] (Sec. 9.2).
 
+We read the end of the range as one standard deviation; if it were two, the unit would be 0.15.
+
 Standardised deviations are in this unit: where the spread of the losses is 0.3, they are the paper's. A loss one spread
-above its mean then has ``sharpness * PAPER_SPREAD`` in Eq. 7's sigmoid, 0.9 for the paper's sharpness."""
+above its mean then has ``sharpness * PAPER_SPREAD`` in Eq. 7's sigmoid: 0.9 for the paper's sharpness, by our reading.
+"""
 
 # A spread of differences of losses this small beside the losses is float32's rounding.
 _RESOLUTION = 1e-6

@@ -359,7 +359,7 @@ def _rules(
 def _by_step(weights: Tensor, timesteps: Tensor) -> list[Tensor]:
     """Weights of each timestep that has enough; of all others together, if they are enough or there are no more."""
     weights, timesteps = weights[weights.isfinite()], timesteps[weights.isfinite()]
-    _, index, counts = timesteps.unique(return_inverse=True, return_counts=True)
+    _, index, counts = timesteps.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
     steps = [weights[index == place] for place in (counts >= _ENOUGH).nonzero().flatten()]
     others = weights[counts[index] < _ENOUGH]
     return [*steps, others] if len(others) >= _ENOUGH or (len(others) and not steps) else steps

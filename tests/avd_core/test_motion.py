@@ -253,12 +253,21 @@ def test_with_a_derived_floor_the_term_acts_until_the_student_moves_like_the_sam
     assert not gradient_of(math.exp(0.45) * 1.01 * samples, floor=floor).any()
 
 
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_derive_floor_refuses_samples_that_do_not_move_or_are_not_finite(value: float) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_derive_floor_refuses_samples_that_are_not_finite(value: float) -> None:
     x_0 = randn(0, 2, 2, 3, 2, 2)
     x_0[1] = value
-    with pytest.raises(ValueError, match=r"samples that move, got .* for sample 1\. Leave out samples"):
+    with pytest.raises(ValueError, match=r"needs finite samples, got .* for sample 1\. Leave it out"):
         derive_floor(x_0)
+
+
+@pytest.mark.parametrize("motion", [0.0, 1e-4])
+def test_derive_floor_leaves_still_samples_out_and_needs_one_that_moves(motion: float) -> None:
+    x_0 = randn(0, 3, 2, 3, 2, 2)
+    x_0[1] *= motion
+    assert derive_floor(x_0) == pytest.approx(derive_floor(x_0[[0, 2]]))
+    with pytest.raises(ValueError, match="needs samples that move, got temporal variances of at most"):
+        derive_floor(x_0[[1]])
 
 
 def test_derive_floor_needs_no_gradient() -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from avd_trainer.data.moving_shapes import MOST_SATURATION
+
 
 def _as_sequence(value: object) -> object:
     return [value] if isinstance(value, str | Path) else value
@@ -29,7 +31,7 @@ class ShapesData(Section):
     seed: int = Field(default=0, ge=0)
     """Which clips to train on; held-out clips have captions that no seed trains on. Data and training have separate
     seeds, so that runs can differ in one alone."""
-    saturation: float = Field(default=1.0, gt=0, le=1.5)
+    saturation: float = Field(default=1.0, gt=0, le=MOST_SATURATION)
     """Of their colours, relative to the clips that the bundled teacher was trained on: another style."""
 
 

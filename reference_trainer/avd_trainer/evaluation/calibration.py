@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from torch import Tensor
 
-from avd_core import temporal_variance
+from avd_core import derive_floor, temporal_variance
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.evaluation.sharpness import ClipBatch, SharpnessCalibration, calibrate_sharpness, render_sharpness
 from avd_trainer.methods.avd import AVDMethodConfig
@@ -25,8 +25,6 @@ from avd_trainer.training.config import TrainConfig
 
 # How far the paper's floor of 0.6 lies below the 1.5 of its teacher's samples, the mean of single clips' losses.
 PAPER_MARGIN = 0.9
-# What the loss adds to the variance (eps of Eq. 8); keeps the loss of a clip that stands still finite.
-EPS = 1e-6
 
 EXPLANATION = (
     "The temporal loss is -log of the latents' variance along frames: lower means more motion, and 0.7 less is twice "
@@ -42,10 +40,12 @@ class LatentScale(BaseModel):
 
     samples: int
     """Number of clips."""
+    still: int = 0
+    """How many of them do not move."""
     clip_mean: float
-    """Mean of the single clips' temporal losses, ``-log(Var_t + eps)``, in nats."""
+    """Mean of the single clips' temporal losses, ``-log(Var_t + eps)``, in nats; of those that move."""
     clip_std: float
-    """Standard deviation of the single clips' temporal losses; 0 for one clip."""
+    """Standard deviation of the single clips' temporal losses; 0 for one clip. Of those that move."""
     temporal_loss: float
     """``-log E[Var_t]`` of all clips together; below ``clip_mean``, more so the more they differ (Jensen)."""
     channel_std: tuple[float, ...]
@@ -135,7 +135,7 @@ def calibrate_models(
     assert isinstance(method, DMDMethodConfig)
     real, size = min(samples, len(data.clips)), config.micro_batch_size or config.batch_size
     places = [row * len(data.clips) // real for row in range(real)]
-    sampler = EulerSampler(method.guidance_scale, method.sampling_shift, steps)
+    sampler = EulerSampler(guidance_scale=method.guidance_scale, shift=method.sampling_shift, steps=steps)
     with ProgressBar("teacher samples", steps * math.ceil(samples / size)) as bar:
 
         def sampled() -> Iterator[Tensor]:
@@ -243,6 +243,7 @@ def _real_batches(data: TrainingData, places: Sequence[int], size: int) -> Itera
 @torch.no_grad()
 def _measure(batches: Iterable[Tensor], what: str) -> LatentScale:
     variances: list[float] = []  # one number for each clip
+    losses: list[float] = []  # and for each that moves
     count, sums = 0, torch.zeros(2, 0)
     for batch in batches:
         if batch.ndim != 5 or batch.shape[2] < 2:
@@ -251,6 +252,7 @@ def _measure(batches: Iterable[Tensor], what: str) -> LatentScale:
                 "frame has no motion to measure."
             )
         variances += [float(temporal_variance(clip.unsqueeze(0))) for clip in batch]
+        losses += [loss for clip in batch if (loss := _temporal_loss(clip)) is not None]
         wide = batch.cpu().double()
         own = torch.stack([wide.sum(dim=(0, 2, 3, 4)), wide.square().sum(dim=(0, 2, 3, 4))])
         if count and own.shape != sums.shape:
@@ -262,21 +264,38 @@ def _measure(batches: Iterable[Tensor], what: str) -> LatentScale:
     variance = sum(variances) / len(variances)
     if not math.isfinite(variance):
         raise UserError(f"The {what} hold values that are not finite. Check the weights and the precision.")
-    if not variance > 0:
+    if not losses:
         raise UserError(f"The {what} do not move: their variance along frames is 0. No floor can be taken from them.")
-    losses = torch.tensor([-math.log(variance + EPS) for variance in variances], dtype=torch.float64)
+    nats = torch.tensor(losses, dtype=torch.float64)
     mean, mean_square = sums / count
     return LatentScale(
         samples=len(variances),
+        still=len(variances) - len(losses),
         temporal_loss=-math.log(variance),
-        clip_mean=float(losses.mean()),
-        clip_std=float(losses.std(correction=0)),
+        clip_mean=float(nats.mean()),
+        clip_std=float(nats.std(correction=0)),
         channel_std=tuple((mean_square - mean.square()).clamp_min(0).sqrt().tolist()),
     )
 
 
+def _temporal_loss(clip: Tensor) -> float | None:
+    """In nats; None for a clip that stands still, or is not finite."""
+    try:
+        return derive_floor(clip.unsqueeze(0), frame_dim=2)
+    except ValueError:
+        return None
+
+
 def _remarks(teacher: LatentScale, real: LatentScale) -> list[str]:
-    remarks = []
+    remarks = [
+        f"{scale.still} of {scale.samples} {what} stand still, and are left out of the temporal loss of single clips. "
+        f"{remedy}"
+        for scale, what, remedy in (
+            (teacher, "samples of the teacher", "Check its weights and the shift."),
+            (real, "real clips", "Leave them out of the data: a student would learn to stand still."),
+        )
+        if scale.still
+    ]
     ratio = real.std / teacher.std
     if not 0.8 <= ratio <= 1.25:
         remarks.append(

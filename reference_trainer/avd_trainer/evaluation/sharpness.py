@@ -27,7 +27,8 @@ from avd_trainer.runtime.errors import UserError
 PAPER_SHARPNESS = 3.0
 """The paper's k of Eq. 7."""
 PAPER_STEEPNESS = PAPER_SHARPNESS * PAPER_SPREAD
-"""The paper's k times the spread that it was chosen for: 0.9 in the sigmoid for a loss one spread above the mean."""
+"""The paper's k times the spread that it was chosen for: 0.9 in the sigmoid for a loss one spread above the mean,
+by our reading (:data:`PAPER_SPREAD`)."""
 
 # Half of the variance explained. Of fewer clips, a correlation as high comes about by chance.
 _HIGH_CORRELATION, _CLIPS_FOR_CORRELATION = 0.7, 10
@@ -171,9 +172,9 @@ def render_sharpness(calibration: SharpnessCalibration) -> Table:
     options = calibration.options
     explanation = (
         "k x spread, sharpness times the spread of deviations, is what a loss one spread above its mean has in the "
-        f"weight's sigmoid; {PAPER_STEEPNESS:g} in the paper. Weights are shares of method.regression.weight: 5, 50 "
-        "and 95% of clips are below. At the ends: weights in the outer tenths. Energy: correlation of what is judged "
-        "with the clip's mean square."
+        f"weight's sigmoid; {PAPER_STEEPNESS:g} in the paper, by our reading. Weights are shares of "
+        "method.regression.weight: 5, 50 and 95% of clips are below. At the ends: weights in the outer tenths. Energy: "
+        "correlation of what is judged with the clip's mean square."
     )
     caption = "\n".join([explanation, *(f"Note: {remark}" for remark in calibration.remarks)])
     title = f"Sharpness {options.sharpness:g}, {options.deviation} deviation of the {_NAMES[options.judged]}"

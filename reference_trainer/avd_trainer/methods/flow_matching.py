@@ -65,7 +65,7 @@ class FlowMatching(Method):
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
         self.teacher = models["teacher"]
-        self.sampler = EulerSampler(config.guidance_scale, config.sampling_shift)
+        self.sampler = EulerSampler(guidance_scale=config.guidance_scale, shift=config.sampling_shift)
 
     def turns(self, step: int) -> Sequence[Turn]:
         return [Turn("teacher", ("clips",))]

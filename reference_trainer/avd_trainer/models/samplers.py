@@ -56,7 +56,7 @@ class FewStepSampler:
         return few_step_rollout(model, text, shape, self.few_steps, draw_noise).x_0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EulerSampler:
     """Euler steps of the probability-flow ODE; see :func:`sample_teacher`."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from avd_core import RegressionConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
@@ -17,7 +17,8 @@ from avd_trainer.evaluation.sharpness import PAPER_SHARPNESS
 from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
-from avd_trainer.runtime.files import write_json
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.terminal import say
 from avd_trainer.training.config import TrainConfig
 
@@ -68,7 +69,7 @@ def calibrated(
         steps: Euler steps of the teacher.
 
     Raises:
-        UserError: As :func:`calibrate_models`.
+        UserError: As :func:`calibrate_models`, or if ``calibration.json`` is damaged or of another version.
     """
     method = config.method
     assert isinstance(method, AVDMethodConfig)
@@ -76,7 +77,13 @@ def calibrated(
         return method
     file = output / CALIBRATION
     if file.exists():
-        return Choice.model_validate_json(file.read_text()).applied(method)
+        try:
+            return Choice.model_validate(read_json(file)).applied(method)
+        except ValidationError as error:
+            raise UserError(
+                f"{file} is none of this version: {error.errors()[0]['msg']}. Delete it, and the clips are measured "
+                "again; or choose a new --output."
+            ) from error
     assert config.teacher is not None  # the method needs one
     teacher = load_transformer(config.teacher)
     data = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim))

@@ -115,7 +115,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except (BlockingIOError, PermissionError) as error:
             raise FolderInUseError(
-                f"Another process is training in {folder}. Wait for it, stop it, or choose another --output."
+                f"Another process is working in {folder}. Wait for it, stop it, or choose another --output."
             ) from error
         except OSError:
             pass  # a file system without locks

@@ -81,12 +81,21 @@ def test_half_precision_is_measured_in_full() -> None:
     assert calibration.teacher.temporal_loss == pytest.approx(calibration.real.temporal_loss, abs=0.02)
 
 
-def test_one_still_clip_among_others_is_no_obstacle() -> None:
-    real = clips(4)
-    real[0] = 0.5
-    calibration = calibrate([clips(4)], [real])
-    assert math.isfinite(calibration.real.clip_mean)
-    assert calibration.real.clip_std > 3
+def test_still_clips_among_others_hardly_move_the_floor_and_are_told() -> None:
+    moving = clips(24)
+    some_still = moving.clone()
+    some_still[:2] = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1, 1)
+    some_still[1] += 1e-5 * torch.randn(SHAPE)  # of rounding
+    before, after = calibrate([moving], [moving]), calibrate([some_still], [some_still])
+    assert after.floor == pytest.approx(before.floor, abs=0.05)
+    assert after.floor == pytest.approx(derive_floor(some_still), abs=1e-5)
+    assert after.real.clip_mean == after.floor
+    assert after.real.clip_std < 0.5
+    assert (before.real.still, after.real.still, after.real.samples) == (0, 2, 24)
+    assert [remark.split(",")[0] for remark in after.remarks] == [
+        "2 of 24 samples of the teacher stand still",
+        "2 of 24 real clips stand still",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,13 @@ def test_a_weight_that_would_judge_energy_is_named() -> None:
     assert not calibrated(excess, judged="excess", deviation="standardized").remarks
 
 
+@pytest.mark.parametrize(("sign", "contrast"), [(1, "high"), (-1, "low")])
+def test_the_sign_says_which_clips_would_be_turned_off(sign: int, contrast: str) -> None:
+    values, _, _ = made_up()
+    (remark,) = calibrated(batches(values, 2 + sign * 0.2 * values**2)).remarks
+    assert f"(correlation {sign}.00): it would turn off clips of {contrast} contrast" in remark
+
+
 def test_a_student_that_starts_as_its_teacher_has_no_excess() -> None:
     values, losses, _ = made_up()
     found = calibrated(batches(values, losses), judged="excess")
@@ -178,7 +185,9 @@ def test_it_can_be_read_on_a_terminal_and_by_a_program() -> None:
 
 
 def test_what_cannot_be_measured_is_named() -> None:
-    with pytest.raises(UserError, match="no real clips to calibrate the sharpness with"):
+    with pytest.raises(UserError, match=r"there are 0 of them\. Give at least two"):
         calibrated([])
+    with pytest.raises(UserError, match="there are 1 of them"):
+        calibrated(batches([1.0], [1.0]))
     with pytest.raises(UserError, match="Losses of real clips at t = 1000 are not finite"):
         calibrated(batches([1.0, 2.0], [1.0, math.nan]))

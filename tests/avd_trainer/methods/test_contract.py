@@ -47,8 +47,8 @@ VARIANTS = {
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
 SMALL = ["max_steps=4", "batch_size=4", "samples.every=null", "logging.tensorboard=false"]
 STEPS = 4
-MEANS_OF_FORWARDS = {"matching/gradient_norm", "balance/gradient_ratio"}
-"""Not linear in the samples, so they depend a little on how a batch is shared out to ranks."""
+NOT_LINEAR_IN_SAMPLES = {"matching/gradient_norm", "balance/gradient_ratio"}
+"""So they depend a little on how a batch is shared out to ranks: gradient norms of dmd and avd by 0.24%."""
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_two_ranks_follow_the_curve_of_one(
         for step, expected in zip(seen, alone, strict=True):
             assert step.keys() == expected.keys()
             for name in expected:
-                rel = 1e-2 if name in MEANS_OF_FORWARDS else 2e-3
+                rel = 1e-2 if name in NOT_LINEAR_IN_SAMPLES else 2e-3
                 assert step[name] == pytest.approx(expected[name], rel=rel, abs=1e-5), name
 
 

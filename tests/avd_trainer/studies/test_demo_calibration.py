@@ -14,6 +14,7 @@ from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.evaluation.calibration import Calibration, LatentScale
 from avd_trainer.evaluation.sharpness import SharpnessCalibration, StepWeights
 from avd_trainer.methods.avd import AVDMethodConfig
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies import demo, demo_calibration
 from avd_trainer.studies.demo import DemoConfig, run_demo
@@ -123,7 +124,9 @@ def clips(count: int = 12) -> CaptionedLatents:
 def test_clips_are_measured_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config(DemoConfig, "tiny", SMALL)
+    config = load_config(
+        DemoConfig, "tiny", [*SMALL, "method.regression.judged=loss", "method.regression.deviation=absolute"]
+    )
     first = calibrated(config, BOTH, clips(), tmp_path, samples=12, steps=2)
     assert "Calibrated on your clips: method.motion.floor=" in capsys.readouterr().out
     assert first.motion is not None
@@ -139,6 +142,16 @@ def test_clips_are_measured_once(
     monkeypatch.setattr(demo_calibration, "calibrate_models", None)
     assert calibrated(config, BOTH, clips(), tmp_path, samples=12, steps=2) == first
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "calibration.json cannot be read"), ('{"floor": 1.0}', "calibration.json is none of this version.*Delete")],
+)
+def test_a_choice_that_cannot_be_read_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "calibration.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        calibrated(load_config(DemoConfig, "tiny", SMALL), BOTH, clips(), tmp_path, samples=12, steps=2)
 
 
 def test_nothing_is_measured_unless_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ def test_a_folder_that_another_process_trains_in_is_left_alone(
 ) -> None:
     with locked(tmp_path), Launch(1, train_where, configure(), tmp_path, data) as launch:
         assert launch.wait() == [1]
-        assert f"Another process is training in {tmp_path}" in launch.printed()
+        assert f"Another process is working in {tmp_path}" in launch.printed()
     assert os.listdir(tmp_path) == [".lock"]
     with (tmp_path / ".lock").open("w") as file:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it was let go of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 
 from avd_trainer.models.codecs.latent_space import PATCH_SIZE, LatentSpace
 from avd_trainer.models.pipeline_parts import part_not_loaded
-
-if TYPE_CHECKING:
-    pass
 
 
 class WanCodec(nn.Module):
