@@ -150,6 +150,25 @@ def test_temporal_loss_is_the_mean_of_single_clips_losses(latents: Tensor) -> No
     assert values["temporal_loss"] == pytest.approx(sum(losses) / 6, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("own", "paired", "error"),
+    [
+        ((0.4, 0.2), True, 0.2),  # each clip has the other's
+        ((0.4, 0.2), False, 0.0),
+        ((0.1, 0.5), True, 0.1),  # one has too little, the other too much
+        ((0.5, 0.1), False, 0.1),
+    ],
+)
+def test_saturation_error_is_that_of_single_clips(own: tuple[float, float], paired: bool, error: float) -> None:
+    def video(saturation: tuple[float, float]) -> Tensor:
+        lowest = 0.5 * (1 - torch.tensor(saturation))
+        return torch.stack([torch.full((2,), 0.5), lowest, lowest], dim=1).view(2, 3, 1, 1, 1).expand(2, 3, 5, 4, 4)
+
+    latents = torch.randn(2, 4, 5, 3, 2, generator=torch.Generator().manual_seed(0))
+    values = clip_measures(latents, video(own), latents, video((0.2, 0.4)), paired=paired)
+    assert values["saturation_error"] == pytest.approx(error, abs=1e-6)
+
+
 def test_pixels_beyond_the_screen_count_as_the_screen_shows_them(latents: Tensor) -> None:
     video = torch.tensor([2.0, 1.0, 1.0]).view(1, 3, 1, 1, 1).expand(6, 3, 5, 8, 8)
     assert clip_measures(latents, video, latents, video, paired=True)["saturation"] == 0

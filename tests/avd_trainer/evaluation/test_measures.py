@@ -108,6 +108,17 @@ def with_jitter(speed: str) -> Spoil:
     return drawn_again(tremble)
 
 
+def in_the_first_clips(spoil: Spoil) -> Spoil:
+    """A quarter of the clips is spoiled."""
+
+    def first(clips: list[ShapeClip], strength: float, codec: BlockDCTCodec) -> Encoded:
+        count = len(clips) // 4
+        parts = spoil(clips[:count], strength, codec), encode([clip.video for clip in clips[count:]], codec)
+        return Encoded(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+    return first
+
+
 def still(clip: ShapeClip) -> Tensor:
     return clip.video[:, :1].expand_as(clip.video)
 
@@ -193,6 +204,7 @@ def test_the_other_side_of_real(name: str, spoil: Spoil, strengths: tuple[float,
     [
         ("jerk", with_jitter("quickly"), 2.0),
         ("jerk", with_jitter("slowly"), 2.0),
+        ("jerk", in_the_first_clips(with_jitter("quickly")), 2.0),
         ("jerk", STILL, 1.0),
         ("color_error", in_two_ways(SATURATED), 0.2),
         ("saturation_error", in_two_ways(SATURATED), 0.2),
