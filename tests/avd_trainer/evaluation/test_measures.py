@@ -204,7 +204,7 @@ def test_the_other_side_of_real(name: str, spoil: Spoil, strengths: tuple[float,
     [
         ("jerk", with_jitter("quickly"), 2.0),
         ("jerk", with_jitter("slowly"), 2.0),
-        ("jerk", in_the_first_clips(with_jitter("quickly")), 2.0),
+        ("jerk", in_the_first_clips(with_jitter("quickly")), 4.0),
         ("jerk", STILL, 1.0),
         ("color_error", in_two_ways(SATURATED), 0.2),
         ("saturation_error", in_two_ways(SATURATED), 0.2),
