@@ -108,7 +108,7 @@ def encode(
         from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
         from avd_trainer.data.videos import video_files
 
-        space: LatentSpace = "block-dct" if model == TINY else "wan"
+        space: LatentSpace = "block-dct-4" if model == TINY else "wan"
         default = FORMATS[space]
         clip_format = ClipFormat(
             frames=default.frames if frames is None else frames,

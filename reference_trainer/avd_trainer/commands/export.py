@@ -80,6 +80,6 @@ def _say_missing(exported: ExportedPipeline) -> None:
     if not exported.missing:
         return
     unused = ", ".join(f"{name}=None" for name in exported.missing)
-    sampling = "works without" if exported.latent_space == "block-dct" else "needs them (pass --pipeline SOURCE)"
+    sampling = "works without" if exported.latent_space == "block-dct-4" else "needs them (pass --pipeline SOURCE)"
     missing = ", ".join(exported.missing)
     say(f"The pipeline has no {missing}: avd sample {sampling}; in diffusers pass {unused} and prompt_embeds.")

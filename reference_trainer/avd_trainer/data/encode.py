@@ -60,7 +60,7 @@ class ClipFormat(NamedTuple):
 
 WAN_FORMAT = ClipFormat(81, 480, 832, fps=16.0)
 """Wan2.1's training data and samples; 16 is its ``sample_fps``, so 81 frames are 5 seconds."""
-FORMATS: dict[LatentSpace, ClipFormat] = {"wan": WAN_FORMAT, "block-dct": ClipFormat(17, 32, 32, fps=16.0)}
+FORMATS: dict[LatentSpace, ClipFormat] = {"wan": WAN_FORMAT, "block-dct-4": ClipFormat(17, 32, 32, fps=16.0)}
 """What the models of each space were trained on; the tiny preset's teacher on a second."""
 
 # What Wan2.1 takes where no negative prompt is given: `sample_neg_prompt` in wan/configs/shared_config.py of

@@ -205,7 +205,7 @@ def _warnings(report: DataReport) -> Iterator[str]:
             "bfloat16 or float32 in the VAE avoids overflow."
         )
     # The tiny preset's codec is scaled for its shapes, and gives natural footage several times that.
-    scaled_for_footage = report.encoding is None or report.encoding.latent_space != "block-dct"
+    scaled_for_footage = report.encoding is None or report.encoding.latent_space != "block-dct-4"
     if scaled_for_footage and report.latent_std is not None and not _is_unit(report.latent_std):
         yield (
             f"The latents have a standard deviation of {report.latent_std:.2f}, expected about 1: they may not be "

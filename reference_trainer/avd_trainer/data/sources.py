@@ -136,7 +136,7 @@ def assumed_encoding(data: DataSection, teacher: str | None) -> Encoding:
     Clips that are encoded when a run starts are always in the block DCT's space.
     """
     if not isinstance(data, ShardsData):
-        return Encoding("block-dct")
+        return Encoding("block-dct-4")
     return Encoding((None if teacher is None else latent_space_of(teacher)) or "wan")
 
 
@@ -195,5 +195,5 @@ def _check_latent_space(encoding: Encoding | None, teacher: str) -> None:
         raise UserError(
             f"data is encoded by {encoding}, and the teacher {teacher} makes latents of {LATENT_SPACES[space]}: its "
             "channels mean other things. Encode the videos with the teacher's own codec (`avd data encode --model "
-            f"{'tiny' if space == 'block-dct' else 'TEACHER'}`) and pass them by --data."
+            f"{'tiny' if space == 'block-dct-4' else 'TEACHER'}`) and pass them by --data."
         )

@@ -222,7 +222,7 @@ def _find_grid(source: str) -> tuple[float, ...]:
 def _guess_latent_space(source: str, architecture: Mapping[str, Any]) -> LatentSpace:
     """Where no export says it: a model that reads the bundled teacher's text embedding makes its latents."""
     tiny = architecture["text_dim"] == ArchitectureConfig().text_dim
-    return "block-dct" if tiny and not (Path(source) / "text_encoder").exists() else "wan"
+    return "block-dct-4" if tiny and not (Path(source) / "text_encoder").exists() else "wan"
 
 
 def _find_latent_shape(
@@ -257,7 +257,7 @@ def _read_text(data: ShardDataset, dim: int, count: int, *, guided: bool) -> tup
 
 def _find_prompts(source: str, latent_space: LatentSpace, file: Path | None, count: int) -> tuple[list[str], str]:
     """At most ``count`` prompts, and the negative one for guidance: the tiny teacher was trained with an empty one."""
-    tiny = latent_space == "block-dct"
+    tiny = latent_space == "block-dct-4"
     negative = "" if tiny else WAN_NEGATIVE_PROMPT
     if file is not None:
         return [prompt for _, prompt in read_prompts(file)][:count], negative

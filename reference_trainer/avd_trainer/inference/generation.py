@@ -124,7 +124,7 @@ def decode_clips(
     """
     _free_memory(device)  # of what sampling held
     codec: BlockDCTCodec | WanCodec
-    if student.latent_space == "block-dct":
+    if student.latent_space == "block-dct-4":
         codec, device = BlockDCTCodec(), torch.device("cpu")
     else:
         codec = WanCodec.from_pretrained(str(student.folder), device, dtype)
@@ -183,7 +183,7 @@ def _embed_on(
     dtype: torch.dtype,
 ) -> list[Tensor]:
     encode: TextEncoder
-    if latent_space == "block-dct":
+    if latent_space == "block-dct-4":
         encode = HashTextEncoder(TEXT_LENGTH, width)
     else:
         encode = WanTextEncoder.from_pretrained(source, device, dtype)

@@ -113,7 +113,7 @@ def read_about(folder: Path) -> About:
     content = _read_json(path)
     latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FORMAT.fps)
     for name, value, fits, expected in (
-        ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct"),
+        ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct-4"),
         ("clip", clip, clip is None or _is_shape(clip), "four positive integers, [C, F, H, W]"),
         ("fps", fps, type(fps) in (int, float) and 0 < fps < math.inf, "a positive number"),
     ):

@@ -140,7 +140,7 @@ def load_interpolator(source: Path, channels: int) -> LatentFrameInterpolator:
 
 def _sources(config: TrainConfig, encoding: Encoding, pipeline: str | None) -> list[str]:
     """Where the parts of the pipeline may be, best first."""
-    if encoding.latent_space == "block-dct":
+    if encoding.latent_space == "block-dct-4":
         if pipeline is not None:
             raise UserError(
                 f"--pipeline {pipeline} has the parts for Wan2.1's latents, but this run was trained on those of the "

@@ -71,7 +71,7 @@ class SampleWriter:
         return folder
 
     def _load(self) -> Decode:
-        if self._encoding.latent_space == "block-dct":
+        if self._encoding.latent_space == "block-dct-4":
             codec = BlockDCTCodec()
             return lambda latents: codec.decode(latents.cpu())
         from avd_trainer.models.codecs.wan import WanCodec

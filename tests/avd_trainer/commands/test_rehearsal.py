@@ -56,12 +56,12 @@ def test_from_videos_to_clips_of_a_student(tmp_path: Path) -> None:
         assert (animation.size, animation.n_frames) == ((32, 32), 17)  # type: ignore[attr-defined]
     checkpoint = latest_checkpoint(student / "checkpoints")
     assert checkpoint is not None
-    assert read_state(checkpoint)["encoding"] == {"latent_space": "block-dct", "codec": None, "fps": 12.0}
+    assert read_state(checkpoint)["encoding"] == {"latent_space": "block-dct-4", "codec": None, "fps": 12.0}
 
     status, said = run("export", student, "--output", pipeline)
     assert status == 0, said
     about = json.loads((pipeline / "export.json").read_text())
-    assert (about["latent_space"], about["clip"], about["fps"]) == ("block-dct", [16, 5, 8, 8], 12.0)
+    assert (about["latent_space"], about["clip"], about["fps"]) == ("block-dct-4", [16, 5, 8, 8], 12.0)
     status, said = run("sample", pipeline, "--prompt", "a red circle moving left", "--output", tmp_path / "clip.gif")
     assert status == 0, said
     with Image.open(tmp_path / "clip.gif") as animation:

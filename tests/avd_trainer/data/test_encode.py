@@ -186,7 +186,7 @@ def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, wrong: Cl
 
 def test_wan_takes_larger_steps_of_size_than_the_tiny_preset() -> None:
     narrow = FORMAT._replace(width=40)
-    narrow.check("block-dct")
+    narrow.check("block-dct-4")
     with pytest.raises(UserError, match=r"Wan's VAE need .* multiples of 16, .* ones are 81, 480, 832 and 16"):
         narrow.check("wan")
 

@@ -109,7 +109,7 @@ def test_latents_that_are_not_finite_are_counted_and_left_out(tmp_path: Path) ->
 def test_latents_that_are_not_normalised_are_told(tmp_path: Path, scale: float, warns: bool) -> None:
     report = report_of(tmp_path / "data", scale * latents_of(6))
     assert any("may not be normalised" in warning for warning in report.warnings) == warns
-    tiny = report_of(tmp_path / "tiny", scale * latents_of(6), encoding=Encoding("block-dct"))
+    tiny = report_of(tmp_path / "tiny", scale * latents_of(6), encoding=Encoding("block-dct-4"))
     assert tiny.warnings == ()
 
 

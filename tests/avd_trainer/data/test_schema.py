@@ -37,7 +37,7 @@ def test_files_are_as_documented(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("encoding", [WAN, Encoding("wan", None, 12.5), Encoding("block-dct"), None])
+@pytest.mark.parametrize("encoding", [WAN, Encoding("wan", None, 12.5), Encoding("block-dct-4"), None])
 def test_a_data_set_says_how_its_clips_became_latents(tmp_path: Path, encoding: Encoding | None) -> None:
     assert ShardDataset(write(tmp_path / "data", encoding=encoding)).encoding == encoding
 
@@ -66,7 +66,7 @@ def replaced(name: str, field: pa.Field) -> pa.Schema:
         (with_metadata(avd_schema_version=None), "no shard of training data"),
         (with_metadata(text_dim="wide"), "no shard of training data"),
         (with_metadata(avd_schema_version="2"), "version 2 of the schema, this release reads version 1"),
-        (with_metadata(latent_space="ltx"), "latents of the space 'ltx', this release knows wan, block-dct"),
+        (with_metadata(latent_space="ltx"), "latents of the space 'ltx', this release knows wan, block-dct-4"),
         (with_metadata(latent_space="wan", fps="fast"), "expected a positive number as fps .*, got 'fast'"),
         (with_metadata(latent_space="wan", fps="-1"), "expected a positive number as fps .*, got '-1'"),
         (
@@ -103,7 +103,7 @@ def test_a_shard_of_another_schema_is_named(tmp_path: Path, schema: pa.Schema, m
     [
         (
             WAN,
-            Encoding("block-dct"),
+            Encoding("block-dct-4"),
             "is encoded by the tiny preset's block DCT; .* by Wan's VAE of someone/a-pipeline",
         ),
         (WAN, WAN._replace(fps=24.0), "clips of 24 frames per second, .* of 16: .* --fps 16"),

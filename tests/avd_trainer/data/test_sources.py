@@ -66,26 +66,26 @@ def test_data_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> None:
 def test_whose_latents_a_teacher_makes_is_known_by_what_lies_beside_it(wan: str, tmp_path: Path) -> None:
     (tmp_path / "original").mkdir()
     (tmp_path / "original" / "Wan2.1_VAE.pth").touch()
-    assert latent_space_of(BUNDLED) == "block-dct"
+    assert latent_space_of(BUNDLED) == "block-dct-4"
     assert latent_space_of(wan) == latent_space_of(str(tmp_path / "original")) == "wan"
     assert latent_space_of("someone/else") is None
     assert latent_space_of(str(tmp_path)) is None
 
 
 def test_latents_of_another_space_are_refused_where_that_is_known(tmp_path: Path, wan: str) -> None:
-    tiny = write(tmp_path / "tiny", encoding=Encoding("block-dct"))
+    tiny = write(tmp_path / "tiny", encoding=Encoding("block-dct-4"))
     for data in (tiny, ShapesData(clips=2)):
         with pytest.raises(UserError, match=r"block DCT, and the teacher .*Wan's VAE.*--model TEACHER"):
             load(data, teacher=wan)
-    assert load(tiny).encoding == load(tiny, teacher=BUNDLED).encoding == Encoding("block-dct")
+    assert load(tiny).encoding == load(tiny, teacher=BUNDLED).encoding == Encoding("block-dct-4")
     assert load(write(tmp_path / "old"), teacher=wan).encoding is None
 
 
 def test_data_that_does_not_say_it_is_taken_for_the_teachers(wan: str) -> None:
     shards = ShardsData(path=(Path("data"),))
-    for teacher, space in ((BUNDLED, "block-dct"), (wan, "wan"), ("someone/else", "wan")):
+    for teacher, space in ((BUNDLED, "block-dct-4"), (wan, "wan"), ("someone/else", "wan")):
         assert assumed_encoding(shards, teacher).latent_space == space
-        assert assumed_encoding(ShapesData(), teacher).latent_space == "block-dct"
+        assert assumed_encoding(ShapesData(), teacher).latent_space == "block-dct-4"
 
 
 def test_another_caption_seed_has_other_held_out_captions() -> None:

@@ -328,7 +328,7 @@ def test_an_export_says_its_latent_space_and_the_size_of_its_clips(tmp_path: Pat
     """The width of the text embedding says neither."""
     small = {"num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1, "freq_dim": 8}
     student = export(
-        tmp_path / "tiny", ArchitectureConfig(**small, text_dim=6), latent_space="block-dct", clip=[16, 4, 2, 6]
+        tmp_path / "tiny", ArchitectureConfig(**small, text_dim=6), latent_space="block-dct-4", clip=[16, 4, 2, 6]
     )
     status, said = run(student, "-o", tmp_path / "out", "--count", 2)
     assert status == 0, said

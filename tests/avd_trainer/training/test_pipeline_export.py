@@ -222,17 +222,17 @@ def test_parts_and_frame_rate_are_those_of_what_encoded_the_data(wan_run: WanRun
 
 
 def test_the_latent_space_is_the_datas_and_not_guessed_by_the_teacher(wan_run: WanRun, tmp_path: Path) -> None:
-    run = wan_run(encoding=Encoding("block-dct"))
-    assert export_pipeline(run, tmp_path / "out").latent_space == "block-dct"
+    run = wan_run(encoding=Encoding("block-dct-4"))
+    assert export_pipeline(run, tmp_path / "out").latent_space == "block-dct-4"
 
 
 def test_a_tiny_run_needs_no_parts(run: Path, wan: Path, tmp_path: Path) -> None:
     assert export_pipeline(run, tmp_path / "out") == ExportedPipeline(
-        "block-dct", ("vae", "text_encoder", "tokenizer"), pytest.approx(1.1, abs=0.01)
+        "block-dct-4", ("vae", "text_encoder", "tokenizer"), pytest.approx(1.1, abs=0.01)
     )
     assert_same_tensors(exported(tmp_path / "out" / "transformer"), exported(run / "student"))
     about = read_json(tmp_path / "out" / "export.json")
-    assert (about["latent_space"], about["clip"]) == ("block-dct", [16, 3, 4, 4])
+    assert (about["latent_space"], about["clip"]) == ("block-dct-4", [16, 3, 4, 4])
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out", vae=None, text_encoder=None, tokenizer=None)
     text = torch.randn(1, 4, 6)
     latents = pipeline(

@@ -34,7 +34,7 @@ def test_the_vae_is_the_first_that_there_is(tmp_path: Path, pipeline: str, which
 
 
 def test_the_block_dct_needs_no_pipeline(tmp_path: Path) -> None:
-    writer = SampleWriter(ALWAYS, Encoding("block-dct"), codec=None, teacher="not/there", folder=tmp_path, device=CPU)
+    writer = SampleWriter(ALWAYS, Encoding("block-dct-4"), codec=None, teacher="not/there", folder=tmp_path, device=CPU)
     assert (writer.write(1, torch.randn(1, 16, 2, 4, 4), ["a"]) / "0.mp4").is_file()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE, LatentSpace
 
-SPATIAL_STRIDE = SPATIAL_STRIDES["block-dct"]
+SPATIAL_STRIDE = SPATIAL_STRIDES["block-dct-4"]
 
 # One latent channel is one coefficient (colour axis, frequency in time, in y, in x). Of each colour axis the mean, the
 # slopes in x and y and the change in time, and four of the five strongest of the rest on clips of moving shapes: two
@@ -55,7 +55,7 @@ class BlockDCTCodec(nn.Module):
     basis_rest: Tensor
 
     channels = len(COEFFICIENTS)
-    latent_space: LatentSpace = "block-dct"
+    latent_space: LatentSpace = "block-dct-4"
     source: None = None
 
     def __init__(self) -> None:

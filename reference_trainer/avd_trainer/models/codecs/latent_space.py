@@ -8,15 +8,15 @@ from typing import Literal
 from avd_trainer.models.weight_files import BUNDLED
 from avd_trainer.runtime.errors import UserError
 
-LatentSpace = Literal["wan", "block-dct"]
+LatentSpace = Literal["wan", "block-dct-4"]
 
-LATENT_SPACES: dict[LatentSpace, str] = {"wan": "Wan's VAE", "block-dct": "the tiny preset's block DCT"}
+LATENT_SPACES: dict[LatentSpace, str] = {"wan": "Wan's VAE", "block-dct-4": "the tiny preset's block DCT"}
 """Each space's codec, for messages."""
-SIZES: dict[LatentSpace, str] = {"wan": "832x480x81", "block-dct": "32x32x17"}
+SIZES: dict[LatentSpace, str] = {"wan": "832x480x81", "block-dct-4": "32x32x17"}
 """What the models of each space were trained on, as ``WIDTHxHEIGHTxFRAMES``: Wan2.1, and the tiny preset's teacher."""
 TEMPORAL_STRIDE = 4
 """Frames per latent frame after the first."""
-SPATIAL_STRIDES: dict[LatentSpace, int] = {"wan": 8, "block-dct": 4}
+SPATIAL_STRIDES: dict[LatentSpace, int] = {"wan": 8, "block-dct-4": 4}
 """Pixels per latent pixel and side."""
 PATCH_SIZE = 2
 """Latent pixels per token and side in the transformers; a video's sides divide by the codec's stride times this."""
@@ -52,6 +52,6 @@ def latent_space_of(teacher: str) -> LatentSpace | None:
         teacher: As :func:`avd_trainer.models.weights.open_weights` takes it. Nothing is downloaded.
     """
     if teacher.startswith(BUNDLED):
-        return "block-dct"
+        return "block-dct-4"
     vae = any((Path(teacher) / name).exists() for name in ("vae", "Wan2.1_VAE.pth"))
     return "wan" if vae else None
