@@ -96,8 +96,9 @@ class Launch:
         return f"rank {rank} {ended} and printed:\n{self.printed(rank)}"
 
     def printed(self, rank: int = 0) -> str:
-        """Standard output and error of a rank."""
-        return _file(self._folder.name, rank, "printed").read_text()
+        """Standard output and error of a rank; nothing of one that has not begun."""
+        file = _file(self._folder.name, rank, "printed")
+        return file.read_text() if file.exists() else ""
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from avd_trainer.data.moving_shapes import MOST_SATURATION
+MOST_SATURATION = 1.5
+"""Of moving shapes: beyond it, colours of the palette would leave [0, 1]."""
 
 
 def _as_sequence(value: object) -> object:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from avd_trainer.config.sections import MOST_SATURATION
+
 # Muted on purpose: a student that oversaturates needs room above the data to do it in.
 SHAPE_COLORS: dict[str, tuple[float, float, float]] = {
     "red": (0.76, 0.38, 0.36),
@@ -46,8 +48,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {"above": ("right", "left"), "beside": ("d
 is above the other, or to its left."""
 
 RADIUS = 0.19
-MOST_SATURATION = 1.5
-"""Beyond it, colours of the palette would leave [0, 1]."""
 # One caption of so many is never trained on.
 HELD_OUT_SHARE = 8
 

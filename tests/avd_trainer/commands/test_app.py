@@ -146,7 +146,7 @@ def test_calibrate_measures_teacher_and_clips(tmp_path: Path) -> None:
     real = load_data_of(config).clips
     clips = torch.stack([real[index].latent for index in (0, 2, 4, 6)])  # type: ignore[misc]
     assert calibration["real"]["clip_mean"] == pytest.approx(derive_floor(clips), rel=1e-5)
-    assert calibration["sampling"] == {"guidance_scale": 3.0, "shift": 4.0, "steps": 2}
+    assert calibration["sampling"] == {"guidance_scale": 1.5, "shift": 4.0, "steps": 2}
     assert [step["timestep"] for step in calibration["sharpness"]["steps"]] == [1000, 900, 757, 522]
 
 

@@ -232,7 +232,7 @@ def test_video_has_the_documented_form() -> None:
 
 
 def test_wrong_sizes_and_indices_are_refused() -> None:
-    with pytest.raises(ValueError, match="size >= 16, got 1, 17 and 8"):
+    with pytest.raises(ValueError, match=r"size >= 16 and a saturation in .*, got 1, 17, 8 and"):
         MovingShapes(1, seed=0, size=8)
     for index in (2, -1):
         with pytest.raises(IndexError, match=f"clip {index} of a data set of 2"):
