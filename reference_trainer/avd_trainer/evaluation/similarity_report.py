@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from avd_trainer.evaluation.palette import COLORS
+from avd_trainer.evaluation.palette import COLORS, write_png
 
 
 def render(report: SimilarityReport) -> Table:
@@ -66,7 +66,4 @@ def save_violins(path: Path, similarities: Similarities, title: str) -> None:
     for axis in (violins, costs):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=100, format="png")
-    plt.close(figure)
-    part.replace(path)
+    write_png(figure, path)

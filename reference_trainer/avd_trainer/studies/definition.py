@@ -42,7 +42,7 @@ REFERENCE, CONTROLS = "reference", "controls"
 """Units beside the variants: what real clips score, and clips that were spoiled on purpose."""
 
 
-class EvaluationConfig(Section):
+class StudyEvaluationConfig(Section):
     """How students are sampled and measured."""
 
     captions: int = Field(default=256, ge=2)
@@ -68,7 +68,7 @@ class StudyConfig(Section):
     seeds: str = "1..8"
     """Seeds of training, where none are asked for, as :func:`parse_seeds` reads them. Those from 100 on are for
     choosing values."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
     """How they are measured."""
 
 

@@ -53,7 +53,7 @@ VERDICT = "verdict.md"
 METRICS = "metrics.json"
 
 
-class EvaluationConfig(Section):
+class DemoEvaluationConfig(Section):
     """How a demo measures what came out."""
 
     samples: int = Field(default=128, ge=4)
@@ -65,7 +65,7 @@ class EvaluationConfig(Section):
 class DemoConfig(TrainConfig):
     """The AVD run of a demo, and how its students are measured."""
 
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: DemoEvaluationConfig = DemoEvaluationConfig()
     """What is measured."""
     calibrate: tuple[Part, ...] = ()
     """What of the method is chosen by the clips in place of the values here; ``avd demo --videos`` asks for what is not

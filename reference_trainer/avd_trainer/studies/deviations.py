@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib
 
-from avd_trainer.evaluation.palette import COLORS, STEP_COLORS
+from avd_trainer.evaluation.palette import COLORS, STEP_COLORS, write_png
 from avd_trainer.training.metrics_log import read_series
 
 matplotlib.use("Agg")
@@ -62,10 +62,7 @@ def save_deviations(path: Path, results: Mapping[str, Any]) -> None:
         _draw_panel(axis, _deviations(each), each["values"]["method"]["regression"]["sharpness"])
     for axis in axes.flat[len(variants) :]:
         axis.axis("off")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=100, format="png")
-    plt.close(figure)
-    part.replace(path)
+    write_png(figure, path)
 
 
 def _read_lists(metrics: Path, name: str) -> list[list[float]]:

@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 
 from avd_trainer.evaluation.measures import MEASURES, headlines
-from avd_trainer.evaluation.palette import COLORS
+from avd_trainer.evaluation.palette import COLORS, write_png
 
 matplotlib.use("Agg")
 
@@ -39,10 +39,7 @@ def save_figure(path: Path, results: Mapping[str, Any]) -> None:
         _draw_panel(axis, name, results)
     for axis in axes.flat[len(names) :]:
         axis.axis("off")
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=100, format="png")
-    plt.close(figure)
-    part.replace(path)
+    write_png(figure, path)
 
 
 def _draw_panel(axis: Axes, name: str, results: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 
-from avd_trainer.evaluation.palette import COLORS
+from avd_trainer.evaluation.palette import COLORS, write_png
 
 matplotlib.use("Agg")
 
@@ -71,10 +71,7 @@ def save_report(
     _draw_dots(dots, findings, panels)
     _draw_table(table, findings)
     draw_curves(curves, histories, TITLES, timesteps, floor, real)
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, dpi=100, format="png")
-    plt.close(figure)
-    part.replace(path)
+    write_png(figure, path)
 
 
 def _draw_sheet(figure: SubFigure, videos: Mapping[str, Tensor], captions: Sequence[str]) -> None:
