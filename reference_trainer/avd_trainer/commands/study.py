@@ -28,6 +28,10 @@ def study(
         typer.Option(min=0, help="Processes, each with one thread. 0 only makes the tables again of what is there."),
     ] = 1,
     variants: Annotated[str | None, typer.Option(help="Which variants, such as dmd,teacher; all without it.")] = None,
+    reuse: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of another study: what it has done with the same values is copied. Repeatable."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Train the variants of a study with several seeds, measure their students, and compare them.
@@ -39,6 +43,7 @@ def study(
         # of threads changes results in the last digit.
         os.environ["OMP_NUM_THREADS"] = "1"
         from avd_trainer.studies.definition import load_study, parse_seeds
+        from avd_trainer.studies.reuse import reuse as reuse_study
         from avd_trainer.studies.runner import SAVED, FailedProcessError, run_study
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
 
@@ -46,6 +51,9 @@ def study(
         chosen = parse_seeds(found.config.seeds if seeds is None else seeds)
         if jobs == 0 and not (output / SAVED).exists():
             raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")
+        for other in reuse or []:
+            copied = reuse_study(found, output, other, chosen)
+            say(f"Of {other}: {', '.join(map(str, copied)) or 'nothing that is not here already'}.")
         try:
             done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
         except FailedProcessError:

@@ -1,0 +1,81 @@
+"""Takes over from another study what was trained and measured with the same values."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from avd_trainer.config.differences import differences
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
+from avd_trainer.studies.runner import SAVED, UNITS, claim_study, result_file
+from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.folder import LOCK, FolderInUseError, locked
+
+REUSED = "reused_from"
+"""Key of a unit's results: the study and the unit that they were taken from."""
+
+
+def reuse(study: Study, folder: Path, other: Path, seeds: Sequence[int]) -> list[Unit]:
+    """Copy what another study has done of this one: students of the same values and seed, and what they measure.
+
+    A student depends on its values and its seed only, and so do its noises, so that it would be the same here to the
+    last digit on the same machine. Names of variants need not agree.
+
+    Args:
+        study: The one that is to be done.
+        folder: Its folder; what is done there is left alone.
+        other: Folder of another study, done or not.
+        seeds: Of training.
+
+    Returns:
+        The units that were copied.
+
+    Raises:
+        UserError: If ``other`` is no study, or measures otherwise; otherwise as :func:`claim_study`.
+    """
+    if not (other / SAVED).exists():
+        raise UserError(f"--reuse {other}: there is no study. Name the --output of one.")
+    saved, values = read_json(other / SAVED), study.values()
+    measuring = ("evaluation", "measures_version")
+    if differing := differences({key: saved[key] for key in measuring}, {key: values[key] for key in measuring}, ()):
+        raise UserError(
+            f"--reuse {other}: it measures otherwise:\n" + "\n".join(differing) + "\nLeave it out, or run with the "
+            "values there."
+        )
+    claim_study(study, folder)
+    same = {
+        name: next((theirs for theirs, own in saved["variants"].items() if own == values["variants"][name]), None)
+        for name, variant in study.variants.items()
+        if isinstance(variant, TrainConfig) and name in study.worked_on
+    }
+    if any(same.values()):  # and so are the real clips, which all variants share
+        same |= {name: name for name in (REFERENCE, CONTROLS)}
+    return [
+        unit
+        for unit in study.units(seeds)
+        if (theirs := same.get(unit.variant))
+        and _copy(folder, unit, other, unit._replace(variant=theirs), saved["study"])
+    ]
+
+
+def _copy(folder: Path, unit: Unit, other: Path, source: Unit, name: str) -> bool:
+    """Copy a unit, if it is done there; unless somebody has done it here, or is at it."""
+    if not result_file(other, source).exists():
+        return False
+    own = folder / UNITS / str(unit)
+    own.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(own))
+        except FolderInUseError:
+            return False
+        if result_file(folder, unit).exists():
+            return False
+        shutil.copytree(other / UNITS / str(source), own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+        results = read_json(result_file(other, source))
+        write_json(result_file(folder, unit), results | {"variant": unit.variant, REUSED: f"{name}/{source}"})
+    return True

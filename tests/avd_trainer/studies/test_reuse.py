@@ -1,0 +1,66 @@
+"""What a study takes over from another one."""
+
+from pathlib import Path
+
+import pytest
+
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json
+from avd_trainer.studies.definition import Study, load_study
+from avd_trainer.studies.reuse import reuse
+from avd_trainer.studies.runner import run_study
+from small_study import FILES, write_study
+
+# The same run by another name, and one of other values.
+OTHER = """
+    # What another study has.
+    baseline: matching
+    variants: [matching, avd]
+    evaluation: {captions: 4, noises: 2, batch_size: 3, renderings: 3}"""
+NAMES = {**dict.fromkeys(FILES), "study": OTHER, "matching": FILES["dmd"], "avd": FILES["avd"].replace("0.5", "0.25")}
+NAMES["avd"] = NAMES["avd"].replace("extends: dmd", "extends: matching")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("done")
+    assert run_study(load_study(write_study(folder / "small"), variants=["dmd", "avd"]), folder / "results", [1])
+    return folder / "results"
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    return load_study(write_study(tmp_path / "other", **NAMES))
+
+
+def test_the_same_values_are_copied_and_others_are_not(study: Study, done: Path, tmp_path: Path) -> None:
+    copied = reuse(study, tmp_path / "mine", done, [1, 2])
+    assert [str(unit) for unit in copied] == ["reference-4", "controls-4", "matching-1"]
+    mine, theirs = (read_json(path) for path in (tmp_path / "mine/units/matching-1.json", done / "units/dmd-1.json"))
+    assert mine == theirs | {"variant": "matching", "reused_from": "small/dmd-1"}
+    assert (tmp_path / "mine/units/matching-1/run/student/config.json").exists()
+
+
+def test_it_is_what_the_study_itself_would_find(study: Study, done: Path, tmp_path: Path) -> None:
+    assert run_study(load_study(study.source, variants=["matching"]), tmp_path / "own", [1])
+    own, theirs = (read_json(path) for path in (tmp_path / "own/units/matching-1.json", done / "units/dmd-1.json"))
+    assert own["noises"] == theirs["noises"]
+
+
+def test_what_is_there_stays(study: Study, done: Path, tmp_path: Path) -> None:
+    reuse(study, tmp_path / "mine", done, [1])
+    before = (tmp_path / "mine/units/matching-1.json").stat().st_mtime_ns
+    assert reuse(study, tmp_path / "mine", done, [1]) == []
+    assert (tmp_path / "mine/units/matching-1.json").stat().st_mtime_ns == before
+
+
+def test_another_way_to_measure_is_refused(study: Study, done: Path, tmp_path: Path) -> None:
+    other = load_study(study.source, ["evaluation.noises=3"])
+    with pytest.raises(UserError, match=r"evaluation.noises: 2 there, 3 now"):
+        reuse(other, tmp_path / "mine", done, [1])
+    assert not (tmp_path / "mine").exists()
+
+
+def test_what_is_no_study_is_refused(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no study"):
+        reuse(study, tmp_path / "mine", tmp_path, [1])
