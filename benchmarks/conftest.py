@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from avd_trainer.runtime.environment import environment
-from test_losses import LOSSES
+from test_losses import DEVICE, LOSSES
 
-RESULTS = Path(__file__).parent / "results" / "losses-cpu.json"
+RESULTS = Path(__file__).parent / "results" / f"losses-{'gpu' if DEVICE.type == 'cuda' else 'cpu'}.json"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--losses-results", type=Path, default=RESULTS, help="File for the figures of test_losses.py.")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
@@ -23,5 +27,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     }
     for name, row in rows.items():
         terminalreporter.write_line(f"{name:30} {row['median_ms']:8.2f} ms  {row['ratio_to_mse_loss']:6.2f} x mse_loss")
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"command": "make bench", **environment(), "results": rows}, indent=2) + "\n")
+    results: Path = config.getoption("--losses-results")
+    results.parent.mkdir(exist_ok=True)
+    results.write_text(json.dumps({"command": "make bench", **environment(), "results": rows}, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """Forward and backward of the losses on one Wan2.1 latent of 832x480x81, beside torch's own mean squared error.
 
-Run with ``make bench``. All rows are measured in one run; benchmarks/results/losses-cpu.json gets the medians and their
-ratios to ``mse_loss``.
+Run with ``make bench``, on a GPU where there is one. All rows are measured in one run;
+benchmarks/results/losses-cpu.json (gpu in place of cpu on one) gets the medians and their ratios to ``mse_loss``.
 """
 
 from collections.abc import Callable
@@ -21,13 +21,15 @@ from avd_core import (
 
 SHAPE_BCFHW = (1, 16, 21, 60, 104)
 
-torch.manual_seed(0)
-X = torch.randn(SHAPE_BCFHW, requires_grad=True)
-X_BFCHW = torch.randn(1, 21, 16, 60, 104, requires_grad=True)
-Y, Z = torch.randn(2, *SHAPE_BCFHW).unbind()
-TIMESTEPS = torch.tensor([900])
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-regression = AdaptiveRegressionLoss(LossMeanCache((1000, 900, 757, 522)))
+torch.manual_seed(0)
+X = torch.randn(SHAPE_BCFHW, device=DEVICE, requires_grad=True)
+X_BFCHW = torch.randn(1, 21, 16, 60, 104, device=DEVICE, requires_grad=True)
+Y, Z = torch.randn(2, *SHAPE_BCFHW, device=DEVICE).unbind()
+TIMESTEPS = torch.tensor([900], device=DEVICE)
+
+regression = AdaptiveRegressionLoss(LossMeanCache((1000, 900, 757, 522)).to(DEVICE))
 # A floor that these samples are above, so that the gradient is a real one.
 motion = ClippedTemporalVarianceLoss(floor=-5.0)
 motion_frames_first = ClippedTemporalVarianceLoss(floor=-5.0, frame_dim=1)
@@ -62,5 +64,7 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, name: str) -> None:
     def forward_and_backward() -> None:
         X.grad = X_BFCHW.grad = None
         LOSSES[name]().backward()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
 
     benchmark.pedantic(forward_and_backward, rounds=60, warmup_rounds=10)
