@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,10 +54,11 @@ def save_deviations(path: Path, results: Mapping[str, Any]) -> None:
     columns = min(COLUMNS, len(variants))
     rows = math.ceil(len(variants) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(5 * columns, 3.4 * rows), layout="constrained", squeeze=False)
-    figure.suptitle(
-        "The weight of Eq. 7 over the deviation. Below it, by few step, the deviations that the runs had:\n"
-        "5 to 95% of the clips, 25 to 75%, and the median; mean over seeds."
+    title = (
+        "The weight of Eq. 7 over the deviation. Below it, by few step, the deviations that the runs had: 5 to 95% of "
+        "the clips, 25 to 75%, and the median; mean over seeds."
     )
+    figure.suptitle(textwrap.fill(title, 55 * columns), fontsize=10)
     for axis, (name, each) in zip(axes.flat, variants.items(), strict=False):
         axis.set_title(name, fontsize=9)
         _draw_panel(axis, _deviations(each), each["values"]["method"]["regression"]["sharpness"])
