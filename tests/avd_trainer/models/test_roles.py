@@ -135,7 +135,7 @@ def test_a_call_leaves_no_role_behind(make_config: MakeConfig, ranks: Ranks) -> 
     before, results = switches(), [velocity(model) for model in models.values()]
     assert len({result.sum().item() for result in results}) == 3
     with pytest.raises(RuntimeError):
-        models["student"](*inputs()[:2], torch.zeros(2, 4, 7))  # text of another width
+        models["student"](*inputs()[:2], Condition(torch.zeros(2, 4, 7)))  # text of another width
     assert switches() == before
     assert all(torch.equal(velocity(model), result) for model, result in zip(models.values(), results, strict=True))
 
