@@ -21,25 +21,33 @@ from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
 from avd_trainer.config.sections import ArchitectureConfig, ShardsData
 from avd_trainer.data.examples import condition_of
-from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
+from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
-from avd_trainer.data.sources import load_data
+from avd_trainer.data.sources import HELD_OUT, load_data
 from avd_trainer.data.videos import read_picture
+from avd_trainer.evaluation.controls import Encoded
+from avd_trainer.evaluation.first_frame import first_frame_error
+from avd_trainer.evaluation.measures import measure
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.first_frame import encode_first_frame, with_mask
 from avd_trainer.models.codecs.wan import WanCodec
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.image_encoder import WanImageEncoder
-from avd_trainer.models.samplers import few_step_rollout
+from avd_trainer.models.samplers import few_step_rollout, sample_teacher
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer, start_from
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.studies.definition import Unit, load_study
+from avd_trainer.studies.units import Workplace
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
 from runs import ARCHITECTURE, both, in_memory, load_data_of, tiny_config, weights
+from small_study import write_study
 
 IMAGE_DIM = 12
 IMAGE_ARCHITECTURE = ARCHITECTURE.model_copy(update={"image_to_video": True})
@@ -379,10 +387,64 @@ def test_a_student_without_image_and_an_image_without_use_are_errors(
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_plan_of_the_14b_model_counts_the_image(lora: bool) -> None:
     options = ["--set", "method.student.lora.rank=64", "--set", "method.online.lora.rank=64"] if lora else []
-    needed = {}
+    needed: dict[str, float] = {}
+    encoding: dict[str, float] = {}
     for preset in ("wan2.1-14b", "wan2.1-i2v-14b-480p"):
         status, said = run("plan", preset, "--gpus", 8, *options)
         assert status in (0, 1), said
         needed[preset] = float(said.partition(" GB of ")[0].rpartition(" ")[2])
+        encoding[preset] = float(said.partition(" TFLOP a clip by the VAE")[0].rpartition(" ")[2])
+        # Latents of 16 x 21 x 60 x 104 and 257 tokens x 1280 in float16.
+        assert ("4.9 MB its first frame" in said) == ("i2v" in preset)
     # 16.4 against 14.3 billion parameters.
+    assert encoding["wan2.1-i2v-14b-480p"] == pytest.approx(2 * encoding["wan2.1-14b"], rel=0.02)
     assert 1.02 < needed["wan2.1-i2v-14b-480p"] / needed["wan2.1-14b"] < 1.25
+
+
+# The bundled teacher
+
+
+def test_the_bundled_teacher_goes_on_from_the_image() -> None:
+    codec, count = BlockDCTCodec(), 12
+    shapes = encode_shapes(MovingShapes(count, HELD_OUT, held_out=True), codec)
+    teacher = VelocityModel(load_transformer("bundled:tiny-i2v"))
+    examples = InMemoryData(shapes, HashTextEmbedding(TEXT_LENGTH, 32), image=True)
+    condition = condition_of([examples[place] for place in range(count)])
+    draws = torch.Generator().manual_seed(0)
+    latents = sample_teacher(
+        teacher, condition, examples.unconditional(), shapes.latents.shape[1:],
+        lambda shape: torch.randn(count, *shape, generator=draws), steps=10, guidance_scale=1.5, shift=3.0,
+    )  # fmt: skip
+    real = Encoded(shapes.latents, codec.decode(shapes.latents))
+    video, images = codec.decode(latents), real.video[:, :, 0]
+    assert first_frame_error(video, images) < 0.03
+    assert first_frame_error(video, images.roll(1, dims=0)) > 0.1
+    found = measure(latents, video, shapes.captions, real)
+    assert min(found[name] for name in ("visible", "kind", "direction")) > 0.95
+    # What comes after the first frame is no still picture: it goes on as the caption says, from there.
+    assert float((video - real.video).square().mean().sqrt()) < 0.04
+
+
+def test_a_study_of_image_to_video_measures_how_far_first_frames_are_off(ranks: Ranks, tmp_path: Path) -> None:
+    dmd = """
+        # Matching alone.
+        extends: tiny-i2v/dmd
+        data: {clips: 8}
+        max_steps: 1
+        batch_size: 2
+        method: {few_steps: [1000, 500], online_updates: 1}"""
+    small = """
+        # The teacher and one student.
+        baseline: dmd
+        variants: [teacher, dmd, half-rate]
+        evaluation: {captions: 4, noises: 1, batch_size: 4, renderings: 3}"""
+    half_rate = """
+        # Its first step on every second frame.
+        of: dmd
+        half_rate_steps: 1"""
+    files = {"study": small, "dmd": dmd, "half-rate": half_rate, "avd": None, "interpolator": None}
+    study = load_study(write_study(tmp_path / "study", **files))
+    place = Workplace(study, tmp_path / "units", ranks)
+    for variant in study.variants:
+        (values,) = place.do(Unit(variant, 1))["noises"]
+        assert 0 < values["first_frame_error"] < 0.1

@@ -1,4 +1,4 @@
-"""Flow matching from random weights: trains the small teacher that the tiny preset distils."""
+"""Flow matching: trains the small teachers that the tiny presets distil, from random weights or a teacher's."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def plan_disk(run: Run, clips: int) -> DiskPlan:
         image=_image_bytes(run),
         text=TEXT_BYTES * run.text_length * run.text_dim,
         stored=sum(map(_size, run.clip_folders)) if there else None,
-        encoding=vae_operations(run.latent_shape) if encodes else None,
+        # For image to video also of the first frame, padded to a clip.
+        encoding=vae_operations(run.latent_shape) * (1 if run.image is None else 2) if encodes else None,
         checkpoint=checkpoint,
         checkpoints=most_checkpoints(run),
         product=run.product_bytes * numbers[run.main],

@@ -26,6 +26,7 @@ from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_sh
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
 from avd_trainer.evaluation.controls import Encoded, controls_of_shapes
+from avd_trainer.evaluation.first_frame import first_frame_error
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import reference_of_shapes
 from avd_trainer.methods.base import DistillationConfig
@@ -82,7 +83,8 @@ class Workplace:
 
         Returns:
             ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
-            also ``noises``, the measures of each of several noises, and ``deviations`` that the adaptive weight judged;
+            also ``noises``, the measures of each of several noises (for image to video with ``first_frame_error``), and
+            ``deviations`` that the adaptive weight judged;
             or ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the
             ``spreads`` of real clips, of ``controls`` the ``controls``.
 
@@ -126,7 +128,7 @@ class Workplace:
         if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
             raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
         with _timed(seconds, "measure"):
-            measured = [self._measure(latents, self._codec.decode(latents)) for latents in samples]
+            measured = [self._measure_samples(latents) for latents in samples]
         trained = isinstance(variant, TrainConfig)
         return {
             "noises": measured,
@@ -209,6 +211,14 @@ class Workplace:
     def _check_stop(self) -> None:
         if self._stopping():
             raise StoppedError
+
+    def _measure_samples(self, latents: Tensor) -> dict[str, float]:
+        """The measures of a model's samples; for image to video also ``first_frame_error``."""
+        video = self._codec.decode(latents)
+        found = self._measure(latents, video)
+        if self._asked[0].image_latents is None:
+            return found
+        return found | {"first_frame_error": first_frame_error(video, self._real.video[:, :, 0])}
 
     def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
         self._check_stop()
