@@ -24,7 +24,7 @@ from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
-from avd_trainer.data.sources import HELD_OUT, load_data
+from avd_trainer.data.sources import HELD_OUT, TrainingData, load_data
 from avd_trainer.data.videos import read_picture
 from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.first_frame import first_frame_error
@@ -40,13 +40,15 @@ from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbeddi
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer, start_from
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies.definition import Unit, load_study
 from avd_trainer.studies.units import Workplace
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
-from runs import ARCHITECTURE, both, in_memory, load_data_of, tiny_config, weights
+from launches import on_ranks
+from runs import ARCHITECTURE, LORA, both, in_memory, load_data_of, tiny_config, weights
 from small_study import write_study
 
 IMAGE_DIM = 12
@@ -275,6 +277,23 @@ def test_a_student_of_image_to_video_is_trained_resumed_and_looks_at_the_image(
     assert condition.image_latents is not None
     others = Condition(condition.text, condition.image_latents.flip(0))
     assert (whole.sample(condition, "a") - whole.sample(others, "a")).abs().max() > 1e-3
+
+
+def curve(config: TrainConfig, data: TrainingData) -> list[float]:
+    with join_ranks() as ranks:
+        return [float(metrics["loss"]) for metrics in Trainer(config, data, ranks).run()]
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_two_ranks_train_what_one_does(lora: dict[str, Any] | None, wan: Path, videos: Path, tmp_path: Path) -> None:
+    """With the image embedder and the attention to it, sharded."""
+    section = ShardsData(path=(encode(videos, tmp_path / "data", wan, "--image-condition"),), workers=0)
+    data = load_data(section, None, teacher=str(wan), architecture=architecture_of(wan))
+    method = {role: {"optimizer": {"lr": 1e-3}, "lora": lora} for role in ("student", "online")}
+    config = tiny_config(wan, "avd", method, max_steps=2, data=section.model_dump())
+    alone = curve(config, data)
+    for found in on_ranks(2, curve, config, data):
+        assert found == pytest.approx(alone, rel=2e-3)
 
 
 def test_a_teacher_is_trained_from_a_text_to_video_one(teacher_folder: Path, ranks: Ranks) -> None:
