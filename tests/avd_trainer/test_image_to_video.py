@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import tiny_pipeline
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
-from avd_trainer.config.sections import ArchitectureConfig, ShardsData
+from avd_trainer.config.sections import ArchitectureConfig, ShapesData, ShardsData
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -246,6 +246,8 @@ def test_data_without_first_frames_is_refused_with_what_to_do(videos: Path, tmp_
         load(architecture, folder=tmp_path / "text")
     with pytest.raises(UserError, match="image embeddings of width 12, the teacher expects 1280"):
         load(architecture | {"image_dim": 1280})
+    with pytest.raises(UserError, match=r"text embeddings of 24 tokens, .* that reads an image embedding takes 512"):
+        load_data(ShapesData(clips=2), None, teacher=None, architecture=architecture | {"text_dim": 32})
     (tmp_path / "prompts.txt").write_text(PROMPT)
     run("data", "encode-prompts", tmp_path / "prompts.txt", "--output", tmp_path / "prompts", "--model", wan)
     with pytest.raises(UserError, match="holds prompts only, and the teacher makes videos of an image and a prompt"):

@@ -104,14 +104,14 @@ def load_data(
         memory = InMemoryData(clips.train, embed, image=image is not None)
         rest = InMemoryData(clips.held_out, embed) if held_out else None
         found = TrainingData(memory, memory, encoding=assumed_encoding(data, teacher), held_out=rest)
-    for name, part in (("data", found.clips), ("prompts", found.prompts)):
+    for name, part in (("data", found.clips), ("prompts", found.prompts)) if text_dim is not None else ():
         length, width = part[0].text.shape
-        if text_dim is not None and width != text_dim:
+        if width != text_dim:
             raise UserError(
                 f"{name} has text embeddings of width {width}, the teacher expects {text_dim}. Encode the captions "
                 "with the teacher's own text encoder (`avd data encode --model TEACHER`)."
             )
-        if text_dim is not None and image is not None and image.embedding_dim and length != TEXT_TOKENS:
+        if image is not None and image.embedding_dim and length != TEXT_TOKENS:
             raise UserError(
                 f"{name} has text embeddings of {length} tokens, and an image-to-video teacher that reads an image "
                 f"embedding takes {TEXT_TOKENS}. Encode the captions with the teacher's own text encoder (`avd data "
@@ -120,8 +120,7 @@ def load_data(
     if architecture and found.latent_shape[0] != latent_channels(architecture):
         raise UserError(
             f"data has {found.latent_shape[0]} latent channels, the teacher expects {latent_channels(architecture)}. "
-            "Encode the videos with "
-            "the teacher's own VAE (`avd data encode --model TEACHER`)."
+            "Encode the videos with the teacher's own VAE (`avd data encode --model TEACHER`)."
         )
     if teacher is not None:
         _check_latent_space(found.encoding, teacher)
