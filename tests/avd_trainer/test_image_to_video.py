@@ -446,6 +446,17 @@ def test_the_bundled_teacher_goes_on_from_the_image() -> None:
     assert float((video - real.video).square().mean().sqrt()) < 0.04
 
 
+def test_its_predictions_are_analyzed_on_clips_with_first_frames(videos: Path, tmp_path: Path) -> None:
+    folder = encode(videos, tmp_path / "data", "tiny", "--image-condition")
+    command = ("analyze", "similarity", "bundled:tiny-i2v", "-o", tmp_path / "out", "--count", 2, "--timesteps", "1000")
+    status, said = run(*command, "--data", folder)
+    assert status == 0, said
+    assert json.loads((tmp_path / "out" / "similarity.json").read_text())["clips"] == 2
+    status, said = run(*command)
+    assert status == 2
+    assert "is an image-to-video model, which needs first frames. Pass --data with clips" in said
+
+
 def test_a_study_of_image_to_video_measures_how_far_first_frames_are_off(ranks: Ranks, tmp_path: Path) -> None:
     dmd = """
         # Matching alone.
