@@ -60,10 +60,13 @@ class Average:
     Attributes:
         of: The role whose weights are averaged.
         decay: For each optimizer step of that role that was not skipped, in [0, 1).
+        asked: Whether the method asks a model that has the averaged weights. It is frozen, and follows by itself: where
+            the role trains adapters, it is one more adapter on their base, or else a transformer of its own.
     """
 
     of: str
     decay: float
+    asked: bool = False
 
 
 Role = Frozen | Trained | Built | Average
@@ -99,7 +102,8 @@ def load_models(
     of the files.
 
     Args:
-        roles: The models that take part. Averages belong to the engine, and get no model here.
+        roles: The models that take part. Averages belong to the engine, and get a model if the method asks one: it has
+            no weights of worth until the engine keeps the averages in it.
         ranks: The processes of the run.
         teacher: What frozen and trained transformers start from; None if a method has none.
         latent_shape: ``(C, F, H, W)`` of a clip, which built modules may depend on.
@@ -116,7 +120,10 @@ def load_models(
         for name, role in roles.items()
         if isinstance(role, Built)
     }
-    from_teacher = {name: role for name, role in roles.items() if isinstance(role, Frozen | Trained)}
+    averages = {name: role.of for name, role in roles.items() if isinstance(role, Average) and role.asked}
+    # An average that is asked is built as the role that it follows.
+    played = {**roles, **{name: roles[of] for name, of in averages.items()}}
+    from_teacher = {name: role for name, role in played.items() if isinstance(role, Frozen | Trained)}
     if not from_teacher:
         return models
     assert teacher is not None, "a configuration whose method needs a teacher has one"
@@ -133,7 +140,16 @@ def load_models(
                 with open_weights(role.weights, config=weights.config) as own:
                     load_into(module, own)
             models[name] = VelocityModel(module, None, dtype)
+    for name in averages:
+        for parameter in averaged_weights(models[name]):
+            parameter.requires_grad_(False)
     return models
+
+
+def averaged_weights(model: Model) -> list[nn.Parameter]:
+    """Where the weights of an average that is asked are, in the order of the trained ones that it follows."""
+    assert isinstance(model, VelocityModel), "built modules have no copy that could be asked"
+    return list(model.own_parameters().values())
 
 
 def build_whole(role: Built, latent_shape: Sequence[int], seed: int) -> nn.Module:

@@ -55,10 +55,14 @@ class VelocityModel:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes in this role, by name; empty for a frozen one."""
+        return {name: parameter for name, parameter in self.own_parameters().items() if parameter.requires_grad}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of its adapter, by name; of the module where it has none."""
         return {
             name: parameter
             for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad and (self.adapter is None or f".{self.adapter}." in name)
+            if self.adapter is None or f".{self.adapter}." in name
         }
 
     def parameters(self) -> list[nn.Parameter]:

@@ -24,7 +24,7 @@ from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.registry import load_method
-from avd_trainer.models.roles import Average, Built, Trained, load_models, trained_parameters
+from avd_trainer.models.roles import Average, Built, Trained, averaged_weights, load_models, trained_parameters
 from avd_trainer.runtime.draws import Draws, seed_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
@@ -94,7 +94,11 @@ class Trainer:
         self._parameters = {name: trained_parameters(self.models[name]) for name in self._rules}
         self.optimizers = {name: adamw(self._parameters[name], rules) for name, rules in self._rules.items()}
         self.averages = {
-            name: EMACallback(list(self._parameters[role.of].values()), role.decay)
+            name: EMACallback(
+                list(self._parameters[role.of].values()),
+                role.decay,
+                held_in=averaged_weights(self.models[name]) if role.asked else None,
+            )
             for name, role in roles.items()
             if isinstance(role, Average)
         }
