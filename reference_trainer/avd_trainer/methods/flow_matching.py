@@ -42,7 +42,7 @@ class FlowMatchingMethodConfig(MethodConfig):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         return {
-            "teacher": Built(self.optimizer, lambda _: build_transformer(self.architecture)),
+            "teacher": Built(self.optimizer, lambda *_: build_transformer(self.architecture)),
             "ema": Average("teacher", self.ema_decay),
         }
 

@@ -45,7 +45,7 @@ class FrameInterpolationMethodConfig(MethodConfig):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         return {
-            "interpolator": Built(self.optimizer, lambda shape: LatentFrameInterpolator(shape[0], self.widths)),
+            "interpolator": Built(self.optimizer, lambda shape, _: LatentFrameInterpolator(shape[0], self.widths)),
         }
 
     def calls(self) -> Sequence[Call]:

@@ -45,12 +45,12 @@ class Built:
 
     Attributes:
         optimizer: Options of its optimizer.
-        build: Makes the module from the latent shape ``(C, F, H, W)`` of a clip, on the CPU, with draws from PyTorch's
-            global generator.
+        build: Makes the module from the latent shape ``(C, F, H, W)`` of a clip and the keyword arguments of the run's
+            transformers (empty if there are none), on the CPU, with draws from PyTorch's global generator.
     """
 
     optimizer: OptimizerConfig
-    build: Callable[[Sequence[int]], nn.Module]
+    build: Callable[[Sequence[int], Mapping[str, Any]], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,12 @@ def load_models(
         UserError: If weights are missing, damaged or of another architecture.
     """
     dtype = DTYPES[precision]
+    architecture: Mapping[str, Any] = {}
+    if teacher is not None:
+        with open_weights(teacher) as weights:
+            architecture = weights.config
     models: dict[str, Model] = {
-        name: _build_own(role, latent_shape, dtype, parallel, ranks, seed)
+        name: _build_own(build_whole(role, latent_shape, architecture, seed), dtype, parallel, ranks)
         for name, role in roles.items()
         if isinstance(role, Built)
     }
@@ -152,17 +156,15 @@ def averaged_weights(model: Model) -> list[nn.Parameter]:
     return list(model.own_parameters().values())
 
 
-def build_whole(role: Built, latent_shape: Sequence[int], seed: int) -> nn.Module:
+def build_whole(role: Built, latent_shape: Sequence[int], architecture: Mapping[str, Any], seed: int) -> nn.Module:
     """A built module with its first weights, on the CPU, the same on any number of ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return role.build(latent_shape)
+        return role.build(latent_shape, architecture)
 
 
-def _build_own(
-    role: Built, latent_shape: Sequence[int], dtype: torch.dtype, parallel: ParallelConfig, ranks: Ranks, seed: int
-) -> Model:
-    module = build_whole(role, latent_shape, seed).to(ranks.device)
+def _build_own(module: nn.Module, dtype: torch.dtype, parallel: ParallelConfig, ranks: Ranks) -> Model:
+    module = module.to(ranks.device)
     if isinstance(module, WanTransformer3DModel):
         if parallel.activation_checkpointing:
             checkpoint_blocks(module)
