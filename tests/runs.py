@@ -16,6 +16,7 @@ from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model, load_models
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.draws import seed_of
@@ -122,15 +123,15 @@ def step_gradients(trainer: Trainer, metrics: dict[str, Tensor] | None = None) -
     return seen[0]
 
 
-def model_inputs(text_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised clips, timesteps and text for a forward."""
+def model_inputs(text_dim: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noised clips, timesteps and condition for a forward."""
     draws = torch.Generator().manual_seed(2)
     x_t, text = torch.randn(2, *LATENT_SHAPE, generator=draws), torch.randn(2, 4, text_dim, generator=draws)
-    return x_t, torch.tensor([757.0, 300.0]), text
+    return x_t, torch.tensor([757.0, 300.0]), Condition(text)
 
 
 @torch.no_grad()
-def student_velocity(trainer: Trainer, weights: str, inputs: tuple[Tensor, ...]) -> Tensor:
+def student_velocity(trainer: Trainer, weights: str, inputs: tuple[Tensor, Tensor, Condition]) -> Tensor:
     """What a trainer's student predicts, with its averaged weights (``ema``) or its last (``student``)."""
     with trainer.averages["ema"].average_parameters() if weights == "ema" else nullcontext():
         velocity: Tensor = trainer.models["student"](*inputs)

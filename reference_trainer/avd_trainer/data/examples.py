@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from avd_trainer.models.condition import Condition
 
 
 class Example(NamedTuple):
@@ -40,6 +43,11 @@ class CaptionedExamples(Examples, Protocol):
 
     def unconditional(self) -> Tensor:
         """``[L, D]`` float32."""
+
+
+def condition_of(examples: Sequence[Example]) -> Condition:
+    """What examples show, side by side."""
+    return Condition(torch.stack([example.text for example in examples]))
 
 
 class PartOfData(Dataset[Example]):

@@ -23,6 +23,7 @@ from avd_trainer.inference.choices import choose_device, choose_dtype
 from avd_trainer.inference.generation import embed_prompts
 from avd_trainer.inference.students import About, read_about, read_timesteps
 from avd_trainer.models.codecs.latent_space import SIZES, LatentSpace, latent_shape_of
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
@@ -113,7 +114,16 @@ def analyze_similarity(
         text, unconditional = torch.stack(rows[:-1]), rows[-1]
     model = VelocityModel(load_transformer(source, device, dtype), dtype=dtype)
     similarities = measure(
-        _sample(model, text, unconditional.to(device), shape, sampling=sampling, count=count, seed=seed, device=device)
+        _sample(
+            model,
+            Condition(text),
+            unconditional.to(device),
+            shape,
+            sampling=sampling,
+            count=count,
+            seed=seed,
+            device=device,
+        )
     )
     report = similarities.report
     asked = {"source": source, "sampling": sampling.model_dump(), "latent_shape": shape, "seed": seed}
@@ -162,7 +172,7 @@ def find_sampling(
 
 def _sample(
     model: VelocityModel,
-    text: Tensor,
+    condition: Condition,
     unconditional: Tensor,
     shape: Sequence[int],
     *,
@@ -183,7 +193,7 @@ def _sample(
                 trajectory.append(Prediction(timestep, x_0.cpu()))
                 bar.advance()
 
-            own = text[[row % len(text) for row in rows]].to(device)
+            own = condition[[row % len(condition) for row in rows]].to(device)
             draws = Draws((seed, "similarity"), rows, device)
             if sampling.timesteps is not None:
                 few_step_rollout(model, own, shape, sampling.timesteps, draws.named("trajectory"), on_prediction=keep)

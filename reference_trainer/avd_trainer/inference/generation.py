@@ -13,18 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avd_core import (
-    FlowMatchingSchedule,
-    HalfRateInterpolationSampler,
-    SamplingStep,
-    interpolate_linearly,
-)
+from avd_core import HalfRateInterpolationSampler, SamplingStep, interpolate_linearly
 from avd_trainer.data.encode import BATCH, HashTextEncoder, TextEncoder
 from avd_trainer.inference.choices import Rates
 from avd_trainer.inference.students import Shape, Student
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.codecs.wan import WanCodec
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.samplers import clean_predictor
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, load_transformer
@@ -149,28 +146,24 @@ def _sample_all(
     on_step: Callable[[], None],
 ) -> Iterator[list[Sample]]:
     model = VelocityModel(load_transformer(str(student.folder), device, dtype), dtype=dtype)
-    schedule = FlowMatchingSchedule()
-
-    def predict_x_0(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        return schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
 
     def count(_: SamplingStep) -> None:
         on_step()
 
     interpolator = interpolate_linearly if student.interpolator is None else student.interpolator.to(device)
     samplers = [
-        HalfRateInterpolationSampler(predict_x_0, interpolator, student.timesteps, rates=each, on_step=count)
+        HalfRateInterpolationSampler(clean_predictor(model), interpolator, student.timesteps, rates=each, on_step=count)
         for each in rates
     ]
     for number, text in enumerate(texts):
-        yield [_sample(sampler, text.to(device).unsqueeze(0), shape, seed + number) for sampler in samplers]
+        yield [_sample(sampler, Condition(text.to(device).unsqueeze(0)), shape, seed + number) for sampler in samplers]
 
 
-def _sample(sampler: HalfRateInterpolationSampler, text: Tensor, shape: Shape, seed: int) -> Sample:
+def _sample(sampler: HalfRateInterpolationSampler, condition: Condition, shape: Shape, seed: int) -> Sample:
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, *shape, generator=generator).to(text.device)
+    noise = torch.randn(1, *shape, generator=generator).to(condition.text.device)
     start = time.perf_counter()
-    latents = sampler(noise, generator, text=text)[0].cpu()  # which waits for the device
+    latents = sampler(noise, generator, condition=condition)[0].cpu()  # which waits for the device
     return Sample(latents, time.perf_counter() - start)
 
 

@@ -71,13 +71,15 @@ class FlowMatching(Method):
         return [Turn("teacher", ("clips",))]
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
-        clips_BCFHW, text_BLD = batch["clips"]
+        clips_BCFHW, condition = batch["clips"]
         without_B = draws.uniform("caption_dropout") < self.config.caption_dropout
-        text_BLD = torch.where(without_B.view(-1, 1, 1), self.setting.unconditional, text_BLD)
+        condition = condition.with_text(
+            torch.where(without_B.view(-1, 1, 1), self.setting.unconditional, condition.text)
+        )
         uniform_B = schedule.num_train_timesteps * draws.uniform("timesteps")
         t_B = shift_timesteps(uniform_B, self.config.timestep_shift)
         noise_BCFHW = draws.normal("noise", clips_BCFHW.shape[1:])
-        velocity_BCFHW = self.teacher(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
+        velocity_BCFHW = self.teacher(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, condition)
         yield Loss(F.mse_loss(velocity_BCFHW, schedule.velocity(clips_BCFHW, noise_BCFHW)), {})
 
 

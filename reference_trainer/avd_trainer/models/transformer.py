@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from avd_trainer.config.sections import ArchitectureConfig, LoRAConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.lora import active_adapter, adapted_layers, add_adapter
 from avd_trainer.models.sharding import checkpoint_blocks, materialise
 from avd_trainer.models.weights import load_into, open_weights
@@ -41,11 +42,10 @@ class VelocityModel:
         self.dtype = dtype
         self._adapted = adapted_layers(module)
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """One forward: ``[B, C, F, H, W]``, ``[B]``, ``[B, L, D]`` to a velocity ``[B, C, F, H, W]``."""
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """One forward: ``[B, C, F, H, W]``, ``[B]`` and what B samples are told, to a velocity ``[B, C, F, H, W]``."""
         with self.in_role():
-            # Timesteps keep their precision: bfloat16 has no 757.
-            output = self.module(x_t.to(self.dtype), timesteps, text.to(self.dtype), return_dict=False)[0]
+            output = self.module(*transformer_inputs(x_t, timesteps, condition, self.dtype), return_dict=False)[0]
         velocity: Tensor = output.float()
         return velocity
 
@@ -68,6 +68,23 @@ class VelocityModel:
     def parameters(self) -> list[nn.Parameter]:
         """The values of :meth:`named_parameters`."""
         return list(self.named_parameters().values())
+
+
+def transformer_inputs(
+    x_t: Tensor, timesteps: Tensor, condition: Condition, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The first arguments of a ``WanTransformer3DModel``'s forward: sample, timestep, text and image embedding.
+
+    Args:
+        x_t: ``[B, C, F, H, W]``.
+        timesteps: ``[B]``; they keep their precision: bfloat16 has no 757.
+        condition: Of B samples; its image latents have as many frames as ``x_t``.
+        dtype: In what the transformer computes.
+    """
+    seen = None if condition.image_embedding is None else condition.image_embedding.to(dtype)
+    if condition.image_latents is not None:
+        x_t = torch.cat([x_t, condition.image_latents], dim=1)
+    return x_t.to(dtype), timesteps, condition.text.to(dtype), seen
 
 
 def load_transformer(

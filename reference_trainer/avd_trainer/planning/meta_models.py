@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.sharding import materialise
 from avd_trainer.models.transformer import DTYPES, VelocityModel, computes_in_float32, prepare, without_memory
 from avd_trainer.planning.description import LatentShape, Run
@@ -158,11 +159,12 @@ def tables(model: MetaModel) -> int:
 
 def empty_inputs(
     model: MetaModel, batch: int, latent_shape: LatentShape, text_length: int, device: torch.device = META
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x_t`` ``[B, C, F, H, W]``, timesteps ``[B]`` and text ``[B, L, D]`` of a forward, in float32, of zeros."""
+) -> tuple[Tensor, Tensor, Condition]:
+    """``x_t`` ``[B, C, F, H, W]``, timesteps ``[B]`` and the condition of a forward, in float32, of zeros."""
     text_dim = json.loads(model.architecture)["text_dim"]
     x_t = torch.zeros(batch, *latent_shape, device=device)
-    return x_t, torch.zeros(batch, device=device), torch.zeros(batch, text_length, text_dim, device=device)
+    condition = Condition(torch.zeros(batch, text_length, text_dim, device=device))
+    return x_t, torch.zeros(batch, device=device), condition
 
 
 def over_layers(count: Callable[[MetaModel], tuple[int, ...]], model: MetaModel) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import DrawNoise, VelocityPredictor, few_step_rollout, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
@@ -175,13 +176,13 @@ def _make_clips(
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
     # Repeated where a folder of videos has fewer.
     captions = [real.held_out.captions[i % len(real.held_out)] for i in range(samples)]
-    text = embed(captions)
+    condition = Condition(embed(captions))
 
     latents = {REAL: real.held_out.latents}
     with ProgressBar("teacher samples", teacher_steps) as bar:
         latents["teacher"] = sample_teacher(
             VelocityModel(teacher),
-            text,
+            condition,
             memory.unconditional(),
             shape,
             _same_noise(samples),
@@ -198,7 +199,7 @@ def _make_clips(
             return None
         student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
-            latents[name] = few_step_rollout(student, text, shape, method.few_steps, _same_noise(samples)).x_0
+            latents[name] = few_step_rollout(student, condition, shape, method.few_steps, _same_noise(samples)).x_0
     return DemoClips(captions, latents)
 
 

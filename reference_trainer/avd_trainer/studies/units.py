@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from avd_core import (
-    FlowMatchingSchedule,
     HalfRateInterpolationSampler,
     LatentFrameInterpolator,
     NonFiniteError,
@@ -31,7 +30,8 @@ from avd_trainer.evaluation.reference import reference_of_shapes
 from avd_trainer.methods.base import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import sample_teacher
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.samplers import clean_predictor, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
@@ -52,8 +52,8 @@ RUN = "run"
 Stopping = Callable[[], bool]
 """Whether somebody asked the study to stop."""
 
-Sample = Callable[[Tensor, Sequence[torch.Generator], Tensor], Tensor]
-"""Noise ``[B, C, F, h, w]``, a stream of further noise for each sample, and text ``[B, L, D]`` to samples."""
+Sample = Callable[[Tensor, Sequence[torch.Generator], Condition], Tensor]
+"""Noise ``[B, C, F, h, w]``, a stream of further noise for each sample, and what they show, to samples."""
 
 
 class StoppedError(Exception):
@@ -157,7 +157,7 @@ class Workplace:
             streams = [torch.Generator().manual_seed(seed) for seed in seeds]
             start = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
             text = self._embed([self._held_out.captions[place] for place in places])
-            parts.append(sample(start.to(device), streams, text.to(device)).cpu())
+            parts.append(sample(start.to(device), streams, Condition(text).to(device)).cpu())
             bar.advance()
         return torch.cat(parts)
 
@@ -168,11 +168,11 @@ class Workplace:
         assert isinstance(method, DMDMethodConfig)
         model = VelocityModel(load_transformer(config.teacher, self.ranks.device))
 
-        def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
+        def sample(noise: Tensor, streams: Sequence[torch.Generator], condition: Condition) -> Tensor:
             return sample_teacher(
                 model,
-                text,
-                torch.zeros_like(text[0]),
+                condition,
+                torch.zeros_like(condition.text[0]),
                 noise.shape[1:],
                 lambda shape: noise,
                 steps=variant.steps,
@@ -194,13 +194,8 @@ class Workplace:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
         model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
-        schedule = FlowMatchingSchedule()
-
-        def predict_x_0(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-            return schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
-
-        sampler = HalfRateInterpolationSampler(predict_x_0, interpolator, method.few_steps, half_rate_steps)
-        return lambda noise, streams, text: sampler(noise, streams, text=text)
+        sampler = HalfRateInterpolationSampler(clean_predictor(model), interpolator, method.few_steps, half_rate_steps)
+        return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
 
     def _product(self, unit: Unit) -> Path:
         """The folder of what a unit has trained."""

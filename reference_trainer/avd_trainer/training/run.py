@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avd_core import __version__
 from avd_trainer.config.loading import save_config
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import write_json
@@ -207,7 +208,7 @@ class _Run:
         with ExitStack() as stack:
             for average in trainer.averages.values():
                 stack.enter_context(average.average_parameters())
-            latents = trainer.sample(torch.stack([example.text for example in examples]), "samples")
+            latents = trainer.sample(condition_of(examples), "samples")
         if self.samples is not None:
             self.samples.write(trainer.step, latents, [example.caption for example in examples])
         self.ranks.barrier()

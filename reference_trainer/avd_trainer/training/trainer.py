@@ -24,6 +24,7 @@ from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.registry import load_method
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Average, Built, Trained, averaged_weights, load_models, trained_parameters
 from avd_trainer.runtime.draws import Draws, seed_of
 from avd_trainer.runtime.errors import UserError
@@ -130,16 +131,16 @@ class Trainer:
             yield self._train_step(streams)
 
     @torch.no_grad()
-    def sample(self, text: Tensor, key: str) -> Tensor:
+    def sample(self, condition: Condition, key: str) -> Tensor:
         """Finished samples ``[B, C, F, H, W]`` of the main role's current weights, from noise that ``key`` names.
 
-        A collective: every rank gets the same samples. ``text`` is ``[B, L, D]``.
+        A collective: every rank gets the same samples.
         """
         assert self.method.sampler is not None
-        draws = Draws((self.config.seed, key), range(len(text)), self.ranks.device)
+        draws = Draws((self.config.seed, key), range(len(condition)), self.ranks.device)
         return self.method.sampler(
             self.models[self.main_role],
-            text.to(self.ranks.device),
+            condition.to(self.ranks.device),
             self.method.setting.unconditional,
             self.latent_shape,
             draws.named("trajectory"),

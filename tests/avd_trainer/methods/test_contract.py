@@ -22,6 +22,7 @@ from torch import Tensor
 from avd_core import NonFiniteGuard
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ArchitectureConfig
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Loss
@@ -232,14 +233,14 @@ def test_what_it_trained_is_its_average_and_is_sampled_by_its_own_sampler(
     trainer = Trainer(config, data, ranks)
     list(trainer.run())
     sampler = trainer.method.sampler
-    text = torch.stack([data.prompts[place].text for place in range(2)])
+    condition = condition_of([data.prompts[place] for place in range(2)])
     with ExitStack() as stack:
         for average in trainer.averages.values():
             stack.enter_context(average.average_parameters())
         model: Any = trainer.models[config.method.main_role]
         module = model.module if isinstance(model, VelocityModel) else model
         trained = {name: parameter.detach().full_tensor().clone() for name, parameter in module.named_parameters()}
-        expected = None if sampler is None else trainer.sample(text, "samples")
+        expected = None if sampler is None else trainer.sample(condition, "samples")
     assert saved.keys() == trained.keys()
     for name, value in saved.items():
         assert torch.equal(value, trained[name].to(value.dtype)), name
@@ -251,7 +252,7 @@ def test_what_it_trained_is_its_average_and_is_sampled_by_its_own_sampler(
         parameter.data = trained[name]  # in full precision, to compare what the sampler makes of it
     noise = Draws((config.seed, "samples"), range(2), torch.device("cpu")).named("trajectory")
     with torch.no_grad():
-        found = sampler(VelocityModel(exported), text, data.prompts.unconditional(), data.latent_shape, noise)
+        found = sampler(VelocityModel(exported), condition, data.prompts.unconditional(), data.latent_shape, noise)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 

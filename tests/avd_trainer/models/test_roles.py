@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from avd_core import EMACallback
 from avd_trainer.config.sections import ArchitectureConfig, LoRAConfig, OptimizerConfig
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Average, Frozen, Trained, averaged_weights, load_models, trained_parameters
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.models.weights import TransformerWeights
@@ -38,10 +39,10 @@ def modules(models: dict[str, VelocityModel]) -> set[nn.Module]:
     return {model.module for model in models.values()}
 
 
-def inputs(timestep: float = 757.0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(timestep: float = 757.0) -> tuple[Tensor, Tensor, Condition]:
     draws = torch.Generator().manual_seed(5)
     x_t = torch.randn(2, 16, 3, 4, 4, generator=draws)
-    return x_t, torch.full((2,), timestep), torch.randn(2, 4, 6, generator=draws)
+    return x_t, torch.full((2,), timestep), Condition(torch.randn(2, 4, 6, generator=draws))
 
 
 @torch.no_grad()
@@ -166,7 +167,8 @@ def test_an_average_that_is_asked_is_a_frozen_model_of_its_own(
     with average.average_parameters():
         assert torch.equal(velocity(ema), velocity(student))
     assert not torch.equal(velocity(ema), moved)
-    models["ema"](*inputs()[:2], inputs()[2].requires_grad_()).square().mean().backward()
+    x_t, *others = inputs()
+    models["ema"](x_t.requires_grad_(), *others).square().mean().backward()
     assert all(gradients(module) == {} for module in modules(models))
 
 
@@ -182,7 +184,7 @@ def test_a_call_leaves_no_role_behind(make_config: MakeConfig, ranks: Ranks) -> 
     before, results = switches(), [velocity(model) for model in models.values()]
     assert len({result.sum().item() for result in results}) == 3
     with pytest.raises(RuntimeError):
-        models["student"](*inputs()[:2], torch.zeros(2, 4, 7))  # text of another width
+        models["student"](*inputs()[:2], Condition(torch.zeros(2, 4, 7)))  # text of another width
     assert switches() == before
     assert all(torch.equal(velocity(model), result) for model, result in zip(models.values(), results, strict=True))
 

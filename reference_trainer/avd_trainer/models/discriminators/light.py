@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.discriminators.attention import Judge
 
 
@@ -27,8 +28,7 @@ class LightHead(nn.Module):
         self.queries = nn.Parameter(torch.randn(blocks, 1, width))
         self.judge = Judge(feature_dim, blocks, width, queries=1)
 
-    def forward(self, features: Sequence[Tensor], text: Tensor, image: Tensor | None = None) -> Tensor:
-        """``[B, L, D]`` of each tapped block to logits ``[B]``; ``text`` and ``image`` are not read."""
-        batch = len(features[0])
-        logits: Tensor = self.judge([query.expand(batch, -1, -1) for query in self.queries], features)
+    def forward(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
+        """``[B, L, D]`` of each tapped block to logits ``[B]``; of ``condition`` nothing is read."""
+        logits: Tensor = self.judge([query.expand(len(condition), -1, -1) for query in self.queries], features)
         return logits

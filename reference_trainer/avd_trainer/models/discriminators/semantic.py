@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.discriminators.attention import Attention, Judge
 
 
@@ -44,26 +46,38 @@ class SemanticHead(nn.Module):
         self.attend = Attention(width, width)
         self.judge = Judge(feature_dim, blocks, width, queries)
 
-    def forward(self, features: Sequence[Tensor], text: Tensor, image: Tensor | None = None) -> Tensor:
-        """Logits ``[B]``.
-
-        Args:
-            features: ``[B, L, D]`` of each tapped block.
-            text: ``[B, L_text, text_dim]``.
-            image: ``[B, L_image, image_dim]``; None if there is none.
+    def forward(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
+        """``[B, L, D]`` of each tapped block to logits ``[B]``.
 
         Raises:
             ValueError: If there is an image and the head was built without, or the other way round.
         """
-        if (image is None) != (self.see_image is None):
+        image_BLD = image_tokens(condition)
+        if (image_BLD is None) != (self.see_image is None):
+            found, expected = ("no" if absent else "an" for absent in (image_BLD is None, self.see_image is None))
             raise ValueError(
-                f"expected {'no' if self.see_image is None else 'an'} image, got {'none' if image is None else 'one'}. "
-                "Build the head with image_dim where runs have a condition image, and without where they have none."
+                f"expected {expected} image, got {found} image. Build the head with image_dim where runs have a "
+                "condition image, and without where they have none."
             )
-        tokens = [self.queries.expand(len(text), -1, -1), self.read_text(text)]
-        if image is not None and self.see_image is not None:
-            tokens.append(self.see_image(image))
+        tokens = [self.queries.expand(len(condition), -1, -1), self.read_text(condition.text)]
+        if image_BLD is not None and self.see_image is not None:
+            tokens.append(self.see_image(image_BLD))
         all_BLW = torch.cat(tokens, dim=1)
         asking_BQW = self.attend(all_BLW, all_BLW)[:, : len(self.queries)]
         logits: Tensor = self.judge([asking_BQW] * len(features), features)
         return logits
+
+
+def image_tokens(condition: Condition) -> Tensor | None:
+    """A condition image's tokens ``[B, L, D]``: its embedding, or else the latents of the first frame; None without."""
+    if condition.image_embedding is not None or condition.image_latents is None:
+        return condition.image_embedding
+    return condition.image_latents[:, :, 0].flatten(2).transpose(1, 2)
+
+
+def image_token_dim(architecture: Mapping[str, Any]) -> int | None:
+    """Width of :func:`image_tokens`, from the keyword arguments of a run's transformers; None if they see no image."""
+    if architecture.get("image_dim") is not None:
+        return int(architecture["image_dim"])
+    beside = int(architecture["in_channels"] - (architecture.get("out_channels") or architecture["in_channels"]))
+    return beside or None
