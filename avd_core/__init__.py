@@ -5,6 +5,8 @@ The parts, for a training loop of your own:
 - :class:`AdaptiveRegressionLoss` over a :class:`LossMeanCache`: regression on real clips with adaptive weights.
 - :class:`ClippedTemporalVarianceLoss`: keeps generated clips moving. :func:`derive_floor` fits it to a latent space.
 - :class:`DistributionMatchingLoss`: the DMD term, for loops that have none.
+- :class:`HingeLoss`, :class:`SpatioTemporalR1Loss` and :class:`ConditionalScoreDistillationLoss`: the terms of V-PAE's
+  adversarial phase.
 - :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
 - :class:`GradientBalance`: measures or holds the ratio of the regression's gradient to distribution matching's.
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
@@ -20,6 +22,7 @@ After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Te
 (CVPR 2026), whose equation numbers the docstrings use.
 """
 
+from avd_core.adversarial import HingeLoss, SpatioTemporalR1Loss, spatio_temporal_r1_loss
 from avd_core.balance import GradientBalance
 from avd_core.cache import LossMeanCache, LossStatistics
 from avd_core.callbacks import (
@@ -54,6 +57,7 @@ from avd_core.schedule import (
     shift_timesteps,
     standard_guidance_scale,
 )
+from avd_core.score_distillation import ConditionalScoreDistillationLoss, conditional_score_distillation_loss
 
 __version__ = "0.1.0"
 
@@ -70,11 +74,13 @@ __all__ = [
     "ClippedTemporalVarianceLoss",
     "CollapseFinding",
     "CollapseMonitor",
+    "ConditionalScoreDistillationLoss",
     "DistributionMatchingLoss",
     "EMACallback",
     "FlowMatchingSchedule",
     "GradientBalance",
     "HalfRateInterpolationSampler",
+    "HingeLoss",
     "LatentFrameInterpolator",
     "LatentStatistics",
     "LossMeanCache",
@@ -86,9 +92,11 @@ __all__ = [
     "NonFiniteGuard",
     "RegressionConfig",
     "SamplingStep",
+    "SpatioTemporalR1Loss",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
+    "conditional_score_distillation_loss",
     "derive_floor",
     "distribution_matching_loss",
     "interpolate_linearly",
@@ -96,6 +104,7 @@ __all__ = [
     "raise_frame_rate",
     "repeat_frames",
     "shift_timesteps",
+    "spatio_temporal_r1_loss",
     "standard_guidance_scale",
     "step_rates",
     "temporal_variance",
