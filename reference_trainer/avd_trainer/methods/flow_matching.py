@@ -46,7 +46,7 @@ class FlowMatchingMethodConfig(MethodConfig):
             "ema": Average("teacher", self.ema_decay),
         }
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         return (Call("teacher", 1, backward=True),)
 
     @property

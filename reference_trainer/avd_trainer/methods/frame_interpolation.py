@@ -48,7 +48,7 @@ class FrameInterpolationMethodConfig(MethodConfig):
             "interpolator": Built(self.optimizer, lambda shape, _: LatentFrameInterpolator(shape[0], self.widths)),
         }
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         return ()  # of transformers there are none
 
     @property

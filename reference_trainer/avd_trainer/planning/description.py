@@ -186,7 +186,7 @@ def describe(
         roles=tuple(_roles(config)),
         main=config.method.main_role,
         product_bytes=2 if isinstance(config.method.roles()[config.method.main_role], Built) else 4,
-        calls=tuple(config.method.calls()),
+        calls=tuple(config.method.calls(config.max_steps)),
         steps=config.max_steps,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,

@@ -188,14 +188,16 @@ class Trainer:
         """One optimizer step; ``number`` counts the turns of this role within the step."""
         parts = [self._accumulate(turn, number, places, streams) for places in self.micro_batches]
         metrics = mean_over_micro_batches(parts)
-        metrics["gradient_norm"] = self._clip_gradients(turn.role)
-        callbacks, optimizer = self.callbacks[turn.role], self.optimizers[turn.role]
-        accepted = callbacks.before_step(self.step, metrics)
-        if accepted:
-            set_rates(optimizer, self._rules[turn.role], self.step, self.config.max_steps)
-            optimizer.step()
-            callbacks.after_step(self.step, metrics)
-        optimizer.zero_grad(set_to_none=True)
+        stepping = (turn.role, *turn.together)
+        metrics["gradient_norm"] = self._clip_gradients(stepping)
+        accepted = self.callbacks[turn.role].before_step(self.step, metrics)
+        for role in stepping:
+            optimizer = self.optimizers[role]
+            if accepted:
+                set_rates(optimizer, self._rules[role], self.step, self.config.max_steps, turn.rate)
+                optimizer.step()
+                self.callbacks[role].after_step(self.step, metrics)
+            optimizer.zero_grad(set_to_none=True)
         self.method.after(turn, accepted=accepted)
         metrics.pop("x_0", None)
         if turn.role != self.main_role:
@@ -231,8 +233,8 @@ class Trainer:
         batches = indices_by_micro_batch(order, updates, self.config.batch_size, self.micro_batches)
         return read_batches(data, batches, self.data.workers)
 
-    def _clip_gradients(self, role: str) -> Tensor:
-        parameters = list(self._parameters[role].values())
+    def _clip_gradients(self, roles: Sequence[str]) -> Tensor:
+        parameters = [parameter for role in roles for parameter in self._parameters[role].values()]
         if self.config.max_gradient_norm is not None:
             return gather_full(nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm))
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
