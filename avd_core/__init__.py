@@ -9,6 +9,7 @@ The parts, for a training loop of your own:
   adversarial phase.
 - :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
 - :class:`GradientBalance`: measures or holds the ratio of the regression's gradient to distribution matching's.
+- :func:`gradient_shares`: which of several terms trains the student.
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
 - :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
   :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
@@ -23,7 +24,7 @@ After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Te
 """
 
 from avd_core.adversarial import HingeLoss, SpatioTemporalR1Loss, spatio_temporal_r1_loss
-from avd_core.balance import GradientBalance
+from avd_core.balance import GradientBalance, gradient_shares
 from avd_core.cache import LossMeanCache, LossStatistics
 from avd_core.callbacks import (
     MAX_SWITCHED,
@@ -99,6 +100,7 @@ __all__ = [
     "conditional_score_distillation_loss",
     "derive_floor",
     "distribution_matching_loss",
+    "gradient_shares",
     "interpolate_linearly",
     "kept_frames",
     "raise_frame_rate",

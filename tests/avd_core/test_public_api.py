@@ -51,6 +51,7 @@ PUBLIC = [
     "conditional_score_distillation_loss",
     "derive_floor",
     "distribution_matching_loss",
+    "gradient_shares",
     "interpolate_linearly",
     "kept_frames",
     "raise_frame_rate",
