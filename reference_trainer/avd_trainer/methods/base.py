@@ -269,9 +269,7 @@ def describe_samples(x_0: Tensor, rollout: Rollout) -> dict[str, Tensor]:
     }
 
 
-def draw_noised(
-    x_0: Tensor, draws: Draws, name: str, options: ScoreTimestepsConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def draw_noised(x_0: Tensor, draws: Draws, name: str, options: ScoreTimestepsConfig) -> tuple[Tensor, Tensor, Tensor]:
     """Clips or samples ``[B, C, F, H, W]`` at drawn timesteps: these ``[B]``, the noised ones, and their velocity.
 
     What is drawn is called ``NAME_timesteps`` and ``NAME_noise``.
@@ -286,16 +284,6 @@ def prefixed(part: str, output: LossOutput) -> LossOutput:
     """A loss whose metrics are named after it, itself among them."""
     metrics = {f"{part}/{name}": value for name, value in output.metrics.items()}
     return LossOutput(output.loss, metrics | {f"{part}/loss": output.loss.detach()})
-
-
-def without_graph(loss: Tensor, x: Tensor) -> Tensor:
-    """The same value with the same gradient at ``x``, and no graph between them.
-
-    Of a loss that a large model stands behind, such as a critic's logit, the graph is gone before the next loss is
-    computed, and several losses at ``x`` are differentiated again without going through that model twice.
-    """
-    (gradient,) = torch.autograd.grad(loss, x)
-    return loss.detach() + ((x - x.detach()) * gradient).sum()
 
 
 def weighted_sum(*terms: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:

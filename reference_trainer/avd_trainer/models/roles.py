@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -39,18 +39,34 @@ class Trained:
     weights: str | None = None
 
 
+class Reads(NamedTuple):
+    """Features of a transformer's blocks that a built module reads.
+
+    Attributes:
+        role: Whose they are.
+        blocks: How many blocks' outputs it is given, of a number of blocks.
+        times: How often it is asked before its backward pass.
+    """
+
+    role: str
+    blocks: Callable[[int], int]
+    times: int
+
+
 @dataclass(frozen=True)
 class Built:
     """A module that the method builds, with random first weights that depend on the run's seed.
 
     Attributes:
         optimizer: Options of its optimizer.
+        reads: The features that it is trained on, if any; for planning.
         build: Makes the module from the latent shape ``(C, F, H, W)`` of a clip and the keyword arguments of the run's
             transformers (empty if there are none), on the CPU, with draws from PyTorch's global generator.
     """
 
     optimizer: OptimizerConfig
     build: Callable[[Sequence[int], Mapping[str, Any]], nn.Module]
+    reads: Reads | None = None
 
 
 @dataclass(frozen=True)
