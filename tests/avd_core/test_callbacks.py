@@ -47,6 +47,8 @@ def metrics_at(step: int) -> dict[str, Tensor]:
         "x_0": clips(step, motion=1 / (1 + step)),
         "regression/weights": torch.tensor([2.0, 1.5]) / (1 + step),
         "balance/gradient_ratio": torch.tensor(0.2 * step),
+        "discriminator/logit_gap": torch.tensor(1 - 0.2 * step),
+        "discriminator/hinge_loss": torch.tensor(1 / (1 + step) ** 2),
     }
 
 
@@ -58,6 +60,9 @@ LIMITS = {
     "max_switched": 0.5,
     "min_weight_spread": 0.02,
     "max_gradient_ratio": 1.0,
+    "min_logit_gap": 0.1,
+    "min_hinge_loss": 0.05,
+    "patience": 4,
 }
 
 
@@ -681,6 +686,83 @@ def test_one_outlier_is_no_finding() -> None:
     assert watch(prompt_monitor(decay=0.8), ratios(*[0.5] * 5, *[2.9] * 5)) == ["regression_dominates"]
 
 
+# --- CollapseMonitor: the discriminator
+
+
+def gaps(*values: float) -> list[dict[str, Tensor]]:
+    return [{"discriminator/logit_gap": torch.tensor(value)} for value in values]
+
+
+def hinge_losses(*values: float) -> list[dict[str, Tensor]]:
+    return [{"discriminator/hinge_loss": torch.tensor(value)} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("stream", "kinds"),
+    [
+        (gaps(*[0.05] * 5), ["discriminator_blind"]),
+        (gaps(*[-0.3] * 5), ["discriminator_blind"]),  # wrong on average is blind, too
+        (gaps(*[0.05] * 4), []),
+        (gaps(*[0.11] * 9), []),
+        (gaps(0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0, 0.0), []),  # never five looks in a row
+        (gaps(0.0, 0.0, 0.1, *[1.0] * 9), []),  # opens
+        (gaps(*[1.0] * 9, *[0.0] * 5), ["discriminator_blind"]),  # closes
+        (gaps(*[0.0] * 9, 1.0, *[0.0] * 5), ["discriminator_blind"] * 2),  # recovers in between
+        (gaps(*[100.0] * 9), []),  # large logits alone are no victory
+        (hinge_losses(*[0.04] * 5), ["discriminator_won"]),
+        (hinge_losses(*[0.04] * 4), []),
+        (hinge_losses(2.0, 2.0, *[0.06] * 9), []),
+        ([*gaps(9.0), *hinge_losses(*[0.0] * 5)], ["discriminator_won"]),
+    ],
+)
+def test_what_lasts_is_said_of_the_discriminator(stream: list[dict[str, Tensor]], kinds: list[str]) -> None:
+    monitor = prompt_monitor()
+    assert watch(monitor, stream) == kinds
+    for finding in monitor.findings:
+        assert "the discriminator" in finding.message
+        assert finding.message.endswith(f"limit {finding.limit:g}, for 4 steps).")
+
+
+def test_the_discriminators_limits_and_the_patience_can_be_set() -> None:
+    assert watch(prompt_monitor(min_logit_gap=0.01), gaps(*[0.05] * 9)) == []
+    assert watch(prompt_monitor(min_hinge_loss=0.01), hinge_losses(*[0.04] * 9)) == []
+    assert watch(prompt_monitor(patience=0), gaps(0.05)) == ["discriminator_blind"]
+    assert watch(prompt_monitor(patience=10), gaps(*[0.05] * 10)) == []
+
+
+def noisy_gaps(seed: int, steps: int, gap: float, noise: float, opening: int) -> list[dict[str, Tensor]]:
+    """The gap of a discriminator that starts blind, and opens it within some steps; ``noise`` is that of a batch."""
+    errors = noise * randn(seed, steps)
+    return gaps(*[gap * min(1.0, step / opening) + error.item() for step, error in enumerate(errors)])
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.4])  # of 8 clips, and of a single one, for logits that spread by 1
+def test_by_default_a_gap_that_opens_slowly_is_no_finding_in_noise_and_one_that_stays_closed_is(noise: float) -> None:
+    before = samples(1) * 110  # an adversarial phase that begins late in a run
+    opens, stays = [], []
+    for seed in range(10):
+        for gap, found in ((1.0, opens), (0.0, stays)):
+            monitor = CollapseMonitor(REFERENCE)
+            found.append("discriminator_blind" in watch(monitor, before + noisy_gaps(seed, 1000, gap, noise, 400)))
+    assert not any(opens)
+    assert sum(stays) >= 5
+
+
+def test_the_grace_of_a_signal_begins_when_it_is_first_shown() -> None:
+    monitor = prompt_monitor(grace=3, patience=0)
+    watch(monitor, [*ratios(*[0.5] * 5), *[a | b for a, b in zip(ratios(*[2.0] * 4), gaps(*[0.0] * 4), strict=True)]])
+    assert [(f.step, f.kind) for f in monitor.findings] == [(5, "regression_dominates"), (8, "discriminator_blind")]
+
+
+def test_a_restart_does_not_forget_how_long_a_gap_was_closed() -> None:
+    monitor, restarted = prompt_monitor(grace=1), prompt_monitor(grace=1)
+    watch(monitor, gaps(*[0.0] * 4))
+    restarted.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    for step in (4, 5):
+        restarted.after_step(step, gaps(0.0)[0])
+    assert [(finding.kind, finding.step) for finding in restarted.findings] == [("discriminator_blind", 5)]
+
+
 def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends() -> None:
     monitor = prompt_monitor(every=3, grace=6)
     watch(monitor, ratios(*[2.0] * 6))
@@ -738,6 +820,9 @@ def test_the_monitor_lets_every_step_pass() -> None:
         ({"grace": -1}, "grace must be at least 0"),
         ({"decay": 1.0}, "decay must be a finite number at least 0 and below 1"),
         ({"window": 1}, "window must be at least 2"),
+        ({"patience": -1}, "patience must be at least 0"),
+        ({"min_logit_gap": math.nan}, "min_logit_gap must be a finite number"),
+        ({"min_hinge_loss": -1.0}, "min_hinge_loss must be a finite number at least 0"),
         ({"variance_range": (2.0, 1.0)}, "variance_range must be"),
         ({"saturation_range": (0.0, 1.0)}, "saturation_range must be"),
     ],
