@@ -170,8 +170,7 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
             config.data,
             config.prompts,
             teacher=config.teacher,
-            text_dim=architecture["text_dim"],
-            channels=architecture["in_channels"],
+            architecture=architecture,
         )
         return Prepared(config, data, architecture)
     replace = {"data": {"kind": "shards", "path": "random"}}

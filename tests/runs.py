@@ -63,10 +63,12 @@ def tiny_config(
     return TrainConfig.model_validate({**values, "method": {"kind": kind, **section}, **changes})
 
 
-def in_memory(latents: CaptionedLatents | Tensor, embed: HashTextEmbedding = EMBED) -> InMemoryData:
+def in_memory(
+    latents: CaptionedLatents | Tensor, embed: HashTextEmbedding = EMBED, *, image: bool = False
+) -> InMemoryData:
     """Clips as examples; bare latents get empty captions."""
     clips = CaptionedLatents(latents, [""] * len(latents)) if isinstance(latents, Tensor) else latents
-    return InMemoryData(clips, embed)
+    return InMemoryData(clips, embed, image=image)
 
 
 def both(clips: InMemoryData) -> TrainingData:
@@ -76,13 +78,12 @@ def both(clips: InMemoryData) -> TrainingData:
 
 def load_data_of(config: TrainConfig) -> TrainingData:
     """What a run reads, as ``avd train`` loads it."""
-    architecture = config.method.transformer_config(config.teacher) or {}
     return load_data(
         config.data,
         config.prompts,
         teacher=config.teacher,
-        text_dim=architecture.get("text_dim") if config.method.needs_text else None,
-        channels=architecture.get("in_channels"),
+        architecture=config.method.transformer_config(config.teacher),
+        text=config.method.needs_text,
         held_out=config.method.held_out_clips,
     )
 

@@ -100,13 +100,11 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         )
     dtype = DTYPES[config.precision]
     module = load_transformer(config.teacher, device, dtype)
-    architecture = module.config
     data = load_data(
         config.data,
         config.prompts,
         teacher=config.teacher,
-        text_dim=architecture.text_dim,
-        channels=architecture.in_channels,
+        architecture=module.config,
     )
     return calibrate_models(config, VelocityModel(module, dtype=dtype), data, device, samples=samples, steps=steps)
 

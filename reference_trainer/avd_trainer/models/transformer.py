@@ -12,6 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from avd_trainer.config.sections import ArchitectureConfig, LoRAConfig
+from avd_trainer.models.architecture import MASK_CHANNELS
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.lora import active_adapter, adapted_layers, add_adapter
@@ -150,13 +151,33 @@ def computes_in_float32(name: str) -> bool:
 
 def build_transformer(config: ArchitectureConfig) -> WanTransformer3DModel:
     """A small Wan2.1 transformer with random weights."""
+    channels = BlockDCTCodec.channels
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        in_channels=BlockDCTCodec.channels,
-        out_channels=BlockDCTCodec.channels,
+        in_channels=channels + (MASK_CHANNELS + channels if config.image_to_video else 0),
+        out_channels=channels,
         rope_max_seq_len=64,
-        **config.model_dump(),
+        **config.model_dump(exclude={"image_to_video"}),
     )
+
+
+@torch.no_grad()
+def start_from(model: WanTransformer3DModel, source: str) -> WanTransformer3DModel:
+    """Fill a model with the weights of one that has no further input channels; what goes into those starts at zero.
+
+    So a model of image to video starts as one of text to video that does not look at the image yet.
+
+    Raises:
+        UserError: If there are no such weights, or they do not fit otherwise.
+    """
+    with open_weights(source) as weights:
+        whole = WanTransformer3DModel.from_config({**model.config, "in_channels": weights.config["in_channels"]})
+        load_into(whole, weights)
+    embedding, own = model.patch_embedding.weight, whole.patch_embedding.weight
+    extended = torch.zeros_like(embedding)
+    extended[:, : own.shape[1]] = own
+    model.load_state_dict({**whole.state_dict(), "patch_embedding.weight": extended})
+    return model
 
 
 def without_memory(config: dict[str, Any]) -> WanTransformer3DModel:

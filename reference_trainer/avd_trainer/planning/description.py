@@ -19,6 +19,7 @@ from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.methods.base import Call, MethodConfig
+from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.roles import Average, Built, Frozen, Reads, Trained
@@ -31,13 +32,25 @@ from avd_trainer.training.config import TrainConfig
 WAN_TEXT_LENGTH = 512
 """Tokens of a prompt where the data is not there yet."""
 
+_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+
 # The known models differ in these; the rest is diffusers' default.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _14B,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _14B | _IMAGE,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _14B | _IMAGE,
 }
 
-_COMMON = {"attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096, "in_channels": 16, "patch_size": [1, 2, 2]}
+_COMMON = {
+    "attention_head_dim": 128,
+    "freq_dim": 256,
+    "text_dim": 4096,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+}
 
 _TITLES = {"online": "online model"}
 
@@ -135,6 +148,11 @@ class Run(NamedTuple):
     def text_dim(self) -> int:
         """Width of a prompt's tokens."""
         return int(json.loads(self.architecture)["text_dim"])
+
+    @property
+    def image(self) -> ImageInput | None:
+        """What the models read of an image; None for text to video."""
+        return image_input(json.loads(self.architecture))
 
     @property
     def trained(self) -> tuple[Role, ...]:
@@ -305,7 +323,7 @@ def _can_accumulate(method: MethodConfig) -> bool:
 
 
 def _check_shape(shape: Sequence[int], architecture: Mapping[str, Any]) -> LatentShape:
-    channels, patch = architecture["in_channels"], architecture["patch_size"]
+    channels, patch = latent_channels(architecture), architecture["patch_size"]
     if len(shape) != 4 or shape[0] != channels or any(n < 1 or n % p for n, p in zip(shape[1:], patch, strict=True)):
         raise UserError(
             f"a clip's latent has the shape {list(shape)}, expected [C, F, H, W] with {channels} channels and the rest "

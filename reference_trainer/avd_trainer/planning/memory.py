@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel, ConfigDict
 
 from avd_trainer.methods.base import Call
+from avd_trainer.models.image_encoder import IMAGE_TOKENS
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.planning.activations import inference_activations, training_activations
 from avd_trainer.planning.description import Role, Run
@@ -203,5 +204,14 @@ def _step_data(run: Run) -> int:
     share, micro = run.batches
     text = 4 * run.text_length * run.text_dim
     latent = 4 * math.prod(run.latent_shape)
-    # The step's samples and their prompts; the clips' prompts, and the negative one.
-    return share * (text + latent) + micro * text + text + micro * LATENTS_IN_FLIGHT * latent
+    condition = text + image_bytes(run)
+    # The step's samples and their conditions; the clips' conditions, and the negative prompt.
+    return share * (condition + latent) + micro * condition + text + micro * LATENTS_IN_FLIGHT * latent
+
+
+def image_bytes(run: Run) -> int:
+    """What an example holds of its first frame, in float32; 0 for text to video."""
+    if run.image is None:
+        return 0
+    latents = run.image.channels * math.prod(run.latent_shape[1:])
+    return 4 * (latents + IMAGE_TOKENS * (run.image.embedding_dim or 0))

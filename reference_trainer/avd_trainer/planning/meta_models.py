@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.models.architecture import image_input
 from avd_trainer.models.condition import Condition
+from avd_trainer.models.image_encoder import IMAGE_TOKENS
 from avd_trainer.models.sharding import materialise
 from avd_trainer.models.transformer import DTYPES, VelocityModel, computes_in_float32, prepare, without_memory
 from avd_trainer.planning.description import LatentShape, Run
@@ -173,9 +176,18 @@ def empty_inputs(
     model: MetaModel, batch: int, latent_shape: LatentShape, text_length: int, device: torch.device = META
 ) -> tuple[Tensor, Tensor, Condition]:
     """``x_t`` ``[B, C, F, H, W]``, timesteps ``[B]`` and the condition of a forward, in float32, of zeros."""
-    text_dim = json.loads(model.architecture)["text_dim"]
+    architecture = json.loads(model.architecture)
     x_t = torch.zeros(batch, *latent_shape, device=device)
-    condition = Condition(torch.zeros(batch, text_length, text_dim, device=device))
+    condition = Condition(torch.zeros(batch, text_length, architecture["text_dim"], device=device))
+    image = image_input(architecture)
+    if image is not None:
+        condition = replace(
+            condition,
+            image_latents=torch.zeros(batch, image.channels, *latent_shape[1:], device=device),
+            image_embedding=None
+            if image.embedding_dim is None
+            else torch.zeros(batch, IMAGE_TOKENS, image.embedding_dim, device=device),
+        )
     return x_t, torch.zeros(batch, device=device), condition
 
 

@@ -21,6 +21,7 @@ from avd_core import (
     interpolate_linearly,
 )
 from avd_core.sampling import Interpolator
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
@@ -29,6 +30,7 @@ from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import reference_of_shapes
 from avd_trainer.methods.base import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import clean_predictor, sample_teacher
@@ -156,8 +158,8 @@ class Workplace:
             seeds = [seed_of("study", unit.seed, noise, place) for place in places]
             streams = [torch.Generator().manual_seed(seed) for seed in seeds]
             start = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-            text = self._embed([self._held_out.captions[place] for place in places])
-            parts.append(sample(start.to(device), streams, Condition(text).to(device)).cpu())
+            condition = condition_of([self._asked[place] for place in places])
+            parts.append(sample(start.to(device), streams, condition.to(device)).cpu())
             bar.advance()
         return torch.cat(parts)
 
@@ -214,8 +216,13 @@ class Workplace:
 
     @cached_property
     def _training_data(self) -> TrainingData:
-        clips = InMemoryData(load_clips(self.study.data, self._codec, held_out=False).train, self._embed)
+        clips = self._examples(load_clips(self.study.data, self._codec, held_out=False).train)
         return TrainingData(clips, clips)
+
+    @cached_property
+    def _asked(self) -> InMemoryData:
+        """What samples are to show: captions of held-out clips, and for image to video their first frames."""
+        return self._examples(self._held_out)
 
     @cached_property
     def _shapes(self) -> MovingShapes:
@@ -230,12 +237,13 @@ class Workplace:
     def _real(self) -> Encoded:
         return Encoded(self._held_out.latents, self._codec.decode(self._held_out.latents))
 
-    @cached_property
-    def _embed(self) -> HashTextEmbedding:
+    def _examples(self, clips: CaptionedLatents) -> InMemoryData:
+        """Clips as the teacher's kind of model reads them."""
         if self.study.teacher is None:
-            return HashTextEmbedding(TEXT_LENGTH, 2)  # nobody looks at it
+            return InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, 2))  # nobody looks at captions
         with open_weights(self.study.teacher) as weights:
-            return HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
+            embed = HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
+            return InMemoryData(clips, embed, image=image_input(weights.config) is not None)
 
     @property
     def _batches(self) -> list[range]:

@@ -86,8 +86,8 @@ class _Run:
             config.data,
             config.prompts,
             teacher=config.teacher,
-            text_dim=self.architecture["text_dim"] if self.architecture and method.needs_text else None,
-            channels=self.architecture["in_channels"] if self.architecture else None,
+            architecture=self.architecture,
+            text=method.needs_text,
             held_out=method.held_out_clips,
         )
         self.encoding = data.encoding or assumed_encoding(config.data, config.teacher)
