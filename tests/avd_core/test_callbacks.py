@@ -297,6 +297,35 @@ def test_ema_of_half_precision_weights_does_not_stand_still() -> None:
     assert weight.item() == 1.25
 
 
+def test_averages_are_kept_where_they_are_to_be_held() -> None:
+    parameter, copy = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([7.0]), requires_grad=False)
+    ema = EMACallback([parameter], 0.5, warmup=False, held_in=[copy])
+    assert copy.item() == 1.0
+    parameter.data.fill_(3.0)
+    ema.after_step(0, {})
+    assert copy.item() == 2.0
+    saved = {**ema.state_dict(), "shadow_params": [torch.tensor([5.0])]}
+    ema.load_state_dict(saved)
+    assert copy.item() == 5.0  # and still the very tensor that follows
+    ema.after_step(1, {})
+    assert copy.item() == 4.0
+    with ema.average_parameters():
+        assert parameter.item() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("held_in", "found"),
+    [
+        ([], "0 for 1"),
+        ([torch.ones(2)], r"\(torch.Size\(\[2\]\), torch.float32\) for \(torch.Size\(\[1\]\), torch.float32\)"),
+        ([torch.ones(1, dtype=torch.bfloat16)], "torch.bfloat16"),
+    ],
+)
+def test_what_holds_the_averages_must_fit(held_in: list[torch.Tensor], found: str) -> None:
+    with pytest.raises(ValueError, match=f"held_in must have a tensor for each .* got .*{found}.*Pass the parameters"):
+        EMACallback([nn.Parameter(torch.ones(1))], held_in=held_in)
+
+
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
 def test_ema_refuses_a_decay_outside_its_range(decay: float) -> None:
     with pytest.raises(ValueError, match="decay must be a finite number at least 0 and below 1"):

@@ -8,6 +8,7 @@ from avd_core import AVDConfig, MotionConfig, RegressionConfig
 from avd_trainer.config.loading import load_config, presets
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.methods.vpae import VPAEMethodConfig
 from avd_trainer.training.config import TrainConfig
 
 SHARDS = {"data": {"kind": "shards", "path": "clips"}}
@@ -20,7 +21,7 @@ def test_every_preset_is_valid_and_of_the_method_that_its_file_is_named_for(name
 
 
 def test_every_method_has_values_for_the_tiny_models() -> None:
-    assert presets()["tiny"] == ("avd", "dmd", "flow_matching", "frame_interpolation")
+    assert presets()["tiny"] == ("avd", "dmd", "flow_matching", "frame_interpolation", "vpae")
 
 
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b"])
@@ -40,6 +41,30 @@ def test_the_wan_presets_have_the_papers_values(name: str, kind: str) -> None:
     assert (method.score_timesteps.shift, method.score_timesteps.low, method.score_timesteps.high) == (5, 20, 980)
     for optimizer in (method.student.optimizer, method.online.optimizer):
         assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (2e-6, (0.9, 0.999), 0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("wan2.1-1.3b", (15, 22, 29)), ("wan2.1-14b", (20, 30, 39)), ("wan2.1-i2v-14b-480p", (20, 30, 39))],
+)
+def test_vpae_of_wan_has_the_values_of_its_paper(name: str, blocks: tuple[int, ...]) -> None:
+    config = load_config(TrainConfig, name, replace=SHARDS, method="vpae")
+    method: Any = config.method
+    assert (config.max_steps, method.priming_steps) == (1500, 500)
+    assert (method.priming_rate * method.student.optimizer.lr, method.student.optimizer.lr) == (1e-6, 2e-6)
+    assert (method.ema_decay, method.csds_weight, method.critic, method.head.kind) == (0.995, 10, "average", "semantic")
+    assert method.head.blocks == blocks
+    # The rest is what the class has by itself, so that options and presets cannot part.
+    own = VPAEMethodConfig()
+    for option in (
+        "r1_weight",
+        "csds_guidance",
+        "critic_timesteps",
+        "csds_timesteps",
+        "score_timesteps",
+        "priming_low",
+    ):
+        assert getattr(method, option) == getattr(own, option), option
 
 
 @pytest.mark.parametrize("name", ["tiny", "wan2.1-1.3b", "wan2.1-14b"])

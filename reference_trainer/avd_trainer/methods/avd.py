@@ -36,11 +36,11 @@ class AVDMethodConfig(DMDMethodConfig):
     balance: BalanceConfig = BalanceConfig()
     """How that ratio is measured."""
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         if self.regression is None:
-            return super().calls()
+            return super().calls(max_steps)
         judging = [Call("teacher", 1)] if self.regression.judged == "excess" else []
-        return (*super().calls(), *judging, Call("student", 1, backward=True))
+        return (*super().calls(max_steps), *judging, Call("student", 1, backward=True))
 
     @property
     def objective(self) -> AVDConfig:

@@ -46,11 +46,11 @@ class FlowMatchingMethodConfig(MethodConfig):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         return {
-            "teacher": Built(self.optimizer, lambda _: self._first_model()),
+            "teacher": Built(self.optimizer, lambda *_: self._first_model()),
             "ema": Average("teacher", self.ema_decay),
         }
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         return (Call("teacher", 1, backward=True),)
 
     @property

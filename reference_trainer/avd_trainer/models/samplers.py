@@ -88,22 +88,24 @@ class EulerSampler:
 
 
 class Rollout(NamedTuple):
-    """The last step that the student ran on its own trajectory.
+    """The last step that the student ran, on its own trajectory or where it was asked to start.
 
     Attributes:
         x_t: ``[B, C, F, H, W]`` where the step started.
         velocity: ``[B, C, F, H, W]`` what the student predicted there.
-        timestep: The timestep of that step.
+        timesteps: ``[B]`` of that step.
+        finished: Whether no step comes after it: the clean prediction is what the student would show.
     """
 
     x_t: Tensor
     velocity: Tensor
-    timestep: float
+    timesteps: Tensor
+    finished: bool
 
     @property
     def x_0(self) -> Tensor:
         """``[B, C, F, H, W]`` the clean prediction: the student's sample."""
-        return schedule.velocity_to_x_0(self.velocity, self.x_t, self.x_t.new_full((len(self.x_t),), self.timestep))
+        return schedule.velocity_to_x_0(self.velocity, self.x_t, self.timesteps)
 
 
 def clean_predictor(model: VelocityPredictor) -> Callable[[Tensor, Tensor, Condition], Tensor]:
@@ -167,14 +169,22 @@ def few_step_rollout(
     x_t = draw_noise(shape)
     with torch.no_grad():
         for current, following in pairwise(timesteps[: last + 1]):
-            x_0 = _predict(model, x_t, current, condition).x_0
+            x_0 = predict(model, x_t, x_t.new_full((len(condition),), current), condition, finished=False).x_0
             if on_prediction is not None:
                 on_prediction(current, x_0)
             x_t = schedule.add_noise(x_0, draw_noise(shape), x_0.new_full((len(condition),), following))
-    rollout = _predict(model, x_t, timesteps[last], condition)
+    final = x_t.new_full((len(condition),), timesteps[last])
+    rollout = predict(model, x_t, final, condition, finished=last == len(timesteps) - 1)
     if on_prediction is not None:
-        on_prediction(rollout.timestep, rollout.x_0)
+        on_prediction(timesteps[last], rollout.x_0)
     return rollout
+
+
+def predict(
+    model: VelocityPredictor, x_t: Tensor, timesteps: Tensor, condition: Condition, *, finished: bool
+) -> Rollout:
+    """One step of the student from ``x_t`` ``[B, C, F, H, W]`` at ``timesteps`` ``[B]``."""
+    return Rollout(x_t, model(x_t, timesteps, condition), timesteps, finished)
 
 
 @torch.no_grad()
@@ -227,7 +237,3 @@ def _at_frame_rate(condition: Condition, frames: int) -> Condition:
     while len(kept := kept_frames(latents.shape[2], rate)) > frames:
         rate *= 2
     return replace(condition, image_latents=latents[:, :, kept])
-
-
-def _predict(model: VelocityPredictor, x_t: Tensor, timestep: float, condition: Condition) -> Rollout:
-    return Rollout(x_t, model(x_t, x_t.new_full((len(x_t),), timestep), condition), timestep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,17 +45,25 @@ class VelocityModel:
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """One forward: ``[B, C, F, H, W]``, ``[B]`` and what B samples are told, to a velocity ``[B, C, F, H, W]``."""
-        with active_adapter(self._adapted, self.adapter):
+        with self.in_role():
             output = self.module(*transformer_inputs(x_t, timesteps, condition, self.dtype), return_dict=False)[0]
         velocity: Tensor = output.float()
         return velocity
 
+    def in_role(self) -> AbstractContextManager[None]:
+        """Within this context the module runs with this role's adapter, or with none if it has none."""
+        return active_adapter(self._adapted, self.adapter)
+
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes in this role, by name; empty for a frozen one."""
+        return {name: parameter for name, parameter in self.own_parameters().items() if parameter.requires_grad}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of its adapter, by name; of the module where it has none."""
         return {
             name: parameter
             for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad and (self.adapter is None or f".{self.adapter}." in name)
+            if self.adapter is None or f".{self.adapter}." in name
         }
 
     def parameters(self) -> list[nn.Parameter]:
@@ -124,14 +133,14 @@ def prepare(
         adapters: Adapters to add, by role.
         dtype: What it computes in.
         trainable: Whether all of its weights are trained.
-        checkpointing: Whether blocks keep their inputs only, where anything is trained.
+        checkpointing: Whether blocks keep their inputs only, where there is a gradient.
     """
     for name, parameter in model.requires_grad_(trainable).named_parameters():
         parameter.data = parameter.data.to(torch.float32 if trainable or computes_in_float32(name) else dtype)
     for name, lora in adapters.items():
         add_adapter(model, name, lora)
     model.train(trainable or bool(adapters))
-    if checkpointing and (trainable or adapters):
+    if checkpointing:  # frozen ones too: a gradient may cross them on its way to what they are asked about
         checkpoint_blocks(model)
 
 

@@ -104,6 +104,7 @@ def _run_training(model: MetaModel, role: str, batch: int, latent_shape: LatentS
     velocity_model = model.build_gathered(role)
     module = velocity_model.module
     x_t, timesteps, condition = empty_inputs(model, batch, latent_shape, text_length)
+    x_t.requires_grad_(model.is_crossed(role))
     # The other role's adapter takes no part; gradients are counted elsewhere.
     for parameter in velocity_model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]

@@ -6,6 +6,7 @@ PyTorch's allocator, is computed; docs/memory.md says how.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
@@ -13,9 +14,10 @@ from pydantic import BaseModel, ConfigDict
 
 from avd_trainer.methods.base import Call
 from avd_trainer.models.image_encoder import IMAGE_TOKENS
+from avd_trainer.models.roles import Reads
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.planning.activations import inference_activations, training_activations
-from avd_trainer.planning.description import Run
+from avd_trainer.planning.description import Role, Run
 from avd_trainer.planning.meta_models import MetaModel, meta_models, parameter_shapes, tables, trained_shapes
 
 GB = 2**30
@@ -92,13 +94,17 @@ def _phases(run: Run) -> Iterator[Phase]:
     answers = tuple(_answer(run, call, weights) for call in run.calls if call.beside)
     if answers:
         yield worst(answers)
-    for name in weights:
+    for role in run.trained:
+        if role.built is not None:
+            yield _built_update(run, role, weights[role.name])
+            continue
+        model = models[role.name]
         yield _phase(
             run,
-            f"{name} update",
-            gradients=weights[name],
-            activations=training_activations(models[name], name, micro, *size).backward,
-            buffers=_gathered(models[name], run.shards) + _scattered(models[name], name),
+            f"{role.name} update",
+            gradients=weights[role.name],
+            activations=training_activations(model, role.name, micro, *size).backward,
+            buffers=_gathered(model, run.shards) + _scattered(model, role.name),
         )
     if run.sampled:
         yield _phase(
@@ -110,13 +116,38 @@ def _phases(run: Run) -> Iterator[Phase]:
         )
 
 
+def _built_update(run: Run, role: Role, gradients: int) -> Phase:
+    """A module of the method's own is trained, perhaps on the features of a transformer."""
+    activations, buffers = 0, 2 * sum(4 * math.prod(shape) for shape in role.built or ())  # weights, gradients
+    if role.reads is not None:
+        model, micro = meta_models(run)[role.reads.role], run.batches.micro
+        asked = inference_activations(model, role.reads.role, micro, run.latent_shape, run.text_length)
+        activations = asked + role.reads.times * _features(run, role.reads)
+        buffers += _gathered(model, run.shards)
+    return _phase(run, f"{role.name} update", gradients=gradients, activations=activations, buffers=buffers)
+
+
+def _features(run: Run, reads: Reads) -> int:
+    """What a module keeps for its backward pass of the features that it reads at once: these, and normalised ones."""
+    architecture = json.loads(run.architecture)
+    tokens = math.prod(n // p for n, p in zip(run.latent_shape[1:], architecture["patch_size"], strict=True))
+    width = architecture["num_attention_heads"] * architecture["attention_head_dim"]
+    features: int = reads.blocks(architecture["num_layers"]) * run.batches.micro * tokens * width
+    return 2 * 4 * features
+
+
 def _answer(run: Run, call: Call, weights: dict[str, int]) -> Phase:
     """A model is asked while the graph of another waits."""
     assert call.beside is not None
     models, (share, micro) = meta_models(run), run.batches
     size = (run.latent_shape, run.text_length)
     kept = training_activations(models[call.beside], call.beside, micro, *size).kept
-    asked = inference_activations(models[call.role], call.role, micro, *size, guidance_scale=call.guidance_scale)
+    if call.backward:  # the gradient crosses it on the way to what it was asked about
+        asked = training_activations(models[call.role], call.role, micro, *size).backward
+        readers = (role.reads for role in run.roles if role.reads is not None and role.reads.role == call.role)
+        asked += sum(_features(run, reads) for reads in readers)
+    else:
+        asked = inference_activations(models[call.role], call.role, micro, *size, guidance_scale=call.guidance_scale)
     return _phase(
         run,
         f"{call.role} answer",

@@ -93,6 +93,10 @@ class MetaModel(NamedTuple):
         alike = next((name for name, lora in self.adapters if lora == adapters.get(role)), role)
         return (self._replace(name="student") if self.trainable else self), alike
 
+    def is_crossed(self, role: str) -> bool:
+        """Whether this role is frozen, so that a gradient crosses it on the way to its input or goes nowhere."""
+        return not self.trainable and role not in dict(self.adapters)
+
     def when_asked(self, role: str) -> MetaModel:
         """A model that runs alike without gradient, where only an adapter that is on makes a difference."""
         adapters = tuple((name, lora) for name, lora in self.adapters if name == role)
@@ -112,12 +116,19 @@ class MetaModel(NamedTuple):
 
 
 def meta_models(run: Run) -> dict[str, MetaModel]:
-    """The transformer of each role; of roles that share one it is the same."""
-    adapters = tuple((role.name, role.adapter) for role in run.roles if role.adapter is not None)
+    """The transformer of each role; of roles that share one it is the same.
+
+    A model that has a role's averaged weights runs as a frozen one does, and is counted with the averages.
+    """
+    followed = [(role.followed_by, role.adapter) for role in run.roles if role.followed_by is not None]
+    adapted = [(role.name, role.adapter) for role in run.roles] + followed
+    adapters = tuple((name, adapter) for name, adapter in adapted if adapter is not None)
     own = (run.precision, run.checkpointing)
     base = MetaModel(BASE, run.architecture, adapters, *own)
-    return {
-        role.name: MetaModel(role.name, run.architecture, (), *own) if role.owns_weights else base for role in run.roles
+    return {name: base for name, _ in followed} | {
+        role.name: MetaModel(role.name, run.architecture, (), *own) if role.owns_weights else base
+        for role in run.roles
+        if role.built is None
     }
 
 
@@ -151,7 +162,8 @@ def parameter_shapes(model: MetaModel) -> tuple[ParameterShape, ...]:
 def trained_shapes(run: Run) -> dict[str, list[ParameterShape]]:
     """What is trained in each role that has an optimizer."""
     stored = [shape for model in set(meta_models(run).values()) for shape in parameter_shapes(model)]
-    return {role.name: [shape for shape in stored if shape.trained_in == role.name] for role in run.trained}
+    built = [ParameterShape("root", shape, 4, role.name) for role in run.roles for shape in role.built or ()]
+    return {role.name: [shape for shape in stored + built if shape.trained_in == role.name] for role in run.trained}
 
 
 @cache

@@ -39,7 +39,8 @@ def test_the_rollout_stops_at_its_last_step_which_alone_has_gradient(last: int) 
     rollout = few_step_rollout(model, TOLD, SHAPE, GRID, draw, last=last)
     assert [call.timesteps.tolist() for call in model.calls] == [[t] * 4 for t in GRID[: last + 1]]
     assert [call.gradient for call in model.calls] == [False] * last + [True]
-    assert rollout.timestep == GRID[last]
+    assert rollout.timesteps.tolist() == [GRID[last]] * 4
+    assert rollout.finished == (last == len(GRID) - 1)
     rollout.x_0.sum().backward()
     assert model.x_0.grad is not None
 
