@@ -10,6 +10,7 @@ The parts, for a training loop of your own:
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
 - :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
   :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
+- :func:`spectral_rolloff` and :func:`temporal_rolloff`: how fine maps are, and how fast they change.
 - :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`; several of them as one:
   :class:`NamedCallbacks`.
 
@@ -54,6 +55,7 @@ from avd_core.schedule import (
     shift_timesteps,
     standard_guidance_scale,
 )
+from avd_core.spectrum import spectral_rolloff, temporal_rolloff
 
 __version__ = "0.1.0"
 
@@ -96,7 +98,9 @@ __all__ = [
     "raise_frame_rate",
     "repeat_frames",
     "shift_timesteps",
+    "spectral_rolloff",
     "standard_guidance_scale",
     "step_rates",
+    "temporal_rolloff",
     "temporal_variance",
 ]

@@ -52,8 +52,10 @@ PUBLIC = [
     "raise_frame_rate",
     "repeat_frames",
     "shift_timesteps",
+    "spectral_rolloff",
     "standard_guidance_scale",
     "step_rates",
+    "temporal_rolloff",
     "temporal_variance",
 ]
 
@@ -88,6 +90,8 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
         ("distribution_matching_loss", "x_0 real_x_0 online_x_0 * weight eps"),
         ("derive_floor", "x_0 * margin frame_dim eps"),
         ("temporal_variance", "x_0 * frame_dim"),
+        ("spectral_rolloff", "x * share pool_dim"),
+        ("temporal_rolloff", "x * share"),
         ("shift_timesteps", "timesteps shift num_train_timesteps"),
         ("AdaptiveRegressionLoss", "cache * weight sharpness deviation judged"),
         ("ClippedTemporalVarianceLoss", "* weight floor eps frame_dim channels sync_ranks process_group"),
