@@ -11,8 +11,8 @@ The parts, for a training loop of your own:
 - :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
   :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
 - :func:`spectral_rolloff` and :func:`temporal_rolloff`: how fine maps are, and how fast they change.
-- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`; several of them as one:
-  :class:`NamedCallbacks`.
+- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`SpectralRolloffMonitor`,
+  :class:`NonFiniteGuard`; several of them as one: :class:`NamedCallbacks`.
 
 Every loss returns a :class:`LossOutput`, whose ``scalars()`` go to any logger. Options are given by keyword, and have
 the same names and order in a loss, its function and its configuration.
@@ -35,6 +35,8 @@ from avd_core.callbacks import (
     NamedCallbacks,
     NonFiniteError,
     NonFiniteGuard,
+    SpectralRolloffMonitor,
+    SpectralStatistics,
 )
 from avd_core.config import AVDConfig, BalanceConfig, MotionConfig, RegressionConfig
 from avd_core.interpolation import LatentFrameInterpolator, interpolate_linearly, repeat_frames
@@ -88,6 +90,8 @@ __all__ = [
     "NonFiniteGuard",
     "RegressionConfig",
     "SamplingStep",
+    "SpectralRolloffMonitor",
+    "SpectralStatistics",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",

@@ -112,8 +112,7 @@ def _mirrored(numbers: Tensor, size: int) -> Tensor:
 def _rolloff(energy: Tensor, squares: Tensor, unit: int, share: float) -> Tensor:
     """The radius at which the running sum of ``energy`` ``[..., K]`` reaches its share; ``squares`` are ``[K]``."""
     ordered, order = squares.sort()
-    # Rounding leaves a trace of the mean, at frequency 0.
-    sums = torch.where(ordered == 0, 0.0, energy[..., order]).cumsum(-1)
+    sums = energy[..., order].cumsum(-1)
     reached = (sums >= share * sums[..., -1:]).int().argmax(-1)  # the first of those that are the largest
     radii = ordered.to(energy.dtype).sqrt() / unit
     return torch.where(sums[..., -1].isfinite(), radii[reached], torch.nan)

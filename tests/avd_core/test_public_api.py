@@ -42,6 +42,8 @@ PUBLIC = [
     "PAPER_SPREAD",
     "RegressionConfig",
     "SamplingStep",
+    "SpectralRolloffMonitor",
+    "SpectralStatistics",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
