@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,11 +43,15 @@ class VelocityModel:
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """One forward: ``[B, C, F, H, W]``, ``[B]``, ``[B, L, D]`` to a velocity ``[B, C, F, H, W]``."""
-        with active_adapter(self._adapted, self.adapter):
+        with self.in_role():
             # Timesteps keep their precision: bfloat16 has no 757.
             output = self.module(x_t.to(self.dtype), timesteps, text.to(self.dtype), return_dict=False)[0]
         velocity: Tensor = output.float()
         return velocity
+
+    def in_role(self) -> AbstractContextManager[None]:
+        """Within this context the module runs with this role's adapter, or with none if it has none."""
+        return active_adapter(self._adapted, self.adapter)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes in this role, by name; empty for a frozen one."""
@@ -106,14 +111,14 @@ def prepare(
         adapters: Adapters to add, by role.
         dtype: What it computes in.
         trainable: Whether all of its weights are trained.
-        checkpointing: Whether blocks keep their inputs only, where anything is trained.
+        checkpointing: Whether blocks keep their inputs only, where there is a gradient.
     """
     for name, parameter in model.requires_grad_(trainable).named_parameters():
         parameter.data = parameter.data.to(torch.float32 if trainable or computes_in_float32(name) else dtype)
     for name, lora in adapters.items():
         add_adapter(model, name, lora)
     model.train(trainable or bool(adapters))
-    if checkpointing and (trainable or adapters):
+    if checkpointing:  # frozen ones too: a gradient may cross them on its way to what they are asked about
         checkpoint_blocks(model)
 
 
