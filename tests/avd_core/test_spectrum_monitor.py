@@ -93,7 +93,7 @@ def test_other_real_clips_are_not_found_fault_with(seed: int) -> None:
         ("blurred", blur),
         ("noisy", lambda x: x + 0.5 * x.std() * slow(slow(randn(9, *x.shape).float()))),
         ("drifting", slow),
-        ("jittering", lambda x: x + x.std() * randn(9, *x.shape[:3], 1, 1).float()),
+        ("jittering", lambda x: blur(randn(9, *x.shape).float())),
     ],
 )
 def test_what_is_wrong_is_named(kind: str, spoil: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -102,7 +102,7 @@ def test_what_is_wrong_is_named(kind: str, spoil: Any, caplog: pytest.LogCapture
     finding = next(finding for finding in monitor.findings if finding.kind == kind)
     signal = monitor.signals()["spatial" if kind in ("blurred", "noisy") else "temporal"]
     high = kind in ("noisy", "jittering")
-    assert finding.limit == (0.75 if high else -0.75)
+    assert finding.limit == (1 if high else -1) * (0.75 if kind in ("blurred", "noisy") else 1.0)
     assert (finding.value > finding.limit) == high
     assert finding.value == signal
     assert finding.message.startswith(f"Step 0: the samples are {kind}: ")

@@ -1,0 +1,119 @@
+"""Does the variation of layer-wise roll-off points go along with a model's quality? The paper's sanity check, repeated.
+
+    avd train tiny --method flow_matching --set max_steps=600 --set batch_size=8 --set data.clips=1000 \\
+        --set checkpoint.every=25 --set checkpoint.keep_every=25 --output runs/short-teacher
+    .venv/bin/python benchmarks/rolloff_variation.py runs/short-teacher
+
+Shows every kept checkpoint of a teacher's training the same held-out clips, noised alike, and writes to
+benchmarks/results/rolloff-variation.json its error on them, how the roll-offs of its block outputs are distributed, and
+the rank correlation of the two over checkpoints.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from avd_trainer.data.in_memory import InMemoryData, encode_shapes
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.evaluation.spectrum import LEVELS, block_rolloffs
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.roles import Built, build_whole
+from avd_trainer.models.samplers import schedule
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.models.transformer import VelocityModel
+from avd_trainer.runtime.draws import Draws
+from avd_trainer.runtime.environment import environment
+from avd_trainer.training.checkpoint import list_checkpoints, read_tensors
+from avd_trainer.training.export import open_run
+from avd_trainer.training.folder import CHECKPOINTS
+
+RESULTS = Path(__file__).parent / "results" / "rolloff-variation.json"
+VARIATIONS = {
+    "over_clips": "standard deviation of a channel's roll-off over clips, mean over channels, blocks and noise levels",
+    "over_channels": "standard deviation over channels of a channel's mean roll-off, mean over blocks and noise levels",
+    "between_blocks": "standard deviation over blocks of the mean roll-off, mean over noise levels",
+    "level": "no variation, for comparison: the mean roll-off over everything",
+}
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="Runs of flow_matching with kept checkpoints.")],
+    clips: Annotated[int, typer.Option(help="Held-out clips.")] = 64,
+    results: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
+) -> None:
+    rows = [
+        {"run": run.name, "step": step, **look(run, step, clips)}
+        for run in runs
+        for step in [0, *(step for step, _ in list_checkpoints(run / CHECKPOINTS))]
+    ]
+    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("error", *VARIATIONS)}
+    falls, changes = -columns["error"], {name: values.diff().abs() for name, values in columns.items()}
+    report: dict[str, Any] = {
+        "command": f"python benchmarks/rolloff_variation.py {' '.join(run.name for run in runs)} --clips {clips}",
+        **environment(),
+        "variations": VARIATIONS,
+        "checkpoints": rows,
+        "rank_correlation_with_quality": {name: spearman(columns[name], falls) for name in VARIATIONS},
+        "rank_correlation_of_changes": {name: spearman(changes[name], changes["error"]) for name in VARIATIONS},
+    }
+    results.write_text(json.dumps(report, indent=2) + "\n")
+    for row in rows:
+        print("  ".join(f"{row[name]:8.4f}" if name != "step" else f"{row[name]:6d}" for name in ("step", *columns)))
+    for name in ("rank_correlation_with_quality", "rank_correlation_of_changes"):
+        print(name, {key: round(value, 2) for key, value in report[name].items()})
+
+
+def look(run: Path, step: int, count: int) -> dict[str, Any]:
+    """Error and variations of the weights, not averaged, at a step; 0 is before the first one."""
+    saved = open_run(run, step or None)
+    role = saved.config.method.roles()["teacher"]
+    assert isinstance(role, Built)
+    module = build_whole(role, saved.state["latent_shape"], saved.config.seed).eval()
+    if step:
+        parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+        read_tensors(saved.folder, {"teacher": parameters}, distributed=False)
+    model = VelocityModel(module)
+    x_0, text = held_out(count, model)
+    draws = Draws((0, "variation"), range(count), torch.device("cpu"))
+    noise = {level: draws.normal(f"noise_{level:g}", x_0.shape[1:]) for level in LEVELS}
+    errors = [velocity_error(model, x_0, noise[level], level, text) for level in LEVELS]
+    values_TKND = torch.stack([block_rolloffs(model, x_0, noise[level], level, text) for level in LEVELS])
+    return {
+        "error": sum(errors) / len(errors),
+        "over_clips": float(values_TKND.std(2).mean()),
+        "over_channels": float(values_TKND.mean(2).std(2).mean()),
+        "between_blocks": float(values_TKND.mean((2, 3)).std(1).mean()),
+        "level": float(values_TKND.mean()),
+        "over_clips_by_block": values_TKND.std(2).mean((0, 2)).tolist(),
+        "level_by_block": values_TKND.mean((0, 2, 3)).tolist(),
+    }
+
+
+@torch.no_grad()
+def velocity_error(model: VelocityModel, x_0: Tensor, noise: Tensor, level: float, text: Tensor) -> float:
+    """Mean squared error of the predicted velocity."""
+    timesteps = x_0.new_full((len(x_0),), level)
+    predicted = model(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
+    return float((predicted - schedule.velocity(x_0, noise)).square().mean())
+
+
+def held_out(count: int, model: VelocityModel) -> tuple[Tensor, Tensor]:
+    """Clips of moving shapes that nothing was trained on, and the embedding of their captions."""
+    clips = encode_shapes(MovingShapes(count, HELD_OUT, held_out=True), BlockDCTCodec())
+    data = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, model.module.config.text_dim))
+    return clips.latents, torch.stack([data[row].text for row in range(count)])
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Rank correlation, in [-1, 1]."""
+    ranks = torch.stack([values.argsort().argsort().double() for values in (a, b)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+if __name__ == "__main__":
+    typer.run(main)
