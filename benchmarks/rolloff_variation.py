@@ -42,30 +42,35 @@ VARIATIONS = {
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Runs of flow_matching with kept checkpoints.")],
+    run: Annotated[Path, typer.Argument(help="A run of flow_matching with kept checkpoints.")],
+    later: Annotated[
+        list[Path] | None, typer.Option(help="Other runs, shown beside; correlations leave them out.")
+    ] = None,
     clips: Annotated[int, typer.Option(help="Held-out clips.")] = 64,
     results: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
-    rows = [
-        {"run": run.name, "step": step, **look(run, step, clips)}
-        for run in runs
-        for step in [0, *(step for step, _ in list_checkpoints(run / CHECKPOINTS))]
-    ]
+    rows = [look(run, step, clips) for step in (0, *kept(run))]
     columns = {name: torch.tensor([row[name] for row in rows]) for name in ("error", *VARIATIONS)}
     falls, changes = -columns["error"], {name: values.diff().abs() for name, values in columns.items()}
     report: dict[str, Any] = {
-        "command": f"python benchmarks/rolloff_variation.py {' '.join(run.name for run in runs)} --clips {clips}",
+        "command": f"python benchmarks/rolloff_variation.py {run.name} --clips {clips}",
         **environment(),
         "variations": VARIATIONS,
         "checkpoints": rows,
+        "later": [look(other, step, clips) for other in later or [] for step in kept(other)],
         "rank_correlation_with_quality": {name: spearman(columns[name], falls) for name in VARIATIONS},
         "rank_correlation_of_changes": {name: spearman(changes[name], changes["error"]) for name in VARIATIONS},
     }
     results.write_text(json.dumps(report, indent=2) + "\n")
-    for row in rows:
+    for row in rows + report["later"]:
         print("  ".join(f"{row[name]:8.4f}" if name != "step" else f"{row[name]:6d}" for name in ("step", *columns)))
     for name in ("rank_correlation_with_quality", "rank_correlation_of_changes"):
         print(name, {key: round(value, 2) for key, value in report[name].items()})
+
+
+def kept(run: Path) -> list[int]:
+    """Steps of a run's checkpoints."""
+    return [step for step, _ in list_checkpoints(run / CHECKPOINTS)]
 
 
 def look(run: Path, step: int, count: int) -> dict[str, Any]:
@@ -84,6 +89,8 @@ def look(run: Path, step: int, count: int) -> dict[str, Any]:
     errors = [velocity_error(model, x_0, noise[level], level, text) for level in LEVELS]
     values_TKND = torch.stack([block_rolloffs(model, x_0, noise[level], level, text) for level in LEVELS])
     return {
+        "run": run.name,
+        "step": step,
         "error": sum(errors) / len(errors),
         "over_clips": float(values_TKND.std(2).mean()),
         "over_channels": float(values_TKND.mean(2).std(2).mean()),
