@@ -6,7 +6,8 @@
 
 Shows every kept checkpoint of a teacher's training the same held-out clips, noised alike, and writes to
 benchmarks/results/rolloff-variation.json its error on them, how the roll-offs of its block outputs are distributed, and
-the rank correlation of the two over checkpoints.
+the rank correlation of the two over checkpoints. In one run everything that rises with time goes along with quality. So
+the last weights are damaged by noise too, more and more: there quality falls without any training.
 """
 
 import json
@@ -32,6 +33,8 @@ from avd_trainer.training.checkpoint import list_checkpoints, read_tensors
 from avd_trainer.training.export import open_run
 from avd_trainer.training.folder import CHECKPOINTS
 
+# Noise on each weight, as a share of the standard deviation of its tensor.
+DAMAGES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 RESULTS = Path(__file__).parent / "results" / "rolloff-variation.json"
 VARIATIONS = {
     "over_clips": "standard deviation of a channel's roll-off over clips, mean over channels, blocks and noise levels",
@@ -50,7 +53,9 @@ def main(
     results: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
 ) -> None:
     rows = [look(run, step, clips) for step in (0, *kept(run))]
-    columns = {name: torch.tensor([row[name] for row in rows]) for name in ("error", *VARIATIONS)}
+    last = rows[-1]["step"]
+    damaged = [rows[-1], *(look(run, last, clips, damage) for damage in DAMAGES)]
+    columns = {name: column(rows, name) for name in ("error", *VARIATIONS)}
     falls, changes = -columns["error"], {name: values.diff().abs() for name, values in columns.items()}
     report: dict[str, Any] = {
         "command": f"python benchmarks/rolloff_variation.py {run.name} --clips {clips}",
@@ -58,13 +63,17 @@ def main(
         "variations": VARIATIONS,
         "checkpoints": rows,
         "later": [look(other, step, clips) for other in later or [] for step in kept(other)],
+        "damaged": damaged,
         "rank_correlation_with_quality": {name: spearman(columns[name], falls) for name in VARIATIONS},
+        "rank_correlation_of_damaged": {
+            name: spearman(column(damaged, name), -column(damaged, "error")) for name in VARIATIONS
+        },
         "rank_correlation_of_changes": {name: spearman(changes[name], changes["error"]) for name in VARIATIONS},
     }
     results.write_text(json.dumps(report, indent=2) + "\n")
-    for row in rows + report["later"]:
-        print("  ".join(f"{row[name]:8.4f}" if name != "step" else f"{row[name]:6d}" for name in ("step", *columns)))
-    for name in ("rank_correlation_with_quality", "rank_correlation_of_changes"):
+    for row in [*rows, *report["later"], *damaged]:
+        print("  ".join(f"{row[name]:8.4f}" for name in ("step", "damage", *columns)))
+    for name in (key for key in report if key.startswith("rank_correlation")):
         print(name, {key: round(value, 2) for key, value in report[name].items()})
 
 
@@ -73,7 +82,11 @@ def kept(run: Path) -> list[int]:
     return [step for step, _ in list_checkpoints(run / CHECKPOINTS)]
 
 
-def look(run: Path, step: int, count: int) -> dict[str, Any]:
+def column(rows: list[dict[str, Any]], name: str) -> Tensor:
+    return torch.tensor([row[name] for row in rows])
+
+
+def look(run: Path, step: int, count: int, damage: float = 0.0) -> dict[str, Any]:
     """Error and variations of the weights, not averaged, at a step; 0 is before the first one."""
     saved = open_run(run, step or None)
     role = saved.config.method.roles()["teacher"]
@@ -82,6 +95,11 @@ def look(run: Path, step: int, count: int) -> dict[str, Any]:
     if step:
         parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
         read_tensors(saved.folder, {"teacher": parameters}, distributed=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if damage and parameter.numel() > 1:
+                parameter.add_(damage * parameter.std() * torch.randn(parameter.shape, generator=generator))
     model = VelocityModel(module)
     x_0, text = held_out(count, model)
     draws = Draws((0, "variation"), range(count), torch.device("cpu"))
@@ -91,6 +109,7 @@ def look(run: Path, step: int, count: int) -> dict[str, Any]:
     return {
         "run": run.name,
         "step": step,
+        "damage": damage,
         "error": sum(errors) / len(errors),
         "over_clips": float(values_TKND.std(2).mean()),
         "over_channels": float(values_TKND.mean(2).std(2).mean()),
