@@ -5,8 +5,11 @@ The parts, for a training loop of your own:
 - :class:`AdaptiveRegressionLoss` over a :class:`LossMeanCache`: regression on real clips with adaptive weights.
 - :class:`ClippedTemporalVarianceLoss`: keeps generated clips moving. :func:`derive_floor` fits it to a latent space.
 - :class:`DistributionMatchingLoss`: the DMD term, for loops that have none.
+- :class:`HingeLoss`, :class:`SpatioTemporalR1Loss` and :class:`ConditionalScoreDistillationLoss`: the terms of V-PAE's
+  adversarial phase.
 - :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
 - :class:`GradientBalance`: measures or holds the ratio of the regression's gradient to distribution matching's.
+- :func:`gradient_shares`: which of several terms trains the student.
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
 - :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
   :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
@@ -21,7 +24,8 @@ After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Te
 (CVPR 2026), whose equation numbers the docstrings use.
 """
 
-from avd_core.balance import GradientBalance
+from avd_core.adversarial import HingeLoss, SpatioTemporalR1Loss, spatio_temporal_r1_loss
+from avd_core.balance import GradientBalance, gradient_shares
 from avd_core.cache import LossMeanCache, LossStatistics
 from avd_core.callbacks import (
     MAX_SWITCHED,
@@ -57,6 +61,7 @@ from avd_core.schedule import (
     shift_timesteps,
     standard_guidance_scale,
 )
+from avd_core.score_distillation import ConditionalScoreDistillationLoss, conditional_score_distillation_loss
 from avd_core.spectrum import spectral_rolloff, temporal_rolloff
 
 __version__ = "0.1.0"
@@ -74,11 +79,13 @@ __all__ = [
     "ClippedTemporalVarianceLoss",
     "CollapseFinding",
     "CollapseMonitor",
+    "ConditionalScoreDistillationLoss",
     "DistributionMatchingLoss",
     "EMACallback",
     "FlowMatchingSchedule",
     "GradientBalance",
     "HalfRateInterpolationSampler",
+    "HingeLoss",
     "LatentFrameInterpolator",
     "LatentStatistics",
     "LossMeanCache",
@@ -90,18 +97,22 @@ __all__ = [
     "NonFiniteGuard",
     "RegressionConfig",
     "SamplingStep",
+    "SpatioTemporalR1Loss",
     "SpectralRolloffMonitor",
     "SpectralStatistics",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
+    "conditional_score_distillation_loss",
     "derive_floor",
     "distribution_matching_loss",
+    "gradient_shares",
     "interpolate_linearly",
     "kept_frames",
     "raise_frame_rate",
     "repeat_frames",
     "shift_timesteps",
+    "spatio_temporal_r1_loss",
     "spectral_rolloff",
     "standard_guidance_scale",
     "step_rates",

@@ -54,6 +54,49 @@ def check_batched(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must not be empty, got shape {list(tensor.shape)}.")
 
 
+def find_frames(name: str, tensor: Tensor, frame_dim: int | None, channels: int | None = None) -> int:
+    """The dimension of frames, counted from 0, of a batch of videos that are as they should be."""
+    check_floating(name, tensor)
+    check_batched(name, tensor)
+    if frame_dim is None:
+        if tensor.ndim != 5:
+            raise ValueError(
+                f"{name} must be [B, C, F, H, W], got shape {list(tensor.shape)}. Say where the frames of another "
+                "layout are with frame_dim; images have none."
+            )
+        frame_dim = 2
+    if not -tensor.ndim < frame_dim < tensor.ndim or frame_dim == 0:
+        raise ValueError(
+            f"frame_dim must name a dimension of {name} {list(tensor.shape)} other than the batch's, got {frame_dim}."
+        )
+    frames = tensor.shape[frame_dim]
+    if frames < 2:
+        raise ValueError(
+            f"{name} must have at least 2 frames, got {frames} in dimension {frame_dim} of {list(tensor.shape)}. "
+            "Nothing moves in a single image; for [B, F, C, H, W] pass frame_dim=1."
+        )
+    frame_dim %= tensor.ndim
+    if channels is not None:
+        _check_channels(name, tensor, frame_dim, channels)
+    return frame_dim
+
+
+def _check_channels(name: str, tensor: Tensor, frame_dim: int, channels: int) -> None:
+    channel_dim = 2 if frame_dim == 1 else 1
+    found = tensor.shape[channel_dim] if channel_dim < tensor.ndim else None
+    if found != channels:
+        swapped = tensor.shape[frame_dim] == channels
+        raise ValueError(
+            f"channels={channels} are expected in dimension {channel_dim} of {name} {list(tensor.shape)}, which has "
+            f"{'no such dimension' if found is None else found}. "
+            + (
+                f"Frames and channels look swapped: pass frame_dim={channel_dim}."
+                if swapped
+                else "Is it in another layout or latent space?"
+            )
+        )
+
+
 def check_gradient(name: str, tensor: Tensor, training: bool) -> None:
     """What a term is to train has a gradient, in training mode and where gradients are enabled."""
     if training and torch.is_grad_enabled() and not tensor.requires_grad:

@@ -1,6 +1,8 @@
-"""The size of the regression's gradient, relative to that of the matching term."""
+"""Sizes of gradients at the student's output: a regression's beside the matching term's, and several terms' shares."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -79,9 +81,10 @@ class GradientBalance(nn.Module):
         """
         self.check_inputs(regression_loss, regression_output, matching_loss, matching_output)
         if self.training:
-            regression = _squared_norm("regression", regression_loss, regression_output)
-            matching = _squared_norm("matching", matching_loss, matching_output)
-            self._record(torch.stack([regression, matching]).to(self.means.dtype))
+            regression = _gradient("regression_loss", regression_loss, "regression_output", regression_output)
+            matching = _gradient("matching_loss", matching_loss, "matching_output", matching_output)
+            squares = torch.stack([_squared_norm(regression), _squared_norm(matching)])
+            self._record(squares.to(self.means.dtype))
         ratio = (self.means[0] / self.means[1]).sqrt()
         # A side without gradient (a term at zero, no finite call yet) gives nothing to hold a ratio to.
         usable = ratio.isfinite() & (ratio > 0) & (self.target is not None)
@@ -102,7 +105,7 @@ class GradientBalance(nn.Module):
         ):
             check_floating(f"{name}_output", output)
             if self.training and not (output.requires_grad and (loss is None or loss.requires_grad)):
-                raise ValueError(_not_connected(name))
+                raise ValueError(_not_connected(f"{name}_loss", f"{name}_output"))
 
     @torch.no_grad()
     def _record(self, current: Tensor) -> None:
@@ -114,15 +117,68 @@ class GradientBalance(nn.Module):
         self.calls.add_(finite)
 
 
-def _squared_norm(name: str, loss: Tensor, output: Tensor) -> Tensor:
+def gradient_shares(output: Tensor, losses: Mapping[str, Tensor]) -> LossOutput:
+    r"""Add up losses of one output, and say how much of the gradient is each one's.
+
+    .. math::
+        \mathrm{share}_i = |\partial L_i / \partial x| \,/\, \sum_j |\partial L_j / \partial x|
+
+    Weights alone do not tell which term trains a generator: in V-PAE an adversarial one and conditional score
+    distillation. The measure is ours. Gradients of opposite directions cancel in the sum, which shares do not show. To
+    hold the ratio of two terms, see :class:`GradientBalance`.
+
+    Each loss is differentiated here, once and down to ``output``. The loss that is returned has that gradient already,
+    so its backward pass starts at ``output``: measuring adds no pass through a discriminator. Hence a gradient reaches
+    the parameters below ``output`` and no others.
+
+    Args:
+        output: ``[B, ...]`` that all losses were computed from, floating, with gradient: the sample, or the generator's
+            velocity.
+        losses: Scalars with gradient by name, at least one, weighted as they are to be added.
+
+    Returns:
+        LossOutput: ``loss``, the sum; metrics, the share of each loss by its name, scalars that add up to 1, of this
+        rank's batch. They are NaN where all gradients are 0, and mean nothing where one of them is not finite.
+
+    Raises:
+        TypeError: If ``output`` is not floating.
+        ValueError: If there are no losses, or one has no gradient with respect to ``output``.
+
+    Example:
+        >>> x_0 = torch.zeros(2, 3, requires_grad=True)
+        >>> terms = {"adversarial": -x_0.sum(), "distillation": 3 * (x_0 - 1).square().mean()}
+        >>> loss, shares = gradient_shares(x_0, terms)
+        >>> {name: round(share.item(), 2) for name, share in shares.items()}
+        {'adversarial': 0.5, 'distillation': 0.5}
+        >>> loss.backward()
+    """
+    check_floating("output", output)
+    if not losses:
+        raise ValueError("losses must name at least one loss, got none.")
+    for name, loss in losses.items():
+        if not (output.requires_grad and loss.requires_grad):
+            raise ValueError(_not_connected(f"losses[{name!r}]", "output"))
+    gradients = [_gradient(f"losses[{name!r}]", loss, "output", output) for name, loss in losses.items()]
+    norms = torch.stack([_squared_norm(gradient) for gradient in gradients]).sqrt()
+    shares = dict(zip(losses, (norms / norms.sum()).unbind(), strict=True))
+    # 0 in value, and the gradient in its derivative.
+    known = ((output - output.detach()) * torch.stack(gradients).sum(dim=0)).sum()
+    return LossOutput(torch.stack([loss.detach() for loss in losses.values()]).sum() + known, shares)
+
+
+def _gradient(loss_name: str, loss: Tensor, output_name: str, output: Tensor) -> Tensor:
     (gradient,) = torch.autograd.grad(loss, output, retain_graph=True, allow_unused=True)
     if gradient is None:
-        raise ValueError(_not_connected(name))
+        raise ValueError(_not_connected(loss_name, output_name))
+    return gradient
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
     return gradient.float().square().sum()
 
 
-def _not_connected(name: str) -> str:
+def _not_connected(loss_name: str, output_name: str) -> str:
     return (
-        f"{name}_loss has no gradient with respect to {name}_output. Pass the very tensor that the generator returned "
+        f"{loss_name} has no gradient with respect to {output_name}. Pass the very tensor that the generator returned "
         "and the loss was computed from, with gradients enabled and before backward()."
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
-from avd_core._checks import check_batched, check_floating, check_gradient, check_number
+from avd_core._checks import check_gradient, check_number, find_frames
 from avd_core._distributed import sum_over_ranks, world_size
 from avd_core.output import LossOutput
 
@@ -76,7 +76,7 @@ class ClippedTemporalVarianceLoss(nn.Module):
 
     def check_inputs(self, x_0: Tensor) -> None:
         """Raise what :meth:`forward` would, without computing anything."""
-        _find_frames(x_0, self.frame_dim, self.channels)
+        find_frames("x_0", x_0, self.frame_dim, self.channels)
         check_gradient("x_0", x_0, self.training)
 
     def extra_repr(self) -> str:
@@ -127,7 +127,7 @@ def clipped_temporal_variance_loss(
             range or missing, there are other than ``channels`` channels, or an option is out of its range.
     """
     _check_options(weight, floor, eps)
-    variance = _temporal_variance(x_0, _find_frames(x_0, frame_dim, channels))
+    variance = _temporal_variance(x_0, find_frames("x_0", x_0, frame_dim, channels))
     if sync_ranks and (ranks := world_size(process_group)) > 1:
         variance = _mean_over_ranks(variance, x_0.numel(), ranks, process_group)
     temporal_loss = -torch.log(variance + eps)
@@ -152,55 +152,12 @@ def temporal_variance(x_0: Tensor, *, frame_dim: int | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: As :func:`clipped_temporal_variance_loss`.
     """
-    return _temporal_variance(x_0, _find_frames(x_0, frame_dim, None))
+    return _temporal_variance(x_0, find_frames("x_0", x_0, frame_dim))
 
 
 def _temporal_variance(x_0: Tensor, frame_dim: int) -> Tensor:
     variance: Tensor = _TemporalVariance.apply(x_0, frame_dim)  # type: ignore[no-untyped-call]
     return variance
-
-
-def _find_frames(x_0: Tensor, frame_dim: int | None, channels: int | None) -> int:
-    """The dimension of frames, counted from 0, of samples that are as they should be."""
-    check_floating("x_0", x_0)
-    check_batched("x_0", x_0)
-    if frame_dim is None:
-        if x_0.ndim != 5:
-            raise ValueError(
-                f"x_0 must be [B, C, F, H, W], got shape {list(x_0.shape)}. Say where the frames of another layout are "
-                "with frame_dim; images have none."
-            )
-        frame_dim = 2
-    if not -x_0.ndim < frame_dim < x_0.ndim or frame_dim == 0:
-        raise ValueError(
-            f"frame_dim must name a dimension of x_0 {list(x_0.shape)} other than the batch's, got {frame_dim}."
-        )
-    frames = x_0.shape[frame_dim]
-    if frames < 2:
-        raise ValueError(
-            f"The temporal variance needs at least 2 frames, got {frames} in dimension {frame_dim} of "
-            f"{list(x_0.shape)}. Images have no motion to measure; for [B, F, C, H, W] pass frame_dim=1."
-        )
-    frame_dim %= x_0.ndim
-    if channels is not None:
-        _check_channels(x_0, frame_dim, channels)
-    return frame_dim
-
-
-def _check_channels(x_0: Tensor, frame_dim: int, channels: int) -> None:
-    channel_dim = 2 if frame_dim == 1 else 1
-    found = x_0.shape[channel_dim] if channel_dim < x_0.ndim else None
-    if found != channels:
-        swapped = x_0.shape[frame_dim] == channels
-        raise ValueError(
-            f"channels={channels} are expected in dimension {channel_dim} of x_0 {list(x_0.shape)}, which has "
-            f"{'no such dimension' if found is None else found}. "
-            + (
-                f"Frames and channels look swapped: pass frame_dim={channel_dim}."
-                if swapped
-                else "Is it in another layout or latent space?"
-            )
-        )
 
 
 def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = None, eps: float = 1e-6) -> float:
@@ -229,7 +186,7 @@ def derive_floor(x_0: Tensor, *, margin: float = 0.0, frame_dim: int | None = No
     Raises:
         ValueError: If no sample moves or one is not finite; otherwise as :func:`temporal_variance`.
     """
-    frame_dim = _find_frames(x_0, frame_dim, None)
+    frame_dim = find_frames("x_0", x_0, frame_dim)
     variances = [float(_temporal_variance(sample, frame_dim)) for sample in x_0.detach().chunk(len(x_0))]
     for number, variance in enumerate(variances):
         if not math.isfinite(variance):

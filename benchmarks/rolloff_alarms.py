@@ -15,6 +15,7 @@ import typer
 from torch import Tensor
 
 from avd_core import SpectralRolloffMonitor, SpectralStatistics
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT
@@ -102,10 +103,9 @@ def sampled(weights: str, sampling: Sampling, real: Any) -> Tensor:
     """Clips ``[N, C, F, H, W]`` of the same captions as the real ones."""
     model = VelocityModel(load_transformer(weights))
     data = InMemoryData(real, HashTextEmbedding(TEXT_LENGTH, model.module.config.text_dim))
-    text = torch.stack([data[row].text for row in range(len(data))])
     batches = sample_predictions(
         model,
-        text,
+        condition_of([data[row] for row in range(len(data))]),
         data.unconditional(),
         real.latents.shape[1:],
         sampling,

@@ -18,11 +18,13 @@ import torch
 import typer
 from torch import Tensor
 
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT
 from avd_trainer.evaluation.spectrum import LEVELS, block_rolloffs
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Built, build_whole
 from avd_trainer.models.samplers import schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
@@ -101,11 +103,11 @@ def look(run: Path, step: int, count: int, damage: float = 0.0) -> dict[str, Any
             if damage and parameter.numel() > 1:
                 parameter.add_(damage * parameter.std() * torch.randn(parameter.shape, generator=generator))
     model = VelocityModel(module)
-    x_0, text = held_out(count, model)
+    x_0, condition = held_out(count, model)
     draws = Draws((0, "variation"), range(count), torch.device("cpu"))
     noise = {level: draws.normal(f"noise_{level:g}", x_0.shape[1:]) for level in LEVELS}
-    errors = [velocity_error(model, x_0, noise[level], level, text) for level in LEVELS]
-    values_TKND = torch.stack([block_rolloffs(model, x_0, noise[level], level, text) for level in LEVELS])
+    errors = [velocity_error(model, x_0, noise[level], level, condition) for level in LEVELS]
+    values_TKND = torch.stack([block_rolloffs(model, x_0, noise[level], level, condition) for level in LEVELS])
     return {
         "run": run.name,
         "step": step,
@@ -121,18 +123,18 @@ def look(run: Path, step: int, count: int, damage: float = 0.0) -> dict[str, Any
 
 
 @torch.no_grad()
-def velocity_error(model: VelocityModel, x_0: Tensor, noise: Tensor, level: float, text: Tensor) -> float:
+def velocity_error(model: VelocityModel, x_0: Tensor, noise: Tensor, level: float, condition: Condition) -> float:
     """Mean squared error of the predicted velocity."""
     timesteps = x_0.new_full((len(x_0),), level)
-    predicted = model(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
+    predicted = model(schedule.add_noise(x_0, noise, timesteps), timesteps, condition)
     return float((predicted - schedule.velocity(x_0, noise)).square().mean())
 
 
-def held_out(count: int, model: VelocityModel) -> tuple[Tensor, Tensor]:
-    """Clips of moving shapes that nothing was trained on, and the embedding of their captions."""
+def held_out(count: int, model: VelocityModel) -> tuple[Tensor, Condition]:
+    """Clips of moving shapes that nothing was trained on, and their captions."""
     clips = encode_shapes(MovingShapes(count, HELD_OUT, held_out=True), BlockDCTCodec())
     data = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, model.module.config.text_dim))
-    return clips.latents, torch.stack([data[row].text for row in range(count)])
+    return clips.latents, condition_of([data[row] for row in range(count)])
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -29,7 +29,7 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="module")
 def data() -> TrainingData:
     config = load_config(TrainConfig, "tiny", ["data.clips=32"])
-    return load_data(config.data, None, teacher=config.teacher, text_dim=32, channels=16)
+    return load_data(config.data, None, teacher=config.teacher, architecture={"text_dim": 32, "in_channels": 16})
 
 
 @pytest.mark.parametrize("name", UPDATES)

@@ -30,6 +30,7 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.data.examples import Example
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.models.codecs.latent_space import latent_shape_of
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model
 from avd_trainer.models.transformer import empty_transformer
 from avd_trainer.planning.description import Run, describe, find_architecture
@@ -80,8 +81,8 @@ class Counted:
     def __init__(self, model: Model, role: str, calls: Calls) -> None:
         self._model, self._role, self._calls = model, role, calls
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        velocity = self._model(x_t, timesteps, text)
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        velocity = self._model(x_t, timesteps, condition)
         self._calls[self._role, velocity.requires_grad] += len(x_t)
         return velocity
 
@@ -169,8 +170,7 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
             config.data,
             config.prompts,
             teacher=config.teacher,
-            text_dim=architecture["text_dim"],
-            channels=architecture["in_channels"],
+            architecture=architecture,
         )
         return Prepared(config, data, architecture)
     replace = {"data": {"kind": "shards", "path": "random"}}

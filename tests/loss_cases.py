@@ -13,9 +13,12 @@ from avd_core import (
     AVDConfig,
     AVDObjective,
     ClippedTemporalVarianceLoss,
+    ConditionalScoreDistillationLoss,
     DistributionMatchingLoss,
+    HingeLoss,
     LossMeanCache,
     LossOutput,
+    SpatioTemporalR1Loss,
 )
 from tensors import randn
 
@@ -35,6 +38,40 @@ class Positional(nn.Module):
     def forward(self, *arguments: Tensor) -> LossOutput:
         named = len(arguments) - len(self.names)
         output: LossOutput = self.loss(*arguments[:named], **dict(zip(self.names, arguments[named:], strict=True)))
+        return output
+
+
+class Discriminator(HingeLoss):
+    """The hinge loss of this side alone."""
+
+    def forward(self, clip_logits: Tensor, sample_logits: Tensor) -> LossOutput:
+        return self.discriminator(clip_logits, sample_logits)
+
+
+class Generator(HingeLoss):
+    """The hinge loss of this side alone."""
+
+    def forward(self, sample_logits: Tensor) -> LossOutput:
+        return self.generator(sample_logits)
+
+
+class SmoothDiscriminator(nn.Module):
+    """STR1 of a discriminator with the weights ``[C, F, H, W]``; large perturbations, so that nothing cancels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.r1 = SpatioTemporalR1Loss(sigma_spatial=2.0, sigma_temporal=3.0)
+
+    def forward(self, weights: Tensor, x_t: Tensor, spatial_noise: Tensor, temporal_noise: Tensor) -> LossOutput:
+        def discriminator(x_t: Tensor) -> Tensor:
+            # Its own rounding is not what the tests are about.
+            return (weights.double() * x_t.double()).flatten(1).sum(1).to(x_t.dtype)
+
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        logits = discriminator(x_t.to(dtype))
+        output: LossOutput = self.r1(
+            discriminator, x_t, logits, spatial_noise=spatial_noise, temporal_noise=temporal_noise
+        )
         return output
 
 
@@ -74,6 +111,23 @@ LOSSES = {
     ),
     "motion": Case(ClippedTemporalVarianceLoss, lambda seed: [0.3 * randn(seed, *_shape)], (0,)),
     "matching": Case(DistributionMatchingLoss, lambda seed: [randn(seed + i, *_shape) for i in range(3)], (0,)),
+    "hinge of the discriminator": Case(
+        Discriminator, lambda seed: [2 * randn(seed, 5), 2 * randn(seed + 1, 4)], (0, 1)
+    ),
+    "hinge of the generator": Case(Generator, lambda seed: [randn(seed, 5)], (0,)),
+    "spatio-temporal R1": Case(
+        SmoothDiscriminator,
+        lambda seed: [
+            randn(seed, *_shape[1:]),
+            randn(seed + 1, *_shape),
+            randn(seed + 2, 2, 2, 1, 4, 4),
+            randn(seed + 3, *_shape),
+        ],
+        (0,),
+    ),
+    "conditional score distillation": Case(
+        ConditionalScoreDistillationLoss, lambda seed: [randn(seed + i, *_shape) for i in range(2)], (0,)
+    ),
     "objective": Case(
         AVDObjective,
         lambda seed: [0.3 * randn(seed, *_shape), randn(seed + 1, *_shape), randn(seed + 2, *_shape), _timesteps],

@@ -16,6 +16,7 @@ from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model, load_models
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.draws import seed_of
@@ -62,10 +63,12 @@ def tiny_config(
     return TrainConfig.model_validate({**values, "method": {"kind": kind, **section}, **changes})
 
 
-def in_memory(latents: CaptionedLatents | Tensor, embed: HashTextEmbedding = EMBED) -> InMemoryData:
+def in_memory(
+    latents: CaptionedLatents | Tensor, embed: HashTextEmbedding = EMBED, *, image: bool = False
+) -> InMemoryData:
     """Clips as examples; bare latents get empty captions."""
     clips = CaptionedLatents(latents, [""] * len(latents)) if isinstance(latents, Tensor) else latents
-    return InMemoryData(clips, embed)
+    return InMemoryData(clips, embed, image=image)
 
 
 def both(clips: InMemoryData) -> TrainingData:
@@ -75,13 +78,12 @@ def both(clips: InMemoryData) -> TrainingData:
 
 def load_data_of(config: TrainConfig) -> TrainingData:
     """What a run reads, as ``avd train`` loads it."""
-    architecture = config.method.transformer_config(config.teacher) or {}
     return load_data(
         config.data,
         config.prompts,
         teacher=config.teacher,
-        text_dim=architecture.get("text_dim") if config.method.needs_text else None,
-        channels=architecture.get("in_channels"),
+        architecture=config.method.transformer_config(config.teacher),
+        text=config.method.needs_text,
         held_out=config.method.held_out_clips,
     )
 
@@ -122,15 +124,15 @@ def step_gradients(trainer: Trainer, metrics: dict[str, Tensor] | None = None) -
     return seen[0]
 
 
-def model_inputs(text_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noised clips, timesteps and text for a forward."""
+def model_inputs(text_dim: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noised clips, timesteps and condition for a forward."""
     draws = torch.Generator().manual_seed(2)
     x_t, text = torch.randn(2, *LATENT_SHAPE, generator=draws), torch.randn(2, 4, text_dim, generator=draws)
-    return x_t, torch.tensor([757.0, 300.0]), text
+    return x_t, torch.tensor([757.0, 300.0]), Condition(text)
 
 
 @torch.no_grad()
-def student_velocity(trainer: Trainer, weights: str, inputs: tuple[Tensor, ...]) -> Tensor:
+def student_velocity(trainer: Trainer, weights: str, inputs: tuple[Tensor, Tensor, Condition]) -> Tensor:
     """What a trainer's student predicts, with its averaged weights (``ema``) or its last (``student``)."""
     with trainer.averages["ema"].average_parameters() if weights == "ema" else nullcontext():
         velocity: Tensor = trainer.models["student"](*inputs)

@@ -6,14 +6,34 @@ import string
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 WORDS = ("a", "and", "blue", "circle", "down", "green", "left", "moves", "red", "right", "square", "the", "up")
 
 
 def build(
-    folder: Path, *, seed: int = 0, text_dim: int = 16, layers: int = 2, heads: int = 2, head_dim: int = 12
+    folder: Path,
+    *,
+    seed: int = 0,
+    text_dim: int = 16,
+    layers: int = 2,
+    heads: int = 2,
+    head_dim: int = 12,
+    image_dim: int | None = None,
 ) -> Path:
     """Save a pipeline; the same arguments give the same bytes of weights.
 
@@ -27,6 +47,8 @@ def build(
         layers: Blocks of the transformer.
         heads: Its attention heads.
         head_dim: Their width.
+        image_dim: Makes it one of image to video, in the layout of Wan2.1: width of the image encoder's tokens; an
+            image has 5.
 
     Returns:
         The folder.
@@ -46,16 +68,39 @@ def build(
             freq_dim=16,
             text_dim=text_dim,
             rope_max_seq_len=64,
+            **({} if image_dim is None else _image_options(image_dim, heads * head_dim)),
         )
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=encoder.eval(),
-        vae=vae.eval(),
-        transformer=transformer.eval(),
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
-    )
-    pipeline.save_pretrained(folder)
+        image_encoder = None if image_dim is None else _image_encoder(image_dim)
+    parts = {
+        "tokenizer": tokenizer,
+        "text_encoder": encoder.eval(),
+        "vae": vae.eval(),
+        "transformer": transformer.eval(),
+        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+    }
+    if image_encoder is None:
+        WanPipeline(**parts).save_pretrained(folder)
+    else:
+        processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+        WanImageToVideoPipeline(image_encoder=image_encoder, image_processor=processor, **parts).save_pretrained(folder)
     return folder
+
+
+def _image_options(image_dim: int, width: int) -> dict[str, int]:
+    return {"in_channels": 36, "out_channels": 16, "image_dim": image_dim, "added_kv_proj_dim": width}
+
+
+def _image_encoder(image_dim: int) -> CLIPVisionModel:
+    return CLIPVisionModel(
+        CLIPVisionConfig(
+            hidden_size=image_dim,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+    ).eval()
 
 
 def _tokenizer() -> T5TokenizerFast:

@@ -1,4 +1,4 @@
-"""Early warnings that a student freezes, jitters, oversaturates or washes out, or that the adaptive weight fails."""
+"""Early warnings that a student freezes, jitters, oversaturates or washes out, or that what trains it has failed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class LatentStatistics:
         return cls(float(variance), tuple(_channel_std(x_0, frame_dim).tolist()))
 
 
-_SMOOTHED = ("variance", "saturation", "gradient_ratio")
+_SMOOTHED = ("variance", "saturation", "gradient_ratio", "logit_gap", "hinge_loss")
 _SHARPNESS = (
     f'Set deviation="standardized" with a sharpness of 3, or the sharpness to 3 * {PAPER_SPREAD} / the spread of the '
     "losses around their means"
@@ -56,35 +56,43 @@ _SHARPNESS = (
 
 
 class CollapseMonitor(Callback):
-    """Watches the generated samples and the loss weights, and says in plain words when a run goes wrong.
+    """Watches samples, loss weights and discriminator, and says in plain words when a run goes wrong.
 
     When a signal crosses a limit, a finding is logged (``logging``, level WARNING) and kept in ``findings``. The same
     finding comes again only if the signal has recovered in between.
 
     Reads these metrics, if they are there:
 
-    ==========================  ====================  =======================================  ========================
-    metric                      signal                what it is                               findings
-    ==========================  ====================  =======================================  ========================
-    ``x_0``, generated latents  ``variance``          temporal variance / the reference's      ``frozen``, ``jitter``
-    ``x_0``                     ``saturation``        channel std / the reference's, averaged  ``oversaturated``,
+    ============================  ==================  =======================================  ========================
+    metric                        signal              what it is                               findings
+    ============================  ==================  =======================================  ========================
+    ``x_0``, generated latents    ``variance``        temporal variance / the reference's      ``frozen``, ``jitter``
+    ``x_0``                       ``saturation``      channel std / the reference's, averaged  ``oversaturated``,
                                                                                                ``washed_out``
-    ``regression/weights``      ``weight``            mean of the weights / their maximum      ``regression_silent``
-    ``regression/timesteps``    ``switched``          share of weights in the outer tenths     ``weights_switch``
-    ..                          ``weight_spread``     standard deviation / their maximum       ``weights_constant``
-    ``balance/gradient_ratio``  ``gradient_ratio``    the ratio of :class:`GradientBalance`,   ``regression_dominates``
+    ``regression/weights``        ``weight``          mean of the weights / their maximum      ``regression_silent``
+    ``regression/timesteps``      ``switched``        share of weights in the outer tenths     ``weights_switch``
+    ..                            ``weight_spread``   standard deviation / their maximum       ``weights_constant``
+    ``balance/gradient_ratio``    ``gradient_ratio``  the ratio of :class:`GradientBalance`,   ``regression_dominates``
     ``balance/scale``                                 as it is after scaling
-    ==========================  ====================  =======================================  ========================
+    ``discriminator/logit_gap``   ``logit_gap``       mean logit of clips - that of samples    ``discriminator_blind``
+    ``discriminator/hinge_loss``  ``hinge_loss``      of :class:`HingeLoss`                    ``discriminator_won``
+    ============================  ==================  =======================================  ========================
 
     Pass ``x_0`` only in steps whose samples are finished, since samples of an earlier few step are always blurred. In
     steps without ``x_0`` samples are not judged.
 
-    Signals of ``x_0`` and of the balance are smoothed over steps, whether they come in each step or in one of four.
+    All signals but those of the weights are smoothed over steps, whether they come in each step or in one of four.
     Those of the weights are of single clips, the last ``window`` of them: an average over a batch looks moderate also
     where half of its weights are on and half are off. Each few step with at least 20 of these clips is judged by
     itself, and the signal is that of the worst; clips at other times, or all if there are no ``regression/timesteps``,
     are judged together. A step whose weights are silent counts neither as a switch nor as a constant, and a constant
     not as a switch.
+
+    A discriminator is judged by what has lasted for ``patience`` steps: its gap is noisy where batches are small, and
+    opens slowly. A gap that stays near zero, or comes back to it, means that clips and samples are not told apart:
+    because the samples are as good as clips, or because the equilibrium has collapsed. A hinge loss near zero means
+    that the discriminator has won: nearly all logits lie beyond their margins, so the gap is about 2 or more, and it
+    learns nothing more. (The limits are ours, and belong to the hinge loss, whose margins are 1 and -1.)
 
     Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
 
@@ -93,7 +101,8 @@ class CollapseMonitor(Callback):
         regression_weight: The ``weight`` of the regression loss, by which its weights are divided; None skips the
             weights, for plain regression (``sharpness=0``) say, whose weights are constant on purpose.
         every: Steps between two judgements, at least 1.
-        grace: Steps at the start that are not judged: a few-step student starts out blurred and still.
+        grace: Steps at the start of each signal that are not judged: a few-step student starts out blurred and still,
+            and a discriminator, maybe late in a run, starts out blind.
         decay: Smoothing per step, in [0, 1), also over steps that do not show a signal. With 0.95 a signal averages
             over about 20 steps: 20 batches, or 5 if it comes in one step of four.
         window: Number of the last clips by whose weights the regression is judged, once there are so many; at least 2.
@@ -109,6 +118,9 @@ class CollapseMonitor(Callback):
         max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None does not
             judge it. It proves nothing: of our small students one with 1.3 to 1.6 froze, while others with 1.0 to 1.4
             and a heavier motion term kept moving.
+        min_logit_gap: Smallest allowed gap of the discriminator's mean logits.
+        min_hinge_loss: Smallest allowed hinge loss of the discriminator.
+        patience: Steps for which the discriminator's limits must have been crossed, at every look, before it is said.
     """
 
     def __init__(
@@ -127,12 +139,19 @@ class CollapseMonitor(Callback):
         max_switched: float = MAX_SWITCHED,
         min_weight_spread: float = MIN_WEIGHT_SPREAD,
         max_gradient_ratio: float | None = None,
+        min_logit_gap: float = 0.1,
+        min_hinge_loss: float = 0.05,
+        patience: int = 100,
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}.")
         if grace < 0:
             raise ValueError(f"grace must be at least 0, got {grace}.")
+        if patience < 0:
+            raise ValueError(f"patience must be at least 0, got {patience}.")
         check_number("decay", decay, at_least=0, below=1)
+        check_number("min_logit_gap", min_logit_gap)
+        check_number("min_hinge_loss", min_hinge_loss, at_least=0)
         if window < 2:
             raise ValueError(f"window must be at least 2, got {window}: weights are compared with each other.")
         for name, (low, high) in (("variance_range", variance_range), ("saturation_range", saturation_range)):
@@ -154,11 +173,22 @@ class CollapseMonitor(Callback):
         # Multiplied by each channel's standard deviation and added up, the mean of the ratios.
         self._channel_factors = torch.where(counted, 1 / channel_std, 0.0) / counted.sum()
         self._judge = Judge(
-            _rules(variance_range, saturation_range, min_weight, max_switched, min_weight_spread, max_gradient_ratio)
+            _rules(
+                variance_range,
+                saturation_range,
+                min_weight,
+                max_switched,
+                min_weight_spread,
+                max_gradient_ratio,
+                min_logit_gap,
+                min_hinge_loss,
+                patience,
+            )
         )
         self.min_weight = min_weight
         self.min_weight_spread = min_weight_spread
         self._smoothed: dict[str, Tensor] = {}
+        self._before: dict[str, int] = {}  # steps before a signal was first shown
         self._shown: dict[str, int] = {}  # the step, counted here, in which a signal was last shown
         # Of the last clips, oldest first: weights relative to their maximum, and timesteps; [2, N].
         self._weights = torch.empty(2, 0)
@@ -173,13 +203,16 @@ class CollapseMonitor(Callback):
             moved = torch.where(before.isfinite(), torch.lerp(value, before, decay), value)
             self._smoothed[name] = torch.where(value.isfinite(), moved, before)
             self._shown[name] = self._steps
+            self._before.setdefault(name, self._steps - 1)
         if self.regression_weight and (weights := metrics.get("regression/weights")) is not None:
             weights = weights.detach().float() / self.regression_weight
             timesteps = metrics.get("regression/timesteps", torch.zeros_like(weights)).to(weights)
             self._weights = torch.cat([self._weights.to(weights), torch.stack([weights, timesteps])], 1)
             self._weights = self._weights[:, -self.window :]
         if self._steps > self.grace and self._steps % self.every == 0:
-            self._judge.look(step, self.signals())
+            begun = {name for name, before in self._before.items() if self._steps - before <= self.grace}
+            signals = {name: value for name, value in self.signals().items() if name not in begun}
+            self._judge.look(step, signals, counted=self._steps)
 
     @property
     def findings(self) -> list[CollapseFinding]:
@@ -193,6 +226,7 @@ class CollapseMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "signals": self._smoothed_values(),
+            "before": dict(self._before),
             "shown": dict(self._shown),
             "weights": self._weights[0].tolist(),
             "timesteps": self._weights[1].tolist(),
@@ -205,6 +239,7 @@ class CollapseMonitor(Callback):
         self._smoothed = {name: torch.tensor(value) for name, value in signals.items()}
         # States from before weights were kept lack the rest; their signals count as shown in the last step.
         self._shown = dict(state_dict.get("shown", dict.fromkeys(self._smoothed, int(state_dict["steps"]))))
+        self._before = dict(state_dict.get("before", dict.fromkeys(self._smoothed, 0)))
         weights, timesteps = state_dict.get("weights", []), state_dict.get("timesteps")
         self._weights = torch.tensor([weights, timesteps or [0.0] * len(weights)], dtype=torch.float32)
         self._steps = int(state_dict["steps"])
@@ -250,6 +285,9 @@ class CollapseMonitor(Callback):
             signals["saturation"] = (std * self._channel_factors).sum()
         if (ratio := metrics.get("balance/gradient_ratio")) is not None:
             signals["gradient_ratio"] = ratio * metrics.get("balance/scale", 1.0)
+        for name in ("logit_gap", "hinge_loss"):
+            if (value := metrics.get(f"discriminator/{name}")) is not None:
+                signals[name] = value
         return {name: value.float() for name, value in signals.items()}
 
 
@@ -260,6 +298,9 @@ def _rules(
     max_switched: float,
     min_weight_spread: float,
     max_ratio: float | None,
+    min_logit_gap: float,
+    min_hinge_loss: float,
+    patience: int,
 ) -> tuple[Rule, ...]:
     return (
         Rule(
@@ -301,6 +342,20 @@ def _rules(
             "regression_dominates", "gradient_ratio", math.inf if max_ratio is None else max_ratio, True,
             "the regression's gradient dominates distribution matching: the student tends to a blurred standstill. "
             "Lower its weight, or hold the ratio with GradientBalance(target=...)",
+        ),
+        Rule(
+            "discriminator_blind", "logit_gap", min_logit_gap, False,
+            "the discriminator does not tell clips from samples: its logits' gap is near zero. Unless the samples are "
+            "as good as clips, the equilibrium has collapsed: raise the discriminator's learning rate, or lower the "
+            "weight of its R1 term",
+            patience,
+        ),
+        Rule(
+            "discriminator_won", "hinge_loss", min_hinge_loss, False,
+            "the discriminator has won: its hinge loss is near zero, since it always tells clips from samples, and it "
+            "learns nothing more. Raise the weight of its R1 term, lower its learning rate, or prime the student "
+            "longer",
+            patience,
         ),
     )  # fmt: skip
 

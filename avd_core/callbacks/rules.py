@@ -31,13 +31,14 @@ class CollapseFinding:
 
 @dataclass(frozen=True)
 class Rule:
-    """``kind`` holds while ``signal`` is above (or below) ``limit``."""
+    """``kind`` holds while ``signal`` is above (or below) ``limit``; it is said after ``patience`` steps."""
 
     kind: str
     signal: str
     limit: float
     above: bool
     message: str
+    patience: int = 0
 
     def holds(self, value: float) -> bool:
         return value > self.limit if self.above else value < self.limit
@@ -57,24 +58,40 @@ class Judge:
         self.findings: list[CollapseFinding] = []
         self._rules = tuple(rules)
         self._active: set[str] = set()
+        self._held_since: dict[str, int] = {}  # the step, as counted, of the first look at which a kind held
 
-    def look(self, step: int, signals: Mapping[str, float]) -> None:
-        """Log and keep what the signals of a step show; a rule whose signal is not among them stays as it is."""
+    def look(self, step: int, signals: Mapping[str, float], *, counted: int) -> None:
+        """Log and keep what the signals of a step show; a rule whose signal is not among them stays as it is.
+
+        Args:
+            step: As findings name it.
+            signals: By name.
+            counted: Steps so far, for rules with patience; a loop may name its steps otherwise.
+        """
         for rule in self._rules:
             value = signals.get(rule.signal)
             if value is None:
                 continue
             if not rule.holds(value):
                 self._active.discard(rule.kind)
-            elif rule.kind not in self._active:
+                self._held_since.pop(rule.kind, None)
+                continue
+            since = self._held_since.setdefault(rule.kind, counted)
+            if rule.kind not in self._active and counted - since >= rule.patience:
                 self._active.add(rule.kind)
-                message = f"Step {step}: {rule.message} ({value:.2f}, limit {rule.limit:g})."
+                lasting = f", for {rule.patience} steps" if rule.patience else ""
+                message = f"Step {step}: {rule.message} ({value:.2f}, limit {rule.limit:g}{lasting})."
                 self.findings.append(CollapseFinding(step, rule.kind, value, rule.limit, message))
                 logger.warning(message)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"active": sorted(self._active), "findings": [asdict(finding) for finding in self.findings]}
+        return {
+            "active": sorted(self._active),
+            "held_since": dict(self._held_since),
+            "findings": [asdict(finding) for finding in self.findings],
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._active = set(state_dict["active"])
+        self._held_since = dict(state_dict.get("held_since", {}))
         self.findings = [CollapseFinding(**finding) for finding in state_dict["findings"]]

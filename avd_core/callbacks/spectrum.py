@@ -133,7 +133,7 @@ class SpectralRolloffMonitor(Callback):
             values = _rolloffs(_frames_third(x_0, self.frame_dim), self.reference.channels)
             self._values = torch.cat([self._values.to(values), values], 1)[:, -self.window :]
         if self._steps > self.grace and self._steps % self.every == 0:
-            self._judge.look(step, self.signals())
+            self._judge.look(step, self.signals(), counted=self._steps)
 
     def signals(self) -> dict[str, float]:
         """The signals that there are so far, by the names of the table above. Waits for the device."""

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from avd_core import GradientBalance, LossOutput
-from references import flatten
+from avd_core import GradientBalance, LossOutput, gradient_shares
+from references import central_differences, flatten
 from tensors import assert_same_state, randn, state_of
 
 seeds = st.integers(0, 2**32 - 1)
@@ -219,3 +219,110 @@ def test_evaluation_mode_needs_no_gradients() -> None:
         loss, metrics = balance.eval()(**arguments())
     assert metrics["scale"] == 0.5
     assert loss == 1.0
+
+
+# --- Shares of several losses at one output
+
+
+def three_losses(x: Any) -> dict[str, Any]:
+    """Losses of a list of numbers or a tensor, whose gradients overlap and disagree."""
+    return {
+        "linear": 3.0 * x[0] - x[1],
+        "squares": sum((value - 1.0) ** 2 for value in x),
+        "product": x[0] * x[1] * x[-1],
+    }
+
+
+@given(seeds, st.integers(2, 5))
+def test_shares_and_gradient_are_those_of_central_differences(seed: int, size: int) -> None:
+    output = randn(seed, size).requires_grad_()
+    loss, shares = gradient_shares(output, three_losses(output))
+    loss.backward()
+    gradients = {
+        name: central_differences(lambda x, name=name: three_losses(x)[name], output.tolist()) for name in shares
+    }
+    norms = {name: math.sqrt(squared_norm(torch.tensor(gradient))) for name, gradient in gradients.items()}
+    for name, share in shares.items():
+        assert share.item() == pytest.approx(norms[name] / sum(norms.values()), rel=1e-4, abs=1e-6)
+    assert loss.item() == pytest.approx(sum(three_losses(output.tolist()).values()), rel=1e-9)
+    expected = [math.fsum(parts) for parts in zip(*gradients.values(), strict=True)]
+    assert output.grad.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+@given(seeds, st.floats(0.01, 100), st.integers(2, 4))
+def test_shares_add_up_and_follow_weights_but_not_their_common_scale(seed: int, scale: float, count: int) -> None:
+    output = randn(seed, 6).requires_grad_()
+    terms = {str(i): (output * randn(seed + i, 6)).sum() for i in range(count)}
+    shares = gradient_shares(output, terms).metrics
+    assert math.fsum(share.item() for share in shares.values()) == pytest.approx(1, rel=1e-5)
+    scaled = gradient_shares(output, {name: scale * term for name, term in terms.items()}).metrics
+    torch.testing.assert_close(scaled, shares)
+    doubled = gradient_shares(output, terms | {"0": 2 * terms["0"]}).metrics
+    odds = shares["0"] / shares["1"]
+    torch.testing.assert_close(doubled["0"] / doubled["1"], 2 * odds, rtol=1e-4, atol=0)
+
+
+def test_a_critic_is_passed_once_and_parameters_get_the_gradient_of_the_sum() -> None:
+    generator, critic = nn.Linear(3, 3), nn.Linear(3, 1)
+    noise, passes = randn(0, 4, 3).float(), []
+    critic.weight.requires_grad_(False)
+
+    def terms(x_0: Tensor) -> dict[str, Tensor]:
+        features = critic(x_0)
+        features.register_hook(passes.append)
+        return {"adversarial": -features.mean(), "distillation": (x_0 - 1).square().mean()}
+
+    sum(terms(generator(noise)).values()).backward()
+    expected = generator.weight.grad.clone()
+    generator.zero_grad()
+    passes.clear()
+    x_0 = generator(noise)
+    loss, shares = gradient_shares(x_0, terms(x_0))
+    (2 * loss).backward()
+    torch.testing.assert_close(generator.weight.grad, 2 * expected)
+    assert len(passes) == 1
+    assert list(shares) == ["adversarial", "distillation"]
+    assert not any(share.requires_grad for share in shares.values())
+
+
+def test_losses_may_share_a_part_of_their_graph() -> None:
+    output = randn(0, 3).requires_grad_()
+    common = output.square()
+    loss, shares = gradient_shares(output, {"a": common.sum(), "b": common.sum()})
+    loss.backward()
+    torch.testing.assert_close(output.grad, 4 * output.detach())
+    assert shares["a"] == shares["b"] == 0.5
+
+
+def test_the_share_of_a_term_at_weight_zero_is_zero_and_of_nothing_unknown() -> None:
+    output = torch.ones(2, requires_grad=True)
+    assert gradient_shares(output, {"on": output.sum(), "off": 0 * output.sum()}).metrics == {"on": 1.0, "off": 0.0}
+    loss, shares = gradient_shares(output, {"off": 0 * output.sum()})
+    assert loss == 0
+    assert shares["off"].isnan()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_stays_visible_in_loss_or_gradient(bad: float) -> None:
+    output = torch.ones(2, requires_grad=True)
+    loss, shares = gradient_shares(output, {"good": output.sum(), "bad": bad * output.sum()})
+    assert not loss.isfinite()
+    assert all(share.isnan() or share == 0 for share in shares.values())
+
+
+@pytest.mark.parametrize("wrong", ["output detached", "loss detached", "another output"])
+def test_shares_of_a_loss_that_was_not_computed_from_the_output_are_refused(wrong: str) -> None:
+    output = torch.ones(2, requires_grad=True)
+    losses = {"one": output.sum(), "two": output.square().sum()}
+    if wrong == "loss detached":
+        losses["two"] = losses["two"].detach()
+    given = {"output detached": output.detach(), "another output": torch.ones(2, requires_grad=True)}.get(wrong, output)
+    with pytest.raises(ValueError, match=r"losses\['(one|two)'\] has no gradient with respect to output"):
+        gradient_shares(given, losses)
+
+
+def test_shares_of_nothing_and_integer_outputs_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least one loss, got none"):
+        gradient_shares(torch.ones(2, requires_grad=True), {})
+    with pytest.raises(TypeError, match="output must be a floating"):
+        gradient_shares(torch.ones(2, dtype=torch.int), {"one": torch.ones(())})

@@ -50,6 +50,8 @@ def metrics_at(step: int) -> dict[str, Tensor]:
         "x_0": clips(step, motion=1 / (1 + step)),
         "regression/weights": torch.tensor([2.0, 1.5]) / (1 + step),
         "balance/gradient_ratio": torch.tensor(0.2 * step),
+        "discriminator/logit_gap": torch.tensor(1 - 0.2 * step),
+        "discriminator/hinge_loss": torch.tensor(1 / (1 + step) ** 2),
     }
 
 
@@ -61,6 +63,9 @@ LIMITS = {
     "max_switched": 0.5,
     "min_weight_spread": 0.02,
     "max_gradient_ratio": 1.0,
+    "min_logit_gap": 0.1,
+    "min_hinge_loss": 0.05,
+    "patience": 4,
 }
 
 
@@ -298,6 +303,35 @@ def test_ema_of_half_precision_weights_does_not_stand_still() -> None:
         assert weight.dtype == torch.bfloat16
         assert weight.item() == 1.25
     assert weight.item() == 1.25
+
+
+def test_averages_are_kept_where_they_are_to_be_held() -> None:
+    parameter, copy = nn.Parameter(torch.tensor([1.0])), nn.Parameter(torch.tensor([7.0]), requires_grad=False)
+    ema = EMACallback([parameter], 0.5, warmup=False, held_in=[copy])
+    assert copy.item() == 1.0
+    parameter.data.fill_(3.0)
+    ema.after_step(0, {})
+    assert copy.item() == 2.0
+    saved = {**ema.state_dict(), "shadow_params": [torch.tensor([5.0])]}
+    ema.load_state_dict(saved)
+    assert copy.item() == 5.0  # and still the very tensor that follows
+    ema.after_step(1, {})
+    assert copy.item() == 4.0
+    with ema.average_parameters():
+        assert parameter.item() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("held_in", "found"),
+    [
+        ([], "0 for 1"),
+        ([torch.ones(2)], r"\(torch.Size\(\[2\]\), torch.float32\) for \(torch.Size\(\[1\]\), torch.float32\)"),
+        ([torch.ones(1, dtype=torch.bfloat16)], "torch.bfloat16"),
+    ],
+)
+def test_what_holds_the_averages_must_fit(held_in: list[torch.Tensor], found: str) -> None:
+    with pytest.raises(ValueError, match=f"held_in must have a tensor for each .* got .*{found}.*Pass the parameters"):
+        EMACallback([nn.Parameter(torch.ones(1))], held_in=held_in)
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, math.nan])
@@ -660,6 +694,83 @@ def test_one_outlier_is_no_finding() -> None:
     assert watch(prompt_monitor(decay=0.8), ratios(*[0.5] * 5, *[2.9] * 5)) == ["regression_dominates"]
 
 
+# --- CollapseMonitor: the discriminator
+
+
+def gaps(*values: float) -> list[dict[str, Tensor]]:
+    return [{"discriminator/logit_gap": torch.tensor(value)} for value in values]
+
+
+def hinge_losses(*values: float) -> list[dict[str, Tensor]]:
+    return [{"discriminator/hinge_loss": torch.tensor(value)} for value in values]
+
+
+@pytest.mark.parametrize(
+    ("stream", "kinds"),
+    [
+        (gaps(*[0.05] * 5), ["discriminator_blind"]),
+        (gaps(*[-0.3] * 5), ["discriminator_blind"]),  # wrong on average is blind, too
+        (gaps(*[0.05] * 4), []),
+        (gaps(*[0.11] * 9), []),
+        (gaps(0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0, 0.0), []),  # never five looks in a row
+        (gaps(0.0, 0.0, 0.1, *[1.0] * 9), []),  # opens
+        (gaps(*[1.0] * 9, *[0.0] * 5), ["discriminator_blind"]),  # closes
+        (gaps(*[0.0] * 9, 1.0, *[0.0] * 5), ["discriminator_blind"] * 2),  # recovers in between
+        (gaps(*[100.0] * 9), []),  # large logits alone are no victory
+        (hinge_losses(*[0.04] * 5), ["discriminator_won"]),
+        (hinge_losses(*[0.04] * 4), []),
+        (hinge_losses(2.0, 2.0, *[0.06] * 9), []),
+        ([*gaps(9.0), *hinge_losses(*[0.0] * 5)], ["discriminator_won"]),
+    ],
+)
+def test_what_lasts_is_said_of_the_discriminator(stream: list[dict[str, Tensor]], kinds: list[str]) -> None:
+    monitor = prompt_monitor()
+    assert watch(monitor, stream) == kinds
+    for finding in monitor.findings:
+        assert "the discriminator" in finding.message
+        assert finding.message.endswith(f"limit {finding.limit:g}, for 4 steps).")
+
+
+def test_the_discriminators_limits_and_the_patience_can_be_set() -> None:
+    assert watch(prompt_monitor(min_logit_gap=0.01), gaps(*[0.05] * 9)) == []
+    assert watch(prompt_monitor(min_hinge_loss=0.01), hinge_losses(*[0.04] * 9)) == []
+    assert watch(prompt_monitor(patience=0), gaps(0.05)) == ["discriminator_blind"]
+    assert watch(prompt_monitor(patience=10), gaps(*[0.05] * 10)) == []
+
+
+def noisy_gaps(seed: int, steps: int, gap: float, noise: float, opening: int) -> list[dict[str, Tensor]]:
+    """The gap of a discriminator that starts blind, and opens it within some steps; ``noise`` is that of a batch."""
+    errors = noise * randn(seed, steps)
+    return gaps(*[gap * min(1.0, step / opening) + error.item() for step, error in enumerate(errors)])
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.4])  # of 8 clips, and of a single one, for logits that spread by 1
+def test_by_default_a_gap_that_opens_slowly_is_no_finding_in_noise_and_one_that_stays_closed_is(noise: float) -> None:
+    before = samples(1) * 110  # an adversarial phase that begins late in a run
+    opens, stays = [], []
+    for seed in range(10):
+        for gap, found in ((1.0, opens), (0.0, stays)):
+            monitor = CollapseMonitor(REFERENCE)
+            found.append("discriminator_blind" in watch(monitor, before + noisy_gaps(seed, 1000, gap, noise, 400)))
+    assert not any(opens)
+    assert sum(stays) >= 5
+
+
+def test_the_grace_of_a_signal_begins_when_it_is_first_shown() -> None:
+    monitor = prompt_monitor(grace=3, patience=0)
+    watch(monitor, [*ratios(*[0.5] * 5), *[a | b for a, b in zip(ratios(*[2.0] * 4), gaps(*[0.0] * 4), strict=True)]])
+    assert [(f.step, f.kind) for f in monitor.findings] == [(5, "regression_dominates"), (8, "discriminator_blind")]
+
+
+def test_a_restart_does_not_forget_how_long_a_gap_was_closed() -> None:
+    monitor, restarted = prompt_monitor(grace=1), prompt_monitor(grace=1)
+    watch(monitor, gaps(*[0.0] * 4))
+    restarted.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
+    for step in (4, 5):
+        restarted.after_step(step, gaps(0.0)[0])
+    assert [(finding.kind, finding.step) for finding in restarted.findings] == [("discriminator_blind", 5)]
+
+
 def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends() -> None:
     monitor = prompt_monitor(every=3, grace=6)
     watch(monitor, ratios(*[2.0] * 6))
@@ -717,6 +828,9 @@ def test_the_monitor_lets_every_step_pass() -> None:
         ({"grace": -1}, "grace must be at least 0"),
         ({"decay": 1.0}, "decay must be a finite number at least 0 and below 1"),
         ({"window": 1}, "window must be at least 2"),
+        ({"patience": -1}, "patience must be at least 0"),
+        ({"min_logit_gap": math.nan}, "min_logit_gap must be a finite number"),
+        ({"min_hinge_loss": -1.0}, "min_hinge_loss must be a finite number at least 0"),
         ({"variance_range": (2.0, 1.0)}, "variance_range must be"),
         ({"saturation_range": (0.0, 1.0)}, "saturation_range must be"),
     ],

@@ -27,7 +27,7 @@ def run(words: str) -> dict[str, Any]:
 
 
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_the_average_is_saved_and_taken_up() -> None:
@@ -60,6 +60,12 @@ def test_the_monitor_says_that_the_weight_is_a_switch(capsys: pytest.CaptureFixt
     run("regression_weight=")
     absolute, standardized = capsys.readouterr().out.splitlines()
     assert f"`{absolute}` and `{standardized}`" in PAGE
+
+
+def test_the_monitor_says_that_a_discriminator_is_blind_or_has_won(capsys: pytest.CaptureFixture[str]) -> None:
+    run("HingeLoss")
+    healthy, blind, won = capsys.readouterr().out.splitlines()
+    assert f"`{healthy}`, `{blind}` and `{won}`" in PAGE.replace("\n", " ")
 
 
 def test_the_monitor_says_that_samples_blur(capsys: pytest.CaptureFixture[str]) -> None:

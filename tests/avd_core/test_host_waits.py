@@ -22,6 +22,7 @@ from avd_core import (
     NonFiniteGuard,
     SpectralRolloffMonitor,
     SpectralStatistics,
+    gradient_shares,
     shift_timesteps,
 )
 from avd_core._checks import RangeCheck
@@ -99,6 +100,7 @@ def test_no_balance_schedule_or_cache_reads_a_value() -> None:
     cache = LossMeanCache((1000, 900), auto_update=False).to("meta")
     with NoHostWait():
         assert balance(*arguments).loss.is_meta
+        assert gradient_shares(arguments[1], {"regression": arguments[0]}).loss.is_meta
         schedule_calls("meta")
         assert cache(torch.ones(2, device="meta"), torch.ones(2, device="meta")).means.is_meta
         cache.update()

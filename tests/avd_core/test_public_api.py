@@ -22,11 +22,13 @@ PUBLIC = [
     "ClippedTemporalVarianceLoss",
     "CollapseFinding",
     "CollapseMonitor",
+    "ConditionalScoreDistillationLoss",
     "DistributionMatchingLoss",
     "EMACallback",
     "FlowMatchingSchedule",
     "GradientBalance",
     "HalfRateInterpolationSampler",
+    "HingeLoss",
     "LatentFrameInterpolator",
     "LatentStatistics",
     "LossMeanCache",
@@ -42,18 +44,22 @@ PUBLIC = [
     "PAPER_SPREAD",
     "RegressionConfig",
     "SamplingStep",
+    "SpatioTemporalR1Loss",
     "SpectralRolloffMonitor",
     "SpectralStatistics",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
+    "conditional_score_distillation_loss",
     "derive_floor",
     "distribution_matching_loss",
+    "gradient_shares",
     "interpolate_linearly",
     "kept_frames",
     "raise_frame_rate",
     "repeat_frames",
     "shift_timesteps",
+    "spatio_temporal_r1_loss",
     "spectral_rolloff",
     "standard_guidance_scale",
     "step_rates",
@@ -90,6 +96,11 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
             "x_0 * weight floor eps frame_dim channels sync_ranks process_group",
         ),
         ("distribution_matching_loss", "x_0 real_x_0 online_x_0 * weight eps"),
+        ("conditional_score_distillation_loss", "x_0 real_x_0 * weight"),
+        (
+            "spatio_temporal_r1_loss",
+            "discriminator x_t logits * spatial_noise temporal_noise weight sigma_spatial sigma_temporal frame_dim",
+        ),
         ("derive_floor", "x_0 * margin frame_dim eps"),
         ("temporal_variance", "x_0 * frame_dim"),
         ("spectral_rolloff", "x * share pool_dim"),
@@ -98,6 +109,8 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
         ("AdaptiveRegressionLoss", "cache * weight sharpness deviation judged"),
         ("ClippedTemporalVarianceLoss", "* weight floor eps frame_dim channels sync_ranks process_group"),
         ("DistributionMatchingLoss", "* weight eps"),
+        ("ConditionalScoreDistillationLoss", "* weight"),
+        ("SpatioTemporalR1Loss", "* weight sigma_spatial sigma_temporal frame_dim"),
         ("LossMeanCache", "timesteps * decay order auto_update sync_ranks process_group"),
         ("GradientBalance", "* target decay sync_ranks process_group"),
         ("EMACallback", "parameters decay * warmup"),
@@ -200,5 +213,7 @@ def test_examples_in_docstrings_run(name: str) -> None:
 
 
 def test_every_loss_has_an_example() -> None:
-    for name in ("AVDObjective", "AdaptiveRegressionLoss", "ClippedTemporalVarianceLoss", "DistributionMatchingLoss"):
+    losses = [name for name in PUBLIC if name == "AVDObjective" or name.endswith("Loss")]
+    assert len(losses) == 7
+    for name in losses:
         assert doctest.DocTestFinder(recurse=False).find(getattr(avd_core, name), name)[0].examples

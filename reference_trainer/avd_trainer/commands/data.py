@@ -16,8 +16,9 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
-    from avd_trainer.data.encode import TextEncoder, VideoEncoder
+    from avd_trainer.data.encode import ImageCondition, TextEncoder, VideoEncoder
     from avd_trainer.data.inspection import DataReport
+    from avd_trainer.data.schema import ImageTokens
     from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
@@ -102,6 +103,14 @@ def encode(
     ] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second of the clips. Default: Wan2.1's 16.")] = None,
     negative_prompt: NegativePrompt = None,
+    image_condition: Annotated[
+        bool,
+        typer.Option(
+            "--image-condition",
+            help="Also encode each clip's first frame, for image to video: with the VAE, and with the image encoder "
+            "where --model has one.",
+        ),
+    ] = False,
 ) -> None:
     """Cut your own videos into clips and encode them with their captions."""
     with readable_errors():
@@ -128,6 +137,7 @@ def encode(
                 text,
                 clip_format,
                 negative_prompt=_negative_prompt(negative_prompt, model),
+                image=_image_condition(model) if image_condition else None,
                 on_file=bar.advance,
             )
         _say_written(written, "clips", output)
@@ -191,6 +201,15 @@ def _video_encoder(model: str) -> VideoEncoder:
     return WanCodec.from_pretrained(model, _device(), torch.float32)
 
 
+def _image_condition(model: str) -> ImageCondition:
+    from avd_trainer.data.encode import ImageCondition
+    from avd_trainer.models.image_encoder import WanImageEncoder
+    from avd_trainer.models.pipeline_parts import has_part
+
+    encodes = model != TINY and has_part(model, "image_encoder")
+    return ImageCondition(WanImageEncoder.from_pretrained(model, _device()) if encodes else None)
+
+
 def _device() -> str:
     import torch
 
@@ -239,6 +258,7 @@ def _lines(report: DataReport) -> list[tuple[str, str]]:
         return [*lines, ("latents", "none: prompts only")]
     lines += [
         ("latents", f"{list(report.latent_shape)} (C, F, H, W), {' and '.join(report.latent_dtypes)}"),
+        ("first frames", _describe_image(report.image)),
         ("codec", "not recorded" if report.encoding is None else str(report.encoding)),
         (
             "statistics of",
@@ -255,3 +275,9 @@ def _lines(report: DataReport) -> list[tuple[str, str]]:
     if report.temporal_loss is not None:
         lines.append(("temporal loss", f"{report.temporal_loss:.3f} nats, -log E[Var_t]; less is more motion"))
     return lines
+
+
+def _describe_image(image: ImageTokens | None) -> str:
+    if image is None:
+        return "not encoded: for text to video"
+    return "latents" + (f" and embeddings of {image.tokens} tokens x {image.dim}" if image.tokens else "")

@@ -44,6 +44,13 @@ def sample(
     ],
     prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")] = None,
     prompts_file: Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What the clips begin with, for a student of image to video: a picture, or a video's first frame.",
+        ),
+    ] = None,
     half_rate: Annotated[
         bool | None,
         typer.Option(
@@ -93,7 +100,7 @@ def sample(
         with ProgressBar("sample", len(prompts) * len(plans) * len(student.timesteps)) as bar:
             samples, cut = _finished(
                 sample_clips(
-                    student, prompts, list(plans.values()), shape, seed=seed, device=where, dtype=kind,
+                    student, prompts, list(plans.values()), shape, image=image, seed=seed, device=where, dtype=kind,
                     on_step=bar.advance,
                 )
             )  # fmt: skip

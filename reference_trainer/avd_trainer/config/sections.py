@@ -174,3 +174,5 @@ class ArchitectureConfig(Section):
     """Width of the sinusoidal timestep embedding."""
     text_dim: int = Field(default=32, ge=2)
     """Width of a caption's tokens."""
+    image_to_video: bool = False
+    """Whether the model is given the first frame: as in Wan2.2's image to video by further input channels alone."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from avd_trainer.data.examples import Example, Examples
+from avd_trainer.data.examples import Example, Examples, condition_of
+from avd_trainer.models.condition import Condition
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.signals import SIGNALS
 
@@ -20,15 +21,21 @@ class Batch(NamedTuple):
 
     Attributes:
         latents: ``[B, C, F, H, W]`` float32; empty where the data has prompts only.
-        text: ``[B, L, D]`` float32.
+        condition: What they show, in float32.
     """
 
     latents: Tensor
-    text: Tensor
+    condition: Condition
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        return Batch(self.latents.to(device), self.text.to(device))
+        return Batch(self.latents.to(device), self.condition.to(device))
+
+
+def join(examples: Sequence[Example]) -> Batch:
+    """Examples as a batch."""
+    latents = [example.latent for example in examples if example.latent is not None]
+    return Batch(torch.stack(latents) if latents else torch.empty(0), condition_of(examples))
 
 
 def read_batches(data: Examples, batches: Iterable[list[int]], workers: int) -> Iterator[Batch]:
@@ -72,7 +79,4 @@ def _collate(items: list[Example | UserError]) -> Batch | UserError:
     errors = [item for item in items if isinstance(item, UserError)]
     if errors:
         return errors[0]
-    examples = [item for item in items if isinstance(item, Example)]
-    latents = [example.latent for example in examples if example.latent is not None]
-    text = torch.stack([example.text for example in examples])
-    return Batch(torch.stack(latents) if latents else torch.empty(0), text)
+    return join([item for item in items if isinstance(item, Example)])

@@ -12,9 +12,10 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.schema import Encoding
+from avd_trainer.data.schema import Encoding, ImageTokens
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.videos import caption_of, decode_frames, reason, stands_still, video_files
+from avd_trainer.models.codecs.first_frame import pad_first_frame
 from avd_trainer.models.codecs.latent_space import (
     LATENT_SPACES,
     PATCH_SIZE,
@@ -111,6 +112,43 @@ class TextEncoder(Protocol):
         """An embedding ``[l, dim]`` for each caption, only the tokens in use."""
 
 
+class ImageEncoder(Protocol):
+    """What makes embeddings of images.
+
+    Attributes:
+        tokens: Of an image.
+        dim: The width of a token.
+    """
+
+    tokens: int
+    dim: int
+
+    def __call__(self, image: Tensor, /) -> Tensor:
+        """``[3, H, W]`` in [0, 1] to ``[tokens, dim]``."""
+
+
+class ImageCondition(NamedTuple):
+    """What is kept of a clip's first frame, for image to video.
+
+    Attributes:
+        encoder: Makes the image embedding; None for models that read image latents alone.
+    """
+
+    encoder: ImageEncoder | None = None
+
+    @property
+    def tokens(self) -> ImageTokens:
+        """Size of the embedding."""
+        return ImageTokens() if self.encoder is None else ImageTokens(self.encoder.tokens, self.encoder.dim)
+
+    def encode(self, codec: VideoEncoder, image: Tensor, frames: int) -> dict[str, Tensor]:
+        """A first frame ``[3, H, W]`` in [0, 1] as :meth:`ShardWriter.add` takes it, in float16 on the CPU."""
+        found = {"image_latent": codec.encode(pad_first_frame(image.unsqueeze(0), frames))[0]}
+        if self.encoder is not None:
+            found["image_embedding"] = self.encoder(image)
+        return {name: tensor.to("cpu", torch.float16) for name, tensor in found.items()}
+
+
 class HashTextEncoder:
     """The weight-free :class:`HashTextEmbedding` as a :class:`TextEncoder`: one token per word."""
 
@@ -131,6 +169,7 @@ def encode_videos(
     clip_format: ClipFormat,
     *,
     negative_prompt: str,
+    image: ImageCondition | None = None,
     on_file: Callable[[], None] = lambda: None,
 ) -> int:
     """Cut a folder of videos into clips and encode them with their captions.
@@ -147,6 +186,7 @@ def encode_videos(
         text: Embeds the captions.
         clip_format: Of all clips.
         negative_prompt: Embedded for the unconditional prediction of classifier-free guidance.
+        image: Also encode each clip's first frame, for image to video.
         on_file: Called after each file.
 
     Returns:
@@ -160,7 +200,13 @@ def encode_videos(
     paths = video_files(folder)
     encoding = Encoding(codec.latent_space, codec.source, clip_format.fps)
     with (
-        ShardWriter(output, text_length=text.length, text_dim=text.dim, encoding=encoding) as writer,
+        ShardWriter(
+            output,
+            text_length=text.length,
+            text_dim=text.dim,
+            encoding=encoding,
+            image=None if image is None else image.tokens,
+        ) as writer,
         torch.no_grad(),
     ):
         writer.set_unconditional(text([negative_prompt])[0], negative_prompt)
@@ -174,8 +220,9 @@ def encode_videos(
                     continue
                 video = clip.transpose(0, 1).unsqueeze(0).float() / 255
                 latent = codec.encode(video)[0].to("cpu", torch.float16)
-                if latent.isfinite().all():
-                    writer.add(latent, embedding, caption, source)
+                first = {} if image is None else image.encode(codec, video[0, :, 0], clip_format.frames)
+                if all(tensor.isfinite().all() for tensor in (latent, *first.values())):
+                    writer.add(latent, embedding, caption, source, **first)
                 else:
                     logger.warning("Left out %s: its latent is not finite.", source)
             on_file()

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from avd_trainer.data.examples import Example
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.first_frame import with_mask
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 
 
@@ -44,18 +45,21 @@ class InMemoryData(Dataset[Example]):
     Args:
         clips: The clips.
         embed: Embeds their captions.
+        image: Whether examples come with image latents, for a model of image to video.
     """
 
-    def __init__(self, clips: CaptionedLatents, embed: HashTextEmbedding) -> None:
+    def __init__(self, clips: CaptionedLatents, embed: HashTextEmbedding, *, image: bool = False) -> None:
         self.clips = clips
         self._text = embed(clips.captions)
+        self._codec = BlockDCTCodec() if image else None
 
     def __len__(self) -> int:
         return len(self.clips)
 
     def __getitem__(self, index: int) -> Example:
-        caption = self.clips.captions[index]
-        return Example(self.clips.latents[index], self._text[index], caption, source="")
+        latent = self.clips.latents[index]
+        image = None if self._codec is None else with_mask(self._codec.keep_first_frame(latent))
+        return Example(latent, self._text[index], self.clips.captions[index], source="", image_latents=image)
 
     def unconditional(self) -> Tensor:
         """``[L, D]``: the empty caption, which is all zeros."""

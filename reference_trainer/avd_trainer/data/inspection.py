@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core import temporal_variance
-from avd_trainer.data.schema import Encoding
+from avd_trainer.data.schema import Encoding, ImageTokens
 from avd_trainer.data.shard_reading import ShardDataset
 
 # Of the latents' variance the share along frames below which a clip stands still.
@@ -38,6 +38,8 @@ class DataReport(BaseModel):
     """How clips became latents; None for prompts alone, and where the data does not say."""
     latent_dtypes: tuple[str, ...]
     """How latents are stored."""
+    image: ImageTokens | None
+    """Size of the image embeddings; None where there is nothing of first frames."""
     text_length: int
     """L, tokens after padding."""
     text_dim: int
@@ -107,6 +109,7 @@ def inspect(path: Path, latents: int = 256) -> DataReport:
         latent_shape=dataset.latent_shape,
         encoding=dataset.encoding,
         latent_dtypes=tuple(sorted({name for name in dataset.column("dtype") if name is not None})),
+        image=dataset.image,
         text_length=dataset.text_length,
         text_dim=dataset.text_dim,
         text_dtypes=tuple(sorted(set(dataset.column("text_dtype")))),

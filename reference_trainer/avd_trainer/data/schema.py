@@ -30,6 +30,9 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
     ]
 )
+IMAGE_COLUMNS = ("image_latent", "image_embedding")
+"""Columns of shards for image to video, of type ``large_binary``: what was made of a clip's first frame, in the row's
+``dtype``. Other readers can leave them alone, so they are no other version of the schema."""
 UNCONDITIONAL = "unconditional.safetensors"
 UNFINISHED = ".unfinished"
 """Ending of what a writer has not finished."""
@@ -57,6 +60,18 @@ class Encoding(NamedTuple):
         return codec + (f", {self.fps:g} frames per second" if self.fps is not None else "")
 
 
+class ImageTokens(NamedTuple):
+    """Size of an image embedding.
+
+    Attributes:
+        tokens: T; 0 where there are none, as for models that read image latents alone.
+        dim: The width of a token; 0 where there are none.
+    """
+
+    tokens: int = 0
+    dim: int = 0
+
+
 class Layout(NamedTuple):
     """What all rows of a shard, and of all data that is read together, have in common.
 
@@ -65,27 +80,34 @@ class Layout(NamedTuple):
         text_length: L, the tokens of a text embedding after padding.
         text_dim: D, the width of a token.
         encoding: How clips became latents; None for prompts, and for shards that do not say.
+        image: What was made of first frames besides latents of the latents' shape; None for shards without any.
     """
 
     latent_shape: tuple[int, int, int, int] | None
     text_length: int
     text_dim: int
     encoding: Encoding | None
+    image: ImageTokens | None = None
 
 
-def schema_with(text_length: int, text_dim: int, encoding: Encoding | None) -> pa.Schema:
+def schema_with(text_length: int, text_dim: int, encoding: Encoding | None, image: ImageTokens | None) -> pa.Schema:
     """The schema of a new shard; the shape of latents is a column of it."""
+    schema = SCHEMA
+    if image is not None:
+        for name in IMAGE_COLUMNS if image.tokens else IMAGE_COLUMNS[:1]:
+            schema = schema.append(pa.field(name, pa.large_binary(), nullable=False))
     values = {
         "avd_schema_version": SCHEMA_VERSION,
         "text_length": text_length,
         "text_dim": text_dim,
         **({} if encoding is None else encoding._asdict()),
+        **({} if image is None else {"image_tokens": image.tokens, "image_dim": image.dim}),
     }
-    return SCHEMA.with_metadata({key: str(value) for key, value in values.items() if value is not None})
+    return schema.with_metadata({key: str(value) for key, value in values.items() if value is not None})
 
 
-def read_schema(path: Path, schema: pa.Schema) -> tuple[int, int, Encoding | None]:
-    """``text_length``, ``text_dim`` and the encoding of a shard, as :class:`Layout` has them.
+def read_schema(path: Path, schema: pa.Schema) -> tuple[int, int, Encoding | None, ImageTokens | None]:
+    """``text_length``, ``text_dim``, the encoding and the image of a shard, as :class:`Layout` has them.
 
     Raises:
         UserError: If it is no shard, of another version, or lacks a column.
@@ -107,7 +129,8 @@ def read_schema(path: Path, schema: pa.Schema) -> tuple[int, int, Encoding | Non
         found = schema.field(field.name) if field.name in schema.names else None
         if found is None or found.type != field.type or found.nullable > field.nullable:
             raise UserError(f"{path}: expected the column {_describe(field)}, found {_describe(found)}. {REMEDY}")
-    return length, dim, _encoding(path, {key: value.decode(errors="replace") for key, value in stored.items()})
+    texts = {key: value.decode(errors="replace") for key, value in stored.items()}
+    return length, dim, _encoding(path, texts), _image(path, schema, texts)
 
 
 def check_alike(first: Layout, first_name: object, other: Layout, other_name: object) -> None:
@@ -129,6 +152,12 @@ def check_alike(first: Layout, first_name: object, other: Layout, other_name: ob
             f"{other_name} has text embeddings of {other.text_length} tokens x {other.text_dim}, {first_name} of "
             f"{first.text_length} x {first.text_dim}. What is read together needs one text encoder: leave one out, or "
             "encode it again."
+        )
+    if None not in (first.image, other.image) and first.image != other.image:
+        raise UserError(
+            f"{other_name} has image embeddings of {list(other.image or ())} (tokens, width), {first_name} of "
+            f"{list(first.image or ())}. What is read together needs one image encoder: leave one out, or encode it "
+            "again."
         )
     if first.encoding is None or other.encoding is None:
         return
@@ -188,6 +217,21 @@ def _encoding(path: Path, stored: dict[str, str]) -> Encoding | None:
     if fps is not None and not 0 < fps < math.inf:
         raise UserError(f"{path}: expected a positive number as fps in its metadata, got {stored['fps']!r}. {REMEDY}")
     return None if space is None else Encoding(space, stored.get("codec"), fps)
+
+
+def _image(path: Path, schema: pa.Schema, stored: dict[str, str]) -> ImageTokens | None:
+    if "image_tokens" not in stored:
+        return None
+    try:
+        image = ImageTokens(int(stored["image_tokens"]), int(stored["image_dim"]))
+    except (KeyError, ValueError):
+        raise UserError(
+            f"{path}: expected whole numbers as image_tokens and image_dim in its metadata. {REMEDY}"
+        ) from None
+    for name in IMAGE_COLUMNS if image.tokens else IMAGE_COLUMNS[:1]:
+        if name not in schema.names or schema.field(name).type != pa.large_binary():
+            raise UserError(f"{path}: expected the column {name}: large_binary, which its metadata tells of. {REMEDY}")
+    return image
 
 
 def _describe(field: pa.Field | None) -> str:

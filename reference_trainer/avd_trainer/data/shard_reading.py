@@ -25,16 +25,20 @@ from torch.utils.data import Dataset
 
 from avd_trainer.data.examples import Example
 from avd_trainer.data.schema import (
+    IMAGE_COLUMNS,
     REMEDY,
     SCHEMA,
     UNCONDITIONAL,
     UNFINISHED,
+    ImageTokens,
     Layout,
     check_alike,
     describe_shape,
     read_schema,
     to_tensor,
 )
+from avd_trainer.models.architecture import ImageInput
+from avd_trainer.models.codecs.first_frame import with_mask
 from avd_trainer.runtime.errors import UserError
 
 _SHARD_NAME = re.compile(r"(?P<name>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.parquet")
@@ -63,12 +67,15 @@ class ShardDataset(Dataset[Example]):
     Args:
         folders: One or more; each holds the shards of one data set, and no other Parquet files. Their order is that of
             the rows.
+        image: What a model reads of first frames; None for one of text to video, and the columns for that are left
+            alone.
 
     Attributes:
         latent_shape: ``(C, F, H, W)``, or None in a data set of prompts.
         text_length: L, the tokens of a text embedding after padding.
         text_dim: D, the width of a token.
         encoding: How clips became latents; None for prompts, and where no shard says it.
+        image: Size of the image embeddings; None where there is nothing of first frames.
 
     Raises:
         UserError: If a shard is missing, truncated, empty, of a foreign schema or another version, or if shards
@@ -76,7 +83,7 @@ class ShardDataset(Dataset[Example]):
             names the file.
     """
 
-    def __init__(self, *folders: Path) -> None:
+    def __init__(self, *folders: Path, image: ImageInput | None = None) -> None:
         if not folders:
             raise ValueError("ShardDataset needs at least one folder, got none.")
         self._folders = [_Folder(folder, [_open_shard(path) for path in _shard_paths(folder)]) for folder in folders]
@@ -84,7 +91,10 @@ class ShardDataset(Dataset[Example]):
         reference = max(self._shards, key=_tells)
         for shard in self._shards:
             check_alike(reference.layout, reference.path, shard.layout, shard.path)
-        self.latent_shape, self.text_length, self.text_dim, self.encoding = reference.layout
+            if image is not None:
+                _expect_image(shard, image)
+        self.latent_shape, self.text_length, self.text_dim, self.encoding, self.image = reference.layout
+        self._reads = image
         self._ends = np.cumsum([shard.rows for shard in self._shards]).tolist()
         self._files: dict[Path, pq.ParquetFile] = {}
         self._owner = os.getpid()
@@ -98,7 +108,7 @@ class ShardDataset(Dataset[Example]):
         number = bisect_right(self._ends, index)
         shard = self._shards[number]
         row = index - (self._ends[number] - shard.rows)
-        return self._decode(self._read(shard, row), f"{shard.path}, row {row}")
+        return self._decode(self._read(shard, row), shard.layout.image, f"{shard.path}, row {row}")
 
     @property
     def has_latents(self) -> bool:
@@ -170,10 +180,17 @@ class ShardDataset(Dataset[Example]):
     def _read(self, shard: _Shard, row: int) -> dict[str, Any]:
         group = bisect_right(shard.group_starts, row) - 1
         with _readable(shard.path):
-            table = self._file(shard.path).read_row_group(group, use_threads=False)
-        return {name: table.column(name)[row - shard.group_starts[group]] for name in SCHEMA.names}
+            table = self._file(shard.path).read_row_group(group, columns=self._columns, use_threads=False)
+        return {name: table.column(name)[row - shard.group_starts[group]] for name in self._columns}
 
-    def _decode(self, values: dict[str, Any], where: str) -> Example:
+    @property
+    def _columns(self) -> list[str]:
+        """Those that are read."""
+        if self._reads is None:
+            return list(SCHEMA.names)
+        return [*SCHEMA.names, *(IMAGE_COLUMNS if self._reads.embedding_dim else IMAGE_COLUMNS[:1])]
+
+    def _decode(self, values: dict[str, Any], image: ImageTokens | None, where: str) -> Example:
         tokens = values["text_tokens"].as_py()
         if not 0 <= tokens <= self.text_length:
             raise UserError(f"{where}: expected 0 to {self.text_length} text tokens, got {tokens}. {REMEDY}")
@@ -184,7 +201,20 @@ class ShardDataset(Dataset[Example]):
         latent = None
         if self.latent_shape is not None:
             latent = to_tensor(values["latent"], values["dtype"], self.latent_shape, f"{where}: latent")
-        return Example(latent, text, values["caption"].as_py(), values["source"].as_py())
+        example = Example(latent, text, values["caption"].as_py(), values["source"].as_py())
+        if self._reads is None:
+            return example
+        assert self.latent_shape is not None
+        assert image is not None
+        shapes: dict[str, tuple[int, ...]] = {"image_latent": self.latent_shape, "image_embedding": image}
+        read = {
+            name: to_tensor(values[name], values["dtype"], shape, f"{where}: {name}")
+            for name, shape in shapes.items()
+            if name in values
+        }
+        return example._replace(
+            image_latents=with_mask(read["image_latent"]), image_embedding=read.get("image_embedding")
+        )
 
     def _read_unconditional(self) -> tuple[Tensor, str]:
         paths = [folder.path / UNCONDITIONAL for folder in self._folders]
@@ -225,6 +255,22 @@ def _tells(shard: _Shard) -> int:
     """How much a shard says of its encoding."""
     encoding = shard.layout.encoding
     return 0 if encoding is None else sum(value is not None for value in encoding)
+
+
+def _expect_image(shard: _Shard, image: ImageInput) -> None:
+    remedy = "Encode the videos for the teacher, with `avd data encode --image-condition --model TEACHER`."
+    if shard.layout.latent_shape is None:
+        raise UserError(
+            f"{shard.path} holds prompts only, and the teacher makes videos of an image and a prompt. Leave --prompts "
+            "out: the captions of clips are read together with their first frames."
+        )
+    if shard.layout.image is None:
+        raise UserError(f"{shard.path} holds nothing of first frames, which the image-to-video teacher reads. {remedy}")
+    if image.embedding_dim and shard.layout.image.dim != image.embedding_dim:
+        raise UserError(
+            f"{shard.path} has image embeddings of width {shard.layout.image.dim}, the teacher expects "
+            f"{image.embedding_dim}. {remedy}"
+        )
 
 
 def _check_files(folder: Path, saved: Sequence[Mapping[str, Any]], found: Sequence[Mapping[str, Any]]) -> None:

@@ -21,6 +21,7 @@ from avd_trainer.data.schema import (
     UNCONDITIONAL,
     UNFINISHED,
     Encoding,
+    ImageTokens,
     describe_shape,
     schema_with,
     to_bytes,
@@ -42,6 +43,7 @@ class ShardWriter:
         text_length: L, the most tokens that a text embedding may have.
         text_dim: D, the width of a token.
         encoding: How clips became latents, which later steps use; None for prompts, or if it is not known.
+        image: Size of the image embedding, if rows are for image to video.
         rows_per_shard: 256 latents of Wan2.1 at 832 x 480 x 81 are about 1.3 GB in float16.
         name: The first part of the shards' names.
 
@@ -56,6 +58,7 @@ class ShardWriter:
         text_length: int,
         text_dim: int,
         encoding: Encoding | None = None,
+        image: ImageTokens | None = None,
         rows_per_shard: int = 256,
         name: str = "data",
     ) -> None:
@@ -66,8 +69,9 @@ class ShardWriter:
             )
         self.folder, self.name, self.rows_per_shard = folder, name, rows_per_shard
         self.text_length, self.text_dim = text_length, text_dim
+        self.image = image
         self.rows = 0
-        self._schema = schema_with(text_length, text_dim, encoding)
+        self._schema = schema_with(text_length, text_dim, encoding, image)
         self._latent_shape: tuple[int, ...] | None = None
         self._unconditional: tuple[Tensor, str] | None = None
         self._group: list[dict[str, Any]] = []
@@ -82,7 +86,16 @@ class ShardWriter:
                 left.unlink()
         return self
 
-    def add(self, latent: Tensor | None, text: Tensor, caption: str, source: str) -> None:
+    def add(
+        self,
+        latent: Tensor | None,
+        text: Tensor,
+        caption: str,
+        source: str,
+        *,
+        image_latent: Tensor | None = None,
+        image_embedding: Tensor | None = None,
+    ) -> None:
         """Add a row.
 
         Args:
@@ -92,12 +105,16 @@ class ShardWriter:
                 loses nothing, as for an encoder that computes in it.
             caption: What ``text`` embeds.
             source: Where the row comes from.
+            image_latent: Of shape and dtype of ``latent``: the first frame followed by grey, encoded; where ``image``
+                was given, and only there.
+            image_embedding: ``[T, D_i]`` of that dtype: the first frame's tokens; where ``image`` has tokens.
 
         Raises:
             UserError: If the latent has another shape than those before, or the disk is full.
             ValueError: If a tensor has another rank, width or dtype.
         """
         text = self._checked_text(text)
+        image = self._checked_image(latent, image_latent, image_embedding)
         shape = None if latent is None else tuple(latent.shape)
         if latent is not None and (latent.ndim != 4 or latent.dtype not in DTYPE_NAMES):
             raise ValueError(
@@ -121,6 +138,7 @@ class ShardWriter:
                 "text_tokens": len(text),
                 "caption": caption,
                 "source": source,
+                **{name: to_bytes(value) for name, value in image.items()},
             }
         )
         self.rows += 1
@@ -160,6 +178,25 @@ class ShardWriter:
         text = text.detach().cpu()
         narrow = text.bfloat16()
         return narrow if torch.equal(narrow.float(), text.float()) else text
+
+    def _checked_image(
+        self, latent: Tensor | None, image_latent: Tensor | None, image_embedding: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What a row holds of its first frame, by column."""
+        wanted: dict[str, tuple[int, ...]] = {}
+        if self.image is not None and latent is not None:
+            wanted["image_latent"] = tuple(latent.shape)
+            if self.image.tokens:
+                wanted["image_embedding"] = self.image
+        given = {"image_latent": image_latent, "image_embedding": image_embedding}
+        found = {name: value for name, value in given.items() if value is not None}
+        shapes = {name: tuple(value.shape) for name, value in found.items()}
+        if shapes != wanted or any(latent is None or value.dtype != latent.dtype for value in found.values()):
+            raise ValueError(
+                f"A row's image must be {wanted or 'left out'} in the latent's dtype, got "
+                f"{ {name: (list(value.shape), value.dtype) for name, value in found.items()} }."
+            )
+        return found
 
     def _write_group(self) -> None:
         if not self._group:
@@ -215,7 +252,7 @@ def expect_no_shards(folder: Path) -> None:
 
 
 def _row_bytes(row: Mapping[str, Any]) -> int:
-    return len(row["latent"] or b"") + len(row["text_embedding"])
+    return sum(len(value) for value in row.values() if isinstance(value, bytes))
 
 
 @contextmanager

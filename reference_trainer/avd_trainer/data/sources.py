@@ -12,12 +12,15 @@ from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import load_videos, video_files
+from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import LATENT_SPACES, latent_space_of
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 
+# diffusers' attention finds the image's tokens by there being so many of the text behind them.
+TEXT_TOKENS = 512
 # Seeds from here on are for clips that nothing trains on.
 HELD_OUT = 1_000_000
 
@@ -72,8 +75,8 @@ def load_data(
     prompts: ShardsData | None,
     *,
     teacher: str | None,
-    text_dim: int | None,
-    channels: int | None,
+    architecture: Mapping[str, Any] | None,
+    text: bool = True,
     held_out: int = 0,
 ) -> TrainingData:
     """Open what a run trains on.
@@ -82,32 +85,42 @@ def load_data(
         data: Which clips.
         prompts: Which prompts; None for the captions of the clips.
         teacher: The teacher's name, as in the configuration; the data has to fit it. None if there is none.
-        text_dim: Width of the text embeddings that the models expect; None if captions are not read.
-        channels: Latent channels that they expect; None for any.
+        architecture: Keyword arguments of the transformers that read it, which say the width of text embeddings, the
+            latents' channels and whether they are given the first frame; None if there are none.
+        text: Whether captions are read.
         held_out: How many clips evaluation wants: so many of the last of data on disk, and the held-out clips of shapes
             and videos.
 
     Raises:
         UserError: If it is missing, damaged, too little, or does not fit the teacher.
     """
+    text_dim: int | None = architecture["text_dim"] if architecture and text else None
+    image = image_input(architecture) if architecture else None
     if isinstance(data, ShardsData):
-        found = _open_shards(data, prompts, held_out, text=text_dim is not None)
+        found = _open_shards(data, prompts, held_out, text=text_dim is not None, image=image)
     else:
         clips = load_clips(data, BlockDCTCodec(), held_out=held_out > 0)
         embed = HashTextEmbedding(TEXT_LENGTH, text_dim or 2)  # where captions are not read, nobody looks at theirs
-        memory = InMemoryData(clips.train, embed)
+        memory = InMemoryData(clips.train, embed, image=image is not None)
         rest = InMemoryData(clips.held_out, embed) if held_out else None
         found = TrainingData(memory, memory, encoding=assumed_encoding(data, teacher), held_out=rest)
-    widths = {name: part[0].text.shape[-1] for name, part in (("data", found.clips), ("prompts", found.prompts))}
-    for name, width in widths.items():
+    for name, part in (("data", found.clips), ("prompts", found.prompts)):
+        length, width = part[0].text.shape
         if text_dim is not None and width != text_dim:
             raise UserError(
                 f"{name} has text embeddings of width {width}, the teacher expects {text_dim}. Encode the captions "
                 "with the teacher's own text encoder (`avd data encode --model TEACHER`)."
             )
-    if channels is not None and found.latent_shape[0] != channels:
+        if text_dim is not None and image is not None and image.embedding_dim and length != TEXT_TOKENS:
+            raise UserError(
+                f"{name} has text embeddings of {length} tokens, and an image-to-video teacher that reads an image "
+                f"embedding takes {TEXT_TOKENS}. Encode the captions with the teacher's own text encoder (`avd data "
+                "encode --model TEACHER`)."
+            )
+    if architecture and found.latent_shape[0] != latent_channels(architecture):
         raise UserError(
-            f"data has {found.latent_shape[0]} latent channels, the teacher expects {channels}. Encode the videos with "
+            f"data has {found.latent_shape[0]} latent channels, the teacher expects {latent_channels(architecture)}. "
+            "Encode the videos with "
             "the teacher's own VAE (`avd data encode --model TEACHER`)."
         )
     if teacher is not None:
@@ -115,13 +128,13 @@ def load_data(
     return found
 
 
-def open_clips(data: ShardsData) -> ShardDataset:
-    """Open shards that hold clips.
+def open_clips(data: ShardsData, image: ImageInput | None = None) -> ShardDataset:
+    """Open shards that hold clips; ``image`` is what a model reads of their first frames.
 
     Raises:
         UserError: If they hold prompts only; otherwise as :class:`ShardDataset`.
     """
-    clips = ShardDataset(*data.path)
+    clips = ShardDataset(*data.path, image=image)
     if not clips.has_latents:
         raise UserError(
             f"data.path {', '.join(map(str, data.path))} holds prompts only, and clips are needed. Encode videos with "
@@ -171,9 +184,11 @@ def held_out_shapes(config: ShapesData, count: int, caption_seed: int = 0) -> Mo
     return MovingShapes(count, seed, held_out=True, saturation=config.saturation)
 
 
-def _open_shards(data: ShardsData, prompts: ShardsData | None, held_out: int, *, text: bool) -> TrainingData:
-    clips = open_clips(data)
-    prompt_data = clips if prompts is None else ShardDataset(*prompts.path)
+def _open_shards(
+    data: ShardsData, prompts: ShardsData | None, held_out: int, *, text: bool, image: ImageInput | None
+) -> TrainingData:
+    clips = open_clips(data, image)
+    prompt_data = clips if prompts is None else ShardDataset(*prompts.path, image=image)
     fingerprint = {"data": clips.fingerprint(), "prompts": prompt_data.fingerprint()}
     workers = data.workers if prompts is None else max(data.workers, prompts.workers)
     if not held_out:

@@ -130,6 +130,21 @@ def decode_frames(path: Path, height: int, width: int, fps: float | None = None)
             yield _fit(frame, height, width)
 
 
+def read_picture(path: Path, height: int, width: int) -> Tensor:
+    """A picture, or a video's first frame, ``[3, height, width]`` float32 in [0, 1], fitted like frames of videos.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
+    try:
+        pixels = next(decode_frames(path, height, width), None)
+    except (FFmpegError, OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}. Pass a picture, PNG or JPEG, or a video.") from error
+    if pixels is None:
+        raise UserError(f"{path} holds no frame. Pass a picture, PNG or JPEG, or a video.")
+    return pixels.float() / 255
+
+
 def reason(error: Exception) -> str:
     """Why a video could not be decoded, without FFmpeg's number and the file's name."""
     return (error.strerror if isinstance(error, FFmpegError | OSError) else None) or str(error)

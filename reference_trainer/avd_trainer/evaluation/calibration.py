@@ -12,6 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from avd_core import derive_floor, temporal_variance
+from avd_trainer.data.batches import Batch, join
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.evaluation.sharpness import ClipBatch, SharpnessCalibration, calibrate_sharpness, render_sharpness
 from avd_trainer.methods.avd import AVDMethodConfig
@@ -98,13 +100,11 @@ def calibrate_run(config: TrainConfig, *, samples: int, steps: int) -> Calibrati
         )
     dtype = DTYPES[config.precision]
     module = load_transformer(config.teacher, device, dtype)
-    architecture = module.config
     data = load_data(
         config.data,
         config.prompts,
         teacher=config.teacher,
-        text_dim=architecture.text_dim,
-        channels=architecture.in_channels,
+        architecture=module.config,
     )
     return calibrate_models(config, VelocityModel(module, dtype=dtype), data, device, samples=samples, steps=steps)
 
@@ -142,7 +142,7 @@ def calibrate_models(
             for rows in _batches(samples, size):
                 yield sample_teacher(
                     teacher,
-                    torch.stack([data.prompts[row % len(data.prompts)].text for row in rows]).to(device),
+                    condition_of([data.prompts[row % len(data.prompts)] for row in rows]).to(device),
                     data.prompts.unconditional().to(device),
                     data.latent_shape,
                     Draws((config.seed, "calibration"), rows, device).named("trajectory"),
@@ -162,8 +162,9 @@ def calibrate_models(
     with ProgressBar("real clips", math.ceil(real / size)) as bar:
 
         def drawn() -> Iterator[ClipBatch]:
-            for rows, (latents, text) in zip(_batches(real, size), _real_batches(data, places, size), strict=True):
-                yield ClipBatch(latents.to(device), text.to(device), Draws((config.seed, "sharpness"), rows, device))
+            for rows, batch in zip(_batches(real, size), _real_batches(data, places, size), strict=True):
+                latents, condition = batch.to(device)
+                yield ClipBatch(latents, condition, Draws((config.seed, "sharpness"), rows, device))
                 bar.advance()
 
         judged = calibrate_sharpness(student, teacher, drawn(), method.few_steps, regression)
@@ -232,12 +233,10 @@ def _batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _real_batches(data: TrainingData, places: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Latents ``[B, C, F, H, W]`` of the clips at some places, and the text ``[B, L, D]`` of their captions."""
+def _real_batches(data: TrainingData, places: Sequence[int], size: int) -> Iterator[Batch]:
+    """The clips at some places."""
     for rows in _batches(len(places), size):
-        examples = [data.clips[places[row]] for row in rows]
-        latents = [example.latent for example in examples if example.latent is not None]
-        yield torch.stack(latents), torch.stack([example.text for example in examples])
+        yield join([data.clips[places[row]] for row in rows])
 
 
 @torch.no_grad()

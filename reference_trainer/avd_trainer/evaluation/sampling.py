@@ -15,6 +15,7 @@ from torch import Tensor
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.inference.students import read_timesteps
 from avd_trainer.models.codecs.latent_space import LatentSpace
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel
 from avd_trainer.runtime.draws import Draws
@@ -99,7 +100,7 @@ def find_sampling(
 
 def sample_predictions(
     model: VelocityModel,
-    text: Tensor,
+    condition: Condition,
     unconditional: Tensor,
     shape: Sequence[int],
     sampling: Sampling,
@@ -112,7 +113,7 @@ def sample_predictions(
 
     Args:
         model: Whose clips.
-        text: ``[N, L, D]``; repeated, with other noise, where there are fewer than ``count``.
+        condition: Of N clips; repeated, with other noise, where there are fewer than ``count``.
         unconditional: ``[L, D]``, for guidance.
         shape: ``(C, F, H, W)``.
         sampling: In few steps or many.
@@ -130,7 +131,7 @@ def sample_predictions(
                 trajectory.append(Prediction(timestep, x_0.cpu()))
                 bar.advance()
 
-            own = text[[row % len(text) for row in rows]].to(device)
+            own = condition[[row % len(condition) for row in rows]].to(device)
             draws = Draws(seed, rows, device)
             if sampling.timesteps is not None:
                 few_step_rollout(model, own, shape, sampling.timesteps, draws.named("trajectory"), on_prediction=keep)

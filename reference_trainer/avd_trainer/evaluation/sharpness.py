@@ -20,6 +20,7 @@ from avd_core import (
     RegressionConfig,
     adaptive_regression_loss,
 )
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import VelocityPredictor, schedule
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
@@ -42,12 +43,12 @@ class ClipBatch(NamedTuple):
 
     Attributes:
         latents: ``[B, C, F, H, W]``.
-        text: ``[B, L, D]`` of their captions.
+        condition: What they show.
         draws: Of these clips.
     """
 
     latents: Tensor
-    text: Tensor
+    condition: Condition
     draws: Draws
 
 
@@ -134,7 +135,7 @@ def calibrate_sharpness(
     regression.eval()  # read what is judged, keep no means
     judged: list[list[Tensor]] = [[] for _ in few_steps]
     energies: list[Tensor] = []
-    for clips, text, draws in batches:
+    for clips, condition, draws in batches:
         regression.to(clips.device)
         energies.append(clips.square().flatten(1).mean(dim=1).cpu().double())
         for values, timestep in zip(judged, few_steps, strict=True):
@@ -143,8 +144,8 @@ def calibrate_sharpness(
             x_t = schedule.add_noise(clips, noise, t)
             judged_by = {"clips": clips} if options.judged == "relative" else {}
             if options.judged == "excess":
-                judged_by = {"teacher_prediction": teacher(x_t, t, text)}
-            _, metrics = regression(student(x_t, t, text), schedule.velocity(clips, noise), t, **judged_by)
+                judged_by = {"teacher_prediction": teacher(x_t, t, condition)}
+            _, metrics = regression(student(x_t, t, condition), schedule.velocity(clips, noise), t, **judged_by)
             values.append(metrics.get("judged", metrics["sample_losses"]).cpu().double())
     count = sum(map(len, energies))
     if count < 2:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, read_prompts
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
@@ -17,7 +18,9 @@ from avd_trainer.evaluation.similarity_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
 from avd_trainer.inference.generation import embed_prompts
 from avd_trainer.inference.students import About, read_about
+from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import SIZES, LatentSpace, latent_shape_of
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
@@ -69,21 +72,34 @@ def analyze_similarity(
         architecture = weights.config
     about = read_about(Path(source))
     latent_space = about.latent_space or guess_latent_space(source, architecture)
-    shards = None if data is None else ShardDataset(data)
-    shape = _find_latent_shape(size, shards, about, latent_space, architecture["in_channels"])
+    image = image_input(architecture)
+    if image is not None and data is None:
+        raise UserError(
+            f"{source} is an image-to-video model, which needs first frames. Pass --data with clips that were encoded "
+            "by `avd data encode --image-condition`."
+        )
+    shards = None if data is None else ShardDataset(data, image=image)
+    shape = _find_latent_shape(size, shards, about, latent_space, latent_channels(architecture))
     device = device or choose_device(None)
     dtype = dtype or choose_dtype(None, device)
     width = architecture["text_dim"]
     if shards is not None:
-        text, unconditional = _read_text(shards, width, count, guided=sampling.guidance_scale != 1)
+        condition, unconditional = _read_conditions(shards, width, count, guided=sampling.guidance_scale != 1)
     else:
         prompts, negative = _find_prompts(source, latent_space, prompts_file, count)
         rows = embed_prompts(source, latent_space, width, [*prompts, negative], device=device, dtype=dtype)
-        text, unconditional = torch.stack(rows[:-1]), rows[-1]
+        condition, unconditional = Condition(torch.stack(rows[:-1])), rows[-1]
     model = VelocityModel(load_transformer(source, device, dtype), dtype=dtype)
     similarities = measure(
         sample_predictions(
-            model, text, unconditional.to(device), shape, sampling, (seed, "similarity"), count=count, device=device
+            model,
+            condition,
+            unconditional.to(device),
+            shape,
+            sampling,
+            (seed, "similarity"),
+            count=count,
+            device=device,
         )
     )
     report = similarities.report
@@ -112,15 +128,15 @@ def _find_latent_shape(
     return shape
 
 
-def _read_text(data: ShardDataset, dim: int, count: int, *, guided: bool) -> tuple[Tensor, Tensor]:
-    """Text embeddings ``[N, L, D]`` of a data set, and the unconditional one, ``[L, D]``."""
+def _read_conditions(data: ShardDataset, dim: int, count: int, *, guided: bool) -> tuple[Condition, Tensor]:
+    """What the examples of a data set show, and the unconditional text embedding, ``[L, D]``."""
     if data.text_dim != dim:
         raise UserError(
             f"--data has text embeddings of width {data.text_dim}, the model expects {dim}. Pass data that was "
             "encoded with the model's own text encoder."
         )
-    text = torch.stack([data[row].text for row in range(min(count, len(data)))])
-    return text, data.unconditional() if guided else torch.zeros_like(text[0])
+    condition = condition_of([data[row] for row in range(min(count, len(data)))])
+    return condition, data.unconditional() if guided else torch.zeros_like(condition.text[0])
 
 
 def _find_prompts(source: str, latent_space: LatentSpace, file: Path | None, count: int) -> tuple[list[str], str]:

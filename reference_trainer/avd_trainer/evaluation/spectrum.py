@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core import spectral_rolloff
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.features import block_outputs, tapped_by_default
 from avd_trainer.models.samplers import schedule
 from avd_trainer.models.transformer import VelocityModel
@@ -110,18 +111,18 @@ class ClipPair(NamedTuple):
     Attributes:
         real: ``[B, C, F, H, W]``.
         generated: ``[B, C, F, H, W]``.
-        text: ``[B, L, D]``.
+        condition: What both are conditioned on.
         noise: For each noise level ``[B, C, F, H, W]``, the same for both.
     """
 
     real: Tensor
     generated: Tensor
-    text: Tensor
+    condition: Condition
     noise: dict[float, Tensor]
 
 
 @torch.no_grad()
-def block_rolloffs(model: VelocityModel, x_0: Tensor, noise: Tensor, timestep: float, text: Tensor) -> Tensor:
+def block_rolloffs(model: VelocityModel, x_0: Tensor, noise: Tensor, timestep: float, condition: Condition) -> Tensor:
     """Roll-off points of what each block puts out, with its tokens put back on their grid: ``[K, B, D]``.
 
     Each of the D channels is a map for each frame of tokens, and has one roll-off of all its frames together.
@@ -131,13 +132,13 @@ def block_rolloffs(model: VelocityModel, x_0: Tensor, noise: Tensor, timestep: f
         x_0: ``[B, C, F, H, W]`` clips.
         noise: ``[B, C, F, H, W]``.
         timestep: To which they are noised.
-        text: ``[B, L, D]`` of their captions.
+        condition: Their captions, and for image to video their first frames.
     """
     timesteps = x_0.new_full((len(x_0),), timestep)
     x_t = schedule.add_noise(x_0, noise, timesteps)
     patch = model.module.config.patch_size
     grid = [size // side for size, side in zip(x_0.shape[2:], patch, strict=True)]
-    outputs = block_outputs(model, x_t, timesteps, text, range(len(model.module.blocks)))
+    outputs = block_outputs(model, x_t, timesteps, condition, range(len(model.module.blocks)))
     maps = (output.transpose(1, 2).reshape(len(x_0), -1, *grid) for output in outputs)
     return torch.stack([spectral_rolloff(map_BDFHW, pool_dim=2) for map_BDFHW in maps])
 
@@ -200,7 +201,7 @@ def measure(model: VelocityModel, batches: Iterable[ClipPair], levels: Sequence[
     for batch in batches:
         for level in levels:
             for found, x_0 in ((real, batch.real), (generated, batch.generated)):
-                found[level].append(block_rolloffs(model, x_0, batch.noise[level], level, batch.text).cpu())
+                found[level].append(block_rolloffs(model, x_0, batch.noise[level], level, batch.condition).cpu())
     spectra = [{level: torch.cat(parts, 1) for level, parts in found.items()} for found in (real, generated)]
     return compare(*spectra)
 

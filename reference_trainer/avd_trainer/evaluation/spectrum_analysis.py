@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from avd_trainer.config.loading import read_values
+from avd_trainer.data.examples import CaptionedExamples, condition_of
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
@@ -19,7 +20,9 @@ from avd_trainer.evaluation.spectrum import CRITERION, LEVELS, ClipPair, Spectru
 from avd_trainer.evaluation.spectrum_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
 from avd_trainer.inference.students import read_about
+from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
@@ -113,13 +116,11 @@ def analyze_spectrum(
         architecture = weights.config
     latent_space = read_about(Path(source)).latent_space or guess_latent_space(source, architecture)
     if data is not None:
-        real = _read(data, count, architecture["in_channels"], architecture["text_dim"], sampling)
+        real = _read(data, count, architecture, sampling)
     elif latent_space == "block-dct-4":
-        shapes = MovingShapes(count, HELD_OUT, held_out=True)
-        clips = encode_shapes(shapes, BlockDCTCodec())
-        embedded = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, architecture["text_dim"]))
-        text = torch.stack([embedded[row].text for row in range(count)])
-        real = _Real(clips.latents, text, embedded.unconditional())
+        clips = encode_shapes(MovingShapes(count, HELD_OUT, held_out=True), BlockDCTCodec())
+        embed = HashTextEmbedding(TEXT_LENGTH, architecture["text_dim"])
+        real = _RealClips.of(InMemoryData(clips, embed, image=image_input(architecture) is not None), count)
     else:
         raise UserError(f"{source} needs real clips to compare with. Pass --data, a data set of `avd data encode`.")
     device = device or choose_device(None)
@@ -137,34 +138,39 @@ def analyze_spectrum(
     return spectra.report
 
 
-class _Real(NamedTuple):
-    """Real clips ``[N, C, F, H, W]``, text ``[N, L, D]`` of their captions, and the unconditional one ``[L, D]``."""
+class _RealClips(NamedTuple):
+    """Real clips ``[N, C, F, H, W]``, what they are conditioned on, and the unconditional text embedding ``[L, D]``."""
 
     latents: Tensor
-    text: Tensor
+    condition: Condition
     unconditional: Tensor
 
+    @classmethod
+    def of(cls, data: CaptionedExamples, count: int, *, guided: bool = True) -> Self:
+        """The first of a data set with clips."""
+        examples = [data[row] for row in range(min(count, len(data)))]
+        latents = torch.stack([example.latent for example in examples if example.latent is not None])
+        condition = condition_of(examples)
+        return cls(latents, condition, data.unconditional() if guided else torch.zeros_like(condition.text[0]))
 
-def _read(data: Path, count: int, channels: int, text_dim: int, sampling: Sampling) -> _Real:
-    shards = ShardDataset(data)
+
+def _read(data: Path, count: int, architecture: Mapping[str, Any], sampling: Sampling) -> _RealClips:
+    shards = ShardDataset(data, image=image_input(architecture))
     if not shards.has_latents:
         raise UserError(f"--data {data} holds prompts alone. Pass a data set with clips.")
-    examples = [shards[row] for row in range(min(count, len(shards)))]
-    latents = torch.stack([example.latent for example in examples if example.latent is not None])
-    text = torch.stack([example.text for example in examples])
+    real = _RealClips.of(shards, count, guided=sampling.guidance_scale != 1)
     for what, found, expected in (
-        ("latent channels", latents.shape[1], channels),
-        ("text embeddings of width", text.shape[-1], text_dim),
+        ("latent channels", real.latents.shape[1], latent_channels(architecture)),
+        ("text embeddings of width", real.condition.text.shape[-1], architecture["text_dim"]),
     ):
         if found != expected:
             raise UserError(f"--data has {what} {found}, the model expects {expected}. Encode it for this model.")
-    guided = sampling.guidance_scale != 1
-    return _Real(latents, text, shards.unconditional() if guided else torch.zeros_like(text[0]))
+    return real
 
 
 def _pairs(
     model: VelocityModel,
-    real: _Real,
+    real: _RealClips,
     sampling: Sampling,
     levels: Sequence[float],
     seed: int,
@@ -172,14 +178,15 @@ def _pairs(
 ) -> Iterator[ClipPair]:
     """Real clips and the model's own of the same captions, batch by batch."""
     count, shape = len(real.latents), real.latents.shape[1:]
+    unconditional = real.unconditional.to(device)
     samples = sample_predictions(
-        model, real.text, real.unconditional.to(device), shape, sampling, (seed, "spectrum"), count=count, device=device
+        model, real.condition, unconditional, shape, sampling, (seed, "spectrum"), count=count, device=device
     )
     for rows, predictions in zip(batches_of(count, shape), samples, strict=True):
         draws = Draws((seed, "spectrum"), rows, device)
         yield ClipPair(
             real=real.latents[rows.start : rows.stop].to(device),
             generated=predictions[-1].x_0.to(device),
-            text=real.text[rows.start : rows.stop].to(device),
+            condition=real.condition[rows.start : rows.stop].to(device),
             noise={level: draws.normal(f"noise_{level:g}", shape) for level in levels},
         )

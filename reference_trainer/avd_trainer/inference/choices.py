@@ -10,6 +10,7 @@ from avd_core import (
     step_rates,
 )
 from avd_trainer.inference.students import Shape, Student
+from avd_trainer.models.architecture import latent_channels
 from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.runtime.errors import UserError
@@ -83,7 +84,7 @@ def choose_shape(student: Student, size: str | None, rates: Rates) -> Shape:
         shape = student.clip
     else:
         _, frames, height, width = latent_shape_of(size or SIZES[student.latent_space], student.latent_space)
-        shape = (student.architecture["in_channels"], frames, height, width)
+        shape = (latent_channels(student.architecture), frames, height, width)
     _check_positions(student, shape)
     if max(rates) > 1:
         if shape[1] < 2:

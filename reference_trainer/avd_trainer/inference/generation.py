@@ -7,24 +7,26 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from avd_core import (
-    FlowMatchingSchedule,
-    HalfRateInterpolationSampler,
-    SamplingStep,
-    interpolate_linearly,
-)
+from avd_core import HalfRateInterpolationSampler, SamplingStep, interpolate_linearly
 from avd_trainer.data.encode import BATCH, HashTextEncoder, TextEncoder
+from avd_trainer.data.videos import read_picture
 from avd_trainer.inference.choices import Rates
 from avd_trainer.inference.students import Shape, Student
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.latent_space import LatentSpace
+from avd_trainer.models.codecs.first_frame import encode_first_frame
+from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE, LatentSpace
 from avd_trainer.models.codecs.wan import WanCodec
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.image_encoder import WanImageEncoder
+from avd_trainer.models.samplers import clean_predictor
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, load_transformer
@@ -51,6 +53,7 @@ def sample_clips(
     rates: Sequence[Rates],
     shape: Shape,
     *,
+    image: Path | None = None,
     seed: int = 0,
     device: torch.device,
     dtype: torch.dtype,
@@ -63,6 +66,8 @@ def sample_clips(
         prompts: What to show.
         rates: One or more of :func:`choose_rates`.
         shape: ``(C, F, H, W)``, of :func:`choose_shape`.
+        image: What all clips begin with, for a student of image to video; a picture, or a video's first frame. It is
+            resized to cover the clips' size, and its centre is cut out.
         seed: The prompt in place ``i`` draws from a generator of its own, seeded with ``seed + i``, on the CPU: its
             noise depends neither on the other prompts nor on the kind of device.
         device: Where to compute.
@@ -73,11 +78,14 @@ def sample_clips(
         For each prompt a sample at each rate.
 
     Raises:
-        UserError: If weights are missing or damaged.
+        UserError: If weights are missing or damaged, the image cannot be read, or there is one and the student takes
+            none, or the reverse.
     """
+    seen = encode_image(student, image, shape, device)
     width = student.architecture["text_dim"]
     texts = embed_prompts(str(student.folder), student.latent_space, width, prompts, device=device, dtype=dtype)
-    yield from _sample_all(student, texts, rates, shape, seed, device, dtype, on_step)
+    conditions = [replace(seen, text=text.unsqueeze(0)) for text in texts]
+    yield from _sample_all(student, conditions, rates, shape, seed, device, dtype, on_step)
 
 
 def embed_prompts(
@@ -114,6 +122,32 @@ def embed_prompts(
     return _embed_on(source, latent_space, width, prompts, torch.device("cpu"), dtype) if rows is None else rows
 
 
+def encode_image(student: Student, image: Path | None, shape: Shape, device: torch.device) -> Condition:
+    """What a student is told of the image that clips begin with: a condition of one sample, without text yet.
+
+    VAE and image encoder are out of memory again afterwards. Arguments and errors are those of :func:`sample_clips`.
+    """
+    nothing = torch.empty(0)
+    if image is None and student.image is None:
+        return Condition(nothing)
+    if student.image is None:
+        raise UserError(f"--image {image}: {student.folder} makes videos of a prompt alone. Leave --image out.")
+    if image is None:
+        raise UserError(f"{student.folder} makes videos of an image and a prompt. Pass the image by --image FILE.")
+    stride = SPATIAL_STRIDES[student.latent_space]
+    picture = read_picture(image, stride * shape[2], stride * shape[3])
+    embedding = None
+    if student.image.embedding_dim is not None:
+        embedding = WanImageEncoder.from_pretrained(str(student.folder), device)(picture).unsqueeze(0)
+        _free_memory(device)
+    codec = _load_codec(student, device, torch.float32)  # as training data was, and as in diffusers
+    frames = 1 + TEMPORAL_STRIDE * (shape[1] - 1)
+    latents = encode_first_frame(codec.encode, picture.unsqueeze(0), frames).cpu()
+    del codec
+    _free_memory(device)
+    return Condition(nothing, latents, embedding)
+
+
 def decode_clips(
     student: Student, latents: Iterable[Tensor], *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
@@ -123,13 +157,9 @@ def decode_clips(
         UserError: If the VAE is missing or damaged.
     """
     _free_memory(device)  # of what sampling held
-    codec: BlockDCTCodec | WanCodec
-    if student.latent_space == "block-dct-4":
-        codec, device = BlockDCTCodec(), torch.device("cpu")
-    else:
-        codec = WanCodec.from_pretrained(str(student.folder), device, dtype)
+    codec = _load_codec(student, device, dtype)
     for each in latents:
-        yield codec.decode(each.unsqueeze(0).to(device))[0].cpu()
+        yield codec.decode(each.unsqueeze(0).to(codec.mean.device))[0].cpu()
 
 
 def clip_name(number: int, prompt: str) -> str:
@@ -140,7 +170,7 @@ def clip_name(number: int, prompt: str) -> str:
 
 def _sample_all(
     student: Student,
-    texts: Sequence[Tensor],
+    conditions: Sequence[Condition],
     rates: Sequence[Rates],
     shape: Shape,
     seed: int,
@@ -149,28 +179,31 @@ def _sample_all(
     on_step: Callable[[], None],
 ) -> Iterator[list[Sample]]:
     model = VelocityModel(load_transformer(str(student.folder), device, dtype), dtype=dtype)
-    schedule = FlowMatchingSchedule()
-
-    def predict_x_0(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        return schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
 
     def count(_: SamplingStep) -> None:
         on_step()
 
     interpolator = interpolate_linearly if student.interpolator is None else student.interpolator.to(device)
     samplers = [
-        HalfRateInterpolationSampler(predict_x_0, interpolator, student.timesteps, rates=each, on_step=count)
+        HalfRateInterpolationSampler(clean_predictor(model), interpolator, student.timesteps, rates=each, on_step=count)
         for each in rates
     ]
-    for number, text in enumerate(texts):
-        yield [_sample(sampler, text.to(device).unsqueeze(0), shape, seed + number) for sampler in samplers]
+    for number, condition in enumerate(conditions):
+        yield [_sample(sampler, condition.to(device), shape, seed + number) for sampler in samplers]
 
 
-def _sample(sampler: HalfRateInterpolationSampler, text: Tensor, shape: Shape, seed: int) -> Sample:
+def _load_codec(student: Student, device: torch.device, dtype: torch.dtype) -> BlockDCTCodec | WanCodec:
+    """What encodes and decodes a student's clips; the tiny preset's runs on the CPU."""
+    if student.latent_space == "block-dct-4":
+        return BlockDCTCodec()
+    return WanCodec.from_pretrained(str(student.folder), device, dtype)
+
+
+def _sample(sampler: HalfRateInterpolationSampler, condition: Condition, shape: Shape, seed: int) -> Sample:
     generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(1, *shape, generator=generator).to(text.device)
+    noise = torch.randn(1, *shape, generator=generator).to(condition.text.device)
     start = time.perf_counter()
-    latents = sampler(noise, generator, text=text)[0].cpu()  # which waits for the device
+    latents = sampler(noise, generator, condition=condition)[0].cpu()  # which waits for the device
     return Sample(latents, time.perf_counter() - start)
 
 

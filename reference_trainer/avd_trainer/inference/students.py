@@ -14,13 +14,14 @@ from avd_core import (
     LatentFrameInterpolator,
 )
 from avd_trainer.data.encode import WAN_FORMAT
+from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT
 from avd_trainer.training.folder import method_of_run
-from avd_trainer.training.pipeline_export import INTERPOLATOR, PARTS, load_interpolator
+from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of
 
 Shape = tuple[int, int, int, int]
 """``(C, F, H, W)`` of latents."""
@@ -46,6 +47,11 @@ class Student(NamedTuple):
     fps: float
     architecture: dict[str, Any]
     interpolator: LatentFrameInterpolator | None
+
+    @property
+    def image(self) -> ImageInput | None:
+        """What it reads of an image; None for text to video."""
+        return image_input(self.architecture)
 
 
 class About(NamedTuple):
@@ -79,17 +85,18 @@ def open_student(folder: Path) -> Student:
         )
     about = read_about(folder)
     latent_space = about.latent_space or "wan"
-    missing = [name for name in PARTS if latent_space == "wan" and not (folder / name).is_dir()]
+    with open_weights(str(folder)) as weights:
+        architecture = weights.config
+    parts = parts_of(architecture) if latent_space == "wan" else {}
+    missing = [name for name in parts if not (folder / name).is_dir()]
     if missing:
         raise UserError(
             f"{folder} has no {' and no '.join(missing)}, which clips need. Export the run again with --pipeline "
             "SOURCE, a Wan pipeline in diffusers' layout such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    with open_weights(str(folder)) as weights:
-        architecture = weights.config
     interpolator = None
     if (folder / INTERPOLATOR).is_dir():
-        interpolator = load_interpolator(folder / INTERPOLATOR, architecture["in_channels"])
+        interpolator = load_interpolator(folder / INTERPOLATOR, latent_channels(architecture))
     return Student(
         folder=folder,
         timesteps=timesteps,

@@ -36,11 +36,11 @@ class AVDMethodConfig(DMDMethodConfig):
     balance: BalanceConfig = BalanceConfig()
     """How that ratio is measured."""
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         if self.regression is None:
-            return super().calls()
+            return super().calls(max_steps)
         judging = [Call("teacher", 1)] if self.regression.judged == "excess" else []
-        return (*super().calls(), *judging, Call("student", 1, backward=True))
+        return (*super().calls(max_steps), *judging, Call("student", 1, backward=True))
 
     @property
     def objective(self) -> AVDConfig:
@@ -103,7 +103,7 @@ class AVD(DMD):
         """Eq. 5-7: the student's velocity on real clips, noised to one of its few steps."""
         if self.objective.regression is None:
             return
-        clips_BCFHW, text_BLD = batch["clips"]
+        clips_BCFHW, condition = batch["clips"]
         few_steps = self.objective.timesteps
         t_B = few_steps[(draws.uniform("regression_timesteps") * len(few_steps)).long()]
         noise_BCFHW = draws.normal("regression_noise", clips_BCFHW.shape[1:])
@@ -113,8 +113,8 @@ class AVD(DMD):
             judged_by = {"clips": clips_BCFHW}
         if self.config.regression.judged == "excess":
             with torch.no_grad():  # and before the student's graph takes memory
-                judged_by = {"teacher_prediction": self.teacher(x_t_BCFHW, t_B, text_BLD)}
-        velocity_BCFHW = self.student(x_t_BCFHW, t_B, text_BLD)
+                judged_by = {"teacher_prediction": self.teacher(x_t_BCFHW, t_B, condition)}
+        velocity_BCFHW = self.student(x_t_BCFHW, t_B, condition)
         loss, metrics = self.objective.on_clips(
             velocity_BCFHW,
             schedule.velocity(clips_BCFHW, noise_BCFHW),

@@ -15,12 +15,12 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from avd_core import LossOutput, temporal_variance
-from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, Section
+from avd_core import LossOutput, shift_timesteps, temporal_variance
+from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, ScoreTimestepsConfig, Section
 from avd_trainer.data.batches import Batch
 from avd_trainer.data.examples import Examples
 from avd_trainer.models.roles import Average, Frozen, Model, Roles, Trained
-from avd_trainer.models.samplers import Sampler
+from avd_trainer.models.samplers import Rollout, Sampler, schedule
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import Draws
 
@@ -34,10 +34,16 @@ class Turn(NamedTuple):
     Attributes:
         role: Whose optimizer steps.
         data: What is read for it: ``prompts``, ``clips``, both or neither.
+        part: Which of the method's losses, where a role has turns of several kinds.
+        together: Further roles whose optimizers step on the same losses.
+        rate: Share of the learning rate that the role's configuration says.
     """
 
     role: str
     data: tuple[str, ...] = ()
+    part: str = ""
+    together: tuple[str, ...] = ()
+    rate: float = 1.0
 
 
 class Call(NamedTuple):
@@ -129,8 +135,11 @@ class MethodConfig(Section):
         """The models that take part. A student starts from ``student_weights``, or without them from the teacher."""
         raise NotImplementedError
 
-    def calls(self) -> Sequence[Call]:
-        """How often each transformer is asked in a step, for planning; a contract test counts it in a trainer."""
+    def calls(self, max_steps: int) -> Sequence[Call]:
+        """How often each transformer is asked in a step, for planning; a contract test counts it in a trainer.
+
+        It is the mean over a run of ``max_steps``, where a step's turns depend on its number.
+        """
         raise NotImplementedError
 
     @property
@@ -250,15 +259,32 @@ class DistillationConfig(MethodConfig):
         }
 
 
-def describe_samples(x_0: Tensor, timestep: float, few_steps: Sequence[float]) -> dict[str, Tensor]:
-    """Metrics of samples ``[B, C, F, H, W]`` that stopped at one of the few steps, and themselves if it is the last."""
+def describe_samples(x_0: Tensor, rollout: Rollout) -> dict[str, Tensor]:
+    """Metrics of a rollout's samples ``[B, C, F, H, W]``, and themselves if they are finished."""
     # Samples of earlier steps are blurred by nature and would look like a collapse.
-    shown = {"x_0": x_0} if timestep == few_steps[-1] else {}
+    shown = {"x_0": x_0} if rollout.finished else {}
     return shown | {
-        "sample/timestep": x_0.new_tensor(timestep),
+        "sample/timestep": rollout.timesteps.mean(),
         "sample/std": x_0.flatten(1).std(dim=1).mean(),
         "sample/variance": temporal_variance(x_0),
     }
+
+
+def draw_noised(x_0: Tensor, draws: Draws, name: str, options: ScoreTimestepsConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Clips or samples ``[B, C, F, H, W]`` at drawn timesteps: these ``[B]``, the noised ones, and their velocity.
+
+    What is drawn is called ``NAME_timesteps`` and ``NAME_noise``.
+    """
+    uniform_B = schedule.num_train_timesteps * draws.uniform(f"{name}_timesteps")
+    t_B = shift_timesteps(uniform_B, options.shift).clamp(options.low, options.high)
+    noise_BCFHW = draws.normal(f"{name}_noise", x_0.shape[1:])
+    return t_B, schedule.add_noise(x_0, noise_BCFHW, t_B), schedule.velocity(x_0, noise_BCFHW)
+
+
+def prefixed(part: str, output: LossOutput) -> LossOutput:
+    """A loss whose metrics are named after it, itself among them."""
+    metrics = {f"{part}/{name}": value for name, value in output.metrics.items()}
+    return LossOutput(output.loss, metrics | {f"{part}/loss": output.loss.detach()})
 
 
 def weighted_sum(*terms: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from avd_core import DistributionMatchingLoss, LossOutput, shift_timesteps
+from avd_core import DistributionMatchingLoss, LossOutput
 from avd_trainer.config.sections import ScoreTimestepsConfig
 from avd_trainer.methods.base import (
     Batches,
@@ -26,8 +26,11 @@ from avd_trainer.methods.base import (
     StudentRoleConfig,
     Turn,
     describe_samples,
+    draw_noised,
+    prefixed,
     weighted_sum,
 )
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model, Roles, Trained
 from avd_trainer.models.samplers import FewStepSampler, Rollout, few_step_rollout, guided_velocity, schedule
 from avd_trainer.runtime.draws import Draws
@@ -53,7 +56,7 @@ class DMDMethodConfig(DistillationConfig):
     def roles(self, student_weights: str | None = None) -> Roles:
         return {**super().roles(student_weights), "online": Trained(self.online.optimizer, self.online.lora)}
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         before = (len(self.few_steps) - 1) / 2  # steps without gradient: a sample stops at each as often as at others
         return (
             Call("student", before + (self.online_updates - 1) * (before + 1)),
@@ -69,34 +72,45 @@ class DMD(Method):
 
     Config: ClassVar[type[DMDMethodConfig]] = DMDMethodConfig
 
+    made_from = "prompts"
+    """What the student makes samples from."""
+
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
         self.student, self.teacher, self.online = models["student"], models["teacher"], models["online"]
         self.sampler = FewStepSampler(config.few_steps)
         self.matching = DistributionMatchingLoss(weight=config.matching_weight)
-        self._generated: list[tuple[Tensor, Tensor]] = []  # samples and their text, by micro-batch
+        self._generated: list[tuple[Tensor, Condition]] = []  # samples and what they show, by micro-batch
 
     def turns(self, step: int) -> Sequence[Turn]:
         # The first online update learns from the samples of the student's.
-        more = [Turn("online", ("prompts",))] * (self.config.online_updates - 1)
-        return [Turn("student", ("prompts",)), Turn("online"), *more]
+        more = [Turn("online", (self.made_from,))] * (self.config.online_updates - 1)
+        return [Turn("student", (self.made_from,)), Turn("online"), *more]
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.role == "online":
             if turn.data:
                 with torch.no_grad():
-                    self._generated.append((self._rollout(batch["prompts"].text, draws).x_0, batch["prompts"].text))
+                    self._generated.append((self.generate(batch, draws).x_0, batch[self.made_from].condition))
             yield self._denoise(*self._generated.pop(0), draws)  # Eq. 2
             return
-        text_BLD = batch["prompts"].text
-        rollout = self._rollout(text_BLD, draws)  # Algorithm 1: x = G(...), stopped at one of the few steps
+        condition = batch[self.made_from].condition
+        rollout = self.generate(batch, draws)  # Algorithm 1: x = G(...)
         cut = Cut(rollout.velocity)
         x_BCFHW = rollout._replace(velocity=cut.output).x_0
-        self._generated.append((x_BCFHW.detach(), text_BLD))
-        matching = self._match(x_BCFHW, text_BLD, draws)  # Eq. 4
+        self._generated.append((x_BCFHW.detach(), condition))
+        matching = self._match(x_BCFHW, condition, draws)  # Eq. 4
         value, metrics = weighted_sum(matching, *self.on_samples(x_BCFHW))
-        yield Loss(value, metrics | describe_samples(x_BCFHW.detach(), rollout.timestep, self.config.few_steps), cut)
+        yield Loss(value, metrics | describe_samples(x_BCFHW.detach(), rollout), cut)
         yield from self.on_clips(batch, draws, matching.loss, cut.output)
+
+    def generate(self, batch: Batches, draws: Draws) -> Rollout:
+        """Backward simulation: the student's own trajectory, stopped at one of its few steps."""
+        few_steps, noise = self.config.few_steps, draws.named("trajectory")
+        # One step for the whole batch: every rank must run the same number of forwards.
+        last = draws.shared_integer("exit_step", len(few_steps))
+        condition, shape = batch[self.made_from].condition, self.setting.latent_shape
+        return few_step_rollout(self.student, condition, shape, few_steps, noise, last=last)
 
     def on_samples(self, x_BCFHW: Tensor) -> Iterator[LossOutput]:
         """Further terms on the student's samples."""
@@ -113,36 +127,21 @@ class DMD(Method):
     def monitor_options(self) -> dict[str, Any] | None:
         return {}
 
-    def _match(self, x_BCFHW: Tensor, text_BLD: Tensor, draws: Draws) -> LossOutput:
+    def _match(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> LossOutput:
         """Eq. 4: both models' clean predictions of the noised sample."""
         with torch.no_grad():
-            t_B, noise_BCFHW = self._score_timesteps(draws), draws.normal("score_noise", x_BCFHW.shape[1:])
-            x_t_BCFHW = schedule.add_noise(x_BCFHW.detach(), noise_BCFHW, t_B)
+            t_B, x_t_BCFHW, _ = draw_noised(x_BCFHW.detach(), draws, "score", self.config.score_timesteps)
             scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
-            real_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, text_BLD, unconditional_LD, scale)
-            online_BCFHW = self.online(x_t_BCFHW, t_B, text_BLD)
+            real_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, condition, unconditional_LD, scale)
+            online_BCFHW = self.online(x_t_BCFHW, t_B, condition)
             real_x_0 = schedule.velocity_to_x_0(real_BCFHW, x_t_BCFHW, t_B)
             online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
-        loss, metrics = self.matching(x_BCFHW, real_x_0, online_x_0)
-        return LossOutput(loss, {f"matching/{k}": v for k, v in metrics.items()} | {"matching/loss": loss.detach()})
+        return prefixed("matching", self.matching(x_BCFHW, real_x_0, online_x_0))
 
-    def _denoise(self, x_BCFHW: Tensor, text_BLD: Tensor, draws: Draws) -> Loss:
+    def _denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""
-        t_B, noise_BCFHW = self._score_timesteps(draws), draws.normal("score_noise", x_BCFHW.shape[1:])
-        velocity_BCFHW = self.online(schedule.add_noise(x_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
-        return Loss(F.mse_loss(velocity_BCFHW, schedule.velocity(x_BCFHW, noise_BCFHW)), {})
-
-    def _rollout(self, text_BLD: Tensor, draws: Draws) -> Rollout:
-        """Backward simulation: the student's own trajectory, up to one of its steps."""
-        few_steps, noise = self.config.few_steps, draws.named("trajectory")
-        # One step for the whole batch: every rank must run the same number of forwards.
-        last = draws.shared_integer("exit_step", len(few_steps))
-        return few_step_rollout(self.student, text_BLD, self.setting.latent_shape, few_steps, noise, last=last)
-
-    def _score_timesteps(self, draws: Draws) -> Tensor:
-        options = self.config.score_timesteps
-        uniform_B = schedule.num_train_timesteps * draws.uniform("score_timesteps")
-        return shift_timesteps(uniform_B, options.shift).clamp(options.low, options.high)
+        t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
+        return Loss(F.mse_loss(self.online(x_t_BCFHW, t_B, condition), target_BCFHW), {})
 
 
 METHOD = DMD

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 from pydantic import Field
 
 from avd_core import shift_timesteps
@@ -14,7 +15,7 @@ from avd_trainer.config.sections import ArchitectureConfig, OptimizerConfig
 from avd_trainer.methods.base import Batches, Call, Loss, Method, MethodConfig, Setting, Turn
 from avd_trainer.models.roles import Average, Built, Model, Roles
 from avd_trainer.models.samplers import EulerSampler, schedule
-from avd_trainer.models.transformer import build_transformer
+from avd_trainer.models.transformer import build_transformer, start_from
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003"
@@ -27,6 +28,9 @@ class FlowMatchingMethodConfig(MethodConfig):
     needs_teacher: ClassVar[bool] = False
     architecture: ArchitectureConfig = ArchitectureConfig()
     """The model."""
+    start: str | None = None
+    """Weights to start from in place of random ones, as ``teacher`` names them. An image-to-video model can start from
+    a text-to-video one: further input channels start at zero."""
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-3, schedule="one_cycle")
     """What steps on it."""
     timestep_shift: float = Field(default=2.0, gt=0)
@@ -42,16 +46,20 @@ class FlowMatchingMethodConfig(MethodConfig):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         return {
-            "teacher": Built(self.optimizer, lambda _: build_transformer(self.architecture)),
+            "teacher": Built(self.optimizer, lambda *_: self._first_model()),
             "ema": Average("teacher", self.ema_decay),
         }
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         return (Call("teacher", 1, backward=True),)
 
     @property
     def main_role(self) -> str:
         return "teacher"
+
+    def _first_model(self) -> WanTransformer3DModel:
+        model = build_transformer(self.architecture)
+        return model if self.start is None else start_from(model, self.start)
 
     def transformer_config(self, teacher: str | None) -> dict[str, Any] | None:
         return dict(build_transformer(self.architecture).config)
@@ -71,13 +79,15 @@ class FlowMatching(Method):
         return [Turn("teacher", ("clips",))]
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
-        clips_BCFHW, text_BLD = batch["clips"]
+        clips_BCFHW, condition = batch["clips"]
         without_B = draws.uniform("caption_dropout") < self.config.caption_dropout
-        text_BLD = torch.where(without_B.view(-1, 1, 1), self.setting.unconditional, text_BLD)
+        condition = condition.with_text(
+            torch.where(without_B.view(-1, 1, 1), self.setting.unconditional, condition.text)
+        )
         uniform_B = schedule.num_train_timesteps * draws.uniform("timesteps")
         t_B = shift_timesteps(uniform_B, self.config.timestep_shift)
         noise_BCFHW = draws.normal("noise", clips_BCFHW.shape[1:])
-        velocity_BCFHW = self.teacher(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, text_BLD)
+        velocity_BCFHW = self.teacher(schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B), t_B, condition)
         yield Loss(F.mse_loss(velocity_BCFHW, schedule.velocity(clips_BCFHW, noise_BCFHW)), {})
 
 

@@ -45,10 +45,10 @@ class FrameInterpolationMethodConfig(MethodConfig):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         return {
-            "interpolator": Built(self.optimizer, lambda shape: LatentFrameInterpolator(shape[0], self.widths)),
+            "interpolator": Built(self.optimizer, lambda shape, _: LatentFrameInterpolator(shape[0], self.widths)),
         }
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self, max_steps: int) -> Sequence[Call]:
         return ()  # of transformers there are none
 
     @property

@@ -10,11 +10,12 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from avd_trainer.models.transformer import VelocityModel
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.transformer import VelocityModel, transformer_inputs
 
 
 def block_outputs(
-    model: VelocityModel, x_t: Tensor, timesteps: Tensor, text: Tensor, blocks: Sequence[int]
+    model: VelocityModel, x_t: Tensor, timesteps: Tensor, condition: Condition, blocks: Sequence[int]
 ) -> list[Tensor]:
     """The outputs of some of a transformer's blocks, in the role of ``model``; later blocks are not computed.
 
@@ -25,7 +26,7 @@ def block_outputs(
         model: The transformer in its role.
         x_t: ``[B, C, F, H, W]``.
         timesteps: ``[B]``, in [0, 1000].
-        text: ``[B, L_text, D_text]``.
+        condition: What the B samples are conditioned on.
         blocks: Which ones, rising, counted from 0.
 
     Returns:
@@ -42,7 +43,7 @@ def block_outputs(
         module.forward_to_blocks = MethodType(_forward_to_blocks, module)
         register_fsdp_forward_method(module, "forward_to_blocks")
     with model.in_role():
-        outputs = module.forward_to_blocks(x_t.to(model.dtype), timesteps, text.to(model.dtype), tuple(blocks))
+        outputs = module.forward_to_blocks(*transformer_inputs(x_t, timesteps, condition, model.dtype), tuple(blocks))
     return [output.float() for output in outputs]
 
 
@@ -64,17 +65,23 @@ def tapped_by_default(available: int) -> tuple[int, ...]:
 
 
 def _forward_to_blocks(
-    module: WanTransformer3DModel, x_t: Tensor, timesteps: Tensor, text: Tensor, blocks: tuple[int, ...]
+    module: WanTransformer3DModel,
+    x_t: Tensor,
+    timesteps: Tensor,
+    text: Tensor,
+    image: Tensor | None,
+    blocks: tuple[int, ...],
 ) -> list[Tensor]:
     """The first part of ``WanTransformer3DModel.forward``, whose output layers and remaining blocks are left out."""
     rotary = module.rope(x_t)
     hidden_BLD = module.patch_embedding(x_t).flatten(2).transpose(1, 2).contiguous()
-    _, modulation, text, _ = module.condition_embedder(timesteps, text, None)
+    _, modulation, text, image = module.condition_embedder(timesteps, text, image)
     modulation = modulation.unflatten(1, (6, -1))
+    seen = text if image is None else torch.cat([image, text], dim=1)
     checkpointed = torch.is_grad_enabled() and module.gradient_checkpointing
     outputs = []
     for number, block in enumerate(module.blocks[: blocks[-1] + 1]):
-        inputs = (hidden_BLD, text, modulation, rotary)
+        inputs = (hidden_BLD, seen, modulation, rotary)
         hidden_BLD = module._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
         if number in blocks:
             outputs.append(hidden_BLD)

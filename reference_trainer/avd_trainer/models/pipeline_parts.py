@@ -2,7 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from avd_trainer.runtime.errors import UserError
+
+
+def transformers_library(part: str) -> Any:
+    """The library, imported only here: it takes seconds, and training does without it."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(f'Wan\'s {part} needs transformers. Run pip install "avd-core[wan]".') from error
+    return transformers
+
+
+def has_part(source: str, part: str) -> bool:
+    """Whether a pipeline has an optional part, by its ``model_index.json``.
+
+    Args:
+        source: A folder that diffusers saved, or the name of one on the Hugging Face hub.
+        part: Such as ``image_encoder``.
+
+    Raises:
+        UserError: If there is no such pipeline.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        index = DiffusionPipeline.load_config(source)
+    except Exception as error:
+        raise part_not_loaded(source, "model_index.json", error) from error
+    return (index.get(part) or [None])[0] is not None
 
 
 def part_not_loaded(source: str, part: str, error: Exception) -> UserError:
@@ -12,6 +42,7 @@ def part_not_loaded(source: str, part: str, error: Exception) -> UserError:
     reason = str(error).strip().partition("\n")[0]
     return UserError(
         f"the {part} of {source} cannot be loaded ({type(error).__name__}: {reason}). Pass a Wan pipeline in "
-        f"diffusers' layout that holds {part}/ with safetensors weights, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers; "
-        "where there is no network, run 'hf download' for it elsewhere and pass the folder."
+        f"diffusers' layout that holds {part}/ with safetensors weights, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or "
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers for image to video; where there "
+        "is no network, run 'hf download' for it elsewhere and pass the folder."
     )

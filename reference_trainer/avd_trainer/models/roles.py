@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -39,18 +39,34 @@ class Trained:
     weights: str | None = None
 
 
+class Reads(NamedTuple):
+    """Features of a transformer's blocks that a built module reads.
+
+    Attributes:
+        role: Whose they are.
+        blocks: How many blocks' outputs it is given, of a number of blocks.
+        times: How often it is asked before its backward pass.
+    """
+
+    role: str
+    blocks: Callable[[int], int]
+    times: int
+
+
 @dataclass(frozen=True)
 class Built:
     """A module that the method builds, with random first weights that depend on the run's seed.
 
     Attributes:
         optimizer: Options of its optimizer.
-        build: Makes the module from the latent shape ``(C, F, H, W)`` of a clip, on the CPU, with draws from PyTorch's
-            global generator.
+        reads: The features that it is trained on, if any; for planning.
+        build: Makes the module from the latent shape ``(C, F, H, W)`` of a clip and the keyword arguments of the run's
+            transformers (empty if there are none), on the CPU, with draws from PyTorch's global generator.
     """
 
     optimizer: OptimizerConfig
-    build: Callable[[Sequence[int]], nn.Module]
+    build: Callable[[Sequence[int], Mapping[str, Any]], nn.Module]
+    reads: Reads | None = None
 
 
 @dataclass(frozen=True)
@@ -60,10 +76,13 @@ class Average:
     Attributes:
         of: The role whose weights are averaged.
         decay: For each optimizer step of that role that was not skipped, in [0, 1).
+        asked: Whether the method asks a model that has the averaged weights. It is frozen, and follows by itself: where
+            the role trains adapters, it is one more adapter on their base, or else a transformer of its own.
     """
 
     of: str
     decay: float
+    asked: bool = False
 
 
 Role = Frozen | Trained | Built | Average
@@ -99,7 +118,8 @@ def load_models(
     of the files.
 
     Args:
-        roles: The models that take part. Averages belong to the engine, and get no model here.
+        roles: The models that take part. Averages belong to the engine, and get a model if the method asks one: it has
+            no weights of worth until the engine keeps the averages in it.
         ranks: The processes of the run.
         teacher: What frozen and trained transformers start from; None if a method has none.
         latent_shape: ``(C, F, H, W)`` of a clip, which built modules may depend on.
@@ -111,12 +131,19 @@ def load_models(
         UserError: If weights are missing, damaged or of another architecture.
     """
     dtype = DTYPES[precision]
+    architecture: Mapping[str, Any] = {}
+    if teacher is not None:
+        with open_weights(teacher) as weights:
+            architecture = weights.config
     models: dict[str, Model] = {
-        name: _build_own(role, latent_shape, dtype, parallel, ranks, seed)
+        name: _build_own(build_whole(role, latent_shape, architecture, seed), dtype, parallel, ranks)
         for name, role in roles.items()
         if isinstance(role, Built)
     }
-    from_teacher = {name: role for name, role in roles.items() if isinstance(role, Frozen | Trained)}
+    averages = {name: role.of for name, role in roles.items() if isinstance(role, Average) and role.asked}
+    # An average that is asked is built as the role that it follows.
+    played = {**roles, **{name: roles[of] for name, of in averages.items()}}
+    from_teacher = {name: role for name, role in played.items() if isinstance(role, Frozen | Trained)}
     if not from_teacher:
         return models
     assert teacher is not None, "a configuration whose method needs a teacher has one"
@@ -133,20 +160,27 @@ def load_models(
                 with open_weights(role.weights, config=weights.config) as own:
                     load_into(module, own)
             models[name] = VelocityModel(module, None, dtype)
+    for name in averages:
+        for parameter in averaged_weights(models[name]):
+            parameter.requires_grad_(False)
     return models
 
 
-def build_whole(role: Built, latent_shape: Sequence[int], seed: int) -> nn.Module:
+def averaged_weights(model: Model) -> list[nn.Parameter]:
+    """Where the weights of an average that is asked are, in the order of the trained ones that it follows."""
+    assert isinstance(model, VelocityModel), "built modules have no copy that could be asked"
+    return list(model.own_parameters().values())
+
+
+def build_whole(role: Built, latent_shape: Sequence[int], architecture: Mapping[str, Any], seed: int) -> nn.Module:
     """A built module with its first weights, on the CPU, the same on any number of ranks."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return role.build(latent_shape)
+        return role.build(latent_shape, architecture)
 
 
-def _build_own(
-    role: Built, latent_shape: Sequence[int], dtype: torch.dtype, parallel: ParallelConfig, ranks: Ranks, seed: int
-) -> Model:
-    module = build_whole(role, latent_shape, seed).to(ranks.device)
+def _build_own(module: nn.Module, dtype: torch.dtype, parallel: ParallelConfig, ranks: Ranks) -> Model:
+    module = module.to(ranks.device)
     if isinstance(module, WanTransformer3DModel):
         if parallel.activation_checkpointing:
             checkpoint_blocks(module)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_timesteps
+from avd_core.sampling import kept_frames
+from avd_trainer.models.condition import Condition
 
 schedule = FlowMatchingSchedule()
 
-VelocityPredictor = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``(x_t [B, C, F, H, W], timesteps [B], text [B, L, D])`` to a velocity ``[B, C, F, H, W]``."""
+VelocityPredictor = Callable[[Tensor, Tensor, Condition], Tensor]
+"""``(x_t [B, C, F, H, W], timesteps [B], condition)`` to a velocity ``[B, C, F, H, W]``."""
 
 DrawNoise = Callable[[Sequence[int]], Tensor]
 """A sample's shape ``[C, F, H, W]`` to standard normal noise ``[B, C, F, H, W]``."""
@@ -27,12 +29,13 @@ class Sampler(Protocol):
     def __call__(
         self,
         model: VelocityPredictor,
-        text: Tensor,
+        condition: Condition,
         unconditional: Tensor,
         shape: Sequence[int],
         draw_noise: DrawNoise,
     ) -> Tensor:
-        """``[B, C, F, H, W]`` of ``text`` ``[B, L, D]``; the other arguments as in :func:`sample_teacher`."""
+        """A sample ``[B, C, F, H, W]`` for each of the B that ``condition`` tells of; arguments as in
+        :func:`sample_teacher`."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,12 @@ class FewStepSampler:
     def __call__(
         self,
         model: VelocityPredictor,
-        text: Tensor,
+        condition: Condition,
         unconditional: Tensor,
         shape: Sequence[int],
         draw_noise: DrawNoise,
     ) -> Tensor:
-        return few_step_rollout(model, text, shape, self.few_steps, draw_noise).x_0
+        return few_step_rollout(model, condition, shape, self.few_steps, draw_noise).x_0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +70,14 @@ class EulerSampler:
     def __call__(
         self,
         model: VelocityPredictor,
-        text: Tensor,
+        condition: Condition,
         unconditional: Tensor,
         shape: Sequence[int],
         draw_noise: DrawNoise,
     ) -> Tensor:
         return sample_teacher(
             model,
-            text,
+            condition,
             unconditional,
             shape,
             draw_noise,
@@ -85,43 +88,63 @@ class EulerSampler:
 
 
 class Rollout(NamedTuple):
-    """The last step that the student ran on its own trajectory.
+    """The last step that the student ran, on its own trajectory or where it was asked to start.
 
     Attributes:
         x_t: ``[B, C, F, H, W]`` where the step started.
         velocity: ``[B, C, F, H, W]`` what the student predicted there.
-        timestep: The timestep of that step.
+        timesteps: ``[B]`` of that step.
+        finished: Whether no step comes after it: the clean prediction is what the student would show.
     """
 
     x_t: Tensor
     velocity: Tensor
-    timestep: float
+    timesteps: Tensor
+    finished: bool
 
     @property
     def x_0(self) -> Tensor:
         """``[B, C, F, H, W]`` the clean prediction: the student's sample."""
-        return schedule.velocity_to_x_0(self.velocity, self.x_t, self.x_t.new_full((len(self.x_t),), self.timestep))
+        return schedule.velocity_to_x_0(self.velocity, self.x_t, self.timesteps)
+
+
+def clean_predictor(model: VelocityPredictor) -> Callable[[Tensor, Tensor, Condition], Tensor]:
+    """``(x_t, timesteps, condition)`` to ``x_0``, for a :class:`avd_core.HalfRateInterpolationSampler`.
+
+    At a lower frame rate, where ``x_t`` has some of the frames, the model sees those frames of the image latents.
+    """
+
+    def predict_x_0(x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        velocity = model(x_t, timesteps, _at_frame_rate(condition, x_t.shape[2]))
+        return schedule.velocity_to_x_0(velocity, x_t, timesteps)
+
+    return predict_x_0
 
 
 def guided_velocity(
-    model: VelocityPredictor, x_t: Tensor, timesteps: Tensor, text: Tensor, unconditional: Tensor, guidance_scale: float
+    model: VelocityPredictor,
+    x_t: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    unconditional: Tensor,
+    guidance_scale: float,
 ) -> Tensor:
     """Classifier-free guidance in one forward of twice the batch; with scale 1 a plain forward.
 
-    ``unconditional`` is ``[L, D]``, the text embedding of the negative prompt.
+    ``unconditional`` is ``[L, D]``, the text embedding of the negative prompt. It takes the text's place alone: an
+    image is shown to both, as in Wan2.1.
     """
     if guidance_scale == 1:
-        return model(x_t, timesteps, text)
-    both = model(
-        torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), torch.cat([text, unconditional.expand_as(text)])
-    )
+        return model(x_t, timesteps, condition)
+    conditions = Condition.cat([condition, condition.with_text(unconditional)])
+    both = model(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), conditions)
     conditional, without = both.chunk(2)
     return classifier_free_guidance(conditional, without, guidance_scale)
 
 
 def few_step_rollout(
     model: VelocityPredictor,
-    text: Tensor,
+    condition: Condition,
     shape: Sequence[int],
     timesteps: Sequence[float],
     draw_noise: DrawNoise,
@@ -135,7 +158,7 @@ def few_step_rollout(
 
     Args:
         model: The student.
-        text: ``[B, L, D]``.
+        condition: What the B samples are to show.
         shape: ``[C, F, H, W]`` of a sample.
         timesteps: The few steps, falling.
         draw_noise: Draws for the B samples.
@@ -146,20 +169,28 @@ def few_step_rollout(
     x_t = draw_noise(shape)
     with torch.no_grad():
         for current, following in pairwise(timesteps[: last + 1]):
-            x_0 = _predict(model, x_t, current, text).x_0
+            x_0 = predict(model, x_t, x_t.new_full((len(condition),), current), condition, finished=False).x_0
             if on_prediction is not None:
                 on_prediction(current, x_0)
-            x_t = schedule.add_noise(x_0, draw_noise(shape), x_0.new_full((len(text),), following))
-    rollout = _predict(model, x_t, timesteps[last], text)
+            x_t = schedule.add_noise(x_0, draw_noise(shape), x_0.new_full((len(condition),), following))
+    final = x_t.new_full((len(condition),), timesteps[last])
+    rollout = predict(model, x_t, final, condition, finished=last == len(timesteps) - 1)
     if on_prediction is not None:
-        on_prediction(rollout.timestep, rollout.x_0)
+        on_prediction(timesteps[last], rollout.x_0)
     return rollout
+
+
+def predict(
+    model: VelocityPredictor, x_t: Tensor, timesteps: Tensor, condition: Condition, *, finished: bool
+) -> Rollout:
+    """One step of the student from ``x_t`` ``[B, C, F, H, W]`` at ``timesteps`` ``[B]``."""
+    return Rollout(x_t, model(x_t, timesteps, condition), timesteps, finished)
 
 
 @torch.no_grad()
 def sample_teacher(
     model: VelocityPredictor,
-    text: Tensor,
+    condition: Condition,
     unconditional: Tensor,
     shape: Sequence[int],
     draw_noise: DrawNoise,
@@ -174,7 +205,7 @@ def sample_teacher(
 
     Args:
         model: The teacher.
-        text: ``[B, L, D]``.
+        condition: What the B samples are to show.
         unconditional: ``[L, D]``, the text embedding of the negative prompt.
         shape: ``[C, F, H, W]``.
         draw_noise: Draws for the B samples.
@@ -188,8 +219,8 @@ def sample_teacher(
     x_t = draw_noise(shape)
     grid = shift_timesteps(torch.linspace(schedule.num_train_timesteps, 0, steps + 1), shift)
     for current, following in pairwise(grid.tolist()):
-        timesteps = x_t.new_full((len(text),), current)
-        velocity = guided_velocity(model, x_t, timesteps, text, unconditional, guidance_scale)
+        timesteps = x_t.new_full((len(condition),), current)
+        velocity = guided_velocity(model, x_t, timesteps, condition, unconditional, guidance_scale)
         if on_prediction is not None:
             on_prediction(current, schedule.velocity_to_x_0(velocity, x_t, timesteps))
         x_t = x_t + (following - current) / schedule.num_train_timesteps * velocity
@@ -197,5 +228,12 @@ def sample_teacher(
     return x_t
 
 
-def _predict(model: VelocityPredictor, x_t: Tensor, timestep: float, text: Tensor) -> Rollout:
-    return Rollout(x_t, model(x_t, x_t.new_full((len(x_t),), timestep), text), timestep)
+def _at_frame_rate(condition: Condition, frames: int) -> Condition:
+    """A condition of the highest rate with at most so many frames."""
+    latents = condition.image_latents
+    if latents is None:
+        return condition
+    rate = 1
+    while len(kept := kept_frames(latents.shape[2], rate)) > frames:
+        rate *= 2
+    return replace(condition, image_latents=latents[:, :, kept])

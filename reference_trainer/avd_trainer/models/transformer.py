@@ -12,7 +12,9 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from avd_trainer.config.sections import ArchitectureConfig, LoRAConfig
+from avd_trainer.models.architecture import MASK_CHANNELS
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.lora import active_adapter, adapted_layers, add_adapter
 from avd_trainer.models.sharding import checkpoint_blocks, materialise
 from avd_trainer.models.weights import load_into, open_weights
@@ -41,11 +43,10 @@ class VelocityModel:
         self.dtype = dtype
         self._adapted = adapted_layers(module)
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """One forward: ``[B, C, F, H, W]``, ``[B]``, ``[B, L, D]`` to a velocity ``[B, C, F, H, W]``."""
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """One forward: ``[B, C, F, H, W]``, ``[B]`` and what B samples are told, to a velocity ``[B, C, F, H, W]``."""
         with self.in_role():
-            # Timesteps keep their precision: bfloat16 has no 757.
-            output = self.module(x_t.to(self.dtype), timesteps, text.to(self.dtype), return_dict=False)[0]
+            output = self.module(*transformer_inputs(x_t, timesteps, condition, self.dtype), return_dict=False)[0]
         velocity: Tensor = output.float()
         return velocity
 
@@ -55,15 +56,36 @@ class VelocityModel:
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """What training changes in this role, by name; empty for a frozen one."""
+        return {name: parameter for name, parameter in self.own_parameters().items() if parameter.requires_grad}
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of its adapter, by name; of the module where it has none."""
         return {
             name: parameter
             for name, parameter in self.module.named_parameters()
-            if parameter.requires_grad and (self.adapter is None or f".{self.adapter}." in name)
+            if self.adapter is None or f".{self.adapter}." in name
         }
 
     def parameters(self) -> list[nn.Parameter]:
         """The values of :meth:`named_parameters`."""
         return list(self.named_parameters().values())
+
+
+def transformer_inputs(
+    x_t: Tensor, timesteps: Tensor, condition: Condition, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The first arguments of a ``WanTransformer3DModel``'s forward: sample, timestep, text and image embedding.
+
+    Args:
+        x_t: ``[B, C, F, H, W]``.
+        timesteps: ``[B]``; they keep their precision: bfloat16 has no 757.
+        condition: Of B samples; its image latents have as many frames as ``x_t``.
+        dtype: In what the transformer computes.
+    """
+    seen = None if condition.image_embedding is None else condition.image_embedding.to(dtype)
+    if condition.image_latents is not None:
+        x_t = torch.cat([x_t, condition.image_latents], dim=1)
+    return x_t.to(dtype), timesteps, condition.text.to(dtype), seen
 
 
 def load_transformer(
@@ -129,13 +151,33 @@ def computes_in_float32(name: str) -> bool:
 
 def build_transformer(config: ArchitectureConfig) -> WanTransformer3DModel:
     """A small Wan2.1 transformer with random weights."""
+    channels = BlockDCTCodec.channels
     return WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        in_channels=BlockDCTCodec.channels,
-        out_channels=BlockDCTCodec.channels,
+        in_channels=channels + (MASK_CHANNELS + channels if config.image_to_video else 0),
+        out_channels=channels,
         rope_max_seq_len=64,
-        **config.model_dump(),
+        **config.model_dump(exclude={"image_to_video"}),
     )
+
+
+@torch.no_grad()
+def start_from(model: WanTransformer3DModel, source: str) -> WanTransformer3DModel:
+    """Fill a model with the weights of one that has no further input channels; what goes into those starts at zero.
+
+    So a model of image to video starts as one of text to video that does not look at the image yet.
+
+    Raises:
+        UserError: If there are no such weights, or they do not fit otherwise.
+    """
+    with open_weights(source) as weights:
+        whole = WanTransformer3DModel.from_config({**model.config, "in_channels": weights.config["in_channels"]})
+        load_into(whole, weights)
+    embedding, own = model.patch_embedding.weight, whole.patch_embedding.weight
+    extended = torch.zeros_like(embedding)
+    extended[:, : own.shape[1]] = own
+    model.load_state_dict({**whole.state_dict(), "patch_embedding.weight": extended})
+    return model
 
 
 def without_memory(config: dict[str, Any]) -> WanTransformer3DModel:

@@ -87,7 +87,18 @@ def infer_config(source: str, original: Mapping[str, Any], tensors: Mapping[str,
         "cross_attn_norm": "blocks.0.norm2.weight" in tensors,
         "qk_norm": "rms_norm_across_heads" if "blocks.0.attn1.norm_q.weight" in tensors else None,
         "eps": original.get("eps", 1e-6),
+        **_image_config(tensors),
     }
+
+
+def _image_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """What image-to-video models of Wan2.1 have besides input channels; nothing of others."""
+    norm = tensors.get("condition_embedder.image_embedder.norm1.weight")
+    keys = tensors.get("blocks.0.attn2.add_k_proj.weight")
+    if norm is None or keys is None:
+        return {}
+    (image_dim,), (_, added_kv_proj_dim) = norm.shape, keys.shape
+    return {"image_dim": image_dim, "added_kv_proj_dim": added_kv_proj_dim}
 
 
 def _bare(name: str) -> str:

@@ -28,7 +28,7 @@ from avd_trainer.runtime.errors import UserError
 
 
 class TransformerWeights:
-    """The tensors of a text-to-video Wan transformer under diffusers' names; bytes are read when asked for.
+    """The tensors of a Wan transformer under diffusers' names; bytes are read when asked for.
 
     Opening maps the files and reads their headers only. Close it, or use it in a ``with`` statement, to let go of them.
 
@@ -159,8 +159,6 @@ def _config(
     given: Mapping[str, Any] | None,
     tensors: Mapping[str, StoredTensor],
 ) -> dict[str, Any]:
-    if any("add_k_proj" in name or "image_embedder" in name for name in tensors):
-        raise UserError(f"{source} is an image-to-video model, which needs input that is not there. Pass a T2V model.")
     config = given if folder_config is None else folder_config
     if config is None or "num_heads" in config:
         return infer_config(source, config or {}, tensors)

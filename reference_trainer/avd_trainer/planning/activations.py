@@ -103,12 +103,14 @@ _FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_backward.de
 def _run_training(model: MetaModel, role: str, batch: int, latent_shape: LatentShape, text_length: int) -> Activations:
     velocity_model = model.build_gathered(role)
     module = velocity_model.module
-    inputs = empty_inputs(model, batch, latent_shape, text_length)
+    x_t, timesteps, condition = empty_inputs(model, batch, latent_shape, text_length)
+    x_t.requires_grad_(model.is_crossed(role))
     # The other role's adapter takes no part; gradients are counted elsewhere.
     for parameter in velocity_model.parameters():
         parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
-    with LiveTensors([*module.parameters(), *module.buffers(), *inputs]) as live:
-        velocity = velocity_model(*inputs)
+    known = [*module.parameters(), *module.buffers(), x_t, timesteps, *condition.tensors]
+    with LiveTensors(known) as live:
+        velocity = velocity_model(x_t, timesteps, condition)
         kept, forward = live.now, live.peak
         torch.autograd.backward(velocity, torch.empty_like(velocity))
     return Activations(kept, forward, live.peak)
@@ -125,9 +127,10 @@ def _run_inference(
 ) -> tuple[int]:
     velocity_model = model.build_gathered(role)
     module = velocity_model.module
-    x_t, timesteps, text = empty_inputs(model, batch, latent_shape, text_length)
-    with LiveTensors([*module.parameters(), *module.buffers(), x_t, timesteps, text]) as live, torch.no_grad():
-        guided_velocity(velocity_model, x_t, timesteps, text, text[0], guidance_scale)
+    x_t, timesteps, condition = empty_inputs(model, batch, latent_shape, text_length)
+    known = [*module.parameters(), *module.buffers(), x_t, timesteps, *condition.tensors]
+    with LiveTensors(known) as live, torch.no_grad():
+        guided_velocity(velocity_model, x_t, timesteps, condition, condition.text[0], guidance_scale)
     return (live.peak,)
 
 

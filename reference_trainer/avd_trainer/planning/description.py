@@ -11,14 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
+from diffusers import WanTransformer3DModel
+
 from avd_trainer.config.sections import CheckpointConfig, LoRAConfig, ShapesData, ShardsData, VideosData
 from avd_trainer.data.in_memory import encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.methods.base import Call, MethodConfig
+from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
-from avd_trainer.models.roles import Average, Built, Frozen, Trained
+from avd_trainer.models.roles import Average, Built, Frozen, Reads, Trained
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 from avd_trainer.models.weight_files import BUNDLED
 from avd_trainer.models.weights import open_weights
@@ -28,13 +32,25 @@ from avd_trainer.training.config import TrainConfig
 WAN_TEXT_LENGTH = 512
 """Tokens of a prompt where the data is not there yet."""
 
+_14B = {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
+_IMAGE = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+
 # The known models differ in these; the rest is diffusers' default.
 _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40},
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _14B,
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _14B | _IMAGE,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _14B | _IMAGE,
 }
 
-_COMMON = {"attention_head_dim": 128, "freq_dim": 256, "text_dim": 4096, "in_channels": 16, "patch_size": [1, 2, 2]}
+_COMMON = {
+    "attention_head_dim": 128,
+    "freq_dim": 256,
+    "text_dim": 4096,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_size": [1, 2, 2],
+}
 
 _TITLES = {"online": "online model"}
 
@@ -52,6 +68,9 @@ class Role(NamedTuple):
         adapter: What is trained where it is not all weights; a base is then shared with the frozen models.
         averaged: Whether an average of what is trained is kept, and sampled from.
         adapter_setting: The key that would give it adapters; None where it cannot have any.
+        followed_by: The role of a model that has the averaged weights; None where none is asked.
+        built: Shapes of its parameters where it is a module of the method's own; None for a transformer.
+        reads: The features that such a module is trained on.
     """
 
     name: str
@@ -60,6 +79,9 @@ class Role(NamedTuple):
     adapter: LoRAConfig | None = None
     averaged: bool = False
     adapter_setting: str | None = None
+    followed_by: str | None = None
+    built: tuple[tuple[int, ...], ...] | None = None
+    reads: Reads | None = None
 
     @property
     def owns_weights(self) -> bool:
@@ -128,6 +150,11 @@ class Run(NamedTuple):
         return int(json.loads(self.architecture)["text_dim"])
 
     @property
+    def image(self) -> ImageInput | None:
+        """What the models read of an image; None for text to video."""
+        return image_input(json.loads(self.architecture))
+
+    @property
     def trained(self) -> tuple[Role, ...]:
         """Roles with an optimizer."""
         return tuple(role for role in self.roles if role.trained)
@@ -183,10 +210,10 @@ def describe(
         UserError: If the clip does not fit the model, or the batch or ``parallel.replicate`` the number of GPUs.
     """
     run = Run(
-        roles=tuple(_roles(config)),
+        roles=tuple(_roles(config, architecture, latent_shape)),
         main=config.method.main_role,
         product_bytes=2 if isinstance(config.method.roles()[config.method.main_role], Built) else 4,
-        calls=tuple(config.method.calls()),
+        calls=tuple(config.method.calls(config.max_steps)),
         steps=config.max_steps,
         batch_size=config.batch_size,
         micro_batch_size=config.micro_batch_size,
@@ -266,18 +293,25 @@ def are_there(folders: Sequence[Path]) -> bool:
     return bool(folders) and all(folder.exists() for folder in folders)
 
 
-def _roles(config: TrainConfig) -> Iterator[Role]:
+def _roles(config: TrainConfig, architecture: Mapping[str, Any], latent_shape: Sequence[int]) -> Iterator[Role]:
     roles = config.method.roles(config.student_weights)
     averaged = {role.of for role in roles.values() if isinstance(role, Average)}
+    asked = {role.of: name for name, role in roles.items() if isinstance(role, Average) and role.asked}
     for name, role in roles.items():
         if isinstance(role, Built):
-            yield Role(name, name, trained=True, averaged=name in averaged)
+            with torch.device("meta"):
+                module = role.build(latent_shape, architecture)
+            shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+            built = None if isinstance(module, WanTransformer3DModel) else shapes
+            yield Role(name, name, trained=True, averaged=name in averaged, built=built, reads=role.reads)
         if isinstance(role, Frozen):
             yield Role(name, name)
         if isinstance(role, Trained):
             # Adapters are of the teacher's weights, so a model with weights of its own cannot have any.
-            setting = f"method.{name}.lora" if role.weights is None else None
-            yield Role(name, _TITLES.get(name, name), True, role.lora, name in averaged, setting)
+            own = role.weights is None and name in type(config.method).model_fields
+            setting = f"method.{name}.lora" if own else None
+            title = _TITLES.get(name, name)
+            yield Role(name, title, True, role.lora, name in averaged, setting, asked.get(name))
 
 
 def _can_accumulate(method: MethodConfig) -> bool:
@@ -289,7 +323,7 @@ def _can_accumulate(method: MethodConfig) -> bool:
 
 
 def _check_shape(shape: Sequence[int], architecture: Mapping[str, Any]) -> LatentShape:
-    channels, patch = architecture["in_channels"], architecture["patch_size"]
+    channels, patch = latent_channels(architecture), architecture["patch_size"]
     if len(shape) != 4 or shape[0] != channels or any(n < 1 or n % p for n, p in zip(shape[1:], patch, strict=True)):
         raise UserError(
             f"a clip's latent has the shape {list(shape)}, expected [C, F, H, W] with {channels} channels and the rest "

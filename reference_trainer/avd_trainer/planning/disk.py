@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch.utils.flop_counter import FlopCounterMode
 
+from avd_trainer.models.image_encoder import IMAGE_TOKENS
 from avd_trainer.planning.description import Run, are_there
 from avd_trainer.planning.meta_models import META, trained_shapes
 
@@ -29,6 +30,7 @@ class DiskPlan(NamedTuple):
     Attributes:
         clips: Number of clips; 0 where none are stored.
         latent: Of a clip.
+        image: Of what is kept of its first frame; 0 for text to video.
         text: Of its text embedding, at most: a caption that fills all tokens. A prompt takes as much.
         stored: Of the clips that are there; None where they are yet to be encoded.
         encoding: Operations that the VAE takes to encode a clip; None where there is nothing to encode.
@@ -39,6 +41,7 @@ class DiskPlan(NamedTuple):
 
     clips: int
     latent: int
+    image: int
     text: int
     stored: int | None
     encoding: int | None
@@ -49,7 +52,7 @@ class DiskPlan(NamedTuple):
     @property
     def data(self) -> int:
         """Of all clips: what is there, or what will be at most."""
-        return self.clips * (self.latent + self.text) if self.stored is None else self.stored
+        return self.clips * (self.latent + self.image + self.text) if self.stored is None else self.stored
 
     @property
     def together(self) -> int:
@@ -74,6 +77,7 @@ def plan_disk(run: Run, clips: int) -> DiskPlan:
     return DiskPlan(
         clips=0 if not run.clip_folders else clips,
         latent=LATENT_BYTES * math.prod(run.latent_shape),
+        image=_image_bytes(run),
         text=TEXT_BYTES * run.text_length * run.text_dim,
         stored=sum(map(_size, run.clip_folders)) if there else None,
         encoding=vae_operations(run.latent_shape) if encodes else None,
@@ -110,6 +114,13 @@ def _encode(frames: int, height: int, width: int) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         vae.encode(video)
     return int(counter.get_total_flops())
+
+
+def _image_bytes(run: Run) -> int:
+    if run.image is None:
+        return 0
+    # The mask is not stored: it is the same for all.
+    return LATENT_BYTES * (math.prod(run.latent_shape) + IMAGE_TOKENS * (run.image.embedding_dim or 0))
 
 
 def _size(folder: Path) -> int:

@@ -6,15 +6,17 @@ PyTorch's allocator, is computed; docs/memory.md says how.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
 from pydantic import BaseModel, ConfigDict
 
 from avd_trainer.methods.base import Call
+from avd_trainer.models.image_encoder import IMAGE_TOKENS
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.planning.activations import inference_activations, training_activations
-from avd_trainer.planning.description import Run
+from avd_trainer.planning.description import Role, Run
 from avd_trainer.planning.meta_models import MetaModel, meta_models, parameter_shapes, tables, trained_shapes
 
 GB = 2**30
@@ -91,13 +93,17 @@ def _phases(run: Run) -> Iterator[Phase]:
     answers = tuple(_answer(run, call, weights) for call in run.calls if call.beside)
     if answers:
         yield worst(answers)
-    for name in weights:
+    for role in run.trained:
+        if role.built is not None:
+            yield _built_update(run, role, weights[role.name])
+            continue
+        model = models[role.name]
         yield _phase(
             run,
-            f"{name} update",
-            gradients=weights[name],
-            activations=training_activations(models[name], name, micro, *size).backward,
-            buffers=_gathered(models[name], run.shards) + _scattered(models[name], name),
+            f"{role.name} update",
+            gradients=weights[role.name],
+            activations=training_activations(model, role.name, micro, *size).backward,
+            buffers=_gathered(model, run.shards) + _scattered(model, role.name),
         )
     if run.sampled:
         yield _phase(
@@ -109,13 +115,32 @@ def _phases(run: Run) -> Iterator[Phase]:
         )
 
 
+def _built_update(run: Run, role: Role, gradients: int) -> Phase:
+    """A module of the method's own is trained, perhaps on the features of a transformer."""
+    activations, buffers = 0, 2 * sum(4 * math.prod(shape) for shape in role.built or ())  # weights, gradients
+    if role.reads is not None:
+        models, micro = meta_models(run), run.batches.micro
+        model = models[role.reads.role]
+        architecture = json.loads(run.architecture)
+        tokens = math.prod(n // p for n, p in zip(run.latent_shape[1:], architecture["patch_size"], strict=True))
+        width = architecture["num_attention_heads"] * architecture["attention_head_dim"]
+        features = role.reads.times * role.reads.blocks(model.layers) * micro * tokens * width
+        asked = inference_activations(model, role.reads.role, micro, run.latent_shape, run.text_length)
+        activations = 2 * 4 * features + asked  # as they are and normalised, in float32
+        buffers += _gathered(model, run.shards)
+    return _phase(run, f"{role.name} update", gradients=gradients, activations=activations, buffers=buffers)
+
+
 def _answer(run: Run, call: Call, weights: dict[str, int]) -> Phase:
     """A model is asked while the graph of another waits."""
     assert call.beside is not None
     models, (share, micro) = meta_models(run), run.batches
     size = (run.latent_shape, run.text_length)
     kept = training_activations(models[call.beside], call.beside, micro, *size).kept
-    asked = inference_activations(models[call.role], call.role, micro, *size, guidance_scale=call.guidance_scale)
+    if call.backward:  # the gradient crosses it on the way to what it was asked about
+        asked = training_activations(models[call.role], call.role, micro, *size).backward
+    else:
+        asked = inference_activations(models[call.role], call.role, micro, *size, guidance_scale=call.guidance_scale)
     return _phase(
         run,
         f"{call.role} answer",
@@ -179,5 +204,14 @@ def _step_data(run: Run) -> int:
     share, micro = run.batches
     text = 4 * run.text_length * run.text_dim
     latent = 4 * math.prod(run.latent_shape)
-    # The step's samples and their prompts; the clips' prompts, and the negative one.
-    return share * (text + latent) + micro * text + text + micro * LATENTS_IN_FLIGHT * latent
+    condition = text + image_bytes(run)
+    # The step's samples and their conditions; the clips' conditions, and the negative prompt.
+    return share * (condition + latent) + micro * condition + text + micro * LATENTS_IN_FLIGHT * latent
+
+
+def image_bytes(run: Run) -> int:
+    """What an example holds of its first frame, in float32; 0 for text to video."""
+    if run.image is None:
+        return 0
+    latents = run.image.channels * math.prod(run.latent_shape[1:])
+    return 4 * (latents + IMAGE_TOKENS * (run.image.embedding_dim or 0))

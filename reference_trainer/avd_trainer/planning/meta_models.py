@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.models.architecture import image_input
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.image_encoder import IMAGE_TOKENS
 from avd_trainer.models.sharding import materialise
 from avd_trainer.models.transformer import DTYPES, VelocityModel, computes_in_float32, prepare, without_memory
 from avd_trainer.planning.description import LatentShape, Run
@@ -89,6 +93,10 @@ class MetaModel(NamedTuple):
         alike = next((name for name, lora in self.adapters if lora == adapters.get(role)), role)
         return (self._replace(name="student") if self.trainable else self), alike
 
+    def is_crossed(self, role: str) -> bool:
+        """Whether this role is frozen, so that a gradient crosses it on the way to its input or goes nowhere."""
+        return not self.trainable and role not in dict(self.adapters)
+
     def when_asked(self, role: str) -> MetaModel:
         """A model that runs alike without gradient, where only an adapter that is on makes a difference."""
         adapters = tuple((name, lora) for name, lora in self.adapters if name == role)
@@ -108,12 +116,19 @@ class MetaModel(NamedTuple):
 
 
 def meta_models(run: Run) -> dict[str, MetaModel]:
-    """The transformer of each role; of roles that share one it is the same."""
-    adapters = tuple((role.name, role.adapter) for role in run.roles if role.adapter is not None)
+    """The transformer of each role; of roles that share one it is the same.
+
+    A model that has a role's averaged weights runs as a frozen one does, and is counted with the averages.
+    """
+    followed = [(role.followed_by, role.adapter) for role in run.roles if role.followed_by is not None]
+    adapted = [(role.name, role.adapter) for role in run.roles] + followed
+    adapters = tuple((name, adapter) for name, adapter in adapted if adapter is not None)
     own = (run.precision, run.checkpointing)
     base = MetaModel(BASE, run.architecture, adapters, *own)
-    return {
-        role.name: MetaModel(role.name, run.architecture, (), *own) if role.owns_weights else base for role in run.roles
+    return {name: base for name, _ in followed} | {
+        role.name: MetaModel(role.name, run.architecture, (), *own) if role.owns_weights else base
+        for role in run.roles
+        if role.built is None
     }
 
 
@@ -147,7 +162,8 @@ def parameter_shapes(model: MetaModel) -> tuple[ParameterShape, ...]:
 def trained_shapes(run: Run) -> dict[str, list[ParameterShape]]:
     """What is trained in each role that has an optimizer."""
     stored = [shape for model in set(meta_models(run).values()) for shape in parameter_shapes(model)]
-    return {role.name: [shape for shape in stored if shape.trained_in == role.name] for role in run.trained}
+    built = [ParameterShape("root", shape, 4, role.name) for role in run.roles for shape in role.built or ()]
+    return {role.name: [shape for shape in stored + built if shape.trained_in == role.name] for role in run.trained}
 
 
 @cache
@@ -158,11 +174,21 @@ def tables(model: MetaModel) -> int:
 
 def empty_inputs(
     model: MetaModel, batch: int, latent_shape: LatentShape, text_length: int, device: torch.device = META
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``x_t`` ``[B, C, F, H, W]``, timesteps ``[B]`` and text ``[B, L, D]`` of a forward, in float32, of zeros."""
-    text_dim = json.loads(model.architecture)["text_dim"]
+) -> tuple[Tensor, Tensor, Condition]:
+    """``x_t`` ``[B, C, F, H, W]``, timesteps ``[B]`` and the condition of a forward, in float32, of zeros."""
+    architecture = json.loads(model.architecture)
     x_t = torch.zeros(batch, *latent_shape, device=device)
-    return x_t, torch.zeros(batch, device=device), torch.zeros(batch, text_length, text_dim, device=device)
+    condition = Condition(torch.zeros(batch, text_length, architecture["text_dim"], device=device))
+    image = image_input(architecture)
+    if image is not None:
+        condition = replace(
+            condition,
+            image_latents=torch.zeros(batch, image.channels, *latent_shape[1:], device=device),
+            image_embedding=None
+            if image.embedding_dim is None
+            else torch.zeros(batch, IMAGE_TOKENS, image.embedding_dim, device=device),
+        )
+    return x_t, torch.zeros(batch, device=device), condition
 
 
 def over_layers(count: Callable[[MetaModel], tuple[int, ...]], model: MetaModel) -> tuple[int, ...]:

@@ -84,6 +84,7 @@ def _count(
 ) -> tuple[int]:
     velocity_model = model.build_gathered(role)
     inputs = empty_inputs(model, 1, latent_shape, text_length)
+    inputs[0].requires_grad_(backward and model.is_crossed(role))
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         velocity = velocity_model(*inputs)
         if backward:

@@ -87,7 +87,9 @@ def _disk(disk: DiskPlan, main: str) -> Iterator[tuple[str, str]]:
     else:
         yield (
             f"{disk.clips:,} clips, at most",
-            f"{_bytes(disk.data)}: {_bytes(disk.latent)} a latent, up to {_bytes(disk.text)} a caption or prompt",
+            f"{_bytes(disk.data)}: {_bytes(disk.latent)} a latent, "
+            + (f"{_bytes(disk.image)} its first frame, " if disk.image else "")
+            + f"up to {_bytes(disk.text)} a caption or prompt",
         )
     yield (
         f"{disk.checkpoints} checkpoint(s), at most",

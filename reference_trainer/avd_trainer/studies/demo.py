@@ -14,11 +14,13 @@ from avd_core import temporal_variance
 from avd_trainer.config.differences import differences
 from avd_trainer.config.loading import read_saved, save_config
 from avd_trainer.config.sections import Section, ShardsData
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import DrawNoise, VelocityPredictor, few_step_rollout, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
@@ -170,18 +172,19 @@ def _make_clips(
     assert config.teacher is not None  # the method needs one
     teacher = load_transformer(config.teacher)
     embed = HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim)
-    memory = InMemoryData(real.train, embed)
+    image = image_input(teacher.config) is not None
+    memory, held_out = (InMemoryData(clips, embed, image=image) for clips in (real.train, real.held_out))
     shape = real.train.latents.shape[1:]
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
     # Repeated where a folder of videos has fewer.
-    captions = [real.held_out.captions[i % len(real.held_out)] for i in range(samples)]
-    text = embed(captions)
+    asked = [held_out[i % len(held_out)] for i in range(samples)]
+    captions, condition = [example.caption for example in asked], condition_of(asked)
 
     latents = {REAL: real.held_out.latents}
     with ProgressBar("teacher samples", teacher_steps) as bar:
         latents["teacher"] = sample_teacher(
             VelocityModel(teacher),
-            text,
+            condition,
             memory.unconditional(),
             shape,
             _same_noise(samples),
@@ -198,7 +201,7 @@ def _make_clips(
             return None
         student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
-            latents[name] = few_step_rollout(student, text, shape, method.few_steps, _same_noise(samples)).x_0
+            latents[name] = few_step_rollout(student, condition, shape, method.few_steps, _same_noise(samples)).x_0
     return DemoClips(captions, latents)
 
 

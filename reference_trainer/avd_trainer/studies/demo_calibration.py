@@ -15,6 +15,7 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.evaluation.calibration import Calibration, calibrate_models
 from avd_trainer.evaluation.sharpness import PAPER_SHARPNESS
 from avd_trainer.methods.avd import AVDMethodConfig
+from avd_trainer.models.architecture import image_input
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
@@ -86,7 +87,8 @@ def calibrated(
             ) from error
     assert config.teacher is not None  # the method needs one
     teacher = load_transformer(config.teacher)
-    data = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim))
+    embed = HashTextEmbedding(TEXT_LENGTH, teacher.config.text_dim)
+    data = InMemoryData(clips, embed, image=image_input(teacher.config) is not None)
     measured = calibrate_models(
         config,
         VelocityModel(teacher),

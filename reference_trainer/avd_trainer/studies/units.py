@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from avd_core import (
-    FlowMatchingSchedule,
     HalfRateInterpolationSampler,
     LatentFrameInterpolator,
     NonFiniteError,
     interpolate_linearly,
 )
 from avd_core.sampling import Interpolator
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
@@ -30,8 +30,10 @@ from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import reference_of_shapes
 from avd_trainer.methods.base import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import sample_teacher
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.samplers import clean_predictor, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
@@ -52,8 +54,8 @@ RUN = "run"
 Stopping = Callable[[], bool]
 """Whether somebody asked the study to stop."""
 
-Sample = Callable[[Tensor, Sequence[torch.Generator], Tensor], Tensor]
-"""Noise ``[B, C, F, h, w]``, a stream of further noise for each sample, and text ``[B, L, D]`` to samples."""
+Sample = Callable[[Tensor, Sequence[torch.Generator], Condition], Tensor]
+"""Noise ``[B, C, F, h, w]``, a stream of further noise for each sample, and what they show, to samples."""
 
 
 class StoppedError(Exception):
@@ -156,8 +158,8 @@ class Workplace:
             seeds = [seed_of("study", unit.seed, noise, place) for place in places]
             streams = [torch.Generator().manual_seed(seed) for seed in seeds]
             start = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-            text = self._embed([self._held_out.captions[place] for place in places])
-            parts.append(sample(start.to(device), streams, text.to(device)).cpu())
+            condition = condition_of([self._asked[place] for place in places])
+            parts.append(sample(start.to(device), streams, condition.to(device)).cpu())
             bar.advance()
         return torch.cat(parts)
 
@@ -168,11 +170,11 @@ class Workplace:
         assert isinstance(method, DMDMethodConfig)
         model = VelocityModel(load_transformer(config.teacher, self.ranks.device))
 
-        def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
+        def sample(noise: Tensor, streams: Sequence[torch.Generator], condition: Condition) -> Tensor:
             return sample_teacher(
                 model,
-                text,
-                torch.zeros_like(text[0]),
+                condition,
+                torch.zeros_like(condition.text[0]),
                 noise.shape[1:],
                 lambda shape: noise,
                 steps=variant.steps,
@@ -194,13 +196,8 @@ class Workplace:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
         model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
-        schedule = FlowMatchingSchedule()
-
-        def predict_x_0(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-            return schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
-
-        sampler = HalfRateInterpolationSampler(predict_x_0, interpolator, method.few_steps, half_rate_steps)
-        return lambda noise, streams, text: sampler(noise, streams, text=text)
+        sampler = HalfRateInterpolationSampler(clean_predictor(model), interpolator, method.few_steps, half_rate_steps)
+        return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
 
     def _product(self, unit: Unit) -> Path:
         """The folder of what a unit has trained."""
@@ -219,8 +216,13 @@ class Workplace:
 
     @cached_property
     def _training_data(self) -> TrainingData:
-        clips = InMemoryData(load_clips(self.study.data, self._codec, held_out=False).train, self._embed)
+        clips = self._examples(load_clips(self.study.data, self._codec, held_out=False).train)
         return TrainingData(clips, clips)
+
+    @cached_property
+    def _asked(self) -> InMemoryData:
+        """What samples are to show: captions of held-out clips, and for image to video their first frames."""
+        return self._examples(self._held_out)
 
     @cached_property
     def _shapes(self) -> MovingShapes:
@@ -235,12 +237,13 @@ class Workplace:
     def _real(self) -> Encoded:
         return Encoded(self._held_out.latents, self._codec.decode(self._held_out.latents))
 
-    @cached_property
-    def _embed(self) -> HashTextEmbedding:
+    def _examples(self, clips: CaptionedLatents) -> InMemoryData:
+        """Clips as the teacher's kind of model reads them."""
         if self.study.teacher is None:
-            return HashTextEmbedding(TEXT_LENGTH, 2)  # nobody looks at it
+            return InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, 2))  # nobody looks at captions
         with open_weights(self.study.teacher) as weights:
-            return HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
+            embed = HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
+            return InMemoryData(clips, embed, image=image_input(weights.config) is not None)
 
     @property
     def _batches(self) -> list[range]:

@@ -79,7 +79,7 @@ def export_product(run: Path, output: Path) -> nn.Module | None:
     if not isinstance(role, Built):
         export_student(run, output)
         return None
-    module = build_whole(role, saved.state["latent_shape"], saved.config.seed)
+    module = build_whole(role, saved.state["latent_shape"], saved.state["architecture"] or {}, saved.config.seed)
     averages = [key for key, other in roles.items() if isinstance(other, Average) and other.of == name]
     parameters = {key: parameter.detach() for key, parameter in module.named_parameters()}
     read_tensors(saved.folder, {(averages or [name])[0]: parameters}, distributed=False)

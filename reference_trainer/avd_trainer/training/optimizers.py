@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,14 +72,24 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> to
     return optimizer
 
 
-def set_rates(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, max_steps: int) -> None:
-    """Set what the schedule says of a step, counted from 1: a function of it, so that there is nothing to save."""
-    if config.schedule == "constant":
-        return
+def set_rates(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, max_steps: int, share: float = 1.0
+) -> None:
+    """Set what the schedule says of a step, counted from 1: a function of it, so that there is nothing to save.
+
+    ``share`` is that of the learning rate which the step takes.
+    """
     for group in optimizer.param_groups:
-        if config.schedule == "cosine":
-            group["lr"] = _along_cosine(config.lr, 0.0, (step - 1) / max_steps)
-            continue
+        _set_rates(group, config, step, max_steps)
+        group["lr"] *= share
+
+
+def _set_rates(group: dict[str, Any], config: OptimizerConfig, step: int, max_steps: int) -> None:
+    if config.schedule == "constant":
+        group["lr"] = config.lr
+    elif config.schedule == "cosine":
+        group["lr"] = _along_cosine(config.lr, 0.0, (step - 1) / max_steps)
+    else:
         peak, last = 0.3 * max_steps - 1, max_steps - 1
         low = config.lr / 25
         if step - 1 <= peak:

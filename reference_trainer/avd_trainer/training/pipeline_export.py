@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 
 from avd_core import LatentFrameInterpolator
 from avd_trainer.data.schema import Encoding
+from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import GRID, closest_scheduler, grid_error
 from avd_trainer.runtime.errors import UserError
@@ -26,10 +27,14 @@ INTERPOLATOR = "interpolator"
 MODEL_INDEX = "model_index.json"
 
 # What a student's pipeline takes from that of its teacher, and the classes where that says nothing of them.
-PARTS = {
+_PARTS = {
     "vae": ("diffusers", "AutoencoderKLWan"),
     "text_encoder": ("transformers", "UMT5EncoderModel"),
     "tokenizer": ("transformers", "T5TokenizerFast"),
+}
+_IMAGE_PARTS = {
+    "image_encoder": ("transformers", "CLIPVisionModel"),
+    "image_processor": ("transformers", "CLIPImageProcessor"),
 }
 _COPIED = (".json", ".safetensors", ".model", ".txt")
 """Endings of what is copied of a part: its weights, its configuration and a tokenizer's tables; never a pickle."""
@@ -40,13 +45,19 @@ class ExportedPipeline(NamedTuple):
 
     Attributes:
         latent_space: Whose latents the student makes.
-        missing: Which of :data:`PARTS` nothing had.
+        missing: Which of :func:`parts_of` nothing had.
         grid_error: The most by which a timestep of diffusers' own scheduler is off the student's, in [0, 1000].
     """
 
     latent_space: LatentSpace
     missing: tuple[str, ...]
     grid_error: float
+
+
+def parts_of(architecture: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Which parts besides transformer and scheduler a student's pipeline has, with their usual classes."""
+    image = image_input(architecture)
+    return _PARTS if image is None or image.embedding_dim is None else _PARTS | _IMAGE_PARTS
 
 
 def export_pipeline(
@@ -85,8 +96,9 @@ def export_pipeline(
         encoding = checkpoint.encoding
         sources = _sources(config, encoding, pipeline)
         if interpolator is not None:
-            load_interpolator(interpolator, architecture["in_channels"]).save_pretrained(folder / INTERPOLATOR)
-        parts = _find_parts(sources)
+            load_interpolator(interpolator, latent_channels(architecture)).save_pretrained(folder / INTERPOLATOR)
+        wanted = parts_of(architecture)
+        parts = _find_parts(sources, wanted)
         for name, source in parts.items():
             _copy(source / name, folder / name)
         write_transformer(checkpoint, folder / "transformer", weights, dtype)
@@ -95,7 +107,7 @@ def export_pipeline(
         write_json_in(
             folder / "scheduler" / "scheduler_config.json", {**json.loads(scheduler.to_json_string()), GRID: timesteps}
         )
-        write_json_in(folder / MODEL_INDEX, _model_index(parts, interpolator is not None))
+        write_json_in(folder / MODEL_INDEX, _model_index(parts, architecture, interpolator is not None))
         about = {
             "latent_space": encoding.latent_space,
             "clip": checkpoint.state["latent_shape"],
@@ -103,7 +115,7 @@ def export_pipeline(
             "timesteps": timesteps,
         }
         write_json_in(folder / ABOUT, checkpoint.about(run, weights) | about)
-        missing = tuple(name for name in PARTS if name not in parts)
+        missing = tuple(name for name in wanted if name not in parts)
         return ExportedPipeline(encoding.latent_space, missing, grid_error(scheduler, timesteps))
 
     return replace_export(run, output, step, write)
@@ -150,11 +162,11 @@ def _sources(config: TrainConfig, encoding: Encoding, pipeline: str | None) -> l
     return [source for source in (pipeline, config.codec, encoding.codec, config.teacher) if source is not None]
 
 
-def _find_parts(sources: Sequence[str]) -> dict[str, Path]:
+def _find_parts(sources: Sequence[str], names: Iterable[str]) -> dict[str, Path]:
     """For each part the folder of the first source that has it; later sources are not looked at without need."""
     found: dict[str, Path] = {}
     for source in sources:
-        wanted = [name for name in PARTS if name not in found]
+        wanted = [name for name in names if name not in found]
         folder = _open_source(source, wanted) if wanted else None
         if folder is not None:
             found |= {name: folder for name in wanted if _has_part(folder, name)}
@@ -190,7 +202,7 @@ def _has_part(folder: Path, name: str) -> bool:
     part = folder / name
     if not part.is_dir():
         return False
-    if name == "tokenizer":
+    if name in ("tokenizer", "image_processor"):
         return any(part.iterdir())
     files = {path.name for path in part.iterdir()}
     listed = {file for index in part.glob("*.safetensors.index.json") for file in _listed_files(index)}
@@ -221,9 +233,10 @@ def _copied_files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(_COPIED))
 
 
-def _model_index(parts: dict[str, Path], interpolator: bool) -> dict[str, Any]:
-    index: dict[str, Any] = {"_class_name": "WanPipeline", "_diffusers_version": diffusers.__version__}
-    for name, usual in PARTS.items():
+def _model_index(parts: dict[str, Path], architecture: Mapping[str, Any], interpolator: bool) -> dict[str, Any]:
+    name = "WanPipeline" if image_input(architecture) is None else "WanImageToVideoPipeline"
+    index: dict[str, Any] = {"_class_name": name, "_diffusers_version": diffusers.__version__}
+    for name, usual in parts_of(architecture).items():
         index[name] = _class_of(parts[name], name) or usual if name in parts else (None, None)
     index["scheduler"] = ("diffusers", "FlowMatchLCMScheduler")
     index["transformer"] = ("diffusers", "WanTransformer3DModel")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from avd_core import __version__
 from avd_trainer.config.loading import save_config
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import write_json
@@ -85,8 +86,8 @@ class _Run:
             config.data,
             config.prompts,
             teacher=config.teacher,
-            text_dim=self.architecture["text_dim"] if self.architecture and method.needs_text else None,
-            channels=self.architecture["in_channels"] if self.architecture else None,
+            architecture=self.architecture,
+            text=method.needs_text,
             held_out=method.held_out_clips,
         )
         self.encoding = data.encoding or assumed_encoding(config.data, config.teacher)
@@ -207,7 +208,7 @@ class _Run:
         with ExitStack() as stack:
             for average in trainer.averages.values():
                 stack.enter_context(average.average_parameters())
-            latents = trainer.sample(torch.stack([example.text for example in examples]), "samples")
+            latents = trainer.sample(condition_of(examples), "samples")
         if self.samples is not None:
             self.samples.write(trainer.step, latents, [example.caption for example in examples])
         self.ranks.barrier()

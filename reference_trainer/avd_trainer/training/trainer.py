@@ -27,7 +27,8 @@ from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.registry import load_method
-from avd_trainer.models.roles import Average, Built, Trained, load_models, trained_parameters
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.roles import Average, Built, Trained, averaged_weights, load_models, trained_parameters
 from avd_trainer.runtime.draws import Draws, seed_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
@@ -98,7 +99,11 @@ class Trainer:
         self._parameters = {name: trained_parameters(self.models[name]) for name in self._rules}
         self.optimizers = {name: adamw(self._parameters[name], rules) for name, rules in self._rules.items()}
         self.averages = {
-            name: EMACallback(list(self._parameters[role.of].values()), role.decay)
+            name: EMACallback(
+                list(self._parameters[role.of].values()),
+                role.decay,
+                held_in=averaged_weights(self.models[name]) if role.asked else None,
+            )
             for name, role in roles.items()
             if isinstance(role, Average)
         }
@@ -139,16 +144,16 @@ class Trainer:
             yield self._train_step(streams)
 
     @torch.no_grad()
-    def sample(self, text: Tensor, key: str) -> Tensor:
+    def sample(self, condition: Condition, key: str) -> Tensor:
         """Finished samples ``[B, C, F, H, W]`` of the main role's current weights, from noise that ``key`` names.
 
-        A collective: every rank gets the same samples. ``text`` is ``[B, L, D]``.
+        A collective: every rank gets the same samples.
         """
         assert self.method.sampler is not None
-        draws = Draws((self.config.seed, key), range(len(text)), self.ranks.device)
+        draws = Draws((self.config.seed, key), range(len(condition)), self.ranks.device)
         return self.method.sampler(
             self.models[self.main_role],
-            text.to(self.ranks.device),
+            condition.to(self.ranks.device),
             self.method.setting.unconditional,
             self.latent_shape,
             draws.named("trajectory"),
@@ -197,14 +202,16 @@ class Trainer:
         """One optimizer step; ``number`` counts the turns of this role within the step."""
         parts = [self._accumulate(turn, number, places, streams) for places in self.micro_batches]
         metrics = mean_over_micro_batches(parts)
-        metrics["gradient_norm"] = self._clip_gradients(turn.role)
-        callbacks, optimizer = self.callbacks[turn.role], self.optimizers[turn.role]
-        accepted = callbacks.before_step(self.step, metrics)
-        if accepted:
-            set_rates(optimizer, self._rules[turn.role], self.step, self.config.max_steps)
-            optimizer.step()
-            callbacks.after_step(self.step, metrics)
-        optimizer.zero_grad(set_to_none=True)
+        stepping = (turn.role, *turn.together)
+        metrics["gradient_norm"] = self._clip_gradients(stepping)
+        accepted = self.callbacks[turn.role].before_step(self.step, metrics)
+        for role in stepping:
+            optimizer = self.optimizers[role]
+            if accepted:
+                set_rates(optimizer, self._rules[role], self.step, self.config.max_steps, turn.rate)
+                optimizer.step()
+                self.callbacks[role].after_step(self.step, metrics)
+            optimizer.zero_grad(set_to_none=True)
         self.method.after(turn, accepted=accepted)
         metrics.pop("x_0", None)
         if turn.role != self.main_role:
@@ -240,8 +247,8 @@ class Trainer:
         batches = indices_by_micro_batch(order, updates, self.config.batch_size, self.micro_batches)
         return read_batches(data, batches, self.data.workers)
 
-    def _clip_gradients(self, role: str) -> Tensor:
-        parameters = list(self._parameters[role].values())
+    def _clip_gradients(self, roles: Sequence[str]) -> Tensor:
+        parameters = [parameter for role in roles for parameter in self._parameters[role].values()]
         if self.config.max_gradient_norm is not None:
             return gather_full(nn.utils.clip_grad_norm_(parameters, self.config.max_gradient_norm))
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -48,7 +48,7 @@ def test_frames_and_channels_change_places(tmp_path: Path) -> None:
     assert dataset.latent_shape == (CHANNELS, FRAMES, HEIGHT, WIDTH)
     assert set(dataset.column("dtype")) == {"float16"}
     for row in range(11):
-        latent, text, caption, source = dataset[row]
+        latent, text, caption, source, *_ = dataset[row]
         assert latent is not None
         for frame in range(FRAMES):
             for channel in range(CHANNELS):

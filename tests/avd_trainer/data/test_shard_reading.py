@@ -28,7 +28,8 @@ def test_rows_come_back_in_order(tmp_path: Path, dtype: torch.dtype) -> None:
     assert (dataset.latent_shape, dataset.text_length, dataset.text_dim) == (SHAPE, LENGTH, DIM)
     assert dataset.has_latents
     for row in (0, 7, 10, 3, 2, 5, 6, 1, 9, 4, 8):
-        latent, text, caption, source = dataset[row]
+        latent, text, caption, source, *image = dataset[row]
+        assert image == [None, None]
         assert latent is not None
         assert latent.dtype == text.dtype == torch.float32
         torch.testing.assert_close(latent, latent_of(row, dtype).float(), rtol=0, atol=0)

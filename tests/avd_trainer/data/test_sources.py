@@ -23,7 +23,7 @@ def write(folder: Path, *, channels: int = 16, text_dim: int = 6, encoding: Enco
 
 
 def load(data: DataSection, prompts: ShardsData | None = None, teacher: str = "someone/else") -> TrainingData:
-    return load_data(data, prompts, teacher=teacher, text_dim=6, channels=16)
+    return load_data(data, prompts, teacher=teacher, architecture={"text_dim": 6, "in_channels": 16})
 
 
 @pytest.fixture

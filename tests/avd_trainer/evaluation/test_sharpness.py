@@ -18,6 +18,7 @@ from avd_trainer.evaluation.sharpness import (
     calibrate_sharpness,
     render_sharpness,
 )
+from avd_trainer.models.condition import Condition
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 
@@ -31,11 +32,12 @@ class Errs:
     def __init__(self, place: int) -> None:
         self.place = place
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         def wide(values: Tensor) -> Tensor:
             return values.view(-1, 1, 1, 1, 1)
 
-        clip, error, sigma = wide(text[:, 0, 0]), wide(text[:, 0, self.place]), wide(timesteps / 1000)
+        said = condition.text[:, 0]
+        clip, error, sigma = wide(said[:, 0]), wide(said[:, self.place]), wide(timesteps / 1000)
         noise = (x_t - (1 - sigma) * clip) / sigma
         return noise - clip + error
 
@@ -50,7 +52,9 @@ def batches(values: Any, losses: Any, teacher_losses: Any = None, size: int = 7)
     clips = text[:, :, 0].reshape(-1, 1, 1, 1, 1).expand(-1, *SHAPE)
     rows = [range(start, min(start + size, len(clips))) for start in range(0, len(clips), size)]
     return [
-        ClipBatch(clips[own.start : own.stop], text[own.start : own.stop], Draws((0,), own, torch.device("cpu")))
+        ClipBatch(
+            clips[own.start : own.stop], Condition(text[own.start : own.stop]), Draws((0,), own, torch.device("cpu"))
+        )
         for own in rows
     ]
 
@@ -162,7 +166,7 @@ def test_a_student_that_starts_as_its_teacher_has_no_excess() -> None:
 
 
 def test_noise_belongs_to_a_clip() -> None:
-    def still(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def still(x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         return torch.zeros_like(x_t)
 
     values, losses, _ = made_up(count=12)

@@ -24,6 +24,7 @@ from avd_trainer.evaluation.sampling import Prediction, Sampling, find_sampling
 from avd_trainer.evaluation.similarity import adjacent_similarity, measure, reinsert_linearly
 from avd_trainer.evaluation.similarity_analysis import analyze_similarity
 from avd_trainer.evaluation.similarity_report import save_violins
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
@@ -168,8 +169,9 @@ def test_what_cannot_be_measured_is_an_error(clips: Sequence[Tensor], said: str)
 class FrameModel:
     """Gives a velocity that depends on all of its arguments."""
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        return 0.3 * x_t + (timesteps / 1000).view(-1, 1, 1, 1, 1) + text.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        offsets = timesteps / 1000 + condition.text.mean(dim=(1, 2))
+        return 0.3 * x_t + offsets.view(-1, 1, 1, 1, 1)
 
 
 def test_the_rollout_hands_out_the_predictions_of_the_plain_few_step_sampler() -> None:
@@ -178,7 +180,7 @@ def test_the_rollout_hands_out_the_predictions_of_the_plain_few_step_sampler() -
     draws = iter(noise)
     last = few_step_rollout(
         model,
-        text,
+        Condition(text),
         SHAPE,
         GRID,
         lambda shape: next(draws),
@@ -189,7 +191,8 @@ def test_the_rollout_hands_out_the_predictions_of_the_plain_few_step_sampler() -
     x_t = noise[0]
     for index, (timestep, x_0) in enumerate(told):
         timesteps = torch.full((2,), timestep)
-        torch.testing.assert_close(x_0, schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps))
+        velocity = model(x_t, timesteps, Condition(text))
+        torch.testing.assert_close(x_0, schedule.velocity_to_x_0(velocity, x_t, timesteps))
         if index + 1 < len(GRID):
             x_t = schedule.add_noise(x_0, noise[index + 1], torch.full((2,), GRID[index + 1]))
 
@@ -199,7 +202,7 @@ def test_the_teacher_sampler_hands_out_its_predictions_and_ends_on_the_last() ->
     text, noise = torch.randn(2, 3, 4), torch.randn(2, *SHAPE)
     sample = sample_teacher(
         FrameModel(),
-        text,
+        Condition(text),
         torch.zeros(3, 4),
         SHAPE,
         lambda shape: noise,
@@ -236,7 +239,7 @@ def test_the_bundled_model_is_measured_and_the_numbers_can_be_recomputed(tmp_pat
     for timestep in GRID:
         noise, timesteps = draw((16, 5, 8, 8)), torch.full((3,), timestep)
         x_t = schedule.add_noise(predictions[-1].x_0, noise, timesteps) if predictions else noise
-        x_0 = schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
+        x_0 = schedule.velocity_to_x_0(model(x_t, timesteps, Condition(text)), x_t, timesteps)
         predictions.append(Prediction(timestep, x_0))
     report = measure([predictions]).report
     assert len(written["steps"]) == 4
@@ -360,7 +363,7 @@ def test_guidance_of_a_pipeline_is_away_from_wans_negative_prompt(tmp_path: Path
         row[: len(tokens)] = tokens
     predictions: list[Prediction] = []
     sample_teacher(
-        VelocityModel(load_transformer(str(pipeline))), text[:2], text[2], (16, 3, 4, 4),
+        VelocityModel(load_transformer(str(pipeline))), Condition(text[:2]), text[2], (16, 3, 4, 4),
         Draws((0, "similarity"), range(2), torch.device("cpu")).named("trajectory"), steps=2, guidance_scale=4.0,
         shift=5.0, on_prediction=lambda timestep, x_0: predictions.append(Prediction(timestep, x_0)),
     )  # fmt: skip

@@ -30,6 +30,7 @@ from avd_trainer.evaluation.spectrum import (
 from avd_trainer.evaluation.spectrum_analysis import analyze_spectrum, open_source
 from avd_trainer.evaluation.spectrum_report import save_violins
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, build_transformer
@@ -77,10 +78,10 @@ def test_a_blocks_tokens_are_put_back_on_their_grid(model: VelocityModel) -> Non
     hooks = [block.register_forward_hook(lambda *call: seen.append(call[2])) for block in model.module.blocks]
     timesteps = torch.full((2,), 700.0)
     with torch.no_grad():
-        model(schedule.add_noise(x_0, noise, timesteps), timesteps, text)
+        model(schedule.add_noise(x_0, noise, timesteps), timesteps, Condition(text))
     for hook in hooks:
         hook.remove()
-    found = block_rolloffs(model, x_0, noise, 700.0, text)
+    found = block_rolloffs(model, x_0, noise, 700.0, Condition(text))
     assert found.shape == (4, 2, 12)
     for block, tokens_BLD in enumerate(seen):
         for channel in range(12):
@@ -172,20 +173,20 @@ def test_nothing_is_recommended_that_chance_explains() -> None:
 
 
 def test_a_model_is_shown_both_kinds_of_clips_alike(model: VelocityModel) -> None:
-    real, text = randn(0, 6, 16, 3, 8, 8).float(), randn(1, 6, 4, 6).float()
+    real, condition = randn(0, 6, 16, 3, 8, 8).float(), Condition(randn(1, 6, 4, 6).float())
     noise = {level: randn(int(level), 6, 16, 3, 8, 8).float() for level in LEVELS}
-    same = measure(model, [ClipPair(real, real, text, noise)], LEVELS)
+    same = measure(model, [ClipPair(real, real, condition, noise)], LEVELS)
     assert all(each.separation == 0 for each in same.report.blocks)
     wave = 20 * randn(2, 6, 16, 3, 1, 1).float() * (torch.arange(8) * math.pi / 4).cos()
     generated = wave.expand_as(real)
     pairs = [
-        ClipPair(real[part], generated[part], text[part], {level: values[part] for level, values in noise.items()})
+        ClipPair(real[part], generated[part], condition[part], {level: values[part] for level, values in noise.items()})
         for part in (slice(0, 2), slice(2, 6))
     ]
     other = measure(model, pairs, LEVELS)
     assert other.report.blocks[0].levels[1].generated.mean < other.report.blocks[0].levels[1].real.mean
     for found, x_0 in ((other.real, real), (other.generated, generated)):
-        torch.testing.assert_close(found[200.0], block_rolloffs(model, x_0, noise[200.0], 200.0, text))
+        torch.testing.assert_close(found[200.0], block_rolloffs(model, x_0, noise[200.0], 200.0, condition))
 
 
 # The command
@@ -205,14 +206,14 @@ def test_a_students_blocks_are_measured_and_the_numbers_can_be_recomputed(
     assert "published choices" in said
     # Moving shapes that nothing was trained on, the student's own clips of their captions, and the same noise for both.
     clips = encode_shapes(MovingShapes(3, HELD_OUT, held_out=True), BlockDCTCodec())
-    text = HashTextEmbedding(TEXT_LENGTH, 6)(clips.captions)
+    condition = Condition(HashTextEmbedding(TEXT_LENGTH, 6)(clips.captions))
     draws = Draws((0, "spectrum"), range(3), torch.device("cpu"))
     with torch.no_grad():
-        own = few_step_rollout(model, text, (16, 5, 8, 8), (1000.0, 500.0), draws.named("trajectory")).x_0
+        own = few_step_rollout(model, condition, (16, 5, 8, 8), (1000.0, 500.0), draws.named("trajectory")).x_0
     for place, level in enumerate(LEVELS):
         noise = draws.normal(f"noise_{level:g}", (16, 5, 8, 8))
         for name, x_0 in (("real", clips.latents), ("generated", own)):
-            values = block_rolloffs(model, x_0, noise, level, text)
+            values = block_rolloffs(model, x_0, noise, level, condition)
             means = [each["levels"][place][name]["mean"] for each in written["blocks"]]
             assert means == pytest.approx(values.mean((1, 2)).tolist(), abs=1e-4)
 

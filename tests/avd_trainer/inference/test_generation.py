@@ -28,6 +28,7 @@ from avd_trainer.inference.choices import choose_rates, choose_shape
 from avd_trainer.inference.generation import clip_name, decode_clips, embed_prompts
 from avd_trainer.inference.students import Student, open_student
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
@@ -129,21 +130,21 @@ def test_a_clip_of_a_run_in_three_commands(folders: Path, tmp_path: Path) -> Non
 def test_samples_are_those_of_the_trainer_and_of_the_sampler(half: Student) -> None:
     ((full, reduced),) = sample_clips(half, [RED], FULL, HALF, seed=7)
     model = VelocityModel(load_transformer(str(half.folder / "transformer")))
-    text = HashTextEmbedding(TEXT_LENGTH, 32)([RED])
+    condition = Condition(HashTextEmbedding(TEXT_LENGTH, 32)([RED]))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         expected = few_step_rollout(
-            model, text, SHAPE, GRID, lambda shape: torch.randn(1, *shape, generator=generator)
+            model, condition, SHAPE, GRID, lambda shape: torch.randn(1, *shape, generator=generator)
         ).x_0  # fmt: skip
     torch.testing.assert_close(full, expected[0], rtol=0, atol=1e-5)
 
-    def denoise(x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        return schedule.velocity_to_x_0(model(x_t, timesteps, text), x_t, timesteps)
+    def denoise(x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        return schedule.velocity_to_x_0(model(x_t, timesteps, condition), x_t, timesteps)
 
     assert half.interpolator is not None
     generator = torch.Generator().manual_seed(7)
     noise = torch.randn(1, *SHAPE, generator=generator)
-    expected = HalfRateInterpolationSampler(denoise, half.interpolator, GRID, 2)(noise, generator, text=text)
+    expected = HalfRateInterpolationSampler(denoise, half.interpolator, GRID, 2)(noise, generator, condition=condition)
     assert torch.equal(reduced, expected[0])
     assert (reduced - full).abs().max() > 1e-2
 
@@ -161,9 +162,9 @@ def test_steps_at_half_rate_run_on_fewer_frames(half: Student, monkeypatch: pyte
     frames = []
 
     class Watched(VelocityModel):
-        def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
             frames.append(x_t.shape[2])
-            return super().__call__(x_t, timesteps, text)
+            return super().__call__(x_t, timesteps, condition)
 
     monkeypatch.setattr(generation, "VelocityModel", Watched)
     counted: list[None] = []

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from avd_core import AVDObjective, DistributionMatchingLoss
 from avd_trainer.config.loading import load_config
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.ranks import Ranks
@@ -48,8 +50,8 @@ class Counted:
     def __init__(self, model: Any, name: str, counts: Counter[tuple[str, bool]]) -> None:
         self.model, self.name, self.counts = model, name, counts
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        velocity: Tensor = self.model(x_t, timesteps, text)
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        velocity: Tensor = self.model(x_t, timesteps, condition)
         self.counts[self.name, velocity.requires_grad] += len(x_t)
         return velocity
 
@@ -125,36 +127,37 @@ def test_a_step_is_that_of_the_plain_algorithm(
     )
     student.module.requires_grad_(True)
     order = {name: order_of(name).batch(0, 2) for name in ("prompts", "clips")}
-    text = {name: torch.stack([trainer.data.clips[i].text for i in index]) for name, index in order.items()}
+    told = {name: condition_of([trainer.data.clips[i] for i in index]) for name, index in order.items()}
+    nothing = told["prompts"].with_text(torch.zeros_like(told["prompts"].text))
     draws = Draws((0, "student", 1, 0), range(2), torch.device("cpu"))
     shape = clips.latents.shape[1:]
 
     x_1000 = draws.normal("trajectory", shape)
     with torch.no_grad():
-        early = x_1000 - student(x_1000, torch.full((2,), 1000.0), text["prompts"])
+        early = x_1000 - student(x_1000, torch.full((2,), 1000.0), told["prompts"])
     x_900 = 0.1 * early + 0.9 * draws.normal("trajectory", shape)
-    velocity = student(x_900, torch.full((2,), 900.0), text["prompts"])
+    velocity = student(x_900, torch.full((2,), 900.0), told["prompts"])
     x_0 = x_900 - 0.9 * velocity
     uniform = draws.uniform("score_timesteps")
     timesteps = (1000 * 5 * uniform / (1 + 4 * uniform)).clamp(20, 980)
     sigma = (timesteps / 1000).view(2, 1, 1, 1, 1)
     x_t = (1 - sigma) * x_0.detach() + sigma * draws.normal("score_noise", shape)
     with torch.no_grad():
-        conditional, without = teacher(x_t, timesteps, text["prompts"]), teacher(x_t, timesteps, text["prompts"] * 0)
+        conditional, without = teacher(x_t, timesteps, told["prompts"]), teacher(x_t, timesteps, nothing)
         real = x_t - sigma * (without + method.guidance_scale * (conditional - without))
-        online_x_0 = x_t - sigma * online(x_t, timesteps, text["prompts"])
+        online_x_0 = x_t - sigma * online(x_t, timesteps, told["prompts"])
     matching, _ = DistributionMatchingLoss()(x_0, real, online_x_0)
     chosen = torch.tensor(method.few_steps)[(4 * draws.uniform("regression_timesteps")).long()]
     noise = draws.normal("regression_noise", shape)
     level = (chosen / 1000).view(2, 1, 1, 1, 1)
     real_clips = clips.latents[order["clips"]]
     noised = (1 - level) * real_clips + level * noise
-    prediction = student(noised, chosen, text["clips"])
+    prediction = student(noised, chosen, told["clips"])
     with torch.no_grad():
         judged_by = {
             "loss": {},
             "relative": {"clips": real_clips},
-            "excess": {"teacher_prediction": teacher(noised, chosen, text["clips"])},
+            "excess": {"teacher_prediction": teacher(noised, chosen, told["clips"])},
         }[judged]
     added, metrics = AVDObjective(method.objective)(x_0, prediction, noise - real_clips, chosen, **judged_by)
     assert ("regression/judged" in metrics) == (judged != "loss")

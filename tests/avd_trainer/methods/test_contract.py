@@ -9,7 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from avd_core import NonFiniteGuard
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ArchitectureConfig
+from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Loss
@@ -43,12 +44,26 @@ KINDS = [method.kind for method in list_methods()]
 VARIANTS = {
     "avd by excess": ("avd", "method.regression.judged=excess", "method.regression.deviation=standardized"),
     "avd by relative loss": ("avd", "method.regression.judged=relative"),
-}
+    "vpae of adapters": ("vpae", "method.student.lora.rank=2", "method.online.lora.rank=2", "method.priming_steps=2"),
+    "vpae with a separate critic": (
+        "vpae", "method.critic=separate", "method.head.kind=light", "method.priming_steps=0",
+        "method.head.optimizer.lr=1e-6",  # gradients nearly cancel here, and a step of Adam makes much of the rounding
+    ),
+    "vpae after consistency, with a frozen critic": (
+        "vpae", "method.priming=consistency", "method.priming_steps=2", "method.critic=frozen", "method.motion.floor=0",
+    ),
+}  # fmt: skip
+SHORT = {"vpae": ("method.priming_steps=2",)}
+"""What lets a method show all of itself in a run of few steps."""
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
 SMALL = ["max_steps=4", "batch_size=4", "samples.every=null", "logging.tensorboard=false"]
 STEPS = 4
-NOT_LINEAR_IN_SAMPLES = {"matching/gradient_norm", "balance/gradient_ratio"}
-"""So they depend a little on how a batch is shared out to ranks: gradient norms of dmd and avd by 0.24%."""
+NOT_LINEAR_IN_SAMPLES = {
+    "matching/gradient_norm", "balance/gradient_ratio", "csds/distance",
+    "adversarial/share", "csds/share", "motion/share",
+}  # fmt: skip
+"""So they depend a little on how a batch is shared out to ranks: gradient norms of dmd and avd by 0.24%, distances of
+vpae by 1.5%."""
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +83,7 @@ def data(clips: CaptionedLatents) -> TrainingData:
 @pytest.fixture
 def configure(teacher: Path) -> Callable[..., TrainConfig]:
     def configure(kind: str, *overrides: str) -> TrainConfig:
-        kind, *options = VARIANTS.get(kind, (kind,))
+        kind, *options = VARIANTS.get(kind, (kind, *SHORT.get(kind, ())))
         own = [f"teacher={teacher}"] if load_method(kind).Config.needs_teacher else []
         return load_config(TrainConfig, "tiny", [*SMALL, *own, *options, *overrides], method=kind)
 
@@ -149,7 +164,13 @@ def contents(run: Path) -> dict[str, bytes]:
     """What a run leaves, apart from where and when."""
     left = [path for path in run.rglob("*.safetensors") if "checkpoints" not in path.parts]
     assert left
-    return {path.relative_to(run).as_posix(): path.read_bytes() for path in [*left, run / "metrics.jsonl"]}
+    # Not the files' bytes: adapters have metadata, which is written in any order.
+    tensors = {
+        f"{path.relative_to(run).as_posix()} {name}": value.view(torch.uint8).numpy().tobytes()
+        for path in left
+        for name, value in load_file(path).items()
+    }
+    return {"metrics.jsonl": (run / "metrics.jsonl").read_bytes(), **tensors}
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
@@ -162,31 +183,35 @@ def test_two_ranks_follow_the_curve_of_one(
         for step, expected in zip(seen, alone, strict=True):
             assert step.keys() == expected.keys()
             for name in expected:
-                rel = 1e-2 if name in NOT_LINEAR_IN_SAMPLES else 2e-3
-                assert step[name] == pytest.approx(expected[name], rel=rel, abs=1e-5), name
+                rel, absolute = (2e-2, 1e-3) if name in NOT_LINEAR_IN_SAMPLES else (2e-3, 1e-5)
+                assert step[name] == pytest.approx(expected[name], rel=rel, abs=absolute), name
 
 
 def run_with_a_bad_loss(config: TrainConfig, data: TrainingData, role: str) -> tuple[int, int, bool]:
-    """A run in whose step 2 the last rank's losses of a role are NaN.
+    """A run in which the last rank's losses of a role are NaN, in the first step after 1 in which it has turns.
 
-    Returns the role's turns that were skipped, those that it has in a step, and whether all weights end finite.
+    Returns the role's turns that were skipped, those that it has in that step, and whether all weights end finite.
     """
     with join_ranks() as ranks:
         trainer = Trainer(config, data, ranks)
         losses = trainer.method.losses
+        bad_step, turns = next(
+            (step, own)
+            for step in range(2, STEPS + 1)
+            if (own := sum(turn.role == role for turn in trainer.method.turns(step)))
+        )
 
         def poisoned(turn: Any, batch: Any, draws: Draws) -> Iterator[Loss]:
             for loss in losses(turn, batch, draws):
-                bad = trainer.step == 2 and turn.role == role and ranks.rank == ranks.size - 1
+                bad = trainer.step == bad_step and turn.role == role and ranks.rank == ranks.size - 1
                 yield loss._replace(value=loss.value * torch.nan) if bad else loss
 
         trainer.method.losses = poisoned  # type: ignore[method-assign]
         logged = [float(metrics["skipped"]) for metrics in trainer.run()]
         if role == trainer.main_role:
-            assert logged == [0, 1, 0, 0]
+            assert logged == [step == bad_step for step in range(1, STEPS + 1)]
         guard = trainer.callbacks[role].callbacks["guard"]
         assert isinstance(guard, NonFiniteGuard)
-        turns = sum(turn.role == role for turn in trainer.method.turns(2))
         finite = all(bool(p.isfinite().all()) for own in parameters(trainer).values() for p in own)
         return guard.skipped, turns, finite
 
@@ -232,14 +257,14 @@ def test_what_it_trained_is_its_average_and_is_sampled_by_its_own_sampler(
     trainer = Trainer(config, data, ranks)
     list(trainer.run())
     sampler = trainer.method.sampler
-    text = torch.stack([data.prompts[place].text for place in range(2)])
+    condition = condition_of([data.prompts[place] for place in range(2)])
     with ExitStack() as stack:
         for average in trainer.averages.values():
             stack.enter_context(average.average_parameters())
         model: Any = trainer.models[config.method.main_role]
         module = model.module if isinstance(model, VelocityModel) else model
         trained = {name: parameter.detach().full_tensor().clone() for name, parameter in module.named_parameters()}
-        expected = None if sampler is None else trainer.sample(text, "samples")
+        expected = None if sampler is None else trainer.sample(condition, "samples")
     assert saved.keys() == trained.keys()
     for name, value in saved.items():
         assert torch.equal(value, trained[name].to(value.dtype)), name
@@ -251,7 +276,7 @@ def test_what_it_trained_is_its_average_and_is_sampled_by_its_own_sampler(
         parameter.data = trained[name]  # in full precision, to compare what the sampler makes of it
     noise = Draws((config.seed, "samples"), range(2), torch.device("cpu")).named("trajectory")
     with torch.no_grad():
-        found = sampler(VelocityModel(exported), text, data.prompts.unconditional(), data.latent_shape, noise)
+        found = sampler(VelocityModel(exported), condition, data.prompts.unconditional(), data.latent_shape, noise)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -281,34 +306,43 @@ def test_its_calls_are_those_of_a_step(
     ranks: Ranks,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Summed over the steps that a sample may stop at, which are equally likely."""
+    """Summed over a run, and over the steps that a sample may stop at, which are equally likely."""
     config = configure(kind)
     steps = len(config.few_steps or (0,))
     asked: Counter[tuple[str, bool]] = Counter()
     for last in range(steps):
         monkeypatch.setattr(Draws, "shared_integer", lambda *_, last=last: last)
         trainer = Trainer(config, data, ranks)
-        for name, model in trainer.models.items():
-            if isinstance(model, VelocityModel):
-                monkeypatch.setattr(model, "module", counted(model.module, name, asked))
-        next(trainer.run())
+        count_samples(trainer, asked, monkeypatch)
+        list(trainer.run())
         monkeypatch.undo()
-    calls = config.method.calls()
     planned: Counter[tuple[str, bool]] = Counter()
-    for call in calls:
-        planned[call.role, call.backward] += round(steps * config.batch_size * call.forwards)
+    for call in config.method.calls(STEPS):
+        planned[call.role, call.backward] += round(steps * STEPS * config.batch_size * call.forwards)
     assert +planned == asked
 
 
-def counted(module: Any, name: str, asked: Counter[tuple[str, bool]]) -> Callable[..., Any]:
-    """A transformer that counts its samples, by role and by whether a graph is kept."""
+def count_samples(trainer: Trainer, asked: Counter[tuple[str, bool]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Count what transformers are asked about, by role and by whether a graph is kept."""
+    running: list[str] = []
+    models = {name: model for name, model in trainer.models.items() if isinstance(model, VelocityModel)}
 
-    def forward(x_t: Tensor, *inputs: Any, **options: Any) -> Any:
-        output = module(x_t, *inputs, **options)
-        asked[name, output[0].requires_grad] += len(x_t)
-        return output
+    def note(block: Any, inputs: Any, output: Tensor) -> None:
+        asked[running[-1], output.requires_grad] += len(output)
 
-    return forward
+    for module in {model.module for model in models.values()}:
+        module.blocks[0].register_forward_hook(note)
+    for name, model in models.items():
+        in_role = model.in_role
+
+        @contextmanager
+        def named(name: str = name, in_role: Callable[[], Any] = in_role) -> Iterator[None]:
+            running.append(name)
+            with in_role():
+                yield
+            running.pop()
+
+        monkeypatch.setattr(model, "in_role", named)
 
 
 def test_every_method_has_a_golden_curve_and_no_curve_is_left_over() -> None:

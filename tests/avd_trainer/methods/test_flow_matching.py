@@ -18,6 +18,7 @@ from avd_trainer.evaluation.clip_measures import energy_distance
 from avd_trainer.evaluation.shape_measures import shape_measures
 from avd_trainer.evaluation.shape_tracking import track_shapes
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import EulerSampler, sample_teacher, schedule
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
@@ -66,7 +67,7 @@ def test_steps_are_those_of_the_plain_algorithm(
         timesteps = shift_timesteps(1000 * draws.uniform("timesteps"), 2.0)
         noise = draws.normal("noise", LATENT_SHAPE)
         sigma = (timesteps / 1000).view(4, 1, 1, 1, 1)
-        velocity = model((1 - sigma) * clips.latents[index] + sigma * noise, timesteps, captions)
+        velocity = model((1 - sigma) * clips.latents[index] + sigma * noise, timesteps, Condition(captions))
         expected = F.mse_loss(velocity, noise - clips.latents[index])
         assert loss == pytest.approx(expected.item(), rel=1e-4)
         expected.backward()
@@ -125,7 +126,7 @@ def samples(shapes: CaptionedLatents) -> Tensor:
     draws = torch.Generator().manual_seed(0)
     return sample_teacher(
         teacher,
-        EMBED(shapes.captions[:CLIPS]),
+        Condition(EMBED(shapes.captions[:CLIPS])),
         EMBED([""])[0],
         shapes.latents.shape[1:],
         lambda shape: torch.randn(CLIPS, *shape, generator=draws),
@@ -150,7 +151,7 @@ def test_the_bundled_teacher_denoises_unseen_clips(shapes: CaptionedLatents) -> 
         timesteps = torch.full((len(shapes),), timestep)
         noise = torch.randn(shapes.latents.shape, generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
-            velocity = teacher(schedule.add_noise(shapes.latents, noise, timesteps), timesteps, text)
+            velocity = teacher(schedule.add_noise(shapes.latents, noise, timesteps), timesteps, Condition(text))
         losses[timestep] = float(F.mse_loss(velocity, noise - shapes.latents))
     # Guessing the mean of data and noise costs 2.
     assert max(losses.values()) < 1.0

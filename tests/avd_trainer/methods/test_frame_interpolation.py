@@ -29,6 +29,7 @@ from avd_trainer.methods import frame_interpolation as interpolation_module
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.frame_interpolation import FrameInterpolation, split_frames
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
@@ -132,7 +133,7 @@ def test_the_loss_is_the_mean_squared_error_of_inserted_frames_alone(frames: int
         for place in (1, 3)
         for before, missing in zip(flatten(channel[place - 1]), flatten(channel[place]), strict=True)
     ]
-    batch = {"clips": Batch(clips, torch.empty(0))}
+    batch = {"clips": Batch(clips, Condition(torch.empty(0)))}
     (loss,) = method_of(Doubling()).losses(Turn(ROLE, ("clips",)), batch, Draws((0, ROLE), range(2), CPU))
     assert loss.value.item() == pytest.approx(mean(by_hand), rel=1e-12)
 

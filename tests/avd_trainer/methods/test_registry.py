@@ -8,7 +8,7 @@ import avd_trainer.methods
 from avd_trainer.methods.base import Method, MethodConfig
 from avd_trainer.methods.registry import list_methods, load_method
 
-NO_METHODS = {"__init__", "base", "registry"}
+NO_METHODS = {"__init__", "base", "registry", "equilibrium"}
 KINDS = [method.kind for method in list_methods()]
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from avd_trainer.config.sections import ArchitectureConfig
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.features import block_outputs, tapped_by_default
 from avd_trainer.models.roles import load_models
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
@@ -57,7 +59,7 @@ def run_roles(teacher: Path, lora: bool, checkpointing: bool) -> tuple[list[Tens
                 if ".lora_B." in name:
                     parameter.add_(0.1)
         share = slice(ranks.rank * 2 // ranks.size, (ranks.rank + 1) * 2 // ranks.size)
-        x_t, timesteps, text = (value[share] for value in model_inputs(text_dim=6))
+        x_t, timesteps, told = (value[share] for value in model_inputs(text_dim=6))
         counts = [0] * LAYERS
         for number, block in enumerate(critic.module.blocks):
             block.attn1.to_q.register_forward_hook(
@@ -65,15 +67,15 @@ def run_roles(teacher: Path, lora: bool, checkpointing: bool) -> tuple[list[Tens
             )
         results = []
         for _ in range(2):  # the second time, whatever the first has left behind would show
-            velocity = student(x_t, timesteps, text)
+            velocity = student(x_t, timesteps, told)
             seen = counts.copy()
             seen_by_critic = velocity.detach().requires_grad_()
-            features = block_outputs(critic, seen_by_critic, timesteps, text, BLOCKS)
+            features = block_outputs(critic, seen_by_critic, timesteps, told, BLOCKS)
             value = torch.stack([feature.square().mean() for feature in features]).sum()
             (gradient,) = torch.autograd.grad(value, seen_by_critic)
             ran = [now - before for now, before in zip(counts, seen, strict=True)]
             velocity.backward(gradient)
-            student(x_t, timesteps, text).square().mean().backward()
+            student(x_t, timesteps, told).square().mean().backward()
             parameters = list(student.named_parameters().values())
             reached = torch.cat([p.grad.full_tensor().flatten() for p in parameters if p.grad is not None])
             for parameter in parameters:
@@ -95,6 +97,23 @@ def test_features_are_the_outputs_of_the_blocks_in_a_whole_forward(deep_teacher:
         found = block_outputs(model, *inputs, BLOCKS)
     assert [f.shape for f in found] == [(2, 3 * 2 * 2, 12)] * 2
     assert all(torch.equal(a, b) for a, b in zip(found, expected[:2], strict=True))
+
+
+def test_an_image_is_seen_as_in_a_whole_forward() -> None:
+    """Wan2.1's image-to-video layout: further input channels, and an embedding with a cross attention of its own."""
+    torch.manual_seed(0)
+    module = WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, in_channels=36, out_channels=16, text_dim=6, freq_dim=8,
+        ffn_dim=16, num_layers=2, image_dim=10, added_kv_proj_dim=12, rope_max_seq_len=64,
+    )  # fmt: skip
+    x_t, timesteps, condition = model_inputs(text_dim=6)
+    condition = Condition(condition.text, torch.randn(2, 20, *LATENT_SHAPE[1:]), torch.randn(2, 257, 10))
+    expected: list[Tensor] = []
+    module.blocks[1].register_forward_hook(lambda *hook: expected.append(hook[-1]))
+    with torch.no_grad():
+        VelocityModel(module)(x_t, timesteps, condition)
+        (found,) = block_outputs(VelocityModel(module), x_t, timesteps, condition, [1])
+    assert torch.equal(found, expected[0])
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])

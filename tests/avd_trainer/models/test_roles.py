@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from avd_trainer.config.sections import ArchitectureConfig
+from avd_core import EMACallback
+from avd_trainer.config.sections import ArchitectureConfig, LoRAConfig, OptimizerConfig
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.roles import Average, Frozen, Trained, averaged_weights, load_models, trained_parameters
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.models.weights import TransformerWeights
 from avd_trainer.runtime.errors import UserError
@@ -36,10 +39,10 @@ def modules(models: dict[str, VelocityModel]) -> set[nn.Module]:
     return {model.module for model in models.values()}
 
 
-def inputs(timestep: float = 757.0) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(timestep: float = 757.0) -> tuple[Tensor, Tensor, Condition]:
     draws = torch.Generator().manual_seed(5)
     x_t = torch.randn(2, 16, 3, 4, 4, generator=draws)
-    return x_t, torch.full((2,), timestep), torch.randn(2, 4, 6, generator=draws)
+    return x_t, torch.full((2,), timestep), Condition(torch.randn(2, 4, 6, generator=draws))
 
 
 @torch.no_grad()
@@ -122,6 +125,53 @@ def test_gradients_reach_the_weights_of_their_role_alone(
     assert all(gradients(module) == {} for module in others)
 
 
+@pytest.mark.parametrize("lora", [None, LoRAConfig(rank=2, alpha=2.0)], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_average_that_is_asked_is_a_frozen_model_of_its_own(
+    make_config: MakeConfig, ranks: Ranks, lora: LoRAConfig | None, precision: str
+) -> None:
+    config = make_config(precision=precision)
+    roles = {
+        "teacher": Frozen(),
+        "student": Trained(OptimizerConfig(lr=1e-3), lora),
+        "ema": Average("student", 0.5, asked=True),
+    }
+    models = {
+        name: model
+        for name, model in load_models(
+            roles,
+            ranks,
+            teacher=config.teacher,
+            latent_shape=(16, 3, 4, 4),
+            precision=precision,
+            parallel=config.parallel,
+            seed=0,
+        ).items()
+        if isinstance(model, VelocityModel)
+    }
+    student, ema = models["student"], models["ema"]
+    # Adapters share one base: there is no second copy of it.
+    assert (ema.module is student.module) == (ema.module is models["teacher"].module) == (lora is not None)
+    assert trained_parameters(ema) == {}
+    weights = averaged_weights(ema)
+    assert {weight.dtype for weight in weights} == {torch.float32}
+    parameters = list(trained_parameters(student).values())
+    average = EMACallback(parameters, 0.5, warmup=False, held_in=weights)
+    assert torch.equal(velocity(ema), velocity(student))
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.2)
+    moved = velocity(student)
+    assert not torch.equal(velocity(ema), moved)
+    average.after_step(1, {})
+    with average.average_parameters():
+        assert torch.equal(velocity(ema), velocity(student))
+    assert not torch.equal(velocity(ema), moved)
+    x_t, *others = inputs()
+    models["ema"](x_t.requires_grad_(), *others).square().mean().backward()
+    assert all(gradients(module) == {} for module in modules(models))
+
+
 def test_a_call_leaves_no_role_behind(make_config: MakeConfig, ranks: Ranks) -> None:
     models = load(make_config(method=lora(BOTH)), ranks)
     module = models["teacher"].module
@@ -134,7 +184,7 @@ def test_a_call_leaves_no_role_behind(make_config: MakeConfig, ranks: Ranks) -> 
     before, results = switches(), [velocity(model) for model in models.values()]
     assert len({result.sum().item() for result in results}) == 3
     with pytest.raises(RuntimeError):
-        models["student"](*inputs()[:2], torch.zeros(2, 4, 7))  # text of another width
+        models["student"](*inputs()[:2], Condition(torch.zeros(2, 4, 7)))  # text of another width
     assert switches() == before
     assert all(torch.equal(velocity(model), result) for model, result in zip(models.values(), results, strict=True))
 

@@ -61,6 +61,10 @@ def original_name(name: str) -> str:
         "condition_embedder.text_embedder.linear_2": "text_embedding.2",
         "condition_embedder.time_proj": "time_projection.1",
         "proj_out": "head.head",
+        "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+        "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+        "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     }
     module, _, kind = name.rpartition(".")
     if module in first:
@@ -73,7 +77,10 @@ def original_name(name: str) -> str:
         return f"blocks.{number}.modulation"
     if rest[0].startswith("attn"):
         attention = {"attn1": "self_attn", "attn2": "cross_attn"}[rest[0]]
-        layer = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"}.get(rest[1], rest[1])
+        layer = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "o"} | {
+            "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
+        }  # fmt: skip
+        layer = layer.get(rest[1], rest[1])
         return f"blocks.{number}.{attention}.{layer}.{kind}"
     # The norm of cross attention is Wan2.1's third and diffusers' second.
     layer = {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "norm2": "norm3"}[".".join(rest[:-1])]
@@ -221,6 +228,14 @@ def test_the_original_names_are_those_of_the_release() -> None:
         "blocks.29.modulation": "blocks.29.scale_shift_table",
         "head.modulation": "scale_shift_table",
         "head.head.weight": "proj_out.weight",
+        # Of Wan-AI/Wan2.1-I2V-14B-480P.
+        "img_emb.proj.0.weight": "condition_embedder.image_embedder.norm1.weight",
+        "img_emb.proj.1.bias": "condition_embedder.image_embedder.ff.net.0.proj.bias",
+        "img_emb.proj.3.weight": "condition_embedder.image_embedder.ff.net.2.weight",
+        "img_emb.proj.4.bias": "condition_embedder.image_embedder.norm2.bias",
+        "blocks.39.cross_attn.k_img.weight": "blocks.39.attn2.add_k_proj.weight",
+        "blocks.39.cross_attn.v_img.bias": "blocks.39.attn2.add_v_proj.bias",
+        "blocks.39.cross_attn.norm_k_img.weight": "blocks.39.attn2.norm_added_k.weight",
     }
     assert diffusers_names(released, "here") == {new: old for old, new in released.items()}
 
@@ -433,11 +448,19 @@ def test_another_kind_of_model_is_named_as_such(model: WanTransformer3DModel, tm
         load_into(make(), weights)
 
 
-def test_an_image_to_video_model_is_refused(model: WanTransformer3DModel, tmp_path: Path) -> None:
-    state = original_state(model) | {"blocks.0.cross_attn.k_img.weight": torch.zeros(2)}
-    save_file(state, tmp_path / "i2v.safetensors")
-    with pytest.raises(UserError, match="is an image-to-video model"):
-        open_weights(str(tmp_path / "i2v.safetensors"), config=model.config)
+@pytest.mark.parametrize("write", [diffusers_folder, original_folder, student_file])
+def test_every_layout_gives_the_same_model_of_image_to_video(
+    write: Callable[[WanTransformer3DModel, Path], str], tmp_path: Path
+) -> None:
+    torch.manual_seed(3)
+    model = make(in_channels=20, image_dim=14, added_kv_proj_dim=24)
+    with open_weights(write(model, tmp_path), config=dict(model.config)) as weights:
+        assert {key: weights.config[key] for key in ("in_channels", "image_dim", "added_kv_proj_dim")} == {
+            "in_channels": 20, "image_dim": 14, "added_kv_proj_dim": 24,
+        }  # fmt: skip
+        loaded = WanTransformer3DModel(**weights.config).eval()
+        load_into(loaded, weights)
+    assert_same_state(loaded.state_dict(), model.state_dict())
 
 
 class Code:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from avd_trainer.models.codecs.latent_space import latent_shape_of
+from avd_trainer.models.condition import Condition
 from avd_trainer.models.transformer import build_transformer
 from avd_trainer.planning.activations import LiveTensors, training_activations
 from avd_trainer.planning.description import describe
@@ -87,12 +88,12 @@ def test_few_blocks_say_what_many_take(changes: dict[str, Any]) -> None:
     shape = latent_shape_of("832x480x81", "wan")
     student = student_of(ARCHITECTURE | {"num_layers": 4}, precision="bfloat16", **changes)
     model = student.build_gathered("student")
-    inputs = [torch.empty(1, *rest, device="meta") for rest in (shape, (), (512, 4096))]
+    x_t, timesteps, text = (torch.empty(1, *rest, device="meta") for rest in (shape, (), (512, 4096)))
     for parameter in model.module.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
-    with LiveTensors([*model.module.parameters(), *model.module.buffers(), *inputs]) as live:
-        velocity = model(*inputs)
+    with LiveTensors([*model.module.parameters(), *model.module.buffers(), x_t, timesteps, text]) as live:
+        velocity = model(x_t, timesteps, Condition(text))
         kept, forward = live.now, live.peak
         torch.autograd.backward(velocity, torch.empty_like(velocity))
     assert training_activations(student, "student", 1, shape, 512) == (kept, forward, live.peak)

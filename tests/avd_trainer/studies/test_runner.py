@@ -16,6 +16,7 @@ from torch import Tensor
 from avd_core import NonFiniteError
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.models.condition import Condition
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.progress import ProgressBar
@@ -315,7 +316,7 @@ def test_in_a_seed_all_variants_have_the_same_noises(
 ) -> None:
     seen: list[Tensor] = []
 
-    def sample(noise: Tensor, streams: Sequence[torch.Generator], text: Tensor) -> Tensor:
+    def sample(noise: Tensor, streams: Sequence[torch.Generator], condition: Condition) -> Tensor:
         further = [torch.randn(noise.shape[1:], generator=stream) for stream in streams]
         seen.append(torch.stack([noise, torch.stack(further)]))
         return noise

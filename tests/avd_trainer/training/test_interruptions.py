@@ -81,7 +81,7 @@ class Broken(InMemoryData):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_in_reading_is_told_in_its_own_words(clips: CaptionedLatents, workers: int) -> None:
     batches = read_batches(Broken(clips, EMBED), [[0, 1], [2, 3]], workers)
-    assert len(next(batches).text) == 2
+    assert len(next(batches).condition) == 2
     with pytest.raises(UserError, match=r"^data-00001-of-00002\.parquet is gone\. Copy it again\.$"):
         next(batches)
 

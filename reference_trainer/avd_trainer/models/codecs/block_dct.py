@@ -109,6 +109,14 @@ class BlockDCTCodec(nn.Module):
         rest = self._synthesise(coefficients[:, :, 1:], self.basis_rest)
         return (torch.cat([first, rest], dim=2) + 1.0) / 2.0
 
+    def keep_first_frame(self, latents: Tensor) -> Tensor:
+        """Latents ``[..., 16, F, h, w]`` of clips to those of clips whose other frames are grey.
+
+        The first frame is encoded alone, so its latents are there already.
+        """
+        grey = (-self.mean / self.std).squeeze(0).expand_as(latents[..., 1:, :, :])
+        return torch.cat([latents[..., :1, :, :], grey], dim=-3)
+
     def _analyse(self, video: Tensor, basis: Tensor) -> Tensor:
         blocks = rearrange(
             video, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=basis.shape[2], y=SPATIAL_STRIDE, x=SPATIAL_STRIDE

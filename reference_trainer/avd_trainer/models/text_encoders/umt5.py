@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
 
-from avd_trainer.models.pipeline_parts import part_not_loaded
-from avd_trainer.runtime.errors import UserError
+from avd_trainer.models.pipeline_parts import part_not_loaded, transformers_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -51,7 +50,7 @@ class WanTextEncoder:
         Raises:
             UserError: If transformers is not installed, or there is no such text encoder.
         """
-        transformers = _transformers()
+        transformers = transformers_library("text encoder")
         try:
             encoder = transformers.UMT5EncoderModel.from_pretrained(
                 source, subfolder="text_encoder", dtype=dtype, use_safetensors=True
@@ -89,12 +88,3 @@ class WanTextEncoder:
         hidden = self._encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state.float().cpu()
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         return [row[:used].clone() for row, used in zip(hidden, lengths, strict=True)]
-
-
-def _transformers() -> Any:
-    """The library, imported only here: it takes seconds, and training does without it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError('Wan\'s text encoder needs transformers. Run pip install "avd-core[wan]".') from error
-    return transformers

@@ -1,0 +1,388 @@
+"""Image to video from clips and pictures to clips, held against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor
+from typer.testing import CliRunner
+
+import tiny_pipeline
+from avd_integrations.diffusers import FewStepScheduler
+from avd_trainer.commands.app import app
+from avd_trainer.config.sections import ArchitectureConfig, ShardsData
+from avd_trainer.data.examples import condition_of
+from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.data.sources import load_data
+from avd_trainer.data.videos import read_picture
+from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.codecs.first_frame import encode_first_frame, with_mask
+from avd_trainer.models.codecs.wan import WanCodec
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.image_encoder import WanImageEncoder
+from avd_trainer.models.samplers import few_step_rollout
+from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
+from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer, start_from
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.pipeline_export import export_pipeline
+from avd_trainer.training.run import train
+from avd_trainer.training.trainer import Trainer
+from runs import ARCHITECTURE, both, in_memory, load_data_of, tiny_config, weights
+
+IMAGE_DIM = 12
+IMAGE_ARCHITECTURE = ARCHITECTURE.model_copy(update={"image_to_video": True})
+PROMPT = "a red circle"
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline of image to video in the layout of Wan2.1, with an image encoder."""
+    return tiny_pipeline.build(tmp_path_factory.mktemp("wan") / "pipeline", image_dim=IMAGE_DIM)
+
+
+@pytest.fixture(scope="module")
+def pipeline(wan: Path) -> WanImageToVideoPipeline:
+    found = DiffusionPipeline.from_pretrained(wan)
+    assert type(found) is WanImageToVideoPipeline
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 x 32 pixels of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    path = tmp_path_factory.mktemp("picture") / "first.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def image_teacher(tmp_path: Path) -> Path:
+    """A tiny one without image encoder, as Wan2.2's; weights that read the image, random."""
+    torch.manual_seed(2)
+    build_transformer(IMAGE_ARCHITECTURE).save_pretrained(tmp_path / "image-teacher")
+    return tmp_path / "image-teacher"
+
+
+# The condition
+
+
+def test_a_picture_becomes_what_diffusers_makes_of_it(
+    pipeline: WanImageToVideoPipeline, wan: Path, picture: Path
+) -> None:
+    image, seen = Image.open(picture), read_picture(picture, 32, 48)
+    preprocessed = pipeline.video_processor.preprocess(image, height=32, width=48)
+    with torch.no_grad():
+        _, expected = pipeline.prepare_latents(preprocessed, 1, 16, 32, 48, 9, torch.float32, torch.device("cpu"))
+        expected_embedding = pipeline.encode_image(image)
+    codec = WanCodec.from_pretrained(str(wan), dtype=torch.float32)
+    found = encode_first_frame(codec.encode, seen.unsqueeze(0), 9)
+    assert found.shape == (1, 20, 3, 4, 6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    encoder = WanImageEncoder.from_pretrained(str(wan))
+    embedding = encoder(seen)
+    assert embedding.shape == (encoder.tokens, encoder.dim) == (5, IMAGE_DIM)
+    torch.testing.assert_close(embedding.unsqueeze(0), expected_embedding, rtol=0, atol=1e-6)
+
+
+def test_of_the_tiny_codec_a_clips_latents_hold_its_first_frame() -> None:
+    codec, video = BlockDCTCodec(), torch.rand(2, 3, 9, 16, 24)
+    expected = encode_first_frame(codec.encode, video[:, :, 0], 9)
+    torch.testing.assert_close(with_mask(codec.keep_first_frame(codec.encode(video))), expected, rtol=0, atol=1e-5)
+    grey = codec.decode(expected[:, 4:])[:, :, 1:]
+    torch.testing.assert_close(grey, torch.full_like(grey, 0.5), rtol=0, atol=1e-5)
+
+
+def test_a_frame_of_another_size_covers_the_clip_and_its_centre_is_cut_out(tmp_path: Path) -> None:
+    pixels = np.zeros((16, 64, 3), dtype=np.uint8)
+    pixels[:, 24:40] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert read_picture(tmp_path / "wide.png", 16, 16).min() == 1
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(UserError, match=r"notes.txt cannot be read: .* Pass a picture, PNG or JPEG"):
+        read_picture(tmp_path / "notes.txt", 16, 16)
+
+
+# Which kind a model is
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ({"in_channels": 16}, None),
+        ({"in_channels": 16, "out_channels": 16, "image_dim": None}, None),
+        ({"in_channels": 36, "out_channels": 16, "image_dim": 1280}, ImageInput(20, 1280)),
+        ({"in_channels": 36, "out_channels": 16}, ImageInput(20, None)),
+    ],
+)
+def test_channels_say_which_kind_a_model_is(architecture: dict[str, Any], expected: ImageInput | None) -> None:
+    assert image_input(architecture) == expected
+    assert latent_channels(architecture) == 16
+
+
+@pytest.mark.parametrize(
+    "architecture", [{"in_channels": 48, "out_channels": 16}, {"in_channels": 16, "image_dim": 1280}]
+)
+def test_another_kind_of_model_is_refused(architecture: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"is neither text to video .16 in, no image_dim. nor image to video .36 in."):
+        image_input(architecture)
+
+
+def test_a_model_of_image_to_video_starts_as_one_of_text_to_video(teacher_folder: Path) -> None:
+    model = VelocityModel(start_from(build_transformer(IMAGE_ARCHITECTURE), str(teacher_folder)))
+    text, x_t, timesteps = torch.randn(2, 4, 6), torch.randn(2, 16, 3, 4, 4), torch.tensor([757.0, 300.0])
+    images = torch.randn(2, 2, 20, 3, 4, 4)
+    with torch.no_grad():
+        expected = VelocityModel(load_transformer(str(teacher_folder)))(x_t, timesteps, Condition(text))
+        for image in images:
+            assert torch.equal(model(x_t, timesteps, Condition(text, image)), expected)
+    with pytest.raises(UserError, match="does not fit the model"):
+        start_from(build_transformer(ArchitectureConfig(image_to_video=True)), str(teacher_folder))
+
+
+# Data
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    with av.open(folder / "red_circle.mp4", "w") as container:
+        stream = container.add_stream("mpeg4", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for number in range(19):
+            pixels = np.full((32, 48, 3), 12 * number, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return folder
+
+
+def encode(videos: Path, output: Path, model: object, *options: object) -> Path:
+    sizes = ("--frames", 9, "--height", 32, "--width", 48)
+    status, said = run("data", "encode", "--videos", videos, "--output", output, "--model", model, *sizes, *options)
+    assert status == 0, said
+    return output
+
+
+def architecture_of(wan: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((wan / "transformer" / "config.json").read_text())
+    return content
+
+
+def test_first_frames_are_encoded_with_the_clips(videos: Path, tmp_path: Path, wan: Path) -> None:
+    folder = encode(videos, tmp_path / "data", wan, "--image-condition")
+    loaded = load_data(ShardsData(path=(folder,), workers=0), None, teacher=str(wan), architecture=architecture_of(wan))
+    assert len(loaded.clips) == 2
+    example = loaded.clips[1]
+    assert example.image_latents is not None
+    assert example.image_embedding is not None
+    assert example.image_latents.shape == (20, 3, 4, 6)
+    codec, encoder = WanCodec.from_pretrained(str(wan), dtype=torch.float32), WanImageEncoder.from_pretrained(str(wan))
+    with av.open(videos / "red_circle.mp4") as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    first = torch.from_numpy(frames[9]).permute(2, 0, 1) / 255
+    expected = encode_first_frame(codec.encode, first.unsqueeze(0), 9)[0]
+    torch.testing.assert_close(example.image_latents, expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(example.image_embedding, encoder(first), rtol=1e-3, atol=1e-3)
+    # Text to video reads the same shards, and leaves first frames alone.
+    plain = ShardDataset(folder)[1]
+    assert plain.image_latents is plain.image_embedding is None
+    status, said = run("data", "inspect", folder)
+    assert status == 0
+    assert "first frames latents and embeddings of 5 tokens x 12" in said
+
+
+def test_the_tiny_codecs_first_frames_are_those_in_memory(videos: Path, tmp_path: Path, image_teacher: Path) -> None:
+    folder = encode(videos, tmp_path / "data", "tiny", "--image-condition")
+    example = ShardDataset(folder, image=ImageInput(20, None))[0]
+    assert example.latent is not None
+    assert example.image_latents is not None
+    assert example.image_embedding is None
+    memory = in_memory(example.latent.unsqueeze(0), image=True)[0]
+    torch.testing.assert_close(example.image_latents, memory.image_latents, rtol=0, atol=0.02)  # float16
+
+
+def test_data_without_first_frames_is_refused_with_what_to_do(videos: Path, tmp_path: Path, wan: Path) -> None:
+    def load(architecture: dict[str, Any], prompts: Path | None = None, folder: Path | None = None) -> None:
+        sections = [ShardsData(path=(path,)) for path in (folder or tmp_path / "image", prompts) if path is not None]
+        load_data(sections[0], sections[1] if prompts else None, teacher=None, architecture=architecture)
+
+    architecture = architecture_of(wan)
+    encode(videos, tmp_path / "image", wan, "--image-condition")
+    encode(videos, tmp_path / "text", wan)
+    load(architecture)
+    load(architecture | {"in_channels": 16, "image_dim": None})
+    with pytest.raises(UserError, match=r"holds nothing of first frames, .* `avd data encode --image-condition"):
+        load(architecture, folder=tmp_path / "text")
+    with pytest.raises(UserError, match="image embeddings of width 12, the teacher expects 1280"):
+        load(architecture | {"image_dim": 1280})
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    run("data", "encode-prompts", tmp_path / "prompts.txt", "--output", tmp_path / "prompts", "--model", wan)
+    with pytest.raises(UserError, match="holds prompts only, and the teacher makes videos of an image and a prompt"):
+        load(architecture, prompts=tmp_path / "prompts")
+
+
+# Training
+
+
+@pytest.mark.parametrize("kind", ["dmd", "avd"])
+def test_a_student_of_image_to_video_is_trained_resumed_and_looks_at_the_image(
+    kind: str, image_teacher: Path, clips: CaptionedLatents, ranks: Ranks, tmp_path: Path
+) -> None:
+    data = both(in_memory(clips, image=True))
+    config = tiny_config(image_teacher, kind, checkpoint={"every": 1}, logging={"tensorboard": False})
+    whole = Trainer(config, data, ranks)
+    before = {name: weights(model) for name, model in whole.models.items()}
+    curve = [float(metrics["loss"]) for metrics in whole.run()]
+    after = {name: weights(model) for name, model in whole.models.items()}
+    assert torch.equal(before["teacher"], after["teacher"])
+    assert not torch.equal(before["student"], after["student"])
+    # Resumed after the second step, the third is the same.
+    train(config.model_copy(update={"max_steps": 2}), tmp_path / "run", ranks, data=data)
+    train(config, tmp_path / "run", ranks, data=data)
+    resumed = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert resumed == pytest.approx(curve, rel=1e-6)
+    # Other first frames give other samples of the same prompts and noise.
+    condition = condition_of([data.prompts[0], data.prompts[1]])
+    assert condition.image_latents is not None
+    others = Condition(condition.text, condition.image_latents.flip(0))
+    assert (whole.sample(condition, "a") - whole.sample(others, "a")).abs().max() > 1e-3
+
+
+def test_a_teacher_is_trained_from_a_text_to_video_one(teacher_folder: Path, ranks: Ranks) -> None:
+    method = {"architecture": IMAGE_ARCHITECTURE.model_dump(), "start": str(teacher_folder)}
+    config = tiny_config("", "flow_matching", method, data={"kind": "shapes", "clips": 4})
+    trainer = Trainer(config, load_data_of(config), ranks)
+    module: Any = trainer.models["teacher"]
+    embedding = module.module.patch_embedding.weight.full_tensor
+    assert not embedding()[:, 16:].any()
+    assert torch.equal(embedding()[:, :16], load_transformer(str(teacher_folder)).patch_embedding.weight)
+    list(trainer.run())
+    assert embedding()[:, 16:].any()
+
+
+# Export and use
+
+
+@pytest.fixture(scope="module")
+def student(wan: Path, videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on encoded clips, and its export."""
+    folder = tmp_path_factory.mktemp("student")
+    encode(videos, folder / "data", wan, "--image-condition")
+    status, said = run(
+        "train", "wan2.1-i2v-14b-480p", "--data", folder / "data", "--output", folder / "run", "--max-steps", 2,
+        "--set", f"teacher={wan}", "--set", "batch_size=1", "--set", "method.online_updates=1", "--set",
+        "samples.every=null", "--set", "precision=float32", "--set", "method.student.optimizer.lr=0.01",
+    )  # fmt: skip
+    assert status == 0, said
+    export_pipeline(folder / "run", folder / "out")
+    return folder
+
+
+def test_an_export_is_diffusers_own_pipeline_and_samples_the_same(student: Path, wan: Path, picture: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(student / "out")
+    assert type(pipeline) is WanImageToVideoPipeline
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)
+    noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(4)
+    found = pipeline(
+        Image.open(picture), PROMPT, height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=1.0,
+        latents=noise, output_type="latent",
+    ).frames  # fmt: skip
+
+    (tokens,) = WanTextEncoder.from_pretrained(str(wan), dtype=torch.float32)([PROMPT])
+    text = torch.nn.functional.pad(tokens, (0, 0, 0, 512 - len(tokens))).unsqueeze(0)
+    codec, seen = WanCodec.from_pretrained(str(wan), dtype=torch.float32), read_picture(picture, 32, 48)
+    condition = Condition(
+        text,
+        encode_first_frame(codec.encode, seen.unsqueeze(0), 9),
+        WanImageEncoder.from_pretrained(str(wan))(seen).unsqueeze(0),
+    )
+    model = VelocityModel(load_transformer(str(student / "run" / "student")))
+    torch.manual_seed(4)
+    draws = [noise]
+
+    def draw(shape: Any) -> Tensor:
+        return draws.pop() if draws else torch.randn(1, *shape)
+
+    with torch.no_grad():
+        expected = few_step_rollout(model, condition, noise.shape[1:], (1000.0, 900.0, 757.0, 522.0), draw).x_0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    index = json.loads((student / "out" / "model_index.json").read_text())
+    assert index["image_encoder"] == ["transformers", "CLIPVisionModel"]
+    names = WanTransformer3DModel.from_pretrained(student / "out" / "transformer").state_dict()
+    assert "condition_embedder.image_embedder.ff.net.0.proj.weight" in names
+    assert "blocks.0.attn2.add_k_proj.weight" in names
+
+
+@pytest.fixture(scope="module")
+def sampled(student: Path) -> Callable[..., tuple[int, str]]:
+    def sample(*options: object) -> tuple[int, str]:
+        return run("sample", student / "out", "--prompt", PROMPT, "--output", student / "clip.mp4", *options)
+
+    return sample
+
+
+def test_clips_go_on_from_a_picture(
+    student: Path, picture: Path, sampled: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    contents = []
+    Image.fromarray(np.zeros((32, 48, 3), dtype=np.uint8)).save(tmp_path / "black.png")
+    for image in (picture, picture, tmp_path / "black.png"):
+        status, said = sampled("--image", image)
+        assert status == 0, said
+        contents.append((student / "clip.mp4").read_bytes())
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+
+
+def test_a_student_without_image_and_an_image_without_use_are_errors(
+    sampled: Callable[..., tuple[int, str]], picture: Path, tmp_path: Path
+) -> None:
+    status, said = sampled()
+    assert status == 2
+    assert "makes videos of an image and a prompt. Pass the image by --image FILE." in said
+    status, said = sampled("--image", tmp_path / "gone.png")
+    assert status == 2
+    assert "gone.png cannot be read" in said
+    options = ("--set", "batch_size=2", "--set", "data.clips=4", "--set", "samples.every=null")
+    assert run("train", "tiny", "--output", tmp_path / "run", "--max-steps", 1, *options)[0] == 0
+    run("export", tmp_path / "run", "--output", tmp_path / "text")
+    status, said = run(
+        "sample", tmp_path / "text", "--prompt", PROMPT, "--output", tmp_path / "clip.mp4", "--image", picture
+    )
+    assert status == 2
+    assert "makes videos of a prompt alone. Leave --image out." in said
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_plan_of_the_14b_model_counts_the_image(lora: bool) -> None:
+    options = ["--set", "method.student.lora.rank=64", "--set", "method.online.lora.rank=64"] if lora else []
+    needed = {}
+    for preset in ("wan2.1-14b", "wan2.1-i2v-14b-480p"):
+        status, said = run("plan", preset, "--gpus", 8, *options)
+        assert status in (0, 1), said
+        needed[preset] = float(said.partition(" GB of ")[0].rpartition(" ")[2])
+    # 16.4 against 14.3 billion parameters.
+    assert 1.02 < needed["wan2.1-i2v-14b-480p"] / needed["wan2.1-14b"] < 1.25
