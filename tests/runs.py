@@ -36,10 +36,12 @@ EMBED = HashTextEmbedding(4, 6)
 LATENT_SHAPE = (16, 3, 4, 4)
 LORA = {"rank": 2, "alpha": 2.0}
 
+_HEAD = {"width": 32, "optimizer": {"lr": 1e-3, "betas": [0.0, 0.9]}}
 _DISTILLATION = {role: {"optimizer": {"lr": 1e-3}} for role in ("student", "online")}
 _METHODS: dict[str, dict[str, Any]] = {
     "avd": _DISTILLATION,
     "dmd": _DISTILLATION,
+    "vpae": {**_DISTILLATION, "head": _HEAD},
     "flow_matching": {"architecture": ARCHITECTURE.model_dump()},
     "frame_interpolation": {"widths": [8, 8, 8], "optimizer": {"lr": 1e-2}},
 }
@@ -57,7 +59,7 @@ def tiny_config(
         changes: Other sections and values, in place of small ones.
     """
     values: dict[str, Any] = {"data": {"kind": "shapes"}, "max_steps": 3, "batch_size": 2}
-    if kind in ("avd", "dmd"):
+    if kind in ("avd", "dmd", "vpae"):
         values["teacher"] = str(teacher)
     section = _merge(_METHODS[kind], method or {})
     return TrainConfig.model_validate({**values, "method": {"kind": kind, **section}, **changes})

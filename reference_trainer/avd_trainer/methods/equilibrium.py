@@ -89,7 +89,9 @@ class EquilibriumConfig(DistillationConfig):
         return {
             **separate,
             "ema": Average("student", self.ema_decay, asked=self.critic == "average"),
-            "head": Built(self.head.optimizer, lambda _, architecture: build_head(self.head, architecture), reads),
+            "discriminator": Built(
+                self.head.optimizer, lambda _, architecture: build_head(self.head, architecture), reads
+            ),
         }
 
     def equilibrium_calls(self) -> Sequence[Call]:
@@ -116,7 +118,9 @@ class Equilibrium:
         self.config, self.setting = config, setting
         self.student, self.teacher = models["student"], models["teacher"]
         backbone: Any = models[config.backbone]
-        self.discriminator = Discriminator(backbone, models["head"], config.head.tapped(len(backbone.module.blocks)))
+        self.discriminator = Discriminator(
+            backbone, models["discriminator"], config.head.tapped(len(backbone.module.blocks))
+        )
         self.hinge = HingeLoss()
         self.r1 = SpatioTemporalR1Loss(weight=config.r1_weight)
         self.csds = ConditionalScoreDistillationLoss(weight=config.csds_weight)

@@ -92,14 +92,14 @@ class VPAE(DMD):
     def turns(self, step: int) -> Sequence[Turn]:
         if step > self.config.priming_steps:
             trained_too = ("critic",) if self.config.critic == "separate" else ()
-            judging = Turn("head", ("clips",), "equilibrium", trained_too)
+            judging = Turn("discriminator", ("clips",), "equilibrium", trained_too)
             return [judging, Turn("student", ("prompts",), "equilibrium")]
         priming = super().turns(step) if self.config.priming == "vsd" else [Turn("student", ("clips",), "consistency")]
         return [turn._replace(rate=self.config.priming_rate) if turn.role == "student" else turn for turn in priming]
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.part == "equilibrium":  # phase II
-            side = self.equilibrium.judge if turn.role == "head" else self.equilibrium.be_judged
+            side = self.equilibrium.judge if turn.role == "discriminator" else self.equilibrium.be_judged
             yield side(batch, draws)
         elif turn.part == "consistency":
             yield self._stay_consistent(batch, draws)

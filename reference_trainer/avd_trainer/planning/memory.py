@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from avd_trainer.methods.base import Call
 from avd_trainer.models.image_encoder import IMAGE_TOKENS
+from avd_trainer.models.roles import Reads
 from avd_trainer.models.transformer import DTYPES
 from avd_trainer.planning.activations import inference_activations, training_activations
 from avd_trainer.planning.description import Role, Run
@@ -119,16 +120,20 @@ def _built_update(run: Run, role: Role, gradients: int) -> Phase:
     """A module of the method's own is trained, perhaps on the features of a transformer."""
     activations, buffers = 0, 2 * sum(4 * math.prod(shape) for shape in role.built or ())  # weights, gradients
     if role.reads is not None:
-        models, micro = meta_models(run), run.batches.micro
-        model = models[role.reads.role]
-        architecture = json.loads(run.architecture)
-        tokens = math.prod(n // p for n, p in zip(run.latent_shape[1:], architecture["patch_size"], strict=True))
-        width = architecture["num_attention_heads"] * architecture["attention_head_dim"]
-        features = role.reads.times * role.reads.blocks(model.layers) * micro * tokens * width
+        model, micro = meta_models(run)[role.reads.role], run.batches.micro
         asked = inference_activations(model, role.reads.role, micro, run.latent_shape, run.text_length)
-        activations = 2 * 4 * features + asked  # as they are and normalised, in float32
+        activations = asked + role.reads.times * _features(run, role.reads)
         buffers += _gathered(model, run.shards)
     return _phase(run, f"{role.name} update", gradients=gradients, activations=activations, buffers=buffers)
+
+
+def _features(run: Run, reads: Reads) -> int:
+    """What a module keeps for its backward pass of the features that it reads at once: these, and normalised ones."""
+    architecture = json.loads(run.architecture)
+    tokens = math.prod(n // p for n, p in zip(run.latent_shape[1:], architecture["patch_size"], strict=True))
+    width = architecture["num_attention_heads"] * architecture["attention_head_dim"]
+    features: int = reads.blocks(architecture["num_layers"]) * run.batches.micro * tokens * width
+    return 2 * 4 * features
 
 
 def _answer(run: Run, call: Call, weights: dict[str, int]) -> Phase:
@@ -139,6 +144,8 @@ def _answer(run: Run, call: Call, weights: dict[str, int]) -> Phase:
     kept = training_activations(models[call.beside], call.beside, micro, *size).kept
     if call.backward:  # the gradient crosses it on the way to what it was asked about
         asked = training_activations(models[call.role], call.role, micro, *size).backward
+        readers = (role.reads for role in run.roles if role.reads is not None and role.reads.role == call.role)
+        asked += sum(_features(run, reads) for reads in readers)
     else:
         asked = inference_activations(models[call.role], call.role, micro, *size, guidance_scale=call.guidance_scale)
     return _phase(

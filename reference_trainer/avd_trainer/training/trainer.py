@@ -194,12 +194,18 @@ class Trainer:
         metrics: Metrics = {}
         taken: Counter[str] = Counter()
         for turn in self.method.turns(self.step):
-            metrics |= self._take_turn(turn, taken[turn.role], streams)
+            metrics |= self._take_turn(turn, taken[turn.role], streams, metrics)
             taken[turn.role] += 1
         return self.method.summarise(mean_over_ranks(metrics, self.ranks))
 
-    def _take_turn(self, turn: Turn, number: int, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
-        """One optimizer step; ``number`` counts the turns of this role within the step."""
+    def _take_turn(
+        self, turn: Turn, number: int, streams: Mapping[str, Iterator[Batch]], before: Mapping[str, Tensor]
+    ) -> Metrics:
+        """One optimizer step.
+
+        ``number`` counts the turns of this role within the step; the metrics of turns ``before`` this one, under their
+        roles' names, are shown to its callbacks too.
+        """
         parts = [self._accumulate(turn, number, places, streams) for places in self.micro_batches]
         metrics = mean_over_micro_batches(parts)
         stepping = (turn.role, *turn.together)
@@ -210,7 +216,7 @@ class Trainer:
             if accepted:
                 set_rates(optimizer, self._rules[role], self.step, self.config.max_steps, turn.rate)
                 optimizer.step()
-                self.callbacks[role].after_step(self.step, metrics)
+                self.callbacks[role].after_step(self.step, {**before, **metrics})
             optimizer.zero_grad(set_to_none=True)
         self.method.after(turn, accepted=accepted)
         metrics.pop("x_0", None)
