@@ -93,7 +93,7 @@ def look(run: Path, step: int, count: int, damage: float = 0.0) -> dict[str, Any
     saved = open_run(run, step or None)
     role = saved.config.method.roles()["teacher"]
     assert isinstance(role, Built)
-    module = build_whole(role, saved.state["latent_shape"], saved.config.seed).eval()
+    module = build_whole(role, saved.state["latent_shape"], saved.architecture, saved.config.seed).eval()
     if step:
         parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
         read_tensors(saved.folder, {"teacher": parameters}, distributed=False)
