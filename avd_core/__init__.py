@@ -13,8 +13,9 @@ The parts, for a training loop of your own:
 - :class:`FlowMatchingSchedule` and functions beside it: velocity, x_0, noise, shift, guidance.
 - :class:`HalfRateInterpolationSampler`: few-step sampling whose first steps run on every second frame, with a
   :class:`LatentFrameInterpolator` or :func:`interpolate_linearly` to insert the others.
-- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`NonFiniteGuard`; several of them as one:
-  :class:`NamedCallbacks`.
+- :func:`spectral_rolloff` and :func:`temporal_rolloff`: how fine maps are, and how fast they change.
+- :class:`Callback` and :class:`EMACallback`, :class:`CollapseMonitor`, :class:`SpectralRolloffMonitor`,
+  :class:`NonFiniteGuard`; several of them as one: :class:`NamedCallbacks`.
 
 Every loss returns a :class:`LossOutput`, whose ``scalars()`` go to any logger. Options are given by keyword, and have
 the same names and order in a loss, its function and its configuration.
@@ -38,6 +39,8 @@ from avd_core.callbacks import (
     NamedCallbacks,
     NonFiniteError,
     NonFiniteGuard,
+    SpectralRolloffMonitor,
+    SpectralStatistics,
 )
 from avd_core.config import AVDConfig, BalanceConfig, MotionConfig, RegressionConfig
 from avd_core.interpolation import LatentFrameInterpolator, interpolate_linearly, repeat_frames
@@ -59,6 +62,7 @@ from avd_core.schedule import (
     standard_guidance_scale,
 )
 from avd_core.score_distillation import ConditionalScoreDistillationLoss, conditional_score_distillation_loss
+from avd_core.spectrum import spectral_rolloff, temporal_rolloff
 
 __version__ = "0.1.0"
 
@@ -94,6 +98,8 @@ __all__ = [
     "RegressionConfig",
     "SamplingStep",
     "SpatioTemporalR1Loss",
+    "SpectralRolloffMonitor",
+    "SpectralStatistics",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
@@ -107,7 +113,9 @@ __all__ = [
     "repeat_frames",
     "shift_timesteps",
     "spatio_temporal_r1_loss",
+    "spectral_rolloff",
     "standard_guidance_scale",
     "step_rates",
+    "temporal_rolloff",
     "temporal_variance",
 ]

@@ -5,12 +5,13 @@ from avd_core.callbacks.collapse import (
     MAX_SWITCHED,
     MIN_WEIGHT_SPREAD,
     OUTER_WEIGHTS,
-    CollapseFinding,
     CollapseMonitor,
     LatentStatistics,
 )
 from avd_core.callbacks.ema import EMACallback
 from avd_core.callbacks.non_finite import NonFiniteError, NonFiniteGuard
+from avd_core.callbacks.rules import CollapseFinding
+from avd_core.callbacks.spectrum import SpectralRolloffMonitor, SpectralStatistics
 
 __all__ = [
     "MAX_SWITCHED",
@@ -24,4 +25,6 @@ __all__ = [
     "NamedCallbacks",
     "NonFiniteError",
     "NonFiniteGuard",
+    "SpectralRolloffMonitor",
+    "SpectralStatistics",
 ]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -14,10 +13,9 @@ from torch import Tensor
 
 from avd_core._checks import check_number
 from avd_core.callbacks.base import Callback, Metrics
+from avd_core.callbacks.rules import CollapseFinding, Judge, Rule
 from avd_core.motion import temporal_variance
 from avd_core.regression import PAPER_SPREAD
-
-logger = logging.getLogger(__name__)
 
 OUTER_WEIGHTS = 0.1
 """A weight in this share of (0, ``w_reg``), at either end, is nearly off or on."""
@@ -48,42 +46,6 @@ class LatentStatistics:
         """Measure samples ``[B, C, F, H, W]`` (``frame_dim=1``: ``[B, F, C, H, W]``), a few dozen of them."""
         variance = temporal_variance(x_0, frame_dim=frame_dim)
         return cls(float(variance), tuple(_channel_std(x_0, frame_dim).tolist()))
-
-
-@dataclass(frozen=True)
-class CollapseFinding:
-    """One thing that went wrong.
-
-    Attributes:
-        step: When it was noticed.
-        kind: ``"frozen"``, ``"jitter"``, ``"oversaturated"``, ``"washed_out"``, ``"regression_dominates"``,
-            ``"regression_silent"``, ``"weights_switch"``, ``"weights_constant"``, ``"discriminator_blind"`` or
-            ``"discriminator_won"``.
-        value: What was measured.
-        limit: The limit that it crossed.
-        message: In words, with what to do.
-    """
-
-    step: int
-    kind: str
-    value: float
-    limit: float
-    message: str
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """``kind`` holds while the smoothed ``signal`` is above (or below) ``limit``; it is said after ``patience``."""
-
-    kind: str
-    signal: str
-    limit: float
-    above: bool
-    message: str
-    patience: int = 0
-
-    def holds(self, value: float) -> bool:
-        return value > self.limit if self.above else value < self.limit
 
 
 _SMOOTHED = ("variance", "saturation", "gradient_ratio", "logit_gap", "hinge_loss")
@@ -159,9 +121,6 @@ class CollapseMonitor(Callback):
         min_logit_gap: Smallest allowed gap of the discriminator's mean logits.
         min_hinge_loss: Smallest allowed hinge loss of the discriminator.
         patience: Steps for which the discriminator's limits must have been crossed, at every look, before it is said.
-
-    Attributes:
-        findings: All findings so far, oldest first.
     """
 
     def __init__(
@@ -208,27 +167,26 @@ class CollapseMonitor(Callback):
         self.decay = decay
         self.window = window
         self.frame_dim = frame_dim
-        self.findings: list[CollapseFinding] = []
         # Grey clips have channels that hold next to nothing; ratios to those would say nothing, and drown the others.
         channel_std = torch.tensor(reference.channel_std)
         counted = channel_std >= 0.01 * channel_std.max()
         # Multiplied by each channel's standard deviation and added up, the mean of the ratios.
         self._channel_factors = torch.where(counted, 1 / channel_std, 0.0) / counted.sum()
-        self._rules = _rules(
-            variance_range,
-            saturation_range,
-            min_weight,
-            max_switched,
-            min_weight_spread,
-            max_gradient_ratio,
-            min_logit_gap,
-            min_hinge_loss,
-            patience,
+        self._judge = Judge(
+            _rules(
+                variance_range,
+                saturation_range,
+                min_weight,
+                max_switched,
+                min_weight_spread,
+                max_gradient_ratio,
+                min_logit_gap,
+                min_hinge_loss,
+                patience,
+            )
         )
         self.min_weight = min_weight
         self.min_weight_spread = min_weight_spread
-        self._active: set[str] = set()
-        self._held_since: dict[str, int] = {}  # the step, counted here, of the first look at which a kind held
         self._smoothed: dict[str, Tensor] = {}
         self._before: dict[str, int] = {}  # steps before a signal was first shown
         self._shown: dict[str, int] = {}  # the step, counted here, in which a signal was last shown
@@ -252,7 +210,14 @@ class CollapseMonitor(Callback):
             self._weights = torch.cat([self._weights.to(weights), torch.stack([weights, timesteps])], 1)
             self._weights = self._weights[:, -self.window :]
         if self._steps > self.grace and self._steps % self.every == 0:
-            self._judge(step, self.signals())
+            begun = {name for name, before in self._before.items() if self._steps - before <= self.grace}
+            signals = {name: value for name, value in self.signals().items() if name not in begun}
+            self._judge.look(step, signals, counted=self._steps)
+
+    @property
+    def findings(self) -> list[CollapseFinding]:
+        """All findings so far, oldest first."""
+        return self._judge.findings
 
     def signals(self) -> dict[str, float]:
         """The signals that there are so far, by the names of the table above. Waits for the device."""
@@ -265,10 +230,8 @@ class CollapseMonitor(Callback):
             "shown": dict(self._shown),
             "weights": self._weights[0].tolist(),
             "timesteps": self._weights[1].tolist(),
-            "active": sorted(self._active),
-            "held_since": dict(self._held_since),
             "steps": self._steps,
-            "findings": [asdict(finding) for finding in self.findings],
+            **self._judge.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -279,10 +242,8 @@ class CollapseMonitor(Callback):
         self._before = dict(state_dict.get("before", dict.fromkeys(self._smoothed, 0)))
         weights, timesteps = state_dict.get("weights", []), state_dict.get("timesteps")
         self._weights = torch.tensor([weights, timesteps or [0.0] * len(weights)], dtype=torch.float32)
-        self._active = set(state_dict["active"])
-        self._held_since = dict(state_dict.get("held_since", {}))
         self._steps = int(state_dict["steps"])
-        self.findings = [CollapseFinding(**finding) for finding in state_dict["findings"]]
+        self._judge.load_state_dict(state_dict)
 
     def _smoothed_values(self) -> dict[str, float]:
         if not self._smoothed:
@@ -329,23 +290,6 @@ class CollapseMonitor(Callback):
                 signals[name] = value
         return {name: value.float() for name, value in signals.items()}
 
-    def _judge(self, step: int, signals: dict[str, float]) -> None:
-        for rule in self._rules:
-            value = signals.get(rule.signal)
-            if value is None or self._steps - self._before.get(rule.signal, 0) <= self.grace:
-                continue
-            if not rule.holds(value):
-                self._active.discard(rule.kind)
-                self._held_since.pop(rule.kind, None)
-                continue
-            since = self._held_since.setdefault(rule.kind, self._steps)
-            if rule.kind not in self._active and self._steps - since >= rule.patience:
-                self._active.add(rule.kind)
-                lasting = f", for {rule.patience} steps" if rule.patience else ""
-                message = f"Step {step}: {rule.message} ({value:.2f}, limit {rule.limit:g}{lasting})."
-                self.findings.append(CollapseFinding(step, rule.kind, value, rule.limit, message))
-                logger.warning(message)
-
 
 def _rules(
     variance: tuple[float, float],
@@ -357,56 +301,56 @@ def _rules(
     min_logit_gap: float,
     min_hinge_loss: float,
     patience: int,
-) -> tuple[_Rule, ...]:
+) -> tuple[Rule, ...]:
     return (
-        _Rule(
+        Rule(
             "frozen", "variance", variance[0], False,
             "the samples freeze: their temporal variance is far below real clips'. Raise the motion term's weight or "
             "lower its floor; if the regression dominates, lower its weight",
         ),
-        _Rule(
+        Rule(
             "jitter", "variance", variance[1], True,
             "the samples jitter: their temporal variance is far above real clips'. Raise the motion term's floor, or "
             "give the regression more weight",
         ),
-        _Rule(
+        Rule(
             "oversaturated", "saturation", saturation[1], True,
             "the samples oversaturate: their latents spread more than real clips'. Give the regression more weight, or "
             "lower the teacher's guidance",
         ),
-        _Rule(
+        Rule(
             "washed_out", "saturation", saturation[0], False,
             "the samples wash out: their latents spread less than real clips'. The regression may dominate: lower its "
             "weight",
         ),
-        _Rule(
+        Rule(
             "regression_silent", "weight", min_weight, False,
             "the adaptive weights are close to zero: losses lie far above their running means. Check the unit of the "
             "timesteps and the scale of the target, or lower the sharpness",
         ),
-        _Rule(
+        Rule(
             "weights_switch", "switched", max_switched, True,
             "the adaptive weights are a switch: most lie in the outer tenths of their range, so clips count fully or "
             f"not at all. {_SHARPNESS}",
         ),
-        _Rule(
+        Rule(
             "weights_constant", "weight_spread", min_weight_spread, False,
             "the adaptive weights are a constant: all clips count nearly alike, as in plain regression. "
             f"{_SHARPNESS}",
         ),
-        _Rule(
+        Rule(
             "regression_dominates", "gradient_ratio", math.inf if max_ratio is None else max_ratio, True,
             "the regression's gradient dominates distribution matching: the student tends to a blurred standstill. "
             "Lower its weight, or hold the ratio with GradientBalance(target=...)",
         ),
-        _Rule(
+        Rule(
             "discriminator_blind", "logit_gap", min_logit_gap, False,
             "the discriminator does not tell clips from samples: its logits' gap is near zero. Unless the samples are "
             "as good as clips, the equilibrium has collapsed: raise the discriminator's learning rate, or lower the "
             "weight of its R1 term",
             patience,
         ),
-        _Rule(
+        Rule(
             "discriminator_won", "hinge_loss", min_hinge_loss, False,
             "the discriminator has won: its hinge loss is near zero, since it always tells clips from samples, and it "
             "learns nothing more. Raise the weight of its R1 term, lower its learning rate, or prime the student "

@@ -23,6 +23,8 @@ from avd_core import (
     NamedCallbacks,
     NonFiniteError,
     NonFiniteGuard,
+    SpectralRolloffMonitor,
+    SpectralStatistics,
 )
 from tensors import assert_same_state, randn
 
@@ -37,6 +39,7 @@ def clips(seed: int, motion: float = 1.0, spread: float = 1.0, shape: tuple[int,
 
 
 REFERENCE = LatentStatistics.measure(clips(1000, shape=(64, 3, 4, 2, 2)))
+SPECTRUM = SpectralStatistics.measure(clips(1000, shape=(64, 3, 4, 2, 2)))
 
 
 def metrics_at(step: int) -> dict[str, Tensor]:
@@ -70,11 +73,16 @@ def make_monitor(model: nn.Module | None) -> CollapseMonitor:
     return CollapseMonitor(REFERENCE, regression_weight=2.0, every=2, grace=1, decay=0.5, window=6, **LIMITS)
 
 
+def make_spectrum(model: nn.Module | None) -> SpectralRolloffMonitor:
+    return SpectralRolloffMonitor(SPECTRUM, every=2, grace=1, window=5, spatial_margin=0.1, temporal_margin=0.1)
+
+
 FACTORIES = {
     "Callback": lambda model: Callback(),
     "EMACallback": lambda model: EMACallback(model.parameters(), decay=0.9),
     "EMACallback without warmup": lambda model: EMACallback(model.parameters(), decay=0.9, warmup=False),
     "CollapseMonitor": make_monitor,
+    "SpectralRolloffMonitor": make_spectrum,
     "NonFiniteGuard": lambda model: NonFiniteGuard(max_consecutive=5),
     "NamedCallbacks": lambda model: NamedCallbacks(
         {
@@ -167,7 +175,7 @@ def test_going_on_after_a_restart_gives_the_same_as_not_stopping(name: str, stop
     second.steps(range(stop, 12))
     assert first.answers + second.answers == whole.answers
     assert_same_state(second.callback.state_dict(), whole.callback.state_dict())
-    if isinstance(whole.callback, CollapseMonitor):
+    if isinstance(whole.callback, CollapseMonitor | SpectralRolloffMonitor):
         assert second.callback.findings == whole.callback.findings
         assert whole.callback.findings
 

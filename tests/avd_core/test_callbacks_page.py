@@ -27,7 +27,7 @@ def run(words: str) -> dict[str, Any]:
 
 
 def test_every_block_is_run() -> None:
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7
 
 
 def test_the_average_is_saved_and_taken_up() -> None:
@@ -66,6 +66,14 @@ def test_the_monitor_says_that_a_discriminator_is_blind_or_has_won(capsys: pytes
     run("HingeLoss")
     healthy, blind, won = capsys.readouterr().out.splitlines()
     assert f"`{healthy}`, `{blind}` and `{won}`" in PAGE.replace("\n", " ")
+
+
+def test_the_monitor_says_that_samples_blur(capsys: pytest.CaptureFixture[str]) -> None:
+    run("SpectralStatistics.measure(real)")
+    (line,) = capsys.readouterr().out.splitlines()
+    said = re.search(r"`(Step \d+: the samples are blurred: )\.\.\.`", PAGE)
+    assert said is not None
+    assert line.startswith(said[1])
 
 
 def test_several_are_saved_by_their_names() -> None:

@@ -20,6 +20,8 @@ from avd_core import (
     LatentStatistics,
     LossMeanCache,
     NonFiniteGuard,
+    SpectralRolloffMonitor,
+    SpectralStatistics,
     gradient_shares,
     shift_timesteps,
 )
@@ -134,6 +136,17 @@ def test_the_monitor_waits_only_when_it_looks() -> None:
         monitor.after_step(2, metrics)  # as documented, so the two before were asked
 
 
+def test_the_spectrums_monitor_waits_only_when_it_looks() -> None:
+    reference = SpectralStatistics((0, 2), (0.4, 0.1), (0.3, 0.1))
+    monitor = SpectralRolloffMonitor(reference, every=3, grace=0, window=2)
+    metrics = {"x_0": torch.ones(1, 3, 4, 5, 6, device="meta")}
+    with NoHostWait():
+        monitor.after_step(0, metrics)
+        monitor.after_step(1, metrics)
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        monitor.after_step(2, metrics)
+
+
 def test_these_tests_can_fail() -> None:
     # What they rely on: a tensor on the meta device, or the watcher, refuses everything that waits.
     x = torch.ones(2, device="meta")
@@ -223,6 +236,19 @@ def test_the_monitor_waits_for_a_gpu_only_when_it_looks() -> None:
         monitor.after_step(2, {"x_0": x_0})
     monitor.after_step(3, {"x_0": x_0})
     assert set(monitor.signals()) == {"variance", "saturation"}
+
+
+@pytest.mark.gpu
+def test_the_spectrums_monitor_waits_for_a_gpu_only_when_it_looks() -> None:
+    reference = SpectralStatistics((0, 1), (0.4, 0.1), (0.3, 0.1))
+    monitor = SpectralRolloffMonitor(reference, every=4, grace=0, window=3)
+    x_0 = torch.randn(1, 2, 5, 4, 4, device="cuda")
+    monitor.after_step(0, {"x_0": x_0})  # plans the transforms, and moves what there is to the device
+    with refuse_waits():
+        monitor.after_step(1, {"x_0": x_0})
+        monitor.after_step(2, {"x_0": x_0})
+    monitor.after_step(3, {"x_0": x_0})
+    assert set(monitor.signals()) == {"spatial", "temporal"}
 
 
 @pytest.mark.gpu

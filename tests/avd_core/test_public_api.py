@@ -45,6 +45,8 @@ PUBLIC = [
     "RegressionConfig",
     "SamplingStep",
     "SpatioTemporalR1Loss",
+    "SpectralRolloffMonitor",
+    "SpectralStatistics",
     "adaptive_regression_loss",
     "classifier_free_guidance",
     "clipped_temporal_variance_loss",
@@ -58,8 +60,10 @@ PUBLIC = [
     "repeat_frames",
     "shift_timesteps",
     "spatio_temporal_r1_loss",
+    "spectral_rolloff",
     "standard_guidance_scale",
     "step_rates",
+    "temporal_rolloff",
     "temporal_variance",
 ]
 
@@ -99,6 +103,8 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
         ),
         ("derive_floor", "x_0 * margin frame_dim eps"),
         ("temporal_variance", "x_0 * frame_dim"),
+        ("spectral_rolloff", "x * share pool_dim"),
+        ("temporal_rolloff", "x * share"),
         ("shift_timesteps", "timesteps shift num_train_timesteps"),
         ("AdaptiveRegressionLoss", "cache * weight sharpness deviation judged"),
         ("ClippedTemporalVarianceLoss", "* weight floor eps frame_dim channels sync_ranks process_group"),

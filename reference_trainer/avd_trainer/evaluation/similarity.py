@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core import interpolate_linearly, kept_frames, raise_frame_rate
+from avd_trainer.evaluation.sampling import Prediction
 from avd_trainer.runtime.errors import UserError
 
 QUANTILES = {"5%": 0.05, "25%": 0.25, "75%": 0.75, "95%": 0.95}
@@ -66,18 +67,6 @@ class Similarities(NamedTuple):
 
     report: SimilarityReport
     values: list[Tensor]
-
-
-class Prediction(NamedTuple):
-    """The clean prediction of one step.
-
-    Attributes:
-        timestep: Where the step started.
-        x_0: ``[B, C, F, H, W]``.
-    """
-
-    timestep: float
-    x_0: Tensor
 
 
 def adjacent_similarity(x_0: Tensor) -> Tensor:

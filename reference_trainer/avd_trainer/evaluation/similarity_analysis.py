@@ -2,63 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, read_prompts
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.similarity import CRITERION, Prediction, SimilarityReport, measure
+from avd_trainer.evaluation.sampling import Sampling, guess_latent_space, sample_predictions
+from avd_trainer.evaluation.similarity import CRITERION, SimilarityReport, measure
 from avd_trainer.evaluation.similarity_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
 from avd_trainer.inference.generation import embed_prompts
-from avd_trainer.inference.students import About, read_about, read_timesteps
+from avd_trainer.inference.students import About, read_about
 from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import SIZES, LatentSpace, latent_shape_of
 from avd_trainer.models.condition import Condition
-from avd_trainer.models.samplers import few_step_rollout, sample_teacher
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
-from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_json
-from avd_trainer.runtime.progress import ProgressBar
 
-PAPER_TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)
-# Latent values that go through the model at once: one clip of Wan2.1's, dozens of the tiny preset's.
-BATCH_VALUES = 2**19
 NUMBERS_FILE = "similarity.json"
 PLOT_FILE = "similarity.png"
-
-
-class Sampling(BaseModel):
-    """How :func:`analyze_similarity` samples."""
-
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-    timesteps: tuple[float, ...] | None = None
-    """The few steps of a distilled model, falling; None where ``steps`` is set."""
-    steps: int | None = None
-    """Euler steps of a model that was not distilled."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance of such a model, standard form."""
-    shift: float = 1.0
-    """Shift of such a model's timesteps; 1 leaves them evenly spaced."""
-
-    def __str__(self) -> str:
-        if self.timesteps is not None:
-            return f"few steps {', '.join(f'{timestep:g}' for timestep in self.timesteps)}"
-        return f"{self.steps} Euler steps, guidance {self.guidance_scale:g}, shift {self.shift:g}"
 
 
 def analyze_similarity(
@@ -102,7 +71,7 @@ def analyze_similarity(
     with open_weights(source) as weights:
         architecture = weights.config
     about = read_about(Path(source))
-    latent_space = about.latent_space or _guess_latent_space(source, architecture)
+    latent_space = about.latent_space or guess_latent_space(source, architecture)
     image = image_input(architecture)
     if image is not None and data is None:
         raise UserError(
@@ -122,14 +91,14 @@ def analyze_similarity(
         condition, unconditional = Condition(torch.stack(rows[:-1])), rows[-1]
     model = VelocityModel(load_transformer(source, device, dtype), dtype=dtype)
     similarities = measure(
-        _sample(
+        sample_predictions(
             model,
             condition,
             unconditional.to(device),
             shape,
-            sampling=sampling,
+            sampling,
+            (seed, "similarity"),
             count=count,
-            seed=seed,
             device=device,
         )
     )
@@ -138,109 +107,6 @@ def analyze_similarity(
     write_json(output / NUMBERS_FILE, {**asked, "criterion": CRITERION, **report.model_dump()})
     save_violins(output / PLOT_FILE, similarities, f"{source}, {sampling}")
     return report
-
-
-def find_sampling(
-    source: str,
-    timesteps: Sequence[float] | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    shift: float | None = None,
-) -> Sampling:
-    """How to sample, from what was asked for and what the model's folder says.
-
-    Args:
-        source: As in :func:`analyze_similarity`. Of a pipeline folder, ``scheduler/scheduler_config.json`` is read.
-        timesteps: The few steps; None for the pipeline's, or the paper's where there is no scheduler.
-        steps: For a model that was not distilled.
-        guidance_scale: For such a model; None is 5.
-        shift: Of such a model's timesteps; None is 5.
-
-    Raises:
-        UserError: If options exclude each other, timesteps do not fall, or the pipeline has no few steps.
-    """
-    if steps is not None:
-        if timesteps is not None:
-            raise UserError("--steps and --timesteps exclude each other: one is for models that were not distilled.")
-        return Sampling(
-            steps=steps,
-            guidance_scale=5.0 if guidance_scale is None else guidance_scale,
-            shift=5.0 if shift is None else shift,
-        )
-    if guidance_scale is not None or shift is not None:
-        raise UserError(
-            "--guidance-scale and --shift are for models that were not distilled. Pass --steps as well, or leave them "
-            "out."
-        )
-    grid = _find_grid(source) if timesteps is None else tuple(timesteps)
-    if not grid or not 0 < grid[-1] <= grid[0] <= 1000 or any(a <= b for a, b in pairwise(grid)):
-        raise UserError(f"timesteps must fall strictly from at most 1000 to above 0, got {grid}.")
-    return Sampling(timesteps=grid)
-
-
-def _sample(
-    model: VelocityModel,
-    condition: Condition,
-    unconditional: Tensor,
-    shape: Sequence[int],
-    *,
-    sampling: Sampling,
-    count: int,
-    seed: int,
-    device: torch.device,
-) -> Iterator[list[Prediction]]:
-    """The clean predictions of ``count`` clips, batch by batch, on the CPU."""
-    size = max(1, BATCH_VALUES // math.prod(shape))
-    batches = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    steps = sampling.steps or len(sampling.timesteps or ())
-    with ProgressBar("steps", steps * len(batches)) as bar:
-        for rows in batches:
-            trajectory: list[Prediction] = []
-
-            def keep(timestep: float, x_0: Tensor, trajectory: list[Prediction] = trajectory) -> None:
-                trajectory.append(Prediction(timestep, x_0.cpu()))
-                bar.advance()
-
-            own = condition[[row % len(condition) for row in rows]].to(device)
-            draws = Draws((seed, "similarity"), rows, device)
-            if sampling.timesteps is not None:
-                few_step_rollout(model, own, shape, sampling.timesteps, draws.named("trajectory"), on_prediction=keep)
-            else:
-                assert sampling.steps is not None
-                sample_teacher(
-                    model,
-                    own,
-                    unconditional,
-                    shape,
-                    draws.named("trajectory"),
-                    steps=sampling.steps,
-                    guidance_scale=sampling.guidance_scale,
-                    shift=sampling.shift,
-                    on_prediction=keep,
-                )
-            yield trajectory
-
-
-def _find_grid(source: str) -> tuple[float, ...]:
-    file = Path(source) / "scheduler" / "scheduler_config.json"
-    if not file.is_file():
-        return PAPER_TIMESTEPS
-    try:
-        grid = read_timesteps(file)
-    except UserError as error:
-        raise UserError(f"{error} Or pass --timesteps.") from error
-    if grid is not None:
-        return grid
-    raise UserError(
-        f"{file} names no few steps. For a model that was not distilled pass --steps, for example --steps 50; for a "
-        "few-step one --timesteps 1000,900,757,522."
-    )
-
-
-def _guess_latent_space(source: str, architecture: Mapping[str, Any]) -> LatentSpace:
-    """Where no export says it: a model that reads the bundled teacher's text embedding makes its latents."""
-    tiny = architecture["text_dim"] == ArchitectureConfig().text_dim
-    return "block-dct-4" if tiny and not (Path(source) / "text_encoder").exists() else "wan"
 
 
 def _find_latent_shape(

@@ -205,7 +205,8 @@ class Method(ABC):
         return metrics
 
     def monitor_options(self) -> dict[str, Any] | None:
-        """Options of the :class:`avd_core.CollapseMonitor` that watches the samples; None for no monitor."""
+        """Options of the :class:`avd_core.CollapseMonitor` that watches the samples, beside which a
+        :class:`avd_core.SpectralRolloffMonitor` does; None for no monitor."""
         return None
 
     def evaluate(self, module: nn.Module, held_out: Examples) -> BaseModel | None:

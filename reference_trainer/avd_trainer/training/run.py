@@ -39,7 +39,7 @@ def train(
 
     Leaves in ``folder``: ``config.yaml``, ``metrics.jsonl`` (one step a line), ``checkpoints``, at the end what was
     trained under its role's name (``student``: what :func:`export_product` makes of the averaged weights), and, where
-    the method has them, ``findings.json`` (what :class:`CollapseMonitor` noticed) and ``evaluation.json``. All ranks
+    the method has them, ``findings.json`` (what the monitors noticed) and ``evaluation.json``. All ranks
     call.
 
     Args:
@@ -215,7 +215,7 @@ class _Run:
 
     def _write_findings(self) -> None:
         if self.trainer.monitor is not None:
-            write_json(self.folder / FINDINGS, [asdict(finding) for finding in self.trainer.monitor.findings])
+            write_json(self.folder / FINDINGS, [asdict(finding) for finding in self.trainer.findings])
 
 
 def _shown(values: dict[str, Any]) -> dict[str, float]:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from avd_core import (
     Callback,
+    CollapseFinding,
     CollapseMonitor,
     EMACallback,
     LatentStatistics,
     NamedCallbacks,
     NonFiniteGuard,
+    SpectralRolloffMonitor,
+    SpectralStatistics,
     temporal_variance,
 )
 from avd_trainer.data.batches import Batch, read_batches
@@ -43,7 +46,7 @@ from avd_trainer.training.optimizers import (
     share_batch,
 )
 
-# Real latents that the monitor's reference is measured on.
+# Real latents that the monitors' references are measured on.
 REFERENCE_CLIPS = 64
 
 
@@ -66,7 +69,8 @@ class Trainer:
         models: By role, sharded over ``ranks``.
         optimizers: By trained role.
         averages: By name, for example ``averages["ema"].average_parameters()`` gives a student's averaged weights.
-        monitor: What was noticed about the run is in ``monitor.findings``; on the first rank, where the method has one.
+        monitor: Watches samples and weights; on the first rank, where the method has one.
+        spectrum: Watches the samples' roll-off points beside it, in the same runs.
 
     Raises:
         UserError: If weights are missing or damaged, or the batch cannot be shared out among the ranks.
@@ -114,10 +118,19 @@ class Trainer:
                 callbacks[role.of][name] = self.averages[name]
         self.monitor: CollapseMonitor | None = None
         options = self.method.monitor_options()
+        self.spectrum: SpectralRolloffMonitor | None = None
         if ranks.first and options is not None:
-            self.monitor = CollapseMonitor(_measure(data.clips), **options)
-            callbacks[self.main_role]["monitor"] = self.monitor
+            latents = _reference_latents(data.clips)
+            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), **options)
+            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents))
+            callbacks[self.main_role] |= {"monitor": self.monitor, "spectrum": self.spectrum}
         self.callbacks = {name: NamedCallbacks(named) for name, named in callbacks.items()}
+
+    @property
+    def findings(self) -> list[CollapseFinding]:
+        """What the monitors noticed about the run, oldest first."""
+        monitors = [monitor for monitor in (self.monitor, self.spectrum) if monitor is not None]
+        return sorted((finding for each in monitors for finding in each.findings), key=lambda finding: finding.step)
 
     def run(self) -> Iterator[Metrics]:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
@@ -172,7 +185,8 @@ class Trainer:
             for average in saved.keys() & self.averages.keys():
                 shadows = self.averages[average].state_dict()["shadow_params"]
                 saved[average] = {**saved[average], "shadow_params": shadows}
-            own.load_state_dict(saved)
+            # What came to be since the checkpoint was written starts anew.
+            own.load_state_dict(own.state_dict() | saved)
         self.step = int(state["step"])
 
     def _train_step(self, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
@@ -257,7 +271,8 @@ def _spoken(role: str) -> str:
     return "online model" if role == "online" else role
 
 
-def _measure(clips: CaptionedExamples) -> LatentStatistics:
+def _reference_latents(clips: CaptionedExamples) -> Tensor:
+    """``[N, C, F, H, W]`` of clips from all over the data."""
     count = min(len(clips), REFERENCE_CLIPS)
     latents = torch.stack(
         [latent for index in range(count) if (latent := clips[index * len(clips) // count].latent) is not None]
@@ -267,4 +282,4 @@ def _measure(clips: CaptionedExamples) -> LatentStatistics:
             "The real clips are not finite or do not move: there is nothing to learn motion from. Look at them with "
             "`avd data inspect`, and make the data again."
         )
-    return LatentStatistics.measure(latents)
+    return latents

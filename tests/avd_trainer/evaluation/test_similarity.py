@@ -20,8 +20,9 @@ from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.similarity import Prediction, adjacent_similarity, measure, reinsert_linearly
-from avd_trainer.evaluation.similarity_analysis import Sampling, analyze_similarity, find_sampling
+from avd_trainer.evaluation.sampling import Prediction, Sampling, find_sampling
+from avd_trainer.evaluation.similarity import adjacent_similarity, measure, reinsert_linearly
+from avd_trainer.evaluation.similarity_analysis import analyze_similarity
 from avd_trainer.evaluation.similarity_report import save_violins
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher, schedule
@@ -259,7 +260,7 @@ def captions(count: int) -> list[str]:
 def test_clips_do_not_depend_on_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampling = Sampling(timesteps=(1000.0, 500.0))
     whole = analyze_similarity("bundled:tiny", tmp_path, sampling=sampling, size="32x32x9", count=3)
-    monkeypatch.setattr("avd_trainer.evaluation.similarity_analysis.BATCH_VALUES", 1)
+    monkeypatch.setattr("avd_trainer.evaluation.sampling.BATCH_VALUES", 1)
     single = analyze_similarity("bundled:tiny", tmp_path, sampling=sampling, size="32x32x9", count=3)
     assert [step.mean for step in whole.steps] == pytest.approx([step.mean for step in single.steps], rel=1e-4)
 

@@ -4,10 +4,10 @@ import shutil
 import pytest
 import torch
 
-from avd_core import NonFiniteError
+from avd_core import CollapseFinding, NonFiniteError, SpectralStatistics
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.runtime.draws import Draws
-from runs import MakeTrainer, first_step, step_gradients, weights
+from runs import LATENT_SHAPE, MakeTrainer, first_step, step_gradients, weights
 
 CXX = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 ROLES = ("student", "teacher", "online")
@@ -58,6 +58,38 @@ def test_the_monitor_names_a_student_that_jitters(make_trainer: MakeTrainer, cli
     list(trainer.run())
     assert trainer.monitor is not None
     assert {"jitter", "oversaturated"} <= {finding.kind for finding in trainer.monitor.findings}
+
+
+def test_the_spectrum_of_the_samples_is_watched_beside(make_trainer: MakeTrainer, clips: CaptionedLatents) -> None:
+    trainer = make_trainer("dmd", method={"online_updates": 1})
+    assert trainer.spectrum is not None
+    assert trainer.spectrum.reference == SpectralStatistics.measure(clips.latents)
+    blurred = torch.linspace(0, 1, 4).expand(2, *LATENT_SHAPE)
+    trainer.spectrum.window = 2
+    for step in range(110):
+        trainer.callbacks["student"].after_step(step, {"x_0": blurred})
+    assert [finding.kind for finding in trainer.spectrum.findings] == ["blurred"]
+
+
+def test_findings_of_all_monitors_come_in_the_order_of_steps(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    assert trainer.monitor is not None
+    assert trainer.spectrum is not None
+    for step, monitor in ((3, trainer.spectrum), (2, trainer.monitor), (1, trainer.spectrum)):
+        monitor.findings.append(CollapseFinding(step, "frozen", 0.1, 0.2, "It stands still."))
+    assert [finding.step for finding in trainer.findings] == [1, 2, 3]
+
+
+def test_a_run_from_before_a_monitor_came_to_be_goes_on(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.callbacks["student"].after_step(1, {"x_0": torch.randn(2, *trainer.latent_shape)})
+    state = trainer.state()
+    del state["callbacks"]["student"]["spectrum"]
+    later = make_trainer()
+    later.load_state(state)
+    assert later.monitor is not None
+    assert trainer.monitor is not None
+    assert later.monitor.signals() == trainer.monitor.signals()
 
 
 def test_a_step_with_a_bad_clip_is_skipped_and_nothing_is_poisoned(
