@@ -113,7 +113,7 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
         ("SpatioTemporalR1Loss", "* weight sigma_spatial sigma_temporal frame_dim"),
         ("LossMeanCache", "timesteps * decay order auto_update sync_ranks process_group"),
         ("GradientBalance", "* target decay sync_ranks process_group"),
-        ("EMACallback", "parameters decay * warmup"),
+        ("EMACallback", "parameters decay * warmup held_in"),
         ("NonFiniteGuard", "max_consecutive * name sync_ranks process_group"),
     ],
 )
