@@ -6,6 +6,7 @@ import torch
 
 from avd_core import NonFiniteError
 from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.models.condition import Condition
 from avd_trainer.runtime.draws import Draws
 from runs import MakeTrainer, first_step, step_gradients, weights
 
@@ -45,7 +46,7 @@ def test_compiled_blocks_compute_the_same(make_trainer: MakeTrainer) -> None:
         student = make_trainer(parallel={"compile": compiled, "activation_checkpointing": False}).models["student"]
         draws = Draws((0, "student"), range(2), torch.device("cpu"))
         x_t, text = draws.normal("x_t", (16, 3, 4, 4)), draws.normal("text", (4, 6))
-        velocity = student(x_t, torch.tensor([1000.0, 522.0]), text)
+        velocity = student(x_t, torch.tensor([1000.0, 522.0]), Condition(text))
         velocity.square().mean().backward()
         results.append((velocity, [p.grad.full_tensor() for p in dict(student.named_parameters()).values()]))
     torch.compiler.reset()
