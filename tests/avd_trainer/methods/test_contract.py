@@ -40,21 +40,21 @@ from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
 
 KINDS = [method.kind for method in list_methods()]
+# Both phases in a run of few steps. A discriminator's gradients nearly cancel at first, and Adam's first steps make as
+# much of the rounding error that is left as of a gradient: so its head takes small ones.
+VPAE = ("vpae", "method.priming_steps=2", "method.head.optimizer.lr=1e-6")
 # Options with which a method asks more models, or keeps more state, than by default.
 VARIANTS = {
     "avd by excess": ("avd", "method.regression.judged=excess", "method.regression.deviation=standardized"),
     "avd by relative loss": ("avd", "method.regression.judged=relative"),
-    "vpae of adapters": ("vpae", "method.student.lora.rank=2", "method.online.lora.rank=2", "method.priming_steps=2"),
+    "vpae of adapters": (*VPAE, "method.student.lora.rank=2", "method.online.lora.rank=2"),
     "vpae with a separate critic": (
-        "vpae", "method.critic=separate", "method.head.kind=light", "method.priming_steps=0",
-        "method.head.optimizer.lr=1e-6",  # gradients nearly cancel here, and a step of Adam makes much of the rounding
+        *VPAE, "method.critic=separate", "method.head.kind=light", "method.priming_steps=0",
     ),
     "vpae after consistency, with a frozen critic": (
-        "vpae", "method.priming=consistency", "method.priming_steps=2", "method.critic=frozen", "method.motion.floor=0",
+        *VPAE, "method.priming=consistency", "method.critic=frozen", "method.motion.floor=0",
     ),
 }  # fmt: skip
-SHORT = {"vpae": ("method.priming_steps=2",)}
-"""What lets a method show all of itself in a run of few steps."""
 GOLDEN = Path(__file__).parents[2] / "assets" / "golden"
 SMALL = ["max_steps=4", "batch_size=4", "samples.every=null", "logging.tensorboard=false"]
 STEPS = 4
@@ -63,7 +63,7 @@ NOT_LINEAR_IN_SAMPLES = {
     "adversarial/share", "csds/share", "motion/share",
 }  # fmt: skip
 """So they depend a little on how a batch is shared out to ranks: gradient norms of dmd and avd by 0.24%, distances of
-vpae by 1.5%."""
+vpae by 1.5%, and shares, which are ratios of norms, by 0.002."""
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def data(clips: CaptionedLatents) -> TrainingData:
 @pytest.fixture
 def configure(teacher: Path) -> Callable[..., TrainConfig]:
     def configure(kind: str, *overrides: str) -> TrainConfig:
-        kind, *options = VARIANTS.get(kind, (kind, *SHORT.get(kind, ())))
+        kind, *options = VARIANTS.get(kind, VPAE if kind == "vpae" else (kind,))
         own = [f"teacher={teacher}"] if load_method(kind).Config.needs_teacher else []
         return load_config(TrainConfig, "tiny", [*SMALL, *own, *options, *overrides], method=kind)
 
@@ -183,7 +183,7 @@ def test_two_ranks_follow_the_curve_of_one(
         for step, expected in zip(seen, alone, strict=True):
             assert step.keys() == expected.keys()
             for name in expected:
-                rel, absolute = (2e-2, 1e-3) if name in NOT_LINEAR_IN_SAMPLES else (2e-3, 1e-5)
+                rel, absolute = (2e-2, 2e-3) if name in NOT_LINEAR_IN_SAMPLES else (2e-3, 1e-5)
                 assert step[name] == pytest.approx(expected[name], rel=rel, abs=absolute), name
 
 
