@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from av.error import FFmpegError
+
+from avd_trainer.data.preparation.stages.probe import licence_of, probe
+from avd_trainer.data.video_files import save_clip
+
+
+@pytest.fixture
+def video(tmp_path: Path) -> Path:
+    return save_clip(torch.rand(3, 30, 48, 64), tmp_path / "clip", 12.0, ["mp4"])[0]
+
+
+def test_what_a_file_says_about_itself(video: Path) -> None:
+    assert probe(video) == {
+        "width": 64,
+        "height": 48,
+        "fps": 12.0,
+        "milliseconds": 2500,
+        "codec": "h264",
+        "pixel_format": "yuv420p",
+        "licence": None,
+    }
+
+
+def test_what_is_no_video_says_why(tmp_path: Path) -> None:
+    link, folder, text = tmp_path / "a.mp4", tmp_path / "b.mp4", tmp_path / "c.mp4"
+    link.symlink_to(tmp_path / "gone.mp4")
+    folder.mkdir()
+    text.write_text("no video\n")
+    with pytest.raises(ValueError, match=r"a link to .*gone\.mp4, which is not there"):
+        probe(link)
+    with pytest.raises(ValueError, match="a folder with the name of a video"):
+        probe(folder)
+    with pytest.raises(FFmpegError):
+        probe(text)
+
+
+def test_a_truncated_file(video: Path) -> None:
+    whole = video.read_bytes()
+    video.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises((FFmpegError, ValueError)):
+        probe(video)
+
+
+def test_licences_beside_a_video(video: Path) -> None:
+    (video.parent / "LICENSE").write_text("\nCC0 1.0\nand many words more\n")
+    assert licence_of(video) == "CC0 1.0"
+    video.with_suffix(".info.json").write_text(json.dumps({"license": "CC-BY 3.0", "title": "a dog"}))
+    assert licence_of(video) == "CC-BY 3.0"
+    video.with_suffix(".json").write_text(json.dumps({"license": "MIT"}))
+    assert licence_of(video) == "MIT"
+    video.with_suffix(".json").write_text("{")
+    with pytest.raises(ValueError, match=r"clip\.json beside it is no JSON"):
+        licence_of(video)
