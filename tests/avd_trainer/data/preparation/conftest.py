@@ -1,0 +1,22 @@
+from pathlib import Path
+
+import pytest
+
+from avd_trainer.data.preparation.stage import Row, Span
+from tiny_image_models import save_clip_model, save_dino_model
+
+
+@pytest.fixture
+def row() -> Row:
+    """A clip whose stages read nothing of other stages."""
+    return Row("0" * 64 + "-0", Path("clip.mp4"), "0" * 64, Span(0, 5062), {})
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip_model(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_dino_model(tmp_path_factory.mktemp("dino"))
