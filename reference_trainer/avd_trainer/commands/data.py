@@ -105,8 +105,8 @@ def encode(
 ) -> None:
     """Cut your own videos into clips and encode them with their captions."""
     with readable_errors():
+        from avd_trainer.data.decoding import video_files
         from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
-        from avd_trainer.data.videos import video_files
 
         space: LatentSpace = "block-dct-4" if model == TINY else "wan"
         default = FORMATS[space]

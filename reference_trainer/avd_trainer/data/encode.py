@@ -12,9 +12,10 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
+from avd_trainer.data.decoding import caption_of, reason, video_files
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_writing import ShardWriter
-from avd_trainer.data.videos import caption_of, decode_frames, reason, stands_still, video_files
+from avd_trainer.data.videos import decode_frames, stands_still
 from avd_trainer.models.codecs.latent_space import (
     LATENT_SPACES,
     PATCH_SIZE,
