@@ -61,6 +61,7 @@ class ToyRun(NamedTuple):
                 (names[row[:16]] + (f"@{int(row.split('-')[1])}" if "-" in row else ""), stage): outcome
                 for stage, chosen in recipe.stages.items()
                 for row, outcome, _ in journal.outcomes(stage, chosen.digest)
+                if row[:16] in names
             }
 
     def begun(self) -> Counter[str]:

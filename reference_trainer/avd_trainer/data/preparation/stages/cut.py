@@ -72,7 +72,7 @@ def _scan(path: Path, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]
     with av.open(path) as container:
         for frame in container.decode(video=0):
             if frame.time is None:
-                raise ValueError("Its frames have no times. Convert it to MP4.")
+                raise ValueError("its frames have no times; convert it to MP4")
             scale = short_side / min(frame.width, frame.height)
             small = frame.reformat(round(frame.width * scale), round(frame.height * scale), format="rgb24")
             yield round(1000 * frame.time), np.asarray(small.to_ndarray(), np.uint8)

@@ -25,16 +25,16 @@ def probe(path: Path) -> dict[str, Any]:
     import av
 
     if path.is_symlink() and not path.exists():
-        raise ValueError(f"It is a link to {path.readlink()}, which is not there.")
+        raise ValueError(f"it is a link to {path.readlink()}, which is not there")
     if path.is_dir():
-        raise ValueError("It is a folder with the name of a video.")
+        raise ValueError("it is a folder with the name of a video")
     with av.open(path) as container:
         if not container.streams.video:
-            raise ValueError("It has no video stream.")
+            raise ValueError("it has no video stream")
         stream = container.streams.video[0]
         frame = next(container.decode(stream), None)
         if frame is None:
-            raise ValueError("It has no frames.")
+            raise ValueError("it has no frames")
         width, height = frame.width, frame.height
         if round(frame.rotation / 90) % 2:
             # Phones store upright videos sideways, with a note of how to turn them.
@@ -42,7 +42,7 @@ def probe(path: Path) -> dict[str, Any]:
         fps = stream.average_rate or stream.guessed_rate
         seconds = _seconds(stream.duration, stream.time_base) or _seconds(container.duration, 1 / av.time_base)
         if not fps or not seconds:
-            raise ValueError("It does not say how long it is or how fast. Convert it to MP4.")
+            raise ValueError("it does not say how long it is or how fast; convert it to MP4")
         return {
             "width": width,
             "height": height,
@@ -62,7 +62,7 @@ def licence_of(path: Path) -> str | None:
             try:
                 said = json.loads(beside.read_text(encoding="utf-8"))
             except ValueError as error:
-                raise ValueError(f"The file {beside.name} beside it is no JSON: {error}.") from error
+                raise ValueError(f"the file {beside.name} beside it is no JSON: {error}") from error
             if isinstance(said, dict) and said.get("license"):
                 return str(said["license"])
     for name in LICENSE_FILES:

@@ -49,10 +49,10 @@ def find_spans(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSetting
             spans.append(Span(begin, begin + clip.milliseconds))
     if not spans:
         fitting = (longest - 1) // 4 * 4 + 1
-        remedy = f" Clips of {fitting} frames would fit (clip.frames={fitting})." if fitting > 1 else ""
+        remedy = f"; clips of {fitting} frames would fit (clip.frames={fitting})" if fitting > 1 else ""
         raise ValueError(
-            f"Its longest scene has {longest} frames at {clip.fps:g} fps ({longest / clip.fps:.2f} s), a clip takes "
-            f"{clip.frames}.{remedy}"
+            f"its longest scene has {longest} frames at {clip.fps:g} fps ({longest / clip.fps:.2f} s), a clip takes "
+            f"{clip.frames}{remedy}"
         )
     return spans[: settings.most]
 

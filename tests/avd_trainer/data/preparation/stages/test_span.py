@@ -30,14 +30,14 @@ def test_at_most_so_many() -> None:
 
 
 def test_a_clip_of_exactly_five_seconds_is_told_which_length_fits() -> None:
-    with pytest.raises(ValueError, match=r"80 frames at 16 fps \(5\.00 s\), a clip takes 81\. Clips of 77 frames"):
+    with pytest.raises(ValueError, match=r"80 frames at 16 fps \(5\.00 s\), a clip takes 81; clips of 77 frames"):
         spans((0, 5000))
     assert spans((0, 5000), clip=ClipSettings(frames=77)) == [(0, 4812)]
 
 
 @pytest.mark.parametrize("end", [0, 40, 250])
 def test_too_short_for_any_clip(end: int) -> None:
-    with pytest.raises(ValueError, match=r"a clip takes 81\.$"):
+    with pytest.raises(ValueError, match=r"a clip takes 81$"):
         spans((0, end))
 
 
