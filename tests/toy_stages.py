@@ -136,6 +136,7 @@ class Sketch(ClipStage[StageSettings]):
     Settings = StageSettings
     reads = (Brightness.name,)
     of_survivors = True
+    makes_arrays = True
 
     def frames(self, row: Row) -> FrameRequest:
         return FrameRequest((0,), cover=(4, 4))

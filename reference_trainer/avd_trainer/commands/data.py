@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avd_trainer.models.codecs.latent_space import TINY
+from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say

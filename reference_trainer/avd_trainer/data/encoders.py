@@ -7,7 +7,7 @@ import torch
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder, TextEncoder, VideoEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.codecs.latent_space import TINY
+from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 
 

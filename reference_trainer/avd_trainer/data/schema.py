@@ -30,6 +30,9 @@ SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),
     ]
 )
+PROVENANCE = "provenance"
+"""Column of shards that were made from raw videos: for each row, JSON that says of which file and how. Other readers
+can leave it alone, so it is no other version of the schema."""
 UNCONDITIONAL = "unconditional.safetensors"
 UNFINISHED = ".unfinished"
 """Ending of what a writer has not finished."""
@@ -73,15 +76,16 @@ class Layout(NamedTuple):
     encoding: Encoding | None
 
 
-def schema_with(text_length: int, text_dim: int, encoding: Encoding | None) -> pa.Schema:
+def schema_with(text_length: int, text_dim: int, encoding: Encoding | None, *, provenance: bool = False) -> pa.Schema:
     """The schema of a new shard; the shape of latents is a column of it."""
+    schema = SCHEMA.append(pa.field(PROVENANCE, pa.string(), nullable=False)) if provenance else SCHEMA
     values = {
         "avd_schema_version": SCHEMA_VERSION,
         "text_length": text_length,
         "text_dim": text_dim,
         **({} if encoding is None else encoding._asdict()),
     }
-    return SCHEMA.with_metadata({key: str(value) for key, value in values.items() if value is not None})
+    return schema.with_metadata({key: str(value) for key, value in values.items() if value is not None})
 
 
 def read_schema(path: Path, schema: pa.Schema) -> tuple[int, int, Encoding | None]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from avd_trainer.data.schema import (
     DTYPE_NAMES,
     DTYPES,
+    PROVENANCE,
     UNCONDITIONAL,
     UNFINISHED,
     Encoding,
@@ -42,6 +43,7 @@ class ShardWriter:
         text_length: L, the most tokens that a text embedding may have.
         text_dim: D, the width of a token.
         encoding: How clips became latents, which later steps use; None for prompts, or if it is not known.
+        provenance: Whether each row says of which file it was made, and how.
         rows_per_shard: 256 latents of Wan2.1 at 832 x 480 x 81 are about 1.3 GB in float16.
         name: The first part of the shards' names.
 
@@ -56,6 +58,7 @@ class ShardWriter:
         text_length: int,
         text_dim: int,
         encoding: Encoding | None = None,
+        provenance: bool = False,
         rows_per_shard: int = 256,
         name: str = "data",
     ) -> None:
@@ -67,7 +70,8 @@ class ShardWriter:
         self.folder, self.name, self.rows_per_shard = folder, name, rows_per_shard
         self.text_length, self.text_dim = text_length, text_dim
         self.rows = 0
-        self._schema = schema_with(text_length, text_dim, encoding)
+        self._provenance = provenance
+        self._schema = schema_with(text_length, text_dim, encoding, provenance=provenance)
         self._latent_shape: tuple[int, ...] | None = None
         self._unconditional: tuple[Tensor, str] | None = None
         self._group: list[dict[str, Any]] = []
@@ -82,7 +86,9 @@ class ShardWriter:
                 left.unlink()
         return self
 
-    def add(self, latent: Tensor | None, text: Tensor, caption: str, source: str) -> None:
+    def add(
+        self, latent: Tensor | None, text: Tensor, caption: str, source: str, *, provenance: str | None = None
+    ) -> None:
         """Add a row.
 
         Args:
@@ -92,12 +98,15 @@ class ShardWriter:
                 loses nothing, as for an encoder that computes in it.
             caption: What ``text`` embeds.
             source: Where the row comes from.
+            provenance: JSON that says it in full; where the writer was told so, and only there.
 
         Raises:
             UserError: If the latent has another shape than those before, or the disk is full.
             ValueError: If a tensor has another rank, width or dtype.
         """
         text = self._checked_text(text)
+        if (provenance is not None) != self._provenance:
+            raise ValueError("Either all rows of a data set have a provenance, or none; the writer is told before.")
         shape = None if latent is None else tuple(latent.shape)
         if latent is not None and (latent.ndim != 4 or latent.dtype not in DTYPE_NAMES):
             raise ValueError(
@@ -121,6 +130,7 @@ class ShardWriter:
                 "text_tokens": len(text),
                 "caption": caption,
                 "source": source,
+                **({} if provenance is None else {PROVENANCE: provenance}),
             }
         )
         self.rows += 1

@@ -24,6 +24,7 @@ from avd_trainer.data.preparation.worker import (
     Message,
     RowTask,
     Task,
+    arrays_path,
 )
 from avd_trainer.runtime.errors import UserError
 
@@ -186,13 +187,17 @@ class Schedule:
                     if isinstance(outcome, Done):
                         results[read] = outcome.values
             outcome = self._journal.outcome(name, chosen.digest, row)
-            if isinstance(outcome, Done):
+            lost = chosen.stage.makes_arrays and not self._arrays(chosen, row).is_file()
+            if isinstance(outcome, Done) and not lost:
                 results[name] = outcome.values
                 continue
-            to_run = outcome is None or (outcome.again and (row, name) not in self._tried)
+            to_run = not isinstance(outcome, Failed) or (outcome.again and (row, name) not in self._tried)
             if to_run and all(read in results or read in pending for read in chosen.stage.reads):
                 pending.append(name)
         return results, tuple(pending)
+
+    def _arrays(self, chosen: Chosen, row: str) -> Path:
+        return arrays_path(self._journal.folder, chosen.stage.name, chosen.digest, row)
 
     def _add_file(self, file: KnownFile) -> None:
         self._tried.add((file.path, ""))

@@ -97,7 +97,7 @@ class Done(NamedTuple):
 
     Attributes:
         values: Goes into the journal.
-        arrays: What is too large for it, such as a latent; kept in a file. Any dtype that numpy knows.
+        arrays: What is too large for it, such as a latent; kept in a file. Of stages that ``makes_arrays`` alone.
     """
 
     values: Values
@@ -201,6 +201,7 @@ class Stage(ABC, Generic[S_co]):
         reads: Names of the stages whose results it needs.
         score: What ``Settings.reject`` decides on, if it does.
         of_survivors: Run it only for clips that the selection keeps, as captions and latents are.
+        makes_arrays: Whether its outcomes have arrays; where their file is gone, it runs again.
         gpu: Whether it wants a GPU where there is one.
         reads_clip: Whether its results depend on :class:`ClipSettings`.
     """
@@ -211,6 +212,7 @@ class Stage(ABC, Generic[S_co]):
     reads: ClassVar[tuple[str, ...]] = ()
     score: ClassVar[Score | None] = None
     of_survivors: ClassVar[bool] = False
+    makes_arrays: ClassVar[bool] = False
     gpu: ClassVar[bool] = False
     reads_clip: ClassVar[bool]
 

@@ -264,7 +264,7 @@ class Worker:
         )
         began = time.monotonic()
         outcome = _outcome(self._stage(chosen), row, frames)
-        if isinstance(outcome, Done) and outcome.arrays:
+        if isinstance(outcome, Done) and chosen.stage.makes_arrays:
             _save(outcome.arrays, arrays_path(self._folder, name, chosen.digest, row.id))
             outcome = Done(outcome.values)
         return outcome, time.monotonic() - began

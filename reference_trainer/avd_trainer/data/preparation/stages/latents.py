@@ -16,7 +16,7 @@ from avd_trainer.data.preparation.stage import (
     Row,
     StageSettings,
 )
-from avd_trainer.models.codecs.latent_space import TINY, WAN
+from avd_trainer.models.pipeline_parts import TINY, WAN
 
 if TYPE_CHECKING:
     from avd_trainer.data.encode import VideoEncoder
@@ -39,6 +39,7 @@ class Latents(ClipStage[LatentsSettings]):
     Settings = LatentsSettings
     reads = ("framing",)
     of_survivors = True
+    makes_arrays = True
     gpu = True
 
     def missing(self) -> str | None:

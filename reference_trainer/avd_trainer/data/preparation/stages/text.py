@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from avd_trainer.data.preparation.needs import weights_missing
 from avd_trainer.data.preparation.stage import ClipStage, Done, Frames, Row, StageSettings
-from avd_trainer.models.codecs.latent_space import TINY, WAN
+from avd_trainer.models.pipeline_parts import TINY, WAN
 
 if TYPE_CHECKING:
     from avd_trainer.data.encode import TextEncoder
@@ -33,6 +33,7 @@ class Text(ClipStage[TextSettings]):
     reads = ("caption",)
     reads_clip = False
     of_survivors = True
+    makes_arrays = True
     gpu = True
 
     def missing(self) -> str | None:
