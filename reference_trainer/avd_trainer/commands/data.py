@@ -11,18 +11,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.models.codecs.latent_space import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
-    from avd_trainer.data.encode import TextEncoder, VideoEncoder
     from avd_trainer.data.inspection import DataReport
     from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
-TINY = "tiny"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new data set.")]
@@ -66,17 +65,18 @@ def import_lmdb(
 ) -> None:
     """Turn the LMDB of captioned latents of another code base into a data set."""
     with readable_errors():
+        from avd_trainer.data.encoders import load_text_encoder, negative_prompt_for
         from avd_trainer.data.lmdb_import import count_rows, import_lmdb
 
         rows = count_rows(path)
         _check(model, output)
-        text = _text_encoder(model)
+        text = load_text_encoder(model)
         with ProgressBar("rows", rows) as bar:
             written = import_lmdb(
                 path,
                 output,
                 text=text,
-                negative_prompt=_negative_prompt(negative_prompt, model),
+                negative_prompt=negative_prompt_for(model, negative_prompt),
                 width=width,
                 on_row=bar.advance,
             )
@@ -107,6 +107,7 @@ def encode(
     with readable_errors():
         from avd_trainer.data.decoding import video_files
         from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
+        from avd_trainer.data.encoders import load_text_encoder, load_video_encoder, negative_prompt_for
 
         space: LatentSpace = "block-dct-4" if model == TINY else "wan"
         default = FORMATS[space]
@@ -119,7 +120,7 @@ def encode(
         clip_format.check(space)
         files = len(video_files(videos))
         _check(model, output)
-        codec, text = _video_encoder(model), _text_encoder(model)
+        codec, text = load_video_encoder(model), load_text_encoder(model)
         with ProgressBar("videos", files) as bar:
             written = encode_videos(
                 videos,
@@ -127,7 +128,7 @@ def encode(
                 codec,
                 text,
                 clip_format,
-                negative_prompt=_negative_prompt(negative_prompt, model),
+                negative_prompt=negative_prompt_for(model, negative_prompt),
                 on_file=bar.advance,
             )
         _say_written(written, "clips", output)
@@ -143,12 +144,14 @@ def encode_prompts(
     """Embed prompts for the matching term, which needs no clips."""
     with readable_errors():
         from avd_trainer.data.encode import encode_prompts, read_prompts
+        from avd_trainer.data.encoders import load_text_encoder, negative_prompt_for
 
         prompts = len(read_prompts(file))
         _check(model, output)
-        text = _text_encoder(model)
+        text = load_text_encoder(model)
+        negative = negative_prompt_for(model, negative_prompt)
         with ProgressBar("prompts", prompts) as bar:
-            written = encode_prompts(file, output, text, _negative_prompt(negative_prompt, model), bar.advance)
+            written = encode_prompts(file, output, text, negative, bar.advance)
         _say_written(written, "prompts", output)
 
 
@@ -162,48 +165,6 @@ def _check(model: str, output: Path) -> None:
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     expect_no_shards(output)
-
-
-def _text_encoder(model: str) -> TextEncoder:
-    import torch
-
-    if model == TINY:
-        from avd_trainer.config.sections import ArchitectureConfig
-        from avd_trainer.data.encode import HashTextEncoder
-        from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
-
-        return HashTextEncoder(TEXT_LENGTH, ArchitectureConfig().text_dim)
-    from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
-
-    return WanTextEncoder.from_pretrained(model, _device(), torch.bfloat16)
-
-
-def _video_encoder(model: str) -> VideoEncoder:
-    import torch
-
-    if model == TINY:
-        from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-
-        return BlockDCTCodec()
-    from avd_trainer.models.codecs.wan import WanCodec
-
-    # float32 as in Wan2.1's own code: encoding is done once, and its rounding would be learnt.
-    return WanCodec.from_pretrained(model, _device(), torch.float32)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _negative_prompt(given: str | None, model: str) -> str:
-    from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT
-
-    if given is not None:
-        return given
-    # The tiny teacher was trained with empty captions for guidance.
-    return "" if model == TINY else WAN_NEGATIVE_PROMPT
 
 
 def _say_written(rows: int, what: str, output: Path) -> None:

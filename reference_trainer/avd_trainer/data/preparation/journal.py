@@ -48,13 +48,12 @@ class FileState(NamedTuple):
     modified: int
 
     @classmethod
-    def of(cls, path: Path) -> FileState:
-        """The state now.
-
-        Raises:
-            OSError: If it cannot be asked.
-        """
-        status = path.stat()
+    def at(cls, path: Path) -> FileState:
+        """The state now; zeros of what is not there."""
+        try:
+            status = path.stat()
+        except OSError:
+            return cls(0, 0)
         return cls(status.st_size, status.st_mtime_ns)
 
 
@@ -191,7 +190,7 @@ class Journal:
     def _take_over_parts(self) -> None:
         for path in sorted(self.folder.glob("journal-*-of-*.sqlite")):
             with self._readable_errors():
-                values = (path.name, *FileState.of(path))
+                values = (path.name, *FileState.at(path))
                 query = "SELECT 1 FROM parts WHERE name = ? AND size = ? AND modified = ?"
                 if self._database.execute(query, values).fetchone():
                     continue

@@ -186,9 +186,11 @@ class Worker:
 
     def _hash(self, path: Path) -> None:
         self._tell(Begun("", (), HASHING, _HASHING_LIMIT))
-        state = FileState(0, 0)
+        state = FileState.at(path)
+        if (wrong := _no_file(path)) is not None:
+            self._tell(Hashed(state, None, wrong))
+            return
         try:
-            state = FileState.of(path)
             digest = hashlib.sha256()
             with path.open("rb") as file:
                 while chunk := file.read(_CHUNK):
@@ -288,12 +290,14 @@ class _OtherFileError(Exception):
 
 
 def _expect(path: Path, state: FileState) -> None:
-    try:
-        found = FileState.of(path)
-    except OSError:
-        raise _OtherFileError from None
-    if found != state:
+    if FileState.at(path) != state:
         raise _OtherFileError
+
+
+def _no_file(path: Path) -> str | None:
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {path.readlink()}, which is not there"
+    return "it is a folder with the name of a video" if path.is_dir() else None
 
 
 def _outcome(stage: Stage[Any], row: Row, frames: Frames) -> Outcome:

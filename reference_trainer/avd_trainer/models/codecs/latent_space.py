@@ -14,6 +14,10 @@ LATENT_SPACES: dict[LatentSpace, str] = {"wan": "Wan's VAE", "block-dct-4": "the
 """Each space's codec, for messages."""
 SIZES: dict[LatentSpace, str] = {"wan": "832x480x81", "block-dct-4": "32x32x17"}
 """What the models of each space were trained on, as ``WIDTHxHEIGHTxFRAMES``: Wan2.1, and the tiny preset's teacher."""
+TINY = "tiny"
+"""Stands for the codec and the text embedding of the tiny preset, which have no weights, where a pipeline is named."""
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+"""The least pipeline of Wan2.1; all of them have the same VAE and text encoder."""
 TEMPORAL_STRIDE = 4
 """Frames per latent frame after the first."""
 SPATIAL_STRIDES: dict[LatentSpace, int] = {"wan": 8, "block-dct-4": 4}

@@ -1,9 +1,22 @@
+"""Folders of pretended videos, rows, and models of random weights."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
 from avd_trainer.data.preparation.stage import Row, Span
 from tiny_image_models import save_clip_model, save_dino_model
+from toy_runs import ToyRun
+from toy_stages import RUNS
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ToyRun:
+    monkeypatch.setenv(RUNS, str(tmp_path / "runs"))
+    (tmp_path / "videos").mkdir()
+    return ToyRun(tmp_path / "videos", tmp_path / "prepared", tmp_path / "runs")
 
 
 @pytest.fixture
