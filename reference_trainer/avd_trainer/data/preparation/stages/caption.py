@@ -91,11 +91,12 @@ class Caption(ClipStage[CaptionSettings]):
         return FrameRequest(spread(self.clip.frames, self.settings.frames), self.settings.short_side)
 
     def run(self, row: Row, frames: Frames) -> Outcome:
-        from avd_trainer.data.decoding import caption_of
+        if self.settings.by == "file":
+            from avd_trainer.data.decoding import caption_of
+
+            return Done({"caption": caption_of(row.path)})
         from avd_trainer.data.preparation.captioners import Question
 
-        if self.settings.by == "file":
-            return Done({"caption": caption_of(row.path)})
         answer = self._captioner(frames, Question(self.settings.prompt, self.settings.max_tokens))
         return answer if isinstance(answer, Failed) else Done({"caption": answer})
 

@@ -69,13 +69,14 @@ def _scan(path: Path, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]
     """Times in milliseconds and ``[H, W, 3]`` of all frames of a file, small."""
     import av
 
+    from avd_trainer.data.decoding import scaled
+
     with av.open(path) as container:
+        container.streams.video[0].codec_context.thread_count = 1  # there are as many processes as cores
         for frame in container.decode(video=0):
             if frame.time is None:
                 raise ValueError("its frames have no times; convert it to MP4")
-            scale = short_side / min(frame.width, frame.height)
-            small = frame.reformat(round(frame.width * scale), round(frame.height * scale), format="rgb24")
-            yield round(1000 * frame.time), np.asarray(small.to_ndarray(), np.uint8)
+            yield round(1000 * frame.time), scaled(frame, short_side)
 
 
 class Cut(FileStage[CutSettings]):

@@ -37,11 +37,11 @@ def _share(spectrum: NDArray[np.float32]) -> float:
     power[0, 0] = 0  # the mean
     if not power.any():
         return float(1 / max(power.shape))  # of one colour: a single pixel would hold it
-    rows, columns = ((np.arange(size) + 1) / size for size in power.shape)
-    shares: NDArray[np.float64] = np.maximum(rows[:, None], columns[None, :]).ravel()
-    order = np.argsort(shares)
-    held = np.cumsum(power.ravel()[order])
-    return float(shares[order[np.searchsorted(held, SHARE * held[-1])]])
+    # In steps of the finer of the two sides: the box that a frequency (i, j) lies at the edge of.
+    steps = max(power.shape)
+    rows, columns = (np.arange(size) * steps // size for size in power.shape)
+    held = np.cumsum(np.bincount(np.maximum(rows[:, None], columns).ravel(), power.ravel(), minlength=steps))
+    return float((np.searchsorted(held, SHARE * held[-1]) + 1) / steps)
 
 
 class Detail(NamedFramesStage[NamedFrames]):

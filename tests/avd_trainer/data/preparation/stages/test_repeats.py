@@ -39,7 +39,8 @@ def test_a_still_scene_and_a_slow_one_are_not_accused() -> None:
     assert shown_rate(slow, 16.0) == 16.0
 
 
-def test_it_asks_for_every_frame(row: Row) -> None:
+def test_it_asks_for_consecutive_frames(row: Row) -> None:
+    assert Repeats(Repeats.Settings(), ClipSettings()).frames(row).indices == tuple(range(24, 57))
     stage = Repeats(Repeats.Settings(), ClipSettings(frames=17))
     assert stage.frames(row).indices == tuple(range(17))
     outcome = stage.run(row, scroll(9).repeat(2, axis=0)[:17])
