@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.commands.options import Overrides
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -51,6 +52,19 @@ def inspect(
         from avd_trainer.data.inspection import inspect
 
         _print_report(inspect(path, latents))
+
+
+@data_app.command()
+def report(
+    prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
+    set_: Overrides = None,
+) -> None:
+    """Show what was kept of prepared videos and why: report.html with pictures, report.json with all numbers."""
+    with readable_errors():
+        from avd_trainer.data.preparation.report import write_report
+
+        found, page = write_report(prepared, set_ or [])
+        say(f"{found.kept} of {found.clips} clips in {found.files} files are kept. Look at why in {page}")
 
 
 @data_app.command()
