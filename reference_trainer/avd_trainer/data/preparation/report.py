@@ -102,6 +102,8 @@ class StageReport(_Part):
     """Clips that it left out, evenly spread over their scores."""
     borderline: tuple[Example, ...]
     """Clips whose scores lie next to where the decision changes, on both sides."""
+    across: tuple[Example, ...]
+    """If its score is a number and it left out nothing: clips evenly spread over their scores, to choose a limit by."""
 
 
 class ClipReport(_Part):
@@ -215,6 +217,7 @@ def summarise(journal: Journal, recipe: Recipe, selection: Selection, videos: Pa
                 histogram=_histogram(chosen, of_coming, left_out) if has_numbers else None,
                 left_out=_examples(_spread_over(left_out or dropped), of_coming, dropped),
                 borderline=_examples(_borderline(of_coming, left_out), of_coming, dropped),
+                across=() if dropped else _examples(_spread_over(of_coming), of_coming, dropped),
             )
         )
         coming = [clip for clip in coming if clip not in dropped]
@@ -354,9 +357,9 @@ def _edges(values: NDArray[np.float64], limits: Sequence[float]) -> tuple[NDArra
     return np.linspace(low, high, BINS + 1), False
 
 
-def _spread_over(dropped: Mapping[str, Any]) -> list[str]:
+def _spread_over(scores: Mapping[str, Any]) -> list[str]:
     """A few clips, from the lowest score to the highest."""
-    ranked = sorted(dropped, key=lambda clip: (dropped[clip], clip))
+    ranked = sorted(scores, key=lambda clip: (scores[clip], clip))
     if len(ranked) <= SHOWN:
         return ranked
     return [ranked[round(place)] for place in np.linspace(0, len(ranked) - 1, SHOWN)]
@@ -391,6 +394,7 @@ def _all_examples(report: Report) -> Iterable[Example]:
     for stage in report.stages:
         yield from stage.left_out
         yield from stage.borderline
+        yield from stage.across
 
 
 def _most_common(reasons: Iterable[str]) -> dict[str, int]:

@@ -135,6 +135,8 @@ def test_clips_that_are_shown(prepared: Path) -> None:
         (clip_of("3.mp4"), "kept"),
     ]
     assert stages["hue"].left_out[0].reason == "1 is below 2.5"
+    assert stages["hue"].across == ()
+    assert [example.score for example in stages["framing"].across] == [0.3] * SHOWN  # it left out nothing
     (duplicate,) = stages["duplicates"].left_out
     assert duplicate.reason == "nearly the same as clip 6.mp4 from 0.0 s"
     assert {example.clip for example in report.examples} == {clip_of("6.mp4"), clip_of(HOSTILE)}

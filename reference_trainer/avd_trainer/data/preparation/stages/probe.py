@@ -19,15 +19,11 @@ def probe(path: Path) -> dict[str, Any]:
         ``pixel_format`` by FFmpeg's names; ``licence``, see :func:`licence_of`.
 
     Raises:
-        ValueError: If it is no file, or has no video, no frame or no length; it says which.
+        ValueError: If it has no video, no frame or no length; it says which.
         FFmpegError, OSError: If it cannot be decoded.
     """
     import av
 
-    if path.is_symlink() and not path.exists():
-        raise ValueError(f"it is a link to {path.readlink()}, which is not there")
-    if path.is_dir():
-        raise ValueError("it is a folder with the name of a video")
     with av.open(path) as container:
         if not container.streams.video:
             raise ValueError("it has no video stream")
