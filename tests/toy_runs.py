@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from avd_trainer.data.preparation import prepare
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Recipe, build_recipe
@@ -15,6 +16,11 @@ from avd_trainer.data.preparation.stage import Outcome
 from toy_stages import TOYS, ToyReader
 
 CLIP = {"frames": 5, "fps": 10.0}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def toy_recipe(**values: Any) -> Recipe:
@@ -63,6 +69,22 @@ class ToyRun(NamedTuple):
                 for row, outcome, _ in journal.outcomes(stage, chosen.digest)
                 if row[:16] in names
             }
+
+    def prepare(
+        self,
+        recipe: Recipe | None = None,
+        *,
+        workers: int = 1,
+        sample: float | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> prepare.Prepared:
+        """From the folder to shards."""
+        who = prepare.Workers(workers, open_reader=ToyReader)
+        return prepare.prepare(self.videos, self.output, recipe or toy_recipe(), who, sample=sample, part=part)
+
+    def lines(self) -> int:
+        """How many things were begun."""
+        return self.runs.read_text().count("\n") if self.runs.exists() else 0
 
     def begun(self) -> Counter[str]:
         """How often each was begun since the last call: ``"brightness a.mp4 500"``."""

@@ -21,6 +21,7 @@ from avd_trainer.data.preparation.stage import (
     ClipSettings,
     ClipStage,
     Done,
+    Failed,
     FileStage,
     FrameRequest,
     Frames,
@@ -43,6 +44,8 @@ def befall(doing: str, path: Path, row: Row | None = None) -> None:
         with open(runs, "a") as file:
             file.write(f"{doing} {path.name} {'' if row is None or row.span is None else row.span.start}\n")
     where, _, what = path.stem.partition("-")
+    if what == "slow":
+        time.sleep(0.1)
     if where != doing or (row is not None and row.span is not None and row.span.start != 500):
         return
     if what == "hangs":
@@ -129,22 +132,78 @@ class Contrast(ClipStage[ContrastSettings]):
         return Done({"value": self.settings.gain * abs(row.results[Brightness.name]["mean"] - 127.5)})
 
 
-class Sketch(ClipStage[StageSettings]):
-    """A stage of survivors that makes arrays."""
+class FramingSettings(StageSettings):
+    sizes: tuple[tuple[int, int], ...] = ((8, 8), (8, 16))
 
-    name = "sketch"
+
+class Framing(FileStage[FramingSettings]):
+    """Files whose name says so are wide."""
+
+    name = "framing"
+    Settings = FramingSettings
+
+    def run(self, row: Row) -> Outcome:
+        height, width = self.settings.sizes["wide" in row.path.name]
+        return Done({"height": height, "width": width})
+
+
+class Caption(ClipStage[StageSettings]):
+    """The file's name."""
+
+    name = "caption"
     Settings = StageSettings
-    reads = (Brightness.name,)
+    of_survivors = True
+
+    def run(self, row: Row, frames: Frames) -> Outcome:
+        befall(self.name, row.path, row)
+        if "silent" in row.path.name and not Path(row.path.parent, "speak").exists():
+            return Failed("the server does not answer", again=True)
+        return Done({"caption": row.path.stem})
+
+
+class ModelSettings(StageSettings):
+    model: str = "tiny"
+    negative_prompt: str | None = None
+
+
+class Latents(ClipStage[ModelSettings]):
+    """Arrays that say how bright a clip is."""
+
+    name = "latents"
+    Settings = ModelSettings
+    reads = (Framing.name,)
     of_survivors = True
     makes_arrays = True
 
     def frames(self, row: Row) -> FrameRequest:
-        return FrameRequest((0,), cover=(4, 4))
+        size = row.results[Framing.name]
+        return FrameRequest((0, 1), cover=(size["height"], size["width"]))
 
     def run(self, row: Row, frames: Frames) -> Outcome:
         befall(self.name, row.path, row)
-        return Done({"shape": list(frames.shape)}, {"pixels": frames})
+        size = row.results[Framing.name]
+        latent = np.full((16, 2, size["height"] // 4, size["width"] // 4), frames.mean(), dtype=np.float16)
+        return Done(
+            {"latent_space": "block-dct-4", "codec": None, "size": [size["height"], size["width"]]}, {"latent": latent}
+        )
 
 
-TOYS: dict[str, type[Stage[Any]]] = {stage.name: stage for stage in (ToySpan, Brightness, Contrast, Sketch)}
+class Text(ClipStage[ModelSettings]):
+    """One token."""
+
+    name = "text"
+    Settings = ModelSettings
+    reads = (Caption.name,)
+    of_survivors = True
+    makes_arrays = True
+
+    def run(self, row: Row, frames: Frames) -> Outcome:
+        befall(self.name, row.path, row)
+        length = len(row.results[Caption.name]["caption"])
+        return Done({"length": 24, "dim": 32}, {"embedding": np.full((1, 32), length, dtype=np.float32)})
+
+
+TOYS: dict[str, type[Stage[Any]]] = {
+    stage.name: stage for stage in (ToySpan, Framing, Brightness, Contrast, Caption, Latents, Text)
+}
 """By name, in the order of a recipe."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,10 +20,13 @@ from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
     from avd_trainer.data.inspection import DataReport
+    from avd_trainer.data.preparation.prepare import Prepared
     from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
+MOST_REASONS = 10
+"""Why files gave no clips: so many reasons are printed, the most frequent ones."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new data set.")]
@@ -167,6 +171,98 @@ def encode_prompts(
         with ProgressBar("prompts", prompts) as bar:
             written = encode_prompts(file, output, text, negative, bar.advance)
         _say_written(written, "prompts", output)
+
+
+Processes = Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one for each core.")]
+
+
+@data_app.command()
+def prepare(
+    videos: Annotated[Path, typer.Option(help="Folder of raw videos, searched recursively.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that is made.")],
+    recipe: Annotated[str, typer.Option(help="paper, tiny, or a YAML file: which stages, and what is kept.")] = "paper",
+    sample: Annotated[
+        str | None, typer.Option(help="Work on a share of the files, such as 1%, and say what all would take.")
+    ] = None,
+    workers: Processes = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N: score the I-th of N parts, counted from 0, for an array of jobs. Without it: all."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """From raw videos to a training set: cut, score, choose, caption, encode. The same command again goes on."""
+    with readable_errors():
+        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes, prepare
+        from avd_trainer.data.preparation.recipe import load_recipe
+
+        chosen = load_recipe(recipe, set_ or [])
+        done = prepare(
+            videos,
+            output,
+            chosen,
+            Workers(workers or default_processes(), count_gpus(chosen)),
+            sample=None if sample is None else _share(sample),
+            part=None if shard is None else _part(shard),
+        )
+        _say_prepared(done)
+
+
+@data_app.command()
+def select(
+    prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
+    output: Output,
+    workers: Processes = None,
+    set_: Overrides = None,
+) -> None:
+    """Decide again, such as with --set aesthetics.keep=0.4, without decoding again what was scored."""
+    with readable_errors():
+        from avd_trainer.data.preparation.prepare import RECIPE, Workers, count_gpus, default_processes, select_again
+        from avd_trainer.data.preparation.recipe import load_recipe
+
+        gpus = count_gpus(load_recipe(prepared / RECIPE)) if (prepared / RECIPE).is_file() else 0
+        done = select_again(prepared, output, set_ or [], Workers(workers or default_processes(), gpus))
+        _say_prepared(done)
+
+
+def _share(text: str) -> float:
+    number, percent = text.removesuffix("%"), text.endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"--sample {text}: expected a share of the files, such as 1% or 0.01.")
+    return share
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/8 for the first of 8 parts.")
+    return int(found[1]), int(found[2])
+
+
+def _say_prepared(done: Prepared) -> None:
+    selection = done.selection
+    clips, kept = len(selection.clips), len(selection.kept)
+    say(f"{selection.files} files gave {clips} clips; {len(selection.dropped_files)} files gave none.")
+    reasons = Counter(f"{why.stage}: {why.reason}" for why in selection.dropped_files.values())
+    for reason, count in reasons.most_common(MOST_REASONS):
+        say(f"  {count} x {reason}")
+    for step in selection.steps:
+        if step.left < step.came:
+            say(f"{step.stage}: {step.left} of {step.came} clips are left")
+    say(f"{kept} of {clips} clips are kept.")
+    if done.forecast is not None:
+        files, size, hours, gigabytes = done.forecast
+        say(
+            f"The sample is {files[0]} of {files[1]} files, {size[0] / 1e9:.3g} of {size[1] / 1e9:.3g} GB. All of them "
+            f"would take about {hours:.2g} hours on one worker, and {gigabytes:.2g} GB for latents, twice with shards."
+        )
+    for folder, rows in done.data.items():
+        there = "are in" if not done.unchanged else "were already in"
+        say(f"{rows} clips {there} {folder}. Look at them with: avd data inspect {folder}")
 
 
 def _check(model: str, output: Path) -> None:

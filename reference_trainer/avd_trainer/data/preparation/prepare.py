@@ -1,4 +1,4 @@
-"""From a folder of raw videos to a training set: score all clips, decide, make what the kept ones need, write shards."""
+"""From raw videos to a training set: score all clips, decide, make what the kept ones need, write shards."""
 
 from __future__ import annotations
 
@@ -104,10 +104,11 @@ def prepare(
         write_json(output / SOURCE, {"videos": str(videos.absolute())})
         if sample is None:
             _forget_others(journal, paths)
-        _score(journal, recipe, videos, paths, workers)
+        work = _Work(journal, recipe, videos, paths, workers, look=True)
+        _score(work)
         if part is not None:
             return Prepared(select(journal, recipe, finished=False), {})
-        selection = _finish(journal, recipe, videos, paths, workers)
+        selection = _finish(work)
         if sample is not None:
             return Prepared(selection, {}, forecast=_forecast(journal, recipe, videos, paths, every))
         if "latents" not in recipe.stages:
@@ -144,44 +145,53 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
     _expect_all_at_hand(recipe)
     videos = Path(read_json(prepared / SOURCE)["videos"])
     with Journal(prepared) as journal:
-        paths = [file.path for file in journal.files()]
-        _score(journal, recipe, videos, paths, workers)
-        selection = _finish(journal, recipe, videos, paths, workers)
+        work = _Work(journal, recipe, videos, [file.path for file in journal.files()], workers, look=False)
+        _score(work)
+        selection = _finish(work)
         return _write(journal, recipe, selection, output, replace=False)
 
 
-def _score(journal: Journal, recipe: Recipe, videos: Path, paths: Sequence[str], workers: Workers) -> None:
+class _Work(NamedTuple):
+    """What a run works on; ``look`` as of :class:`Schedule`."""
+
+    journal: Journal
+    recipe: Recipe
+    videos: Path
+    paths: Sequence[str]
+    workers: Workers
+    look: bool
+
+
+def _score(work: _Work) -> None:
     """Run what all clips get."""
-    _run(journal, recipe, videos, paths, workers, list(recipe.of_clips(survivors=False)), None)
+    _run(work, list(work.recipe.of_clips(survivors=False)), None)
 
 
-def _finish(journal: Journal, recipe: Recipe, videos: Path, paths: Sequence[str], workers: Workers) -> Selection:
+def _finish(work: _Work) -> Selection:
     """Decide, and run what the kept clips get."""
-    kept = {clip.id: clip.path for clip in select(journal, recipe, finished=False).kept}
-    of_kept = sorted(set(kept.values()) & set(paths))
-    _run(journal, recipe, videos, of_kept, workers, list(recipe.of_clips(survivors=True)), kept.keys())
-    return select(journal, recipe, finished=True)
+    kept = {clip.id: clip.path for clip in select(work.journal, work.recipe, finished=False).kept}
+    of_kept = sorted(set(kept.values()) & set(work.paths))
+    _run(work._replace(paths=of_kept), list(work.recipe.of_clips(survivors=True)), kept.keys())
+    return select(work.journal, work.recipe, finished=True)
 
 
-def _run(
-    journal: Journal,
-    recipe: Recipe,
-    videos: Path,
-    paths: Sequence[str],
-    workers: Workers,
-    stages: Sequence[Chosen],
-    clips: Collection[str] | None,
-) -> None:
-    gpus = workers.gpus if any(chosen.stage.gpu for chosen in stages) else 0
+def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -> None:
+    """Run stages: those that want a GPU in a pass of their own where there is one."""
+    gpus = work.workers.gpus
     on_gpu = [chosen.stage.name for chosen in stages if chosen.stage.gpu and gpus]
     elsewhere = [chosen.stage.name for chosen in stages if chosen.stage.name not in on_gpu]
+    passes = [(elsewhere, work.workers.processes)] if elsewhere or clips is None else []
+    passes += [(on_gpu, gpus)] if on_gpu else []
     what = "scoring" if clips is None else "captions and latents"
-    for names, processes in ((elsewhere, workers.processes), (on_gpu, gpus)):
-        if not names and (clips is not None or names is on_gpu):
-            continue
-        with ProgressBar(f"{what}, files", len(paths)) as bar:
-            schedule = Schedule(journal, recipe, videos, paths, names, clips, bar.advance)
-            LocalEngine(recipe, journal.folder, processes, gpus=gpus, open_reader=workers.open_reader).run(schedule)
+    for names, processes in passes:
+        with ProgressBar(f"{what}, files", len(work.paths)) as bar:
+            schedule = Schedule(
+                work.journal, work.recipe, work.videos, work.paths, names, clips, bar.advance, look=work.look
+            )
+            engine = LocalEngine(
+                work.recipe, work.journal.folder, processes, gpus=gpus, open_reader=work.workers.open_reader
+            )
+            engine.run(schedule)
 
 
 def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path, *, replace: bool) -> Prepared:
@@ -199,16 +209,14 @@ def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path,
     if replace:
         shutil.rmtree(new, ignore_errors=True)
     with ProgressBar("writing clips", len(clips)) as bar:
-        written = {
-            folder.relative_to(new): rows
-            for folder, rows in write_shards(journal, recipe, clips, new, bar.advance).items()
-        }
+        written = write_shards(journal, recipe, clips, new, bar.advance)
+    data = {str(folder.relative_to(new)): rows for folder, rows in written.items()}
     write_text(new / RECIPE, recipe.to_yaml())
-    write_json(new / SELECTION, {"fingerprint": key, "data": {str(name): rows for name, rows in written.items()}})
+    write_json(new / SELECTION, {"fingerprint": key, "data": data})
     if replace:
         shutil.rmtree(output, ignore_errors=True)
         new.rename(output)
-    return Prepared(selection, {output / name: rows for name, rows in written.items()})
+    return Prepared(selection, {output / name: rows for name, rows in data.items()})
 
 
 def _expect_all_at_hand(recipe: Recipe) -> None:

@@ -77,6 +77,8 @@ class Schedule:
         stages: Names of the clip stages to run; stages of files always run.
         clips: Run them only for these clips; None for all.
         on_file: Called for each file with which nothing is left to do.
+        look: Whether to look for files that changed. Without it, a file is looked at only if something is to be done
+            with it, and left alone if it is not the one that the journal knows.
     """
 
     def __init__(
@@ -88,11 +90,13 @@ class Schedule:
         stages: Collection[str],
         clips: Collection[str] | None = None,
         on_file: Callable[[], None] = lambda: None,
+        *,
+        look: bool = True,
     ) -> None:
         self._journal, self._recipe, self._videos = journal, recipe, videos
         self._of_files = list(recipe.of_files())
         self._of_clips = [chosen for chosen in recipe.stages.values() if chosen.stage.name in stages]
-        self._clips, self._on_file = clips, on_file
+        self._clips, self._on_file, self._look = clips, on_file, look
         self._waiting = deque(paths)
         self._tried: set[tuple[str, str]] = set()
         """Of this run: what failed, and is to be tried again by the next one."""
@@ -151,18 +155,21 @@ class Schedule:
     def _plan(self, name: str) -> Task | None:
         path = self._videos / name
         known = self._journal.file(name)
-        if (
-            known is None
-            or known.state != FileState.at(path)
-            or (known.sha256 is None and (name, "") not in self._tried)
-        ):
+        if known is None or (self._look and known.state != FileState.at(path)):
             return Task(path)
         if known.sha256 is None:
+            return Task(path) if self._look and (name, "") not in self._tried else None
+        task = self._plan_rows(path, known.state, known.sha256)
+        if task is not None and known.state != FileState.at(path):
+            logger.warning("Left out %s: it is not the file that was prepared. Prepare the videos again.", path)
             return None
-        row = Row(known.sha256, path, known.sha256, None, {})
+        return task
+
+    def _plan_rows(self, path: Path, state: FileState, sha256: str) -> Task | None:
+        row = Row(sha256, path, sha256, None, {})
         results, pending = self._look_up(row.id, self._of_files, {})
         if pending:
-            return Task(path, known.state, (RowTask(row._replace(results=results), pending),))
+            return Task(path, state, (RowTask(row._replace(results=results), pending),))
         rows = []
         for start, end in results.get(SPAN, {}).get("clips", []):
             clip = row._replace(id=clip_id(row.sha256, Span(start, end)), span=Span(start, end))
@@ -170,7 +177,7 @@ class Schedule:
                 found, pending = self._look_up(clip.id, self._of_clips, results)
                 if pending:
                     rows.append(RowTask(clip._replace(results=found), pending))
-        return Task(path, known.state, tuple(rows)) if rows else None
+        return Task(path, state, tuple(rows)) if rows else None
 
     def _look_up(
         self, row: str, stages: Sequence[Chosen], before: dict[str, Values]

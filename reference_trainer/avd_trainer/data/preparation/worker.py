@@ -34,7 +34,7 @@ from avd_trainer.data.preparation.stage import (
     Stage,
 )
 
-HASHING = "hashing"
+HASHING = "reading"
 DECODING = "decoding"
 """What a process does besides stages, in their names' place."""
 _HASHING_LIMIT = 3600.0
@@ -311,7 +311,10 @@ def _outcome(stage: Stage[Any], row: Row, frames: Frames) -> Outcome:
 
 
 def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {reason(error)}"
+    """What went wrong; with its type for errors that were not meant for people, whose words alone say little."""
+    if isinstance(error, FFmpegError | OSError | ValueError) and str(error):
+        return reason(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _save(arrays: Mapping[str, Array], path: Path) -> None:
