@@ -200,11 +200,11 @@ def test_kill_at_any_moment_and_the_same_command_again(toy: ToyRun, seed: int) -
     while (ended := run_until(command, environment, toy, draw.randint(1, 30))) is None:
         kills += 1
     assert ended == 0
-    # Two workers: each kill costs what both had in work.
+    # Two workers: a kill costs at most the clips that both had in work, each with up to four things to do.
     begun = toy.begun()
-    finished = len(begun)
-    assert finished == 6 * (1 + 3 * 3) + 9 * 4
-    assert sum(begun.values()) - finished <= kills * 2 * 4
+    assert set(kinds(begun)) == {"span", "decoding", "brightness", "contrast", "caption", "latents", "text"}
+    needed = 6 * (1 + 3 * 3) + 9 * 4
+    assert needed <= sum(begun.values()) <= needed + kills * 2 * 4
     whole = toy._replace(output=toy.output.with_name("whole"))
     whole.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
     assert files_of(toy.output / "data") == files_of(whole.output / "data")
