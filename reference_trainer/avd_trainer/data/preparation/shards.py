@@ -90,7 +90,7 @@ def write_shards(
                     _array(journal.folder, recipe, "text", "embedding", clip),
                     results["caption"]["caption"],
                     f"{clip.path}, {clip.span.start / 1000:g} to {clip.span.end / 1000:g} s",
-                    provenance=json.dumps(provenance(recipe, clip, results), sort_keys=True),
+                    provenance=json.dumps(provenance(recipe, clip, results)),
                 )
                 on_clip()
             written[folder] = writer.rows
