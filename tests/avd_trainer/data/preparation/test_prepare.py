@@ -230,7 +230,7 @@ def test_a_folder_without_videos(toy: ToyRun) -> None:
 
 def test_no_clip_is_left(toy: ToyRun) -> None:
     toy.add("a.mp4")
-    with pytest.raises(UserError, match="No clip is left to write"):
+    with pytest.raises(UserError, match=r"No clip is left of 1 files and 3 clips:\n  1 x brightness: 15 is below 256"):
         toy.prepare(toy_recipe(brightness={"min": 256}))
 
 
@@ -284,14 +284,14 @@ def test_clips_that_are_newly_kept_and_whose_videos_are_gone_are_left_out(
 
 @pytest.mark.usefixtures("by_name")
 def test_selecting_from_nothing(toy: ToyRun) -> None:
-    with pytest.raises(UserError, match="holds no prepared videos. Run `avd data prepare`"):
+    with pytest.raises(UserError, match=r"holds no prepared videos\. Run `avd data prepare`"):
         select(toy)
     assert not toy.output.exists()
 
 
 def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(toy: ToyRun) -> None:
     toy.add(*NAMES)
-    with disk_with_room_for(40_000), pytest.raises(UserError, match="Free some space|free some space"):
+    with disk_with_room_for(40_000), pytest.raises(UserError, match="ree some space"):
         toy.prepare(toy_recipe(span={"clips": 60}, framing=SQUARE))
     done = toy.prepare(toy_recipe(span={"clips": 60}, framing=SQUARE))
     assert done.data == {toy.output / "data": 360}
