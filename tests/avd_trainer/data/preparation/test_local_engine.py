@@ -127,6 +127,19 @@ def test_a_file_with_new_bytes_is_worked_on_again(toy: ToyRun) -> None:
     expect_all_of(toy, found, "a.mp4")
 
 
+@pytest.mark.parametrize("name", ["brightness-changes.mp4", "decoding-changes.mp4"])
+def test_what_is_found_in_a_file_that_changes_meanwhile_is_not_recorded(
+    toy: ToyRun, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.add(PLAIN, name)
+    found = dict(toy())
+    expect_all_of(toy, found, PLAIN)
+    assert f"{name}: it changed while it was read. Run the same command again." in caplog.text
+    assert (f"{name}@0", "brightness") in found
+    assert (f"{name}@500", "brightness") not in found
+    expect_all_of(toy, dict(toy()), name)  # of the bytes that it has now
+
+
 def test_ctrl_c_stops_at_once_and_loses_nothing(toy: ToyRun) -> None:
     toy.add(*(f"{number}.mp4" for number in range(4)), "brightness-hangs.mp4")
     interrupt = threading.Timer(6, lambda: os.kill(os.getpid(), signal.SIGINT))
