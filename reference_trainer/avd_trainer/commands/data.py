@@ -19,7 +19,7 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
-    from avd_trainer.data.inspection import DataReport
+    from avd_trainer.data.inspection import DataReport, Provenance
     from avd_trainer.data.preparation.prepare import Prepared
     from avd_trainer.models.codecs.latent_space import LatentSpace
 
@@ -306,6 +306,8 @@ def _lines(report: DataReport) -> list[tuple[str, str]]:
             "missing" if report.unconditional_prompt is None else f"of the prompt {report.unconditional_prompt!r}",
         ),
     ]
+    if report.provenance is not None:
+        lines += _provenance_lines(report.provenance)
     if report.latent_shape is None:
         return [*lines, ("latents", "none: prompts only")]
     lines += [
@@ -326,3 +328,13 @@ def _lines(report: DataReport) -> list[tuple[str, str]]:
     if report.temporal_loss is not None:
         lines.append(("temporal loss", f"{report.temporal_loss:.3f} nats, -log E[Var_t]; less is more motion"))
     return lines
+
+
+def _provenance_lines(provenance: Provenance) -> list[tuple[str, str]]:
+    licences = ", ".join(f"{licence} ({rows})" for licence, rows in provenance.licences.items())
+    lines = [
+        ("prepared from", f"{provenance.files} file(s), by avd-core {' and '.join(provenance.versions)}"),
+        ("licences", licences),
+    ]
+    lines += [(f"stage {name}", what) for name, what in provenance.stages.items()]
+    return lines if provenance.alike else [*lines, ("stages", "those of the first row; others differ")]

@@ -164,6 +164,20 @@ class Journal:
         values = (stage, digest, row, _text(outcome), seconds)
         self._write("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?, ?)", values)
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """What is recorded within it is on disk at its end, all of it or, after an error, nothing."""
+        with self._readable_errors():
+            self._database.execute("BEGIN")
+        try:
+            yield
+            with self._readable_errors():
+                self._database.execute("COMMIT")
+        except BaseException:
+            with suppress(sqlite3.Error):
+                self._database.execute("ROLLBACK")
+            raise
+
     def _rows(self, query: str, *values: Any) -> Iterator[Any]:
         with self._readable_errors():
             yield from self._database.execute(query, values)
@@ -196,23 +210,12 @@ class Journal:
                     continue
                 self._database.execute("ATTACH ? AS part", (str(path),))
                 try:
-                    with self._transaction():
+                    with self.transaction():
                         self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
                         self._database.execute("INSERT OR IGNORE INTO main.outcomes SELECT * FROM part.outcomes")
                         self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
                 finally:
                     self._database.execute("DETACH part")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN")
-        try:
-            yield
-        except BaseException:
-            with suppress(sqlite3.Error):
-                self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
 
     @contextmanager
     def _readable_errors(self) -> Iterator[None]:

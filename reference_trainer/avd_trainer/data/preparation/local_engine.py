@@ -69,11 +69,12 @@ class LocalEngine:
                     raise StoppedError(
                         f"Stopped by {stop.received}. Nothing that was recorded is lost: the same command goes on."
                     )
-                for process in list(busy):
-                    if process.listen(schedule):
-                        busy.remove(process)
-                        if process.alive:
-                            idle.append(process)
+                with schedule.together():  # one write to the disk for all that was told meanwhile
+                    ended = [process for process in busy if process.listen(schedule)]
+                for process in ended:
+                    busy.remove(process)
+                    if process.alive:
+                        idle.append(process)
 
     def _start(self, number: int) -> _Process:
         environment = dict.fromkeys(_THREADS, "1")
@@ -159,7 +160,7 @@ def _serve(connection: Connection, recipe: Recipe, folder: Path, open_reader: Op
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     worker = Worker(recipe, folder, connection.send, open_reader)
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
             worker.work(connection.recv())
 

@@ -197,6 +197,7 @@ def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -
 def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path, *, replace: bool) -> Prepared:
     from avd_trainer.data.preparation.shards import fingerprint, write_shards
 
+    selection.expect_clips()
     clips = selection.kept
     key = fingerprint(recipe, clips)
     known = output / SELECTION

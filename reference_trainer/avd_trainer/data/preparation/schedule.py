@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from avd_trainer.data.decoding import VIDEO_SUFFIXES
@@ -110,6 +111,10 @@ class Schedule:
                 return task
             self._on_file()
         return None
+
+    def together(self) -> AbstractContextManager[None]:
+        """Within it, what is heard is recorded at its end, all of it or nothing."""
+        return self._journal.transaction()
 
     def hear(self, task: Task, message: Message) -> None:
         """Take in what a worker tells of a task.

@@ -11,7 +11,9 @@ from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.schedule import clip_id
 from avd_trainer.data.preparation.stage import SPAN, Done, FileStage, Outcome, Span
 from avd_trainer.data.preparation.worker import HASHING
+from avd_trainer.runtime.errors import UserError
 
+_MOST_REASONS = 5
 NOT_RUN = "has not run yet; the same `avd data prepare` goes on"
 
 
@@ -79,10 +81,22 @@ class Selection(NamedTuple):
         """The clips that are kept, in order of id."""
         return [clip for clip in self.clips.values() if clip.id not in self.dropped]
 
-    def reasons(self) -> Counter[str]:
-        """How many files and clips each stage left out."""
-        dropped = [*self.dropped_files.values(), *self.dropped.values()]
-        return Counter(each.stage for each in dropped)
+    def expect_clips(self) -> None:
+        """See that something is kept.
+
+        Raises:
+            UserError: If not, with the most frequent reasons.
+        """
+        if self.kept:
+            return
+        reasons = Counter(
+            f"{each.stage}: {each.reason}" for each in (*self.dropped_files.values(), *self.dropped.values())
+        )
+        listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS))
+        raise UserError(
+            f"No clip is left of {self.files} files and {len(self.clips)} clips:\n{listed}\n"
+            "Choose other thresholds by --set, or leave a stage out by --set STAGE=off."
+        )
 
 
 def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:

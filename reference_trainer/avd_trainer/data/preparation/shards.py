@@ -59,7 +59,7 @@ def write_shards(
     Args:
         journal: With all that stages found.
         recipe: With the stages :data:`MAKERS`.
-        clips: That are kept, in order of id.
+        clips: That are kept, at least one, in order of id.
         output: Folder of the data set.
         on_clip: Called for each clip.
 
@@ -67,10 +67,8 @@ def write_shards(
         Folders, with the number of clips in each.
 
     Raises:
-        UserError: If there is no clip, or the folder holds shards already or cannot be written.
+        UserError: If the folder holds shards already or cannot be written.
     """
-    if not clips:
-        raise UserError("No clip is left to write. Look at what dropped them, and choose other thresholds.")
     by_size: dict[tuple[int, int], list[Clip]] = {}
     for clip in clips:
         height, width = _results(journal, recipe, clip, ["latents"])["latents"]["size"]
@@ -90,7 +88,7 @@ def write_shards(
                     _array(journal.folder, recipe, "text", "embedding", clip),
                     results["caption"]["caption"],
                     f"{clip.path}, {clip.span.start / 1000:g} to {clip.span.end / 1000:g} s",
-                    provenance=json.dumps(provenance(recipe, clip, results), sort_keys=True),
+                    provenance=json.dumps(provenance(recipe, clip, results)),
                 )
                 on_clip()
             written[folder] = writer.rows

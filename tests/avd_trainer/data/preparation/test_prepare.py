@@ -14,11 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from avd_trainer.data.preparation import recipe
 from avd_trainer.data.preparation.journal import Journal
+from avd_trainer.data.preparation.prepare import Prepared, Workers, select_again
 from avd_trainer.data.preparation.selection import Dropped
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.runtime.errors import UserError
+from disks import disk_with_room_for
 from toy_runs import ToyRun, files_of, toy_recipe
+from toy_stages import TOYS, ToyReader
 
 NAMES = tuple(f"{letter}.mp4" for letter in "abcdef")
 SQUARE = {"sizes": [[8, 8], [8, 8]]}
@@ -35,8 +39,8 @@ def kinds(begun: Counter[str]) -> dict[str, int]:
 def test_the_story_of_a_folder(toy: ToyRun) -> None:
     toy.add(*NAMES, "copy-of-a.mp4")
     (toy.videos / "copy-of-a.mp4").write_bytes((toy.videos / "a.mp4").read_bytes())
-    recipe = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
-    done = toy.prepare(recipe)
+    chosen = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
+    done = toy.prepare(chosen)
     assert (done.selection.files, len(done.selection.clips), len(done.selection.kept)) == (7, 18, 9)
     assert done.selection.dropped_files == {"copy-of-a.mp4": Dropped("reading", "it has the same bytes as a.mp4")}
     assert done.data == {toy.output / "data": 9}
@@ -60,7 +64,7 @@ def test_the_story_of_a_folder(toy: ToyRun) -> None:
     assert first["stages"]["brightness"]["settings"]["keep"] == 0.5
     assert first["stages"]["brightness"]["score"] == dataset[0].latent[0, 0, 0, 0]  # type: ignore[index]
     assert first["clip"] == {"frames": 5, "fps": 10.0}
-    again = toy.prepare(recipe)
+    again = toy.prepare(chosen)
     assert again.unchanged
     assert again.data == done.data
     assert toy.begun() == {}
@@ -103,15 +107,15 @@ def test_clips_of_several_sizes_are_data_sets_of_their_own(toy: ToyRun) -> None:
 
 def test_the_shards_of_parts_that_are_merged_are_those_of_one_run(toy: ToyRun) -> None:
     toy.add(*NAMES)
-    recipe = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
+    chosen = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
     for index in (2, 0, 1):
-        done = toy.prepare(recipe, part=(index, 3))
+        done = toy.prepare(chosen, part=(index, 3))
         assert done.data == {}
     assert kinds(toy.begun()) == {"span": 6, "decoding": 18, "brightness": 18, "contrast": 18}
-    toy.prepare(recipe)
+    toy.prepare(chosen)
     assert kinds(toy.begun()) == {"decoding": 9, "caption": 9, "text": 9, "latents": 9}
     whole = toy._replace(output=toy.output.with_name("whole"))
-    whole.prepare(recipe, workers=2)
+    whole.prepare(chosen, workers=2)
     assert files_of(toy.output / "data") == files_of(whole.output / "data")
 
 
@@ -188,27 +192,26 @@ def run_until(command: list[str], environment: dict[str, str], toy: ToyRun, more
         return process.returncode
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_kill_at_any_moment_and_the_same_command_again(toy: ToyRun, seed: int) -> None:
+def test_kill_at_any_moment_and_the_same_command_again(toy: ToyRun) -> None:
     toy.add(*(f"{number}-slow.mp4" for number in range(6)))
     script = toy.runs.with_name("killed.py")
     script.write_text(KILLED)
     command = [sys.executable, str(script), *map(str, toy)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    draw = random.Random(seed)
+    draw = random.Random(0)
     kills = 0
-    while (ended := run_until(command, environment, toy, draw.randint(1, 30))) is None:
+    while (ended := run_until(command, environment, toy, draw.randint(8, 50))) is None:
         kills += 1
     assert ended == 0
-    # Two workers: each kill costs what both had in work.
+    assert kills > 0
+    # Two workers: a kill costs at most the clips that both had in work, each with up to four things to do.
     begun = toy.begun()
-    finished = len(begun)
-    assert finished == 6 * (1 + 3 * 3) + 9 * 4
-    assert sum(begun.values()) - finished <= kills * 2 * 4
+    assert set(kinds(begun)) == {"span", "decoding", "brightness", "contrast", "caption", "latents", "text"}
+    needed = 6 * (1 + 3 * 3) + 9 * 4
+    assert needed <= sum(begun.values()) <= needed + kills * 2 * 4
     whole = toy._replace(output=toy.output.with_name("whole"))
     whole.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
     assert files_of(toy.output / "data") == files_of(whole.output / "data")
-    assert kills > 0
 
 
 def test_two_runs_on_one_folder(toy: ToyRun) -> None:
@@ -227,7 +230,7 @@ def test_a_folder_without_videos(toy: ToyRun) -> None:
 
 def test_no_clip_is_left(toy: ToyRun) -> None:
     toy.add("a.mp4")
-    with pytest.raises(UserError, match="No clip is left to write"):
+    with pytest.raises(UserError, match=r"No clip is left of 1 files and 3 clips:\n  1 x brightness: 15 is below 256"):
         toy.prepare(toy_recipe(brightness={"min": 256}))
 
 
@@ -236,3 +239,59 @@ def test_a_size_that_the_codec_cannot_take_is_told_before_anything_runs(toy: Toy
     with pytest.raises(UserError, match="multiples of 8"):
         toy.prepare(toy_recipe(framing={"sizes": [[9, 8], [8, 8]]}))
     assert toy.begun() == {}
+
+
+def select(toy: ToyRun, *overrides: str) -> Prepared:
+    return select_again(toy.output, toy.output.with_name("again"), overrides, Workers(1, open_reader=ToyReader))
+
+
+@pytest.fixture
+def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry knows the toys, as recipes on disk want it."""
+    monkeypatch.setattr(recipe, "list_stages", lambda: tuple(TOYS))
+    monkeypatch.setattr(recipe, "load_stage", TOYS.__getitem__)
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_again_needs_no_videos_for_clips_that_were_kept_before(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    toy.begun()
+    toy.videos.rename(toy.videos.with_name("elsewhere"))
+    done = select(toy, "brightness.keep=0.25")
+    assert toy.begun() == {}
+    assert done.data == {toy.output.with_name("again"): 5}
+    assert len(ShardDataset(toy.output.with_name("again"))) == 5
+    assert "keep: 0.25" in (toy.output.with_name("again") / "recipe.yaml").read_text()
+    assert len(ShardDataset(toy.output / "data")) == 9  # as it was
+    with pytest.raises(UserError, match="holds shards already"):
+        select(toy, "brightness.keep=0.2")
+
+
+@pytest.mark.usefixtures("by_name")
+def test_clips_that_are_newly_kept_and_whose_videos_are_gone_are_left_out(
+    toy: ToyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.add(*NAMES)
+    toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    (toy.videos / "a.mp4").unlink()
+    done = select(toy, "brightness.keep=1.0")
+    lost = [clip for clip in done.selection.clips.values() if clip.id in done.selection.dropped]
+    assert {clip.path for clip in lost} <= {"a.mp4"}
+    assert len(done.selection.kept) == 18 - len(lost)
+    assert ("a.mp4: it is not the file that was prepared" in caplog.text) == bool(lost)
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_from_nothing(toy: ToyRun) -> None:
+    with pytest.raises(UserError, match=r"holds no prepared videos\. Run `avd data prepare`"):
+        select(toy)
+    assert not toy.output.exists()
+
+
+def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    with disk_with_room_for(40_000), pytest.raises(UserError, match="ree some space"):
+        toy.prepare(toy_recipe(span={"clips": 60}, framing=SQUARE))
+    done = toy.prepare(toy_recipe(span={"clips": 60}, framing=SQUARE))
+    assert done.data == {toy.output / "data": 360}
