@@ -21,7 +21,8 @@ from avd_trainer.data.preparation.stage import Failed
 from avd_trainer.runtime.errors import UserError
 from tiny_captioner import save_captioner
 
-FRAMES = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+# More red than green, more green than blue.
+FRAMES = np.random.default_rng(0).integers(0, [256, 128, 64], (3, 40, 60, 3), dtype=np.uint8)
 QUESTION = Question("What is to be seen?", 64)
 
 
@@ -99,7 +100,7 @@ def test_an_endpoint_sees_the_frames_and_the_prompt(server: Server) -> None:
         kind, jpeg = part["image_url"]["url"].split(",")
         assert kind == "data:image/jpeg;base64"
         shown = cv2.imdecode(np.frombuffer(base64.b64decode(jpeg), np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-        assert np.abs(shown.astype(int).mean((0, 1)) - frame.mean((0, 1))).max() < 3  # red is red
+        assert np.abs(shown.astype(int).mean((0, 1)) - frame.mean((0, 1))).max() < 4  # red is red
         assert shown.shape == frame.shape
 
 

@@ -17,6 +17,11 @@ def test_a_cosine_needs_the_share_of_its_frequency(share: int) -> None:
     assert detail(frame[None])[0] == pytest.approx((share + 1) / 64)
 
 
+def test_brightness_does_not_matter() -> None:
+    dim = natural_picture(96)[None] // 2
+    assert detail(dim + 100) == pytest.approx(detail(dim))
+
+
 def test_a_frame_of_one_colour_needs_a_pixel() -> None:
     assert detail(np.full((1, 32, 64, 3), 9, np.uint8)) == [1 / 64]
 

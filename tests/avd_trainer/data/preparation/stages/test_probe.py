@@ -1,4 +1,5 @@
 import json
+import struct
 from pathlib import Path
 
 import av
@@ -9,6 +10,9 @@ from av.error import FFmpegError
 
 from avd_trainer.data.preparation.stages.probe import licence_of, probe
 from avd_trainer.data.video_files import save_clip
+
+
+_SIDEWAYS = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0]
 
 
 @pytest.fixture
@@ -26,6 +30,18 @@ def test_what_a_file_says_about_itself(video: Path) -> None:
         "pixel_format": "yuv420p",
         "licence": None,
     }
+
+
+def test_a_video_that_is_stored_sideways_is_upright(video: Path) -> None:
+    """As phones write it: the matrix of the track's header turns by 90 degrees."""
+    one = 1 << 16
+    upright, turned = (struct.pack(">9i", *rows, 1 << 30) for rows in ([one, 0, 0, 0, one, 0, 0, 0], _SIDEWAYS))
+    whole = video.read_bytes()
+    track = whole.index(b"tkhd")
+    assert upright in whole[track:]
+    video.write_bytes(whole[:track] + whole[track:].replace(upright, turned, 1))
+    found = probe(video)
+    assert (found["width"], found["height"]) == (48, 64)
 
 
 def test_what_is_no_video(tmp_path: Path) -> None:
