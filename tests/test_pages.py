@@ -13,6 +13,8 @@ from typer.main import get_command
 
 from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config, presets
+from avd_trainer.data.preparation.recipe import RecipeHead
+from avd_trainer.data.preparation.registry import list_stages, load_stage
 from avd_trainer.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +122,13 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from keys(section, f"{prefix}{name}.")
 
 
+def keys_of_recipes() -> Iterator[str]:
+    """Of data preparation: a section for each stage."""
+    yield from keys(RecipeHead)
+    for name in list_stages():
+        yield from keys(load_stage(name).Settings, f"{name}.")
+
+
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
@@ -130,7 +139,7 @@ def sections(annotation: Any) -> Iterator[type[BaseModel]]:
 # Pages of the hosts name the hosts' own keys.
 @pytest.mark.parametrize("page", [page for page in PAGES if not page.startswith("docs/hosts")])
 def test_keys_of_a_configuration_exist(page: str) -> None:
-    known = set(keys(TrainConfig))
+    known = set(keys(TrainConfig)) | set(keys_of_recipes())
     for code in inline_code(page):
         named = re.match(r"([a-z_]+)((\.(?!(?:py|json|jsonl|md|yaml|txt|gif)\b)[a-z_]+)+)(=|$)", code)
         if named and (named[4] or named[1] in TrainConfig.model_fields):

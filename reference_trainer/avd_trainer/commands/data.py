@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,19 +12,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.commands.options import Overrides
+from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
-    from avd_trainer.data.encode import ImageCondition, TextEncoder, VideoEncoder
-    from avd_trainer.data.inspection import DataReport
+    from avd_trainer.data.inspection import DataReport, Provenance
+    from avd_trainer.data.preparation.prepare import Prepared
     from avd_trainer.data.schema import ImageTokens
     from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
-TINY = "tiny"
+MOST_REASONS = 10
+"""Why files gave no clips: so many reasons are printed, the most frequent ones."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new data set.")]
@@ -56,6 +60,19 @@ def inspect(
 
 
 @data_app.command()
+def report(
+    prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
+    set_: Overrides = None,
+) -> None:
+    """Show what was kept of prepared videos and why: report.html with pictures, report.json with all numbers."""
+    with readable_errors():
+        from avd_trainer.data.preparation.report import write_report
+
+        found, page = write_report(prepared, set_ or [])
+        say(f"{found.kept} of {found.clips} clips in {found.files} files are kept. Look at why in {page}")
+
+
+@data_app.command()
 def import_lmdb(
     path: Annotated[Path, typer.Argument(help="An LMDB of CausVid, Self-Forcing or the released AVD code.")],
     output: Output,
@@ -67,17 +84,18 @@ def import_lmdb(
 ) -> None:
     """Turn the LMDB of captioned latents of another code base into a data set."""
     with readable_errors():
+        from avd_trainer.data.encoders import load_text_encoder, negative_prompt_for
         from avd_trainer.data.lmdb_import import count_rows, import_lmdb
 
         rows = count_rows(path)
         _check(model, output)
-        text = _text_encoder(model)
+        text = load_text_encoder(model)
         with ProgressBar("rows", rows) as bar:
             written = import_lmdb(
                 path,
                 output,
                 text=text,
-                negative_prompt=_negative_prompt(negative_prompt, model),
+                negative_prompt=negative_prompt_for(model, negative_prompt),
                 width=width,
                 on_row=bar.advance,
             )
@@ -114,8 +132,14 @@ def encode(
 ) -> None:
     """Cut your own videos into clips and encode them with their captions."""
     with readable_errors():
+        from avd_trainer.data.decoding import video_files
         from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
-        from avd_trainer.data.videos import video_files
+        from avd_trainer.data.encoders import (
+            load_image_condition,
+            load_text_encoder,
+            load_video_encoder,
+            negative_prompt_for,
+        )
 
         space: LatentSpace = "block-dct-4" if model == TINY else "wan"
         default = FORMATS[space]
@@ -128,7 +152,7 @@ def encode(
         clip_format.check(space)
         files = len(video_files(videos))
         _check(model, output)
-        codec, text = _video_encoder(model), _text_encoder(model)
+        codec, text = load_video_encoder(model), load_text_encoder(model)
         with ProgressBar("videos", files) as bar:
             written = encode_videos(
                 videos,
@@ -136,8 +160,8 @@ def encode(
                 codec,
                 text,
                 clip_format,
-                negative_prompt=_negative_prompt(negative_prompt, model),
-                image=_image_condition(model) if image_condition else None,
+                negative_prompt=negative_prompt_for(model, negative_prompt),
+                image=load_image_condition(model) if image_condition else None,
                 on_file=bar.advance,
             )
         _say_written(written, "clips", output)
@@ -153,13 +177,107 @@ def encode_prompts(
     """Embed prompts for the matching term, which needs no clips."""
     with readable_errors():
         from avd_trainer.data.encode import encode_prompts, read_prompts
+        from avd_trainer.data.encoders import load_text_encoder, negative_prompt_for
 
         prompts = len(read_prompts(file))
         _check(model, output)
-        text = _text_encoder(model)
+        text = load_text_encoder(model)
+        negative = negative_prompt_for(model, negative_prompt)
         with ProgressBar("prompts", prompts) as bar:
-            written = encode_prompts(file, output, text, _negative_prompt(negative_prompt, model), bar.advance)
+            written = encode_prompts(file, output, text, negative, bar.advance)
         _say_written(written, "prompts", output)
+
+
+Processes = Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one for each core.")]
+
+
+@data_app.command()
+def prepare(
+    videos: Annotated[Path, typer.Option(help="Folder of raw videos, searched recursively.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything that is made.")],
+    recipe: Annotated[str, typer.Option(help="paper, tiny, or a YAML file: which stages, and what is kept.")] = "paper",
+    sample: Annotated[
+        str | None, typer.Option(help="Work on a share of the files, such as 1%, and say what all would take.")
+    ] = None,
+    workers: Processes = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="I/N: score the I-th of N parts, counted from 0, for an array of jobs. Without it: all."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """From raw videos to a training set: cut, score, choose, caption, encode. The same command again goes on."""
+    with readable_errors():
+        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes, prepare
+        from avd_trainer.data.preparation.recipe import load_recipe
+
+        chosen = load_recipe(recipe, set_ or [])
+        done = prepare(
+            videos,
+            output,
+            chosen,
+            Workers(workers or default_processes(), count_gpus(chosen)),
+            sample=None if sample is None else _share(sample),
+            part=None if shard is None else _part(shard),
+        )
+        _say_prepared(done)
+
+
+@data_app.command()
+def select(
+    prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
+    output: Output,
+    workers: Processes = None,
+    set_: Overrides = None,
+) -> None:
+    """Decide again, such as with --set aesthetics.keep=0.4, without decoding again what was scored."""
+    with readable_errors():
+        from avd_trainer.data.preparation.prepare import RECIPE, Workers, count_gpus, default_processes, select_again
+        from avd_trainer.data.preparation.recipe import load_recipe
+
+        gpus = count_gpus(load_recipe(prepared / RECIPE)) if (prepared / RECIPE).is_file() else 0
+        done = select_again(prepared, output, set_ or [], Workers(workers or default_processes(), gpus))
+        _say_prepared(done)
+
+
+def _share(text: str) -> float:
+    number, percent = text.removesuffix("%"), text.endswith("%")
+    try:
+        share = float(number) / (100 if percent else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"--sample {text}: expected a share of the files, such as 1% or 0.01.")
+    return share
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/8 for the first of 8 parts.")
+    return int(found[1]), int(found[2])
+
+
+def _say_prepared(done: Prepared) -> None:
+    selection = done.selection
+    clips, kept = len(selection.clips), len(selection.kept)
+    say(f"{selection.files} files gave {clips} clips; {len(selection.dropped_files)} files gave none.")
+    reasons = Counter(f"{why.stage}: {why.reason}" for why in selection.dropped_files.values())
+    for reason, count in reasons.most_common(MOST_REASONS):
+        say(f"  {count} x {reason}")
+    for step in selection.steps:
+        if step.left < step.came:
+            say(f"{step.stage}: {step.left} of {step.came} clips are left")
+    say(f"{kept} of {clips} clips are kept.")
+    if done.forecast is not None:
+        files, size, hours, gigabytes = done.forecast
+        say(
+            f"The sample is {files[0]} of {files[1]} files, {size[0] / 1e9:.3g} of {size[1] / 1e9:.3g} GB. All of them "
+            f"would take about {hours:.2g} hours on one worker, and {gigabytes:.2g} GB for latents, twice with shards."
+        )
+    for folder, rows in done.data.items():
+        there = "are in" if not done.unchanged else "were already in"
+        say(f"{rows} clips {there} {folder}. Look at them with: avd data inspect {folder}")
 
 
 def _check(model: str, output: Path) -> None:
@@ -172,57 +290,6 @@ def _check(model: str, output: Path) -> None:
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     expect_no_shards(output)
-
-
-def _text_encoder(model: str) -> TextEncoder:
-    import torch
-
-    if model == TINY:
-        from avd_trainer.config.sections import ArchitectureConfig
-        from avd_trainer.data.encode import HashTextEncoder
-        from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
-
-        return HashTextEncoder(TEXT_LENGTH, ArchitectureConfig().text_dim)
-    from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
-
-    return WanTextEncoder.from_pretrained(model, _device(), torch.bfloat16)
-
-
-def _video_encoder(model: str) -> VideoEncoder:
-    import torch
-
-    if model == TINY:
-        from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-
-        return BlockDCTCodec()
-    from avd_trainer.models.codecs.wan import WanCodec
-
-    # float32 as in Wan2.1's own code: encoding is done once, and its rounding would be learnt.
-    return WanCodec.from_pretrained(model, _device(), torch.float32)
-
-
-def _image_condition(model: str) -> ImageCondition:
-    from avd_trainer.data.encode import ImageCondition
-    from avd_trainer.models.image_encoder import WanImageEncoder
-    from avd_trainer.models.pipeline_parts import has_part
-
-    encodes = model != TINY and has_part(model, "image_encoder")
-    return ImageCondition(WanImageEncoder.from_pretrained(model, _device()) if encodes else None)
-
-
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _negative_prompt(given: str | None, model: str) -> str:
-    from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT
-
-    if given is not None:
-        return given
-    # The tiny teacher was trained with empty captions for guidance.
-    return "" if model == TINY else WAN_NEGATIVE_PROMPT
 
 
 def _say_written(rows: int, what: str, output: Path) -> None:
@@ -254,6 +321,8 @@ def _lines(report: DataReport) -> list[tuple[str, str]]:
             "missing" if report.unconditional_prompt is None else f"of the prompt {report.unconditional_prompt!r}",
         ),
     ]
+    if report.provenance is not None:
+        lines += _provenance_lines(report.provenance)
     if report.latent_shape is None:
         return [*lines, ("latents", "none: prompts only")]
     lines += [
@@ -281,3 +350,13 @@ def _describe_image(image: ImageTokens | None) -> str:
     if image is None:
         return "not encoded: for text to video"
     return "latents" + (f" and embeddings of {image.tokens} tokens x {image.dim}" if image.tokens else "")
+
+
+def _provenance_lines(provenance: Provenance) -> list[tuple[str, str]]:
+    licences = ", ".join(f"{licence} ({rows})" for licence, rows in provenance.licences.items())
+    lines = [
+        ("prepared from", f"{provenance.files} file(s), by avd-core {' and '.join(provenance.versions)}"),
+        ("licences", licences),
+    ]
+    lines += [(f"stage {name}", what) for name, what in provenance.stages.items()]
+    return lines if provenance.alike else [*lines, ("stages", "those of the first row; others differ")]

@@ -94,7 +94,7 @@ def load_config(
             **(replace or {}),
         }.items():
             config[key] = value
-        merged = OmegaConf.merge(config, _parse_overrides(overrides or []))
+        merged = OmegaConf.merge(config, parse_overrides(overrides or []))
         values = OmegaConf.to_container(merged, resolve=True)
     except ConfigError:
         raise
@@ -150,7 +150,12 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(dict(values)))
 
 
-def _parse_overrides(overrides: list[str]) -> DictConfig:
+def parse_overrides(overrides: list[str]) -> DictConfig:
+    """The values of ``key=value`` strings with dots in the key.
+
+    Raises:
+        ConfigError: If one is no key and value, or its value no YAML.
+    """
     for override in overrides:
         key, equals, value = override.partition("=")
         if not key or not equals:

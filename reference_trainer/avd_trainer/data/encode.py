@@ -6,15 +6,16 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from av.error import FFmpegError
 from torch import Tensor
 
+from avd_trainer.data.decoding import caption_of, reason, video_files
 from avd_trainer.data.schema import Encoding, ImageTokens
 from avd_trainer.data.shard_writing import ShardWriter
-from avd_trainer.data.videos import caption_of, decode_frames, reason, stands_still, video_files
+from avd_trainer.data.videos import decode_frames, stands_still
 from avd_trainer.models.codecs.first_frame import pad_first_frame
 from avd_trainer.models.codecs.latent_space import (
     LATENT_SPACES,
@@ -220,7 +221,7 @@ def encode_videos(
                     continue
                 video = clip.transpose(0, 1).unsqueeze(0).float() / 255
                 latent = codec.encode(video)[0].to("cpu", torch.float16)
-                first = {} if image is None else image.encode(codec, video[0, :, 0], clip_format.frames)
+                first: dict[str, Any] = {} if image is None else image.encode(codec, video[0, :, 0], clip_format.frames)
                 if all(tensor.isfinite().all() for tensor in (latent, *first.values())):
                     writer.add(latent, embedding, caption, source, **first)
                 else:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,13 +15,31 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core import temporal_variance
-from avd_trainer.data.schema import Encoding, ImageTokens
+from avd_trainer.data.schema import PROVENANCE, Encoding, ImageTokens
 from avd_trainer.data.shard_reading import ShardDataset
 
+NO_LICENCE = "not given"
 # Of the latents' variance the share along frames below which a clip stands still.
 STILL = 0.01
 # Normalised latents have about unit scale; Wan2.1's raw ones have a standard deviation of about 2.3.
 UNIT_SCALE = (0.5, 1.6)
+
+
+class Provenance(BaseModel):
+    """Of which videos rows were made, and how; see the column ``provenance`` in ``docs/data.md``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    files: int
+    """Different files, by their SHA-256."""
+    licences: dict[str, int]
+    """Rows of each licence; :data:`NO_LICENCE` where none was found beside the video."""
+    versions: tuple[str, ...]
+    """Versions of this package that prepared them."""
+    stages: dict[str, str]
+    """What the first row's stages were, by name: version and settings."""
+    alike: bool
+    """Whether all rows have these stages and settings."""
 
 
 class DataReport(BaseModel):
@@ -54,6 +75,8 @@ class DataReport(BaseModel):
     """Most tokens of a caption."""
     sources: int
     """Different sources."""
+    provenance: Provenance | None
+    """Of rows that were prepared from raw videos; None for others."""
     empty_captions: int
     """Rows without a caption."""
     captions: tuple[str, ...]
@@ -117,6 +140,7 @@ def inspect(path: Path, latents: int = 256) -> DataReport:
         tokens_mean=float(tokens.mean()),
         tokens_max=int(tokens.max()),
         sources=len(set(dataset.column("source"))),
+        provenance=_provenance(dataset),
         empty_captions=sum(not caption.strip() for caption in dataset.column("caption")),
         captions=tuple(dataset[row].caption for row in _spread(len(dataset), 3)),
         unconditional_prompt=dataset.unconditional_prompt() if dataset.has_unconditional else None,
@@ -131,6 +155,37 @@ def inspect(path: Path, latents: int = 256) -> DataReport:
         warnings=(),
     )
     return report.model_copy(update={"warnings": tuple(_warnings(report))})
+
+
+def _provenance(dataset: ShardDataset) -> Provenance | None:
+    """Row by row, since it is long; None if there is none."""
+    if not dataset.has_provenance:
+        return None
+    files: set[str] = set()
+    licences: Counter[str] = Counter()
+    versions: set[str] = set()
+    first: dict[str, str] | None = None
+    alike = True
+    for text in dataset.column(PROVENANCE):
+        row = json.loads(text)
+        files.add(row["sha256"])
+        licences[row["licence"] or NO_LICENCE] += 1
+        versions.add(row["avd_core"])
+        stages = {name: _describe_stage(stage) for name, stage in row["stages"].items()}
+        first = stages if first is None else first
+        alike = alike and stages == first
+    return Provenance(
+        files=len(files),
+        licences=dict(sorted(licences.items())),
+        versions=tuple(sorted(versions)),
+        stages=first or {},
+        alike=alike,
+    )
+
+
+def _describe_stage(stage: Mapping[str, Any]) -> str:
+    settings = " ".join(f"{name}={json.dumps(value)}" for name, value in stage["settings"].items() if value is not None)
+    return f"version {stage['version']} {settings}".strip()
 
 
 class _LatentStatistics:

@@ -33,6 +33,9 @@ SCHEMA = pa.schema(
 IMAGE_COLUMNS = ("image_latent", "image_embedding")
 """Columns of shards for image to video, of type ``large_binary``: what was made of a clip's first frame, in the row's
 ``dtype``. Other readers can leave them alone, so they are no other version of the schema."""
+PROVENANCE = "provenance"
+"""Column of shards that were made from raw videos: for each row, JSON that says of which file and how. Other readers
+can leave it alone, so it is no other version of the schema."""
 UNCONDITIONAL = "unconditional.safetensors"
 UNFINISHED = ".unfinished"
 """Ending of what a writer has not finished."""
@@ -90,12 +93,21 @@ class Layout(NamedTuple):
     image: ImageTokens | None = None
 
 
-def schema_with(text_length: int, text_dim: int, encoding: Encoding | None, image: ImageTokens | None) -> pa.Schema:
+def schema_with(
+    text_length: int,
+    text_dim: int,
+    encoding: Encoding | None,
+    image: ImageTokens | None = None,
+    *,
+    provenance: bool = False,
+) -> pa.Schema:
     """The schema of a new shard; the shape of latents is a column of it."""
     schema = SCHEMA
     if image is not None:
         for name in IMAGE_COLUMNS if image.tokens else IMAGE_COLUMNS[:1]:
             schema = schema.append(pa.field(name, pa.large_binary(), nullable=False))
+    if provenance:
+        schema = schema.append(pa.field(PROVENANCE, pa.string(), nullable=False))
     values = {
         "avd_schema_version": SCHEMA_VERSION,
         "text_length": text_length,

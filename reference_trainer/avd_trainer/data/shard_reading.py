@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from avd_trainer.data.examples import Example
 from avd_trainer.data.schema import (
     IMAGE_COLUMNS,
+    PROVENANCE,
     REMEDY,
     SCHEMA,
     UNCONDITIONAL,
@@ -119,6 +120,11 @@ class ShardDataset(Dataset[Example]):
     def has_unconditional(self) -> bool:
         """Whether there is an unconditional text embedding."""
         return any((folder.path / UNCONDITIONAL).is_file() for folder in self._folders)
+
+    @property
+    def has_provenance(self) -> bool:
+        """Whether each row says of which file it was made, and how."""
+        return all(PROVENANCE in self._file(shard.path).schema_arrow.names for shard in self._shards)
 
     def unconditional(self) -> Tensor:
         """The text embedding of classifier-free guidance's unconditional prediction, ``[L, D]`` float32.

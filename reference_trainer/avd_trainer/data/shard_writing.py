@@ -18,6 +18,7 @@ from torch import Tensor
 from avd_trainer.data.schema import (
     DTYPE_NAMES,
     DTYPES,
+    PROVENANCE,
     UNCONDITIONAL,
     UNFINISHED,
     Encoding,
@@ -44,6 +45,7 @@ class ShardWriter:
         text_dim: D, the width of a token.
         encoding: How clips became latents, which later steps use; None for prompts, or if it is not known.
         image: Size of the image embedding, if rows are for image to video.
+        provenance: Whether each row says of which file it was made, and how.
         rows_per_shard: 256 latents of Wan2.1 at 832 x 480 x 81 are about 1.3 GB in float16.
         name: The first part of the shards' names.
 
@@ -59,6 +61,7 @@ class ShardWriter:
         text_dim: int,
         encoding: Encoding | None = None,
         image: ImageTokens | None = None,
+        provenance: bool = False,
         rows_per_shard: int = 256,
         name: str = "data",
     ) -> None:
@@ -71,7 +74,8 @@ class ShardWriter:
         self.text_length, self.text_dim = text_length, text_dim
         self.image = image
         self.rows = 0
-        self._schema = schema_with(text_length, text_dim, encoding, image)
+        self._provenance = provenance
+        self._schema = schema_with(text_length, text_dim, encoding, image, provenance=provenance)
         self._latent_shape: tuple[int, ...] | None = None
         self._unconditional: tuple[Tensor, str] | None = None
         self._group: list[dict[str, Any]] = []
@@ -95,6 +99,7 @@ class ShardWriter:
         *,
         image_latent: Tensor | None = None,
         image_embedding: Tensor | None = None,
+        provenance: str | None = None,
     ) -> None:
         """Add a row.
 
@@ -108,6 +113,7 @@ class ShardWriter:
             image_latent: Of shape and dtype of ``latent``: the first frame followed by grey, encoded; where ``image``
                 was given, and only there.
             image_embedding: ``[T, D_i]`` of that dtype: the first frame's tokens; where ``image`` has tokens.
+            provenance: JSON that says it in full; where the writer was told so, and only there.
 
         Raises:
             UserError: If the latent has another shape than those before, or the disk is full.
@@ -115,6 +121,8 @@ class ShardWriter:
         """
         text = self._checked_text(text)
         image = self._checked_image(latent, image_latent, image_embedding)
+        if (provenance is not None) != self._provenance:
+            raise ValueError("Either all rows of a data set have a provenance, or none; the writer is told before.")
         shape = None if latent is None else tuple(latent.shape)
         if latent is not None and (latent.ndim != 4 or latent.dtype not in DTYPE_NAMES):
             raise ValueError(
@@ -139,6 +147,7 @@ class ShardWriter:
                 "caption": caption,
                 "source": source,
                 **{name: to_bytes(value) for name, value in image.items()},
+                **({} if provenance is None else {PROVENANCE: provenance}),
             }
         )
         self.rows += 1

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from avd_trainer.config.sections import DataSection, ShapesData, ShardsData, VideosData
+from avd_trainer.data.decoding import video_files
 from avd_trainer.data.examples import CaptionedExamples, Examples, PartOfData
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
-from avd_trainer.data.videos import load_videos, video_files
+from avd_trainer.data.videos import load_videos
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import LATENT_SPACES, latent_space_of

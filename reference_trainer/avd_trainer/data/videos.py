@@ -12,24 +12,18 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
+from avd_trainer.data.decoding import at_rate, caption_of, fit, reason, video_files
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Named, because FFmpeg would also play text files and pictures.
-VIDEO_SUFFIXES = frozenset(
-    [".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm"]
-)
-
 MAX_CLIPS_PER_FILE = 64
 # Clips of a short video overlap, so that there are a few of it.
 FEW_CLIPS = 4
 # Below this share of the pixel range nothing moves but the compression's noise.
 STILL = 1e-3
-# Seconds by which a frame's time may be off: containers round to milliseconds.
-ROUNDING = 2e-3
 
 
 def load_videos(
@@ -85,27 +79,6 @@ def load_videos(
     return train, held_out
 
 
-def video_files(folder: Path) -> list[Path]:
-    """Files below ``folder`` that look like videos, sorted.
-
-    Raises:
-        UserError: If there are none.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder. Pass the folder that holds your video files.")
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file())
-    if not paths:
-        raise UserError(f"{folder} holds no video files. Looked for {', '.join(sorted(VIDEO_SUFFIXES))}.")
-    return paths
-
-
-def caption_of(path: Path) -> str:
-    """The ``.txt`` file beside the video, or its name with separators as blanks."""
-    beside = path.with_suffix(".txt")
-    caption = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
-    return caption or path.stem.replace("_", " ").replace("-", " ")
-
-
 def decode_frames(path: Path, height: int, width: int, fps: float | None = None) -> Iterator[Tensor]:
     """Decode a video frame by frame.
 
@@ -126,8 +99,8 @@ def decode_frames(path: Path, height: int, width: int, fps: float | None = None)
         if not container.streams.video:
             raise ValueError("it has no video stream")
         frames = container.decode(video=0)
-        for frame in frames if fps is None else _at_rate(frames, fps):
-            yield _fit(frame, height, width)
+        for frame in frames if fps is None else at_rate(frames, fps):
+            yield torch.from_numpy(fit(frame, height, width).transpose(2, 0, 1).copy())
 
 
 def read_picture(path: Path, height: int, width: int) -> Tensor:
@@ -145,11 +118,6 @@ def read_picture(path: Path, height: int, width: int) -> Tensor:
     return pixels.float() / 255
 
 
-def reason(error: Exception) -> str:
-    """Why a video could not be decoded, without FFmpeg's number and the file's name."""
-    return (error.strerror if isinstance(error, FFmpegError | OSError) else None) or str(error)
-
-
 def stands_still(video: Tensor) -> bool:
     """Whether nothing moves in ``[F, 3, H, W]`` uint8 but the compression's noise."""
     return bool(video[:: max(1, len(video) // 8)].float().std(dim=0, correction=0).mean() < 255 * STILL)
@@ -164,35 +132,6 @@ def _decode(path: Path, max_frames: int, size: int) -> Tensor:
     if stands_still(video):
         raise ValueError("it does not move")
     return video
-
-
-def _at_rate(frames: Iterator[av.VideoFrame], fps: float) -> Iterator[av.VideoFrame]:
-    """The frame that is on screen at each of 0, 1 / fps, 2 / fps, ... seconds."""
-    shown: av.VideoFrame | None = None
-    start, given = 0.0, 0
-    for frame in frames:
-        if frame.time is None:
-            raise ValueError("its frames have no times; convert it to MP4")
-        start = frame.time if shown is None else start
-        while shown is not None and given / fps < frame.time - start - ROUNDING:
-            yield shown
-            given += 1
-        shown = frame
-    if shown is not None and given / fps < shown.time - start + ROUNDING:
-        yield shown
-
-
-def _fit(frame: av.VideoFrame, height: int, width: int) -> Tensor:
-    # Phones store upright videos sideways, with a note of how to turn them.
-    turns = round(frame.rotation / 90)
-    if turns % 2:
-        height, width = width, height
-    scale = max(height / frame.height, width / frame.width)
-    rows, columns = max(height, round(frame.height * scale)), max(width, round(frame.width * scale))
-    pixels = torch.from_numpy(frame.reformat(width=columns, height=rows, format="rgb24").to_ndarray())
-    top, left = (rows - height) // 2, (columns - width) // 2
-    cut = pixels[top : top + height, left : left + width]
-    return torch.rot90(cut, turns).permute(2, 0, 1).contiguous()
 
 
 def _clips(video: Tensor, frames: int) -> Iterator[Tensor]:

@@ -1,10 +1,15 @@
-"""Parts of diffusers pipelines that could not be loaded."""
+"""Names of pipelines, and parts of them that could not be loaded."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from avd_trainer.runtime.errors import UserError
+
+TINY = "tiny"
+"""Stands for the codec and the text embedding of the tiny preset, which have no weights, where a pipeline is named."""
+WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+"""The least pipeline of Wan2.1; all of them have the same VAE and text encoder."""
 
 
 def transformers_library(part: str) -> Any:
@@ -42,7 +47,7 @@ def part_not_loaded(source: str, part: str, error: Exception) -> UserError:
     reason = str(error).strip().partition("\n")[0]
     return UserError(
         f"the {part} of {source} cannot be loaded ({type(error).__name__}: {reason}). Pass a Wan pipeline in "
-        f"diffusers' layout that holds {part}/ with safetensors weights, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or "
-        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers for image to video; where there "
-        "is no network, run 'hf download' for it elsewhere and pass the folder."
+        f"diffusers' layout that holds {part}/ with safetensors weights, such as {WAN}, or "
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers for image to video; where there is no network, run 'hf download' for it "
+        "elsewhere and pass the folder."
     )

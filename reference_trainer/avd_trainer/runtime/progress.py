@@ -107,10 +107,9 @@ class _Bar(Progress):
 
 def peak_memory() -> int:
     """Bytes: the most that tensors took on the GPU if one is in use, otherwise the most that the process held."""
-    import torch  # here, since all commands show progress, and those that only tell something are to be quick
-
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return torch.cuda.max_memory_allocated()
+    torch = sys.modules.get("torch")  # imported by those who compute with it alone
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
     held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return held if sys.platform == "darwin" else 1024 * held  # macOS counts in bytes, Linux in KiB
 

@@ -156,3 +156,79 @@ def test_mistakes_are_told_without_a_traceback(tmp_path: Path, arguments: tuple[
     assert said.count("error:") == 1
     assert message in said
     assert "Traceback" not in said
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    """Three seconds of a square that moves in front of stripes, the same again in another file, and no video."""
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    for name, height, width in (("square_moves", 48, 64), ("tall", 64, 36)):
+        with av.open(folder / f"{name}.mp4", "w") as container:
+            stream = container.add_stream("mpeg4", rate=24, options={"qscale": "3"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for number in range(72):
+                pixels = np.zeros((height, width, 3), dtype=np.uint8)
+                pixels[:, ::8] = (200, 60, 20)
+                pixels[:, 4::8] = (20, 160, 220)
+                left = abs(number % 40 - 20)
+                pixels[10:26, left : left + 16] = (40, 240, 60)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode(None))
+    (folder / "square_moves.txt").write_text("A green square moves.")
+    (folder / "square_moves.json").write_text(json.dumps({"license": "CC-BY-4.0"}))
+    (folder / "text.mp4").write_text("no video")
+    return folder
+
+
+def test_raw_videos_are_prepared_selected_again_and_inspected(tmp_path: Path, raw: Path) -> None:
+    prepared = tmp_path / "prepared"
+    arguments = ("prepare", "--videos", raw, "--output", prepared, "--recipe", "tiny", "--workers", 1)
+    values = ("duplicates=off", "cut.threshold=null", "framing.sizes=[[32,48],[64,32]]")
+    overrides = [part for value in values for part in ("--set", value)]
+    status, said = run(*arguments, *overrides)
+    assert status == 0, said
+    assert "3 files gave 4 clips; 1 files gave none. 1 x probe: Invalid data found when processing input" in said
+    assert f"2 clips are in {prepared / 'data' / '32x48'}" in said
+    assert f"2 clips are in {prepared / 'data' / '64x32'}" in said
+    status, said = run(*arguments, *overrides)
+    assert status == 0, said
+    assert f"2 clips were already in {prepared / 'data' / '32x48'}" in said
+    status, said = run("select", prepared, "--output", tmp_path / "data", "--set", "framing.sizes=[[32,48]]")
+    assert status == 0, said
+    assert f"4 clips are in {tmp_path / 'data'}" in said
+    dataset = ShardDataset(tmp_path / "data")
+    assert dataset.latent_shape == (16, 5, 8, 12)
+    assert set(dataset.column("caption")) == {"A green square moves.", "tall"}
+    status, said = run("inspect", tmp_path / "data")
+    assert status == 0
+    for part in ("prepared from 2 file(s)", "CC-BY-4.0 (2), not given (2)", 'stage latents version 1 model="tiny"'):
+        assert part in said
+
+
+def test_a_sample_says_what_all_videos_would_take(tmp_path: Path, raw: Path) -> None:
+    status, said = run(
+        "prepare", "--videos", raw, "--output", tmp_path / "p", "--recipe", "tiny", "--sample", "34%", "--workers", 1
+    )
+    assert status == 0, said
+    assert "The sample is 1 of 3 files" in said
+    assert not (tmp_path / "p" / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--sample", "0%", "--sample 0%: expected a share of the files, such as 1% or 0.01."),
+        ("--sample", "some", "--sample some: expected a share"),
+        ("--shard", "2/2", "--shard 2/2: expected I/N with I from 0 to N - 1"),
+        ("--recipe", "best", "best is neither a recipe (paper, tiny) nor a YAML file"),
+        ("--set", "hue.mean=3", "hue.mean: there is no such field"),
+        ("--set", "text.model=Wan-AI/None", "text needs the weights Wan-AI/None"),
+    ],
+)
+def test_wrong_options_of_preparing_are_told(tmp_path: Path, raw: Path, option: str, value: str, message: str) -> None:
+    arguments = {"--videos": raw, "--output": tmp_path / "p", "--recipe": "tiny", option: value}
+    status, said = run("prepare", *(part for pair in arguments.items() for part in pair))
+    assert status == 2
+    assert message in said
+    assert not (tmp_path / "p").exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from avd_trainer.data.decoding import fit
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, ClipFormat, HashTextEncoder, encode_prompts, encode_videos
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import decode_frames
@@ -110,9 +111,7 @@ def test_frames_are_covered_and_their_centre_is_cut_out(tmp_path: Path) -> None:
     assert brightest[42:].tolist() == [2] * 6
 
 
-def test_an_upright_video_that_is_stored_sideways_is_turned_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    from avd_trainer.data import videos
-
+def test_an_upright_video_that_is_stored_sideways_is_turned_first() -> None:
     class Sideways:
         """A frame of 64 x 32 pixels, white on its right, to be turned by 90 degrees: white above, black below."""
 
@@ -127,10 +126,10 @@ def test_an_upright_video_that_is_stored_sideways_is_turned_first(monkeypatch: p
         def to_ndarray(self) -> np.ndarray:
             return self.pixels
 
-    frame = videos._fit(Sideways(), 48, 32)  # type: ignore[arg-type]
-    assert frame.shape == (3, 48, 32)
-    assert (frame[:, :24] == 255).all()
-    assert (frame[:, 24:] == 0).all()
+    frame = fit(Sideways(), 48, 32)  # type: ignore[arg-type]
+    assert frame.shape == (48, 32, 3)
+    assert (frame[:24] == 255).all()
+    assert (frame[24:] == 0).all()
 
 
 def test_what_gives_no_clip_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -33,6 +33,21 @@ def test_text_is_stored_in_bfloat16_where_that_loses_nothing(tmp_path: Path) -> 
     assert list(ShardDataset(tmp_path / "data").column("text_dtype")) == ["bfloat16", "float32"]
 
 
+def test_rows_say_where_they_are_from_if_the_writer_was_told_so(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "told", text_length=LENGTH, text_dim=DIM, provenance=True) as writer:
+        writer.add(latent_of(1), text_of(1), "", "", provenance='{"file": "a.mp4"}')
+        with pytest.raises(ValueError, match="Either all rows"):
+            writer.add(latent_of(2), text_of(2), "", "")
+    write(tmp_path / "untold")
+    told, untold = ShardDataset(tmp_path / "told"), ShardDataset(tmp_path / "untold")
+    assert list(told.column("provenance")) == ['{"file": "a.mp4"}']
+    assert (told.has_provenance, untold.has_provenance) == (True, False)
+    # Others can read it, and read it together with data that does not say it.
+    joined = ShardDataset(tmp_path / "told", tmp_path / "untold")
+    assert not joined.has_provenance
+    torch.testing.assert_close(joined[0].latent, told[0].latent)
+
+
 def test_a_folder_with_shards_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "data")
     before = ShardDataset(tmp_path / "data").fingerprint()

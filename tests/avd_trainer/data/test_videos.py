@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from avd_trainer.config.sections import VideosData
+from avd_trainer.data.decoding import caption_of
 from avd_trainer.data.sources import load_clips
-from avd_trainer.data.videos import caption_of, load_videos
+from avd_trainer.data.videos import load_videos
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
 

@@ -1,0 +1,177 @@
+"""Which clips are kept, by the recorded scores alone: thresholds can change and nothing is decoded again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from avd_trainer.data.preparation.journal import Journal
+from avd_trainer.data.preparation.recipe import Chosen, Recipe
+from avd_trainer.data.preparation.schedule import clip_id
+from avd_trainer.data.preparation.stage import SPAN, Done, FileStage, Outcome, Span
+from avd_trainer.data.preparation.worker import HASHING
+from avd_trainer.runtime.errors import UserError
+
+_MOST_REASONS = 5
+NOT_RUN = "has not run yet; the same `avd data prepare` goes on"
+
+
+class Clip(NamedTuple):
+    """A clip that a file has.
+
+    Attributes:
+        id: Its key in the journal.
+        path: Of the file, relative to the folder of videos.
+        sha256: Of the file.
+        span: Which part of it.
+    """
+
+    id: str
+    path: str
+    sha256: str
+    span: Span
+
+
+class Dropped(NamedTuple):
+    """Why a clip or a file is left out.
+
+    Attributes:
+        stage: That decided, or failed.
+        reason: In words.
+    """
+
+    stage: str
+    reason: str
+
+
+class Step(NamedTuple):
+    """What a stage decided.
+
+    Attributes:
+        stage: Its name.
+        came: Clips that earlier stages left.
+        left: Clips that it left.
+    """
+
+    stage: str
+    came: int
+    left: int
+
+
+class Selection(NamedTuple):
+    """What is kept of all files.
+
+    Attributes:
+        clips: All clips by id, in order of id.
+        dropped: Why clips are left out.
+        files: Number of files.
+        dropped_files: Why files have no clips, by path.
+        steps: What each stage decided, in the recipe's order.
+    """
+
+    clips: Mapping[str, Clip]
+    dropped: Mapping[str, Dropped]
+    files: int
+    dropped_files: Mapping[str, Dropped]
+    steps: tuple[Step, ...]
+
+    @property
+    def kept(self) -> list[Clip]:
+        """The clips that are kept, in order of id."""
+        return [clip for clip in self.clips.values() if clip.id not in self.dropped]
+
+    def expect_clips(self) -> None:
+        """See that something is kept.
+
+        Raises:
+            UserError: If not, with the most frequent reasons.
+        """
+        if self.kept:
+            return
+        reasons = Counter(
+            f"{each.stage}: {each.reason}" for each in (*self.dropped_files.values(), *self.dropped.values())
+        )
+        listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS))
+        raise UserError(
+            f"No clip is left of {self.files} files and {len(self.clips)} clips:\n{listed}\n"
+            "Choose other thresholds by --set, or leave a stage out by --set STAGE=off."
+        )
+
+
+def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:
+    """Decide on all clips.
+
+    Args:
+        journal: With what stages found.
+        recipe: With what decides.
+        finished: Whether captions and latents count too: a clip for which they failed is left out.
+    """
+    dropped_files: dict[str, Dropped] = {}
+    clips = {clip.id: clip for clip in sorted(_clips(journal, recipe, dropped_files))}
+    dropped: dict[str, Dropped] = {}
+    steps = []
+    for chosen in recipe.stages.values():
+        if chosen.stage.of_survivors and not finished:
+            continue
+        left = {id_: clip for id_, clip in clips.items() if id_ not in dropped}
+        dropped |= _decide(journal, chosen, left)
+        steps.append(Step(chosen.stage.name, len(left), len(clips) - len(dropped)))
+    files = sum(1 for _ in journal.files())
+    return Selection(clips, dropped, files, dropped_files, tuple(steps))
+
+
+def _clips(journal: Journal, recipe: Recipe, dropped: dict[str, Dropped]) -> Iterator[Clip]:
+    """The clips of all files; files without any go to ``dropped``."""
+    found = {chosen.stage.name: dict(_outcomes(journal, chosen)) for chosen in recipe.of_files()}
+    first: dict[str, str] = {}
+    for file in journal.files():
+        if file.sha256 is None:
+            dropped[file.path] = Dropped(HASHING, file.failed or "")
+            continue
+        same = first.setdefault(file.sha256, file.path)
+        if same != file.path:
+            dropped[file.path] = Dropped(HASHING, f"it has the same bytes as {same}")
+            continue
+        spans = found[SPAN].get(file.sha256)
+        if not isinstance(spans, Done):
+            dropped[file.path] = _why_not({name: of.get(file.sha256) for name, of in found.items()})
+            continue
+        for start, end in spans.values["clips"]:
+            span = Span(start, end)
+            yield Clip(clip_id(file.sha256, span), file.path, file.sha256, span)
+        if not spans.values["clips"]:
+            dropped[file.path] = Dropped(SPAN, "it has no clips")
+
+
+def _why_not(outcomes: Mapping[str, Outcome | None]) -> Dropped:
+    """The first stage of a file that did not end well."""
+    for name, outcome in outcomes.items():
+        if outcome is None:
+            return Dropped(name, NOT_RUN)
+        if not isinstance(outcome, Done):
+            return Dropped(name, outcome.reason)
+    raise AssertionError("a file whose clips are known")
+
+
+def _decide(journal: Journal, chosen: Chosen, clips: Mapping[str, Clip]) -> dict[str, Dropped]:
+    """The clips that a stage leaves out, of those that came to it."""
+    name, score = chosen.stage.name, chosen.stage.score
+    of_file = issubclass(chosen.stage, FileStage)
+    found = dict(_outcomes(journal, chosen))
+    dropped: dict[str, Dropped] = {}
+    scores: dict[str, Any] = {}
+    for clip in clips.values():
+        outcome = found.get(clip.sha256 if of_file else clip.id)
+        if outcome is None:
+            dropped[clip.id] = Dropped(name, NOT_RUN)
+        elif not isinstance(outcome, Done):
+            dropped[clip.id] = Dropped(name, outcome.reason)
+        elif score is not None:
+            scores[clip.id] = outcome.values[score.key]
+    rejected = chosen.settings.reject(scores) if score is not None else {}
+    return dropped | {clip: Dropped(name, reason) for clip, reason in rejected.items()}
+
+
+def _outcomes(journal: Journal, chosen: Chosen) -> Iterator[tuple[str, Outcome]]:
+    return ((row, outcome) for row, outcome, _ in journal.outcomes(chosen.stage.name, chosen.digest))

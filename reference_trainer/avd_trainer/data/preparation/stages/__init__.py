@@ -1,0 +1,1 @@
+"""One file per stage; a new one is found by itself."""

@@ -1,0 +1,101 @@
+"""Scene changes: a clip with a cut in it teaches cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from avd_trainer.data.preparation.needs import package_missing
+from avd_trainer.data.preparation.stage import Done, FileStage, Row, Span, StageSettings
+
+
+class CutSettings(StageSettings):
+    """Of cuts. Fades and dissolves are not found."""
+
+    time_limit: float = Field(default=3600.0, gt=0)
+    """Seconds for one file, all of whose frames are decoded."""
+    threshold: float | None = Field(default=3.0, gt=0)
+    """How many times the change of its neighbourhood a cut's change is at least, as PySceneDetect's adaptive detector
+    has it; None takes each file for one scene, such as clips that were cut before."""
+    least_change: float = Field(default=15.0, ge=0)
+    """What a cut changes at least, in levels of hue, saturation and luma from 0 to 255, on average."""
+    shortest: int = Field(default=15, ge=1)
+    """Frames of the file that a scene has at least; cuts that follow each other faster count as one."""
+    short_side: int = Field(default=90, ge=16)
+    """Height or width of the frames that are compared, whichever is less, in pixels."""
+
+
+def find_scenes(frames: Iterable[tuple[int, NDArray[np.uint8]]], settings: CutSettings) -> list[Span]:
+    """Cut a video where its content changes at once.
+
+    A cut is where the mean change of hue, saturation and luma between two frames stands out from those of the two
+    frames before and behind, so that fast motion is none.
+
+    Args:
+        frames: Times in milliseconds and ``[H, W, 3]`` uint8 RGB, in order; at least one.
+        settings: With a threshold.
+
+    Returns:
+        Scenes in order, without gaps, from 0 to the end of the last frame.
+    """
+    import cv2
+    from scenedetect import FrameTimecode
+    from scenedetect.detectors import AdaptiveDetector
+
+    assert settings.threshold is not None
+    detector = AdaptiveDetector(
+        adaptive_threshold=settings.threshold,
+        min_content_val=settings.least_change,
+        min_scene_len=settings.shortest,
+    )
+    times: list[int] = []
+    cuts: list[int] = []
+    for time, frame in frames:
+        # The detector counts frames; times of a variable frame rate are looked up behind it.
+        position = FrameTimecode(len(times), fps=1.0)
+        cuts += [cut.frame_num for cut in detector.process_frame(position, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))]
+        times.append(time)
+    last = times[-1] - times[-2] if len(times) > 1 else 0
+    edges = [times[0], *(times[cut] for cut in sorted(set(cuts))), times[-1] + last]
+    return [Span(start - times[0], end - times[0]) for start, end in pairwise(edges)]
+
+
+def _scan(path: Path, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """Times in milliseconds and ``[H, W, 3]`` of all frames of a file, small."""
+    import av
+
+    from avd_trainer.data.decoding import scaled
+
+    with av.open(path) as container:
+        container.streams.video[0].codec_context.thread_count = 1  # there are as many processes as cores
+        for frame in container.decode(video=0):
+            if frame.time is None:
+                raise ValueError("its frames have no times; convert it to MP4")
+            yield round(1000 * frame.time), scaled(frame, short_side)
+
+
+class Cut(FileStage[CutSettings]):
+    """Scenes of a file: ``{"scenes": [[start, end], ...]}`` in milliseconds from its first frame."""
+
+    name = "cut"
+    Settings = CutSettings
+    reads = ("probe",)
+
+    def missing(self) -> str | None:
+        # Without a threshold, nothing is looked for.
+        return None if self.settings.threshold is None else package_missing(self.name, "scenedetect", "prepare")
+
+    def run(self, row: Row) -> Done:
+        if self.settings.threshold is None:
+            return Done({"scenes": [[0, row.results["probe"]["milliseconds"]]]})
+        return Done(
+            {"scenes": [list(scene) for scene in find_scenes(_scan(row.path, self.settings.short_side), self.settings)]}
+        )
+
+
+STAGE = Cut

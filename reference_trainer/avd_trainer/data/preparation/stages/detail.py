@@ -1,0 +1,61 @@
+"""Detail: finds tiny pictures that were enlarged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from avd_trainer.data.preparation.frames import NamedFrames, NamedFramesStage, luma
+from avd_trainer.data.preparation.stage import Frames, Score
+
+SHARE = 0.999
+"""Of a picture's variance, what the frequencies that count hold; the rest may be noise of compression."""
+
+
+def detail(frames: Frames) -> list[float]:
+    """Share of its size that a frame would need at least to hold what can be seen in it.
+
+    The lowest frequencies of the luma's cosine transform, a share s of them along either side, that hold 99.9% of its
+    variance. Natural frames have 0.5 to 0.9; a picture of 16 lines that was enlarged to 480 by smooth interpolation
+    0.03 to 0.06, one of 240 lines 0.2 to 0.45. Enlarging by repeated pixels leaves sharp edges, and is not seen.
+
+    Args:
+        frames: ``[F, H, W, 3]`` uint8, RGB.
+
+    Returns:
+        One number a frame, in (0, 1].
+    """
+    from scipy.fft import dctn
+
+    return [_share(np.asarray(dctn(grey.astype(np.float32), norm="ortho"))) for grey in luma(frames)]
+
+
+def _share(spectrum: NDArray[np.float32]) -> float:
+    power = spectrum.astype(np.float64) ** 2
+    power[0, 0] = 0  # the mean
+    if not power.any():
+        return float(1 / max(power.shape))  # of one colour: a single pixel would hold it
+    # In steps of the finer of the two sides: the box that a frequency (i, j) lies at the edge of.
+    steps = max(power.shape)
+    rows, columns = (np.arange(size) * steps // size for size in power.shape)
+    held = np.cumsum(np.bincount(np.maximum(rows[:, None], columns).ravel(), power.ravel(), minlength=steps))
+    return float((np.searchsorted(held, SHARE * held[-1]) + 1) / steps)
+
+
+class Detail(NamedFramesStage[NamedFrames]):
+    """Whether the pictures have the size that their pixels say. Not in the paper."""
+
+    name = "detail"
+    Settings = NamedFrames
+    score = Score("detail", "share of its size that a frame needs to hold its detail; the highest of the frames")
+    measure = staticmethod(detail)
+
+    @staticmethod
+    def choose(measured: Iterable[float]) -> float:
+        """The highest: a frame out of focus says nothing about the source, one with detail does."""
+        return max(measured)
+
+
+STAGE = Detail

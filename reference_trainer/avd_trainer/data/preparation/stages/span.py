@@ -1,0 +1,73 @@
+"""Spans: the clips of the recipe's length that scenes hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from avd_trainer.data.preparation.stage import ClipSettings, Done, FileStage, Row, Span, StageSettings
+
+# Milliseconds by which a frame's time may be off: containers round them.
+ROUNDING = 2
+
+
+class SpanSettings(StageSettings):
+    """How clips are cut out of scenes."""
+
+    margin: int = Field(default=100, ge=0)
+    """Milliseconds that are left out on both sides of a cut, where frames may be blended."""
+    most: int | None = Field(default=None, ge=1)
+    """Clips of a file at most, from its start; None for all."""
+
+
+def find_spans(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSettings) -> list[Span]:
+    """Clips without overlap that lie within one scene each; the rest at a scene's end is dropped.
+
+    Args:
+        scenes: In order.
+        clip: Length of a clip; its last frame is shown ``(frames - 1) / fps`` seconds behind its first.
+        settings: How they are cut.
+
+    Returns:
+        Spans in order, at least one.
+
+    Raises:
+        ValueError: If no scene is long enough; it says how long the longest one is, and which length would fit.
+    """
+    spans: list[Span] = []
+    longest = 0
+    for number, (start, end) in enumerate(scenes):
+        start += settings.margin * (number > 0)
+        end -= settings.margin * (number < len(scenes) - 1)
+        # Frames at start, start + 1000 / fps, ..., all of them before the scene's end.
+        held = max(0, math.ceil((end - start - ROUNDING) * clip.fps / 1000))
+        longest = max(longest, held)
+        for first in range(0, held - clip.frames + 1, clip.frames):
+            begin = start + round(1000 * first / clip.fps)
+            spans.append(Span(begin, begin + clip.milliseconds))
+    if not spans:
+        fitting = (longest - 1) // 4 * 4 + 1
+        remedy = f"; clips of {fitting} frames would fit (clip.frames={fitting})" if fitting > 1 else ""
+        raise ValueError(
+            f"its longest scene has {longest} frames at {clip.fps:g} fps ({longest / clip.fps:.2f} s), a clip takes "
+            f"{clip.frames}{remedy}"
+        )
+    return spans[: settings.most]
+
+
+class ClipSpans(FileStage[SpanSettings]):
+    """Clips of a file: ``{"clips": [[start, end], ...]}`` in milliseconds from its first frame."""
+
+    name = "span"
+    Settings = SpanSettings
+    reads = ("cut",)
+    reads_clip = True
+
+    def run(self, row: Row) -> Done:
+        scenes = [Span(*scene) for scene in row.results["cut"]["scenes"]]
+        return Done({"clips": [list(span) for span in find_spans(scenes, self.clip, self.settings)]})
+
+
+STAGE = ClipSpans

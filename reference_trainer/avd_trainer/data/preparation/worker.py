@@ -1,0 +1,328 @@
+"""What one process does: it runs stages for the rows of one file, and tells what it begins and what it found.
+
+It knows no engine: it tells messages, and whoever runs it carries them to the journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from av.error import FFmpegError
+from safetensors.numpy import save
+
+from avd_trainer.data.decoding import reason
+from avd_trainer.data.preparation.clip_reader import OpenReader, Reader, VideoReader
+from avd_trainer.data.preparation.journal import FileState
+from avd_trainer.data.preparation.recipe import Chosen, Recipe
+from avd_trainer.data.preparation.stage import (
+    Array,
+    ClipStage,
+    Done,
+    Failed,
+    FileStage,
+    FrameRequest,
+    Frames,
+    Outcome,
+    Row,
+    Stage,
+)
+
+HASHING = "reading"
+DECODING = "decoding"
+"""What a process does besides stages, in their names' place."""
+_HASHING_LIMIT = 3600.0
+_LOADING_LIMIT = 900.0
+"""Seconds that a stage with weights may take to load them, on top of its first row's."""
+_CHUNK = 2**20
+_SECONDS_BETWEEN_SIGNS = 5.0
+_NO_FRAMES: Frames = np.zeros((0, 0, 0, 3), dtype=np.uint8)
+
+
+class RowTask(NamedTuple):
+    """Stages to run for a row.
+
+    Attributes:
+        row: With the results of all stages that ran before.
+        stages: Names, in the recipe's order.
+    """
+
+    row: Row
+    stages: tuple[str, ...]
+
+
+class Task(NamedTuple):
+    """Work on one file.
+
+    Attributes:
+        path: The file.
+        state: Of the file whose rows these are; work ends if it changes. None to find out its state and its SHA-256.
+        rows: The file itself, or clips of it in order of time.
+    """
+
+    path: Path
+    state: FileState | None = None
+    rows: tuple[RowTask, ...] = ()
+
+
+class Begun(NamedTuple):
+    """Something begins that may not end.
+
+    Attributes:
+        row: Of what; the empty string for the file as a whole.
+        stages: For which stages; several are decoded for at once.
+        doing: A stage's name, :data:`HASHING` or :data:`DECODING`.
+        limit: Seconds that it may take.
+    """
+
+    row: str
+    stages: tuple[str, ...]
+    doing: str
+    limit: float
+
+
+class Hashed(NamedTuple):
+    """The bytes of a file are known.
+
+    Attributes:
+        state: When they were read.
+        sha256: In hex; None if they could not be read.
+        failed: Why not.
+    """
+
+    state: FileState
+    sha256: str | None
+    failed: str | None = None
+
+
+class Found(NamedTuple):
+    """A stage has run.
+
+    Attributes:
+        row: For which row.
+        stage: Its name, or :data:`DECODING`.
+        outcome: Without arrays, which are on disk already.
+        seconds: That it took.
+    """
+
+    row: str
+    stage: str
+    outcome: Outcome
+    seconds: float
+
+
+class Changed(NamedTuple):
+    """The file is not the one that it was; nothing more is found in it."""
+
+
+class Finished(NamedTuple):
+    """The task is done."""
+
+
+class Halted(NamedTuple):
+    """Nothing can go on.
+
+    Attributes:
+        reason: Such as a full disk.
+    """
+
+    reason: str
+
+
+Message = Begun | Hashed | Found | Changed | Finished | Halted
+
+
+def arrays_path(folder: Path, stage: str, digest: str, row: str) -> Path:
+    """Where the arrays of a row lie."""
+    return folder / "arrays" / stage / digest / row[:2] / f"{row}.safetensors"
+
+
+class Worker:
+    """Runs stages. Stages are built when they are first needed, and kept.
+
+    Args:
+        recipe: Stages and settings.
+        folder: Of the prepared videos, for arrays.
+        tell: Carries messages.
+        open_reader: How clips are read.
+    """
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, tell: Callable[[Message], None], open_reader: OpenReader = VideoReader
+    ) -> None:
+        self._recipe, self._folder, self._tell, self._open_reader = recipe, folder, tell, open_reader
+        self._stages: dict[str, Stage[Any]] = {}
+        self._used: set[str] = set()
+        self._decoding = Begun("", (), DECODING, 0.0)
+        self._last_sign = 0.0
+
+    def work(self, task: Task) -> None:
+        """Do a task, telling of each step; the last message is :class:`Finished`, or says why there is none."""
+        try:
+            if task.state is None:
+                self._hash(task.path)
+            else:
+                with self._open_reader(task.path, self._recipe.head.clip, self._show_life) as reader:
+                    for row in task.rows:
+                        self._run(row, task.state, reader)
+        except _OtherFileError:
+            self._tell(Changed())
+        except OSError as error:
+            # Of a stage or a video it would have been an outcome: this is the folder that is written to.
+            self._tell(
+                Halted(
+                    f"{self._folder} cannot be written to: {error.strerror or error}. What was recorded is intact: "
+                    "free some space there, then run the same command again."
+                )
+            )
+        else:
+            self._tell(Finished())
+
+    def _hash(self, path: Path) -> None:
+        self._tell(Begun("", (), HASHING, _HASHING_LIMIT))
+        state = FileState.at(path)
+        if (wrong := _no_file(path)) is not None:
+            self._tell(Hashed(state, None, wrong))
+            return
+        try:
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        except OSError as error:
+            self._tell(Hashed(state, None, reason(error)))
+            return
+        _expect(path, state)
+        self._tell(Hashed(state, digest.hexdigest()))
+
+    def _run(self, task: RowTask, state: FileState, reader: Reader) -> None:
+        """Run the stages of a row, wave by wave: each wave needs results of earlier ones alone."""
+        results = dict(task.row.results)
+        pending = [self._recipe.stages[name] for name in task.stages]
+        while ready := [chosen for chosen in pending if all(read in results for read in chosen.stage.reads)]:
+            wave = [
+                (chosen, row, self._request(chosen, row))
+                for chosen in ready
+                for row in [task.row._replace(results={read: results[read] for read in chosen.stage.reads})]
+            ]
+            # What needs no frames comes first: its results may say which frames others want.
+            wave = [each for each in wave if not isinstance(each[2], FrameRequest)] or wave
+            inputs = self._decode(task.row, [each for each in wave if isinstance(each[2], FrameRequest)], reader)
+            for chosen, row, request in wave:
+                name = chosen.stage.name
+                given = request if isinstance(request, Failed) else inputs.get(name, _NO_FRAMES)
+                outcome, seconds = (given, 0.0) if isinstance(given, Failed) else self._run_stage(chosen, row, given)
+                # What was found in a file that changed meanwhile is of neither of the two.
+                _expect(row.path, state)
+                self._tell(Found(row.id, name, outcome, seconds))
+                if isinstance(outcome, Done):
+                    results[name] = outcome.values
+            done = {chosen.stage.name for chosen, *_ in wave}
+            pending = [chosen for chosen in pending if chosen.stage.name not in done]
+
+    def _request(self, chosen: Chosen, row: Row) -> FrameRequest | Failed | None:
+        try:
+            stage = self._stage(chosen)
+            request = stage.frames(row) if isinstance(stage, ClipStage) else None
+            if request is not None:
+                frames, wanted = self._recipe.head.clip.frames, sorted(request.indices)
+                if not wanted or wanted[0] < 0 or wanted[-1] >= frames:
+                    raise ValueError(f"it wants frames {wanted}; a clip has {frames}, counted from 0")
+        except Exception as error:
+            return Failed(_words(error))
+        return request
+
+    def _decode(
+        self, row: Row, wanted: Sequence[tuple[Chosen, Row, Any]], reader: Reader
+    ) -> Mapping[str, Frames | Failed]:
+        if not wanted:
+            return {}
+        names = tuple(chosen.stage.name for chosen, *_ in wanted)
+        self._decoding = Begun(row.id, names, DECODING, self._recipe.head.decode_limit)
+        self._begin(self._decoding)
+        began = time.monotonic()
+        assert row.span is not None
+        try:
+            frames = reader.read(row.span, [request for *_, request in wanted])
+        except (FFmpegError, OSError, ValueError) as error:
+            return dict.fromkeys(names, Failed(f"its frames cannot be decoded: {reason(error)}"))
+        self._tell(Found(row.id, DECODING, Done({}), time.monotonic() - began))
+        return dict(zip(names, frames, strict=True))
+
+    def _run_stage(self, chosen: Chosen, row: Row, frames: Frames) -> tuple[Outcome, float]:
+        name = chosen.stage.name
+        first = name not in self._used
+        self._used.add(name)
+        self._begin(
+            Begun(row.id, (name,), name, chosen.settings.time_limit + first * chosen.stage.gpu * _LOADING_LIMIT)
+        )
+        began = time.monotonic()
+        outcome = _outcome(self._stage(chosen), row, frames)
+        if isinstance(outcome, Done) and chosen.stage.makes_arrays:
+            _save(outcome.arrays, arrays_path(self._folder, name, chosen.digest, row.id))
+            outcome = Done(outcome.values)
+        return outcome, time.monotonic() - began
+
+    def _stage(self, chosen: Chosen) -> Stage[Any]:
+        name = chosen.stage.name
+        if name not in self._stages:
+            self._stages[name] = chosen.stage(chosen.settings, self._recipe.head.clip)
+        return self._stages[name]
+
+    def _begin(self, begun: Begun) -> None:
+        self._last_sign = time.monotonic()
+        self._tell(begun)
+
+    def _show_life(self) -> None:
+        """While a reader skips frames, which takes long in a long film."""
+        if time.monotonic() - self._last_sign > _SECONDS_BETWEEN_SIGNS:
+            self._begin(self._decoding)
+
+
+class _OtherFileError(Exception):
+    """A file is not the one that it was."""
+
+
+def _expect(path: Path, state: FileState) -> None:
+    if FileState.at(path) != state:
+        raise _OtherFileError
+
+
+def _no_file(path: Path) -> str | None:
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {path.readlink()}, which is not there"
+    return "it is a folder with the name of a video" if path.is_dir() else None
+
+
+def _outcome(stage: Stage[Any], row: Row, frames: Frames) -> Outcome:
+    try:
+        outcome = stage.run(row, frames) if isinstance(stage, ClipStage) else cast(FileStage[Any], stage).run(row)
+        if isinstance(outcome, Done):
+            json.dumps(outcome.values, allow_nan=False)
+    except Exception as error:
+        return Failed(_words(error))
+    return outcome
+
+
+def _words(error: Exception) -> str:
+    """What went wrong; with its type for errors that were not meant for people, whose words alone say little."""
+    if isinstance(error, FFmpegError | OSError | ValueError) and str(error):
+        return reason(error)
+    return f"{type(error).__name__}: {error}"
+
+
+def _save(arrays: Mapping[str, Array], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        # Bytes first: safetensors' own errors do not say whether the disk is full.
+        part.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from avd_trainer.data.preparation.stage import ClipSettings, Done, Frames, Row, Span
+from avd_trainer.data.preparation.stages.cut import Cut, CutSettings, find_scenes
+from avd_trainer.data.video_files import save_clip
+
+CLIP = ClipSettings()
+
+
+def scene(seed: int, frames: int, pixels: int = 1) -> Frames:
+    """``[frames, 72, 128, 3]`` of coloured blobs that move by ``pixels`` a frame."""
+    blobs = np.random.default_rng(seed).integers(0, 256, (4, 50, 3), dtype=np.uint8)
+    wide = cv2.resize(blobs, (900, 72), interpolation=cv2.INTER_CUBIC)
+    return np.stack([wide[:, pixels * number : pixels * number + 128] for number in range(frames)])
+
+
+def scenes(frames: Frames, step: int = 40, **settings: float) -> list[Span]:
+    return find_scenes(((step * number, frame) for number, frame in enumerate(frames)), CutSettings(**settings))
+
+
+@pytest.mark.parametrize("pixels", [0, 1, 2])
+def test_cuts_at_known_frames_are_found(pixels: int) -> None:
+    video = np.concatenate([scene(0, 30, pixels), scene(1, 45, pixels), scene(2, 40, pixels)])
+    assert scenes(video) == [Span(0, 1200), Span(1200, 3000), Span(3000, 4600)]
+
+
+def test_fast_motion_is_no_cut() -> None:
+    assert scenes(scene(0, 40, 18)) == [Span(0, 1600)]
+
+
+def test_cuts_that_follow_each_other_faster_than_the_shortest_scene_count_once() -> None:
+    video = np.concatenate([scene(seed, 30 if seed != 1 else 4) for seed in range(3)])
+    assert len(scenes(video, shortest=15)) == 2
+    assert len(scenes(video, shortest=1)) == 3
+
+
+def test_times_of_a_variable_rate_are_the_frames_own() -> None:
+    video = np.concatenate([scene(0, 30), scene(1, 30)])
+    times = np.cumsum(np.random.default_rng(0).integers(10, 90, 60)) + 500
+    found = find_scenes(zip((int(time) for time in times), video, strict=True), CutSettings())
+    assert found[0] == (0, times[30] - times[0])
+    assert found[1].end == times[59] - times[0] + times[59] - times[58]
+
+
+def run(path: Path, settings: CutSettings) -> list[list[int]]:
+    row = Row("0", path, "0", None, {"probe": {"milliseconds": 2500}})
+    outcome = Cut(settings, CLIP).run(row)
+    assert isinstance(outcome, Done)
+    scenes: list[list[int]] = outcome.values["scenes"]
+    return scenes
+
+
+def test_a_file_with_a_cut(tmp_path: Path) -> None:
+    video = np.concatenate([scene(0, 30), scene(1, 35)])
+    (path,) = save_clip(torch.from_numpy(video).permute(3, 0, 1, 2) / 255, tmp_path / "clip", 25.0, ["mp4"])
+    assert run(path, CutSettings()) == [[0, 1200], [1200, 2600]]
+    assert run(path, CutSettings(threshold=None)) == [[0, 2500]]  # what probe said, nothing is decoded

@@ -1,0 +1,297 @@
+"""From videos to shards: nothing lost, nothing done twice, the same bytes whatever happened on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from avd_trainer.data.preparation import recipe
+from avd_trainer.data.preparation.journal import Journal
+from avd_trainer.data.preparation.prepare import Prepared, Workers, select_again
+from avd_trainer.data.preparation.selection import Dropped
+from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.runtime.errors import UserError
+from disks import disk_with_room_for
+from toy_runs import ToyRun, files_of, toy_recipe
+from toy_stages import TOYS, ToyReader
+
+NAMES = tuple(f"{letter}.mp4" for letter in "abcdef")
+SQUARE = {"sizes": [[8, 8], [8, 8]]}
+
+
+def kinds(begun: Counter[str]) -> dict[str, int]:
+    """How often each kind of work was begun."""
+    counts: Counter[str] = Counter()
+    for line, times in begun.items():
+        counts[line.split()[0]] += times
+    return dict(counts)
+
+
+def test_the_story_of_a_folder(toy: ToyRun) -> None:
+    toy.add(*NAMES, "copy-of-a.mp4")
+    (toy.videos / "copy-of-a.mp4").write_bytes((toy.videos / "a.mp4").read_bytes())
+    chosen = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
+    done = toy.prepare(chosen)
+    assert (done.selection.files, len(done.selection.clips), len(done.selection.kept)) == (7, 18, 9)
+    assert done.selection.dropped_files == {"copy-of-a.mp4": Dropped("reading", "it has the same bytes as a.mp4")}
+    assert done.data == {toy.output / "data": 9}
+    # Captions and latents are made for what is kept alone.
+    everything = {
+        "span": 6,
+        "decoding": 18 + 9,
+        "brightness": 18,
+        "contrast": 18,
+        "caption": 9,
+        "latents": 9,
+        "text": 9,
+    }
+    assert kinds(toy.begun()) == everything
+    dataset = ShardDataset(toy.output / "data")
+    assert dataset.latent_shape == (16, 2, 2, 2)
+    assert next(dataset.column("source")).endswith(" s")
+    first = json.loads(next(dataset.column("provenance")))
+    clip = done.selection.kept[0]
+    assert (first["file"], first["sha256"], tuple(first["span"])) == (clip.path, clip.sha256, clip.span)
+    assert first["stages"]["brightness"]["settings"]["keep"] == 0.5
+    assert first["stages"]["brightness"]["score"] == dataset[0].latent[0, 0, 0, 0]  # type: ignore[index]
+    assert first["clip"] == {"frames": 5, "fps": 10.0}
+    again = toy.prepare(chosen)
+    assert again.unchanged
+    assert again.data == done.data
+    assert toy.begun() == {}
+
+
+def test_a_changed_threshold_decodes_nothing_again(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    before = files_of(toy.output / "data")
+    toy.begun()
+    less = toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.25}))
+    assert toy.begun() == {}
+    assert less.data == {toy.output / "data": 5}
+    more = toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 1.0}))
+    assert more.data == {toy.output / "data": 18}
+    # Of clips that were not kept before, what only kept ones have.
+    assert kinds(toy.begun()) == {"caption": 9, "text": 9, "latents": 9, "decoding": 9}
+    toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    assert files_of(toy.output / "data") == before
+
+
+def test_a_changed_setting_runs_that_stage_and_what_reads_it_again(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    toy.prepare()
+    toy.begun()
+    toy.prepare(toy_recipe(contrast={"gain": 2.0}))
+    assert kinds(toy.begun()) == {"contrast": 3}
+    toy.prepare(toy_recipe(brightness={"at": [1]}))
+    assert kinds(toy.begun()) == {"decoding": 3, "brightness": 3, "contrast": 3}
+    toy.prepare(toy_recipe(framing={"sizes": [[16, 16], [8, 8]]}))
+    assert kinds(toy.begun()) == {"decoding": 3, "latents": 3}
+
+
+def test_clips_of_several_sizes_are_data_sets_of_their_own(toy: ToyRun) -> None:
+    toy.add("a.mp4", "wide.mp4")
+    done = toy.prepare()
+    assert done.data == {toy.output / "data" / "8x16": 3, toy.output / "data" / "8x8": 3}
+    assert ShardDataset(toy.output / "data" / "8x16").latent_shape == (16, 2, 2, 4)
+
+
+def test_the_shards_of_parts_that_are_merged_are_those_of_one_run(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    chosen = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
+    for index in (2, 0, 1):
+        done = toy.prepare(chosen, part=(index, 3))
+        assert done.data == {}
+    assert kinds(toy.begun()) == {"span": 6, "decoding": 18, "brightness": 18, "contrast": 18}
+    toy.prepare(chosen)
+    assert kinds(toy.begun()) == {"decoding": 9, "caption": 9, "text": 9, "latents": 9}
+    whole = toy._replace(output=toy.output.with_name("whole"))
+    whole.prepare(chosen, workers=2)
+    assert files_of(toy.output / "data") == files_of(whole.output / "data")
+
+
+def test_a_sample_is_always_the_same_and_its_work_is_not_done_again(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    done = toy.prepare(sample=0.3)
+    assert done.data == {}
+    assert done.forecast is not None
+    assert done.forecast.files == (2, 6)
+    assert done.forecast.bytes == (2 * 15, 6 * 15)
+    assert done.forecast.core_hours > 0
+    assert done.forecast.gigabytes > 0
+    first = {line.split()[1] for line in toy.begun()}
+    assert len(first) == 2
+    toy.prepare(sample=0.5)
+    second = {line.split()[1] for line in toy.begun()}
+    assert len(second) == 1
+    assert not first & second
+    toy.prepare()
+    assert {line.split()[1] for line in toy.begun()} == set(NAMES) - first - second
+
+
+def test_what_failed_for_now_is_tried_again_by_the_next_run_alone(toy: ToyRun) -> None:
+    toy.add("a.mp4", "silent.mp4")
+    done = toy.prepare(toy_recipe(framing=SQUARE))
+    assert done.data == {toy.output / "data": 3}
+    assert set(done.selection.dropped.values()) == {Dropped("caption", "the server does not answer")}
+    toy.begun()
+    (toy.videos / "speak").touch()
+    done = toy.prepare(toy_recipe(framing=SQUARE))
+    assert done.data == {toy.output / "data": 6}
+    assert kinds(toy.begun()) == {"caption": 3, "text": 3}
+
+
+def test_files_that_are_gone_give_no_clips(toy: ToyRun) -> None:
+    toy.add("a.mp4", "b.mp4")
+    toy.prepare()
+    (toy.videos / "a.mp4").unlink()
+    done = toy.prepare()
+    assert {clip.path for clip in done.selection.kept} == {"b.mp4"}
+
+
+def test_arrays_that_are_gone_are_made_again(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    toy.prepare()
+    before = files_of(toy.output / "data")
+    for path in (toy.output / "arrays").rglob("*.safetensors"):
+        path.unlink()
+    toy.begun()
+    toy.prepare(toy_recipe(brightness={"min": 0}))
+    assert kinds(toy.begun()) == {"decoding": 3, "latents": 3, "text": 3}
+    assert files_of(toy.output / "data").keys() == before.keys()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from toy_runs import ToyRun, toy_recipe
+if __name__ == "__main__":
+    toy = ToyRun(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+    toy.prepare(toy_recipe(framing={"sizes": [[8, 8], [8, 8]]}, brightness={"keep": 0.5}), workers=2)
+"""
+
+
+def run_until(command: list[str], environment: dict[str, str], toy: ToyRun, more: int) -> int | None:
+    """Run a command until so many more things were begun, and kill it; its status if it ended before."""
+    before = toy.lines()
+    with subprocess.Popen(command, env=environment) as process:
+        while process.poll() is None:
+            if toy.lines() >= before + more:
+                process.send_signal(signal.SIGKILL)
+                return None
+            time.sleep(0.002)
+        return process.returncode
+
+
+def test_kill_at_any_moment_and_the_same_command_again(toy: ToyRun) -> None:
+    toy.add(*(f"{number}-slow.mp4" for number in range(6)))
+    script = toy.runs.with_name("killed.py")
+    script.write_text(KILLED)
+    command = [sys.executable, str(script), *map(str, toy)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    draw = random.Random(0)
+    kills = 0
+    while (ended := run_until(command, environment, toy, draw.randint(8, 50))) is None:
+        kills += 1
+    assert ended == 0
+    assert kills > 0
+    # Two workers: a kill costs at most the clips that both had in work, each with up to four things to do.
+    begun = toy.begun()
+    assert set(kinds(begun)) == {"span", "decoding", "brightness", "contrast", "caption", "latents", "text"}
+    needed = 6 * (1 + 3 * 3) + 9 * 4
+    assert needed <= sum(begun.values()) <= needed + kills * 2 * 4
+    whole = toy._replace(output=toy.output.with_name("whole"))
+    whole.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    assert files_of(toy.output / "data") == files_of(whole.output / "data")
+
+
+def test_two_runs_on_one_folder(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    with Journal(toy.output), pytest.raises(UserError, match="worked on by process"):
+        toy.prepare()
+
+
+def test_a_folder_without_videos(toy: ToyRun) -> None:
+    with pytest.raises(UserError, match="holds no video files"):
+        toy.prepare()
+    with pytest.raises(UserError, match="is not a folder"):
+        toy._replace(videos=Path("nowhere")).prepare()
+    assert not toy.output.exists()
+
+
+def test_no_clip_is_left(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    with pytest.raises(UserError, match=r"No clip is left of 1 files and 3 clips:\n  1 x brightness: 15 is below 256"):
+        toy.prepare(toy_recipe(brightness={"min": 256}))
+
+
+def test_a_size_that_the_codec_cannot_take_is_told_before_anything_runs(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    with pytest.raises(UserError, match="multiples of 8"):
+        toy.prepare(toy_recipe(framing={"sizes": [[9, 8], [8, 8]]}))
+    assert toy.begun() == {}
+
+
+def select(toy: ToyRun, *overrides: str) -> Prepared:
+    return select_again(toy.output, toy.output.with_name("again"), overrides, Workers(1, open_reader=ToyReader))
+
+
+@pytest.fixture
+def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry knows the toys, as recipes on disk want it."""
+    monkeypatch.setattr(recipe, "list_stages", lambda: tuple(TOYS))
+    monkeypatch.setattr(recipe, "load_stage", TOYS.__getitem__)
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_again_needs_no_videos_for_clips_that_were_kept_before(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    toy.begun()
+    toy.videos.rename(toy.videos.with_name("elsewhere"))
+    done = select(toy, "brightness.keep=0.25")
+    assert toy.begun() == {}
+    assert done.data == {toy.output.with_name("again"): 5}
+    assert len(ShardDataset(toy.output.with_name("again"))) == 5
+    assert "keep: 0.25" in (toy.output.with_name("again") / "recipe.yaml").read_text()
+    assert len(ShardDataset(toy.output / "data")) == 9  # as it was
+    with pytest.raises(UserError, match="holds shards already"):
+        select(toy, "brightness.keep=0.2")
+
+
+@pytest.mark.usefixtures("by_name")
+def test_clips_that_are_newly_kept_and_whose_videos_are_gone_are_left_out(
+    toy: ToyRun, caplog: pytest.LogCaptureFixture
+) -> None:
+    toy.add(*NAMES)
+    toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5}))
+    (toy.videos / "a.mp4").unlink()
+    done = select(toy, "brightness.keep=1.0")
+    lost = [clip for clip in done.selection.clips.values() if clip.id in done.selection.dropped]
+    assert {clip.path for clip in lost} <= {"a.mp4"}
+    assert len(done.selection.kept) == 18 - len(lost)
+    assert ("a.mp4: it is not the file that was prepared" in caplog.text) == bool(lost)
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_from_nothing(toy: ToyRun) -> None:
+    with pytest.raises(UserError, match=r"holds no prepared videos\. Run `avd data prepare`"):
+        select(toy)
+    assert not toy.output.exists()
+
+
+def test_a_full_disk_stops_the_run_and_the_next_one_goes_on(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    with disk_with_room_for(40_000), pytest.raises(UserError, match="ree some space"):
+        toy.prepare(toy_recipe(span={"clips": 60}, framing=SQUARE))
+    done = toy.prepare(toy_recipe(span={"clips": 60}, framing=SQUARE))
+    assert done.data == {toy.output / "data": 360}
