@@ -11,7 +11,6 @@ from av.error import FFmpegError
 from avd_trainer.data.preparation.stages.probe import licence_of, probe
 from avd_trainer.data.video_files import save_clip
 
-
 _SIDEWAYS = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0]
 
 
