@@ -194,6 +194,9 @@ def test_raw_videos_are_prepared_selected_again_and_inspected(tmp_path: Path, ra
     status, said = run(*arguments, *overrides)
     assert status == 0, said
     assert f"2 clips were already in {prepared / 'data' / '32x48'}" in said
+    status, said = run("report", prepared, "--set", "hue.min=7")  # more than any clip has
+    assert status == 0, said
+    assert f"0 of 4 clips in 3 files are kept. Look at why in {prepared / 'report.html'}" in said
     status, said = run("select", prepared, "--output", tmp_path / "data", "--set", "framing.sizes=[[32,48]]")
     assert status == 0, said
     assert f"4 clips are in {tmp_path / 'data'}" in said

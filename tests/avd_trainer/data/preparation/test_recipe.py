@@ -89,3 +89,19 @@ def test_what_is_left_out_has_defaults() -> None:
     recipe = build_recipe(TOYS, {"brightness": None, "contrast": {"gain": 2}})
     assert recipe.head.clip.frames == 81
     assert recipe.stages["contrast"].settings.gain == 2  # type: ignore[attr-defined]
+
+
+def test_the_papers_limits_have_the_settings_that_give_them_a_meaning() -> None:
+    recipe = load_recipe("paper")
+    settings = {name: chosen.settings.model_dump() for name, chosen in recipe.stages.items()}
+    assert (recipe.head.clip.frames, recipe.head.clip.fps) == (81, 16.0)
+    for name in ("hue", "sharpness"):
+        assert (settings[name]["at"], settings[name]["short_side"]) == ((1, 21, 41, 61), 480)
+    assert (settings["flow"]["algorithm"], settings["flow"]["unit_side"]) == ("farneback", 480)
+    assert settings["aesthetics"]["frames"] == 8
+
+
+def test_the_tiny_one_needs_no_weights() -> None:
+    recipe = load_recipe("tiny")
+    stages = [chosen.stage(chosen.settings, recipe.head.clip) for chosen in recipe.stages.values()]
+    assert [stage.missing() for stage in stages] == [None] * len(stages)
