@@ -54,6 +54,9 @@ def befall(doing: str, path: Path, row: Row | None = None) -> None:
         eaten = []
         while True:
             eaten.append(np.ones(2**22))
+    elif what == "changes" and not path.with_suffix(".done").exists():
+        path.with_suffix(".done").touch()
+        path.write_bytes(path.read_bytes() + b"more")
     elif what == "raises":
         raise ValueError("it is odd")
     elif what.startswith("SIG"):

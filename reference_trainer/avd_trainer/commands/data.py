@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avd_trainer.commands.options import Overrides
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -35,6 +34,14 @@ Model = Annotated[
     typer.Option(
         help="The model that the data is for: a Wan pipeline in diffusers' layout (folder or hub id), or tiny for the "
         "codec and text embedding of the tiny preset."
+    ),
+]
+RecipeValues = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="STAGE.KEY=VALUE",
+        help="Override one value of the recipe, e.g. aesthetics.keep=0.4; STAGE=off leaves a stage out. Repeatable.",
     ),
 ]
 NegativePrompt = Annotated[
@@ -61,7 +68,7 @@ def inspect(
 @data_app.command()
 def report(
     prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
-    set_: Overrides = None,
+    set_: RecipeValues = None,
 ) -> None:
     """Show what was kept of prepared videos and why: report.html with pictures, report.json with all numbers."""
     with readable_errors():
@@ -189,7 +196,7 @@ def prepare(
         str | None,
         typer.Option(help="I/N: score the I-th of N parts, counted from 0, for an array of jobs. Without it: all."),
     ] = None,
-    set_: Overrides = None,
+    set_: RecipeValues = None,
 ) -> None:
     """From raw videos to a training set: cut, score, choose, caption, encode. The same command again goes on."""
     with readable_errors():
@@ -213,7 +220,7 @@ def select(
     prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
     output: Output,
     workers: Processes = None,
-    set_: Overrides = None,
+    set_: RecipeValues = None,
 ) -> None:
     """Decide again, such as with --set aesthetics.keep=0.4, without decoding again what was scored."""
     with readable_errors():

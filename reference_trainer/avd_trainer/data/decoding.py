@@ -75,14 +75,14 @@ def at_times(
     shown: av.VideoFrame | None = None
     since = 0.0  # when it came on screen
     for frame in frames:
-        if time is None:
-            return
         if frame.time is None:
             raise ValueError("its frames have no times; convert it to MP4")
         origin = frame.time if origin is None else origin
         while shown is not None and time is not None and time < frame.time - origin - ROUNDING:
             yield shown
             time = next(wanted, None)
+        if time is None:  # before another frame is decoded
+            return
         shown, since = frame, frame.time - origin
     while shown is not None and time is not None and time < since + max(ROUNDING, hold):
         yield shown

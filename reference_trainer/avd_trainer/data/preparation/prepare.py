@@ -98,7 +98,7 @@ def prepare(
     every = list_videos(videos)
     paths = every if part is None else part_of(every, *part)
     paths = paths if sample is None else sample_of(paths, sample)
-    _expect_all_at_hand(recipe)
+    _expect_all_at_hand(recipe, survivors=part is None)
     with Journal(output, part) as journal:
         write_text(output / RECIPE, recipe.to_yaml())
         write_json(output / SOURCE, {"videos": str(videos.absolute())})
@@ -142,7 +142,7 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
             "The recipe makes no latents, which shards are made of. Prepare the videos with a recipe that has caption, "
             "latents and text; what was scored is not scored again."
         )
-    _expect_all_at_hand(recipe)
+    _expect_all_at_hand(recipe, survivors=True)
     videos = Path(read_json(prepared / SOURCE)["videos"])
     with Journal(prepared) as journal:
         work = _Work(journal, recipe, videos, [file.path for file in journal.files()], workers, look=False)
@@ -220,11 +220,13 @@ def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path,
     return Prepared(selection, {output / name: rows for name, rows in data.items()})
 
 
-def _expect_all_at_hand(recipe: Recipe) -> None:
+def _expect_all_at_hand(recipe: Recipe, *, survivors: bool) -> None:
+    """See that no stage lacks anything; a part of a run, which only scores, needs nothing for captions and latents."""
     missing = [
         lack
         for chosen in recipe.stages.values()
-        if (lack := chosen.stage(chosen.settings, recipe.head.clip).missing()) is not None
+        if (survivors or not chosen.stage.of_survivors)
+        and (lack := chosen.stage(chosen.settings, recipe.head.clip).missing()) is not None
     ]
     if missing:
         raise UserError("Something is missing:\n" + "\n".join(f"  {lack}" for lack in missing))

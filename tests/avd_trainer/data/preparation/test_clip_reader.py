@@ -93,6 +93,17 @@ def test_a_video_that_ends_before_the_clip_does_is_told_and_the_next_clip_is_rea
         assert numbers(reader.read(Span(500, 1000), [ALL])[0]) == [8, 10, 12, 14]
 
 
+def test_clips_that_follow_each_other_are_decoded_in_one_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "video.mp4", 20, rate=3)  # a frame on screen spans two clips
+    opened: list[object] = []
+    real = av.open
+    monkeypatch.setattr(av, "open", lambda *arguments: opened.append(arguments) or real(*arguments))
+    with VideoReader(path, CLIP) as reader:
+        for start in range(0, 4500, 500):
+            reader.read(Span(start, start + 500), [ALL])
+    assert len(opened) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"no video at all" * 99])
 def test_what_is_no_video_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.mp4").write_bytes(content)
