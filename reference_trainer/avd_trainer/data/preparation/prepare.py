@@ -178,7 +178,7 @@ def _finish(work: _Work) -> Selection:
 def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -> None:
     """Run stages: those that want a GPU in a pass of their own where there is one."""
     gpus = work.workers.gpus
-    on_gpu = [chosen.stage.name for chosen in stages if chosen.stage.gpu and gpus]
+    on_gpu = [chosen.stage.name for chosen in stages if chosen.wants_gpu and gpus]
     elsewhere = [chosen.stage.name for chosen in stages if chosen.stage.name not in on_gpu]
     passes = [(elsewhere, work.workers.processes)] if elsewhere or clips is None else []
     passes += [(on_gpu, gpus)] if on_gpu else []
@@ -275,7 +275,7 @@ def default_processes() -> int:
 
 def count_gpus(recipe: Recipe) -> int:
     """GPUs at hand, if a stage of the recipe wants one; only then PyTorch is asked."""
-    if not any(chosen.stage.gpu for chosen in recipe.stages.values()):
+    if not any(chosen.wants_gpu for chosen in recipe.stages.values()):
         return 0
     import torch
 

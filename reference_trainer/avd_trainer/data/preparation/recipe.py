@@ -48,6 +48,11 @@ class Chosen(NamedTuple):
     settings: StageSettings
     digest: str
 
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether it wants a GPU where there is one."""
+        return self.stage.wants_gpu(self.settings)
+
 
 class Recipe(NamedTuple):
     """What is done with each video.

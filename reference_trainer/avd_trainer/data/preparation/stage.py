@@ -202,7 +202,7 @@ class Stage(ABC, Generic[S_co]):
         score: What ``Settings.reject`` decides on, if it does.
         of_survivors: Run it only for clips that the selection keeps, as captions and latents are.
         makes_arrays: Whether its outcomes have arrays; where their file is gone, it runs again.
-        gpu: Whether it wants a GPU where there is one.
+        gpu: Whether it wants a GPU where there is one, whatever its settings; see :meth:`wants_gpu`.
         reads_clip: Whether its results depend on :class:`ClipSettings`.
     """
 
@@ -218,6 +218,11 @@ class Stage(ABC, Generic[S_co]):
 
     def __init__(self, settings: S_co, clip: ClipSettings) -> None:
         self.settings, self.clip = settings, clip
+
+    @classmethod
+    def wants_gpu(cls, settings: StageSettings) -> bool:
+        """Whether it wants a GPU where there is one, with these settings."""
+        return cls.gpu
 
     def missing(self) -> str | None:
         """What is not at hand, such as weights or a package, and how to get it; None if all is there.

@@ -260,7 +260,7 @@ class Worker:
         first = name not in self._used
         self._used.add(name)
         self._begin(
-            Begun(row.id, (name,), name, chosen.settings.time_limit + first * chosen.stage.gpu * _LOADING_LIMIT)
+            Begun(row.id, (name,), name, chosen.settings.time_limit + first * chosen.wants_gpu * _LOADING_LIMIT)
         )
         began = time.monotonic()
         outcome = _outcome(self._stage(chosen), row, frames)

@@ -73,7 +73,11 @@ class Caption(ClipStage[CaptionSettings]):
     name = "caption"
     Settings = CaptionSettings
     of_survivors = True
-    gpu = True
+
+    @classmethod
+    def wants_gpu(cls, settings: StageSettings) -> bool:
+        """With a model of its own. A server is asked by as many processes as there are, not by one for each GPU."""
+        return isinstance(settings, CaptionSettings) and settings.by == "transformers"
 
     def missing(self) -> str | None:
         settings = self.settings

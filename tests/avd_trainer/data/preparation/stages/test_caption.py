@@ -53,3 +53,9 @@ def test_another_server_asks_nothing_again_and_another_model_does() -> None:
     one = key(endpoint="http://one/v1")
     assert key(endpoint="http://two/v1", timeout=5, tries=9) == one
     assert key(endpoint="http://one/v1", model="another") != one
+
+
+def test_a_gpu_is_wanted_for_a_model_on_this_machine_alone() -> None:
+    assert Caption.wants_gpu(CaptionSettings())
+    assert not Caption.wants_gpu(CaptionSettings(by="endpoint", endpoint="http://one/v1"))
+    assert not Caption.wants_gpu(CaptionSettings(by="file"))
