@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from avd_trainer.config.differences import differences
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.runtime.files import read_json
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
-from avd_trainer.studies.runner import SAVED, UNITS, claim_study, result_file
+from avd_trainer.studies.runner import SAVED, UNITS, claim_study, do_once, result_file
 from avd_trainer.training.config import TrainConfig
-from avd_trainer.training.folder import LOCK, FolderInUseError, locked
+from avd_trainer.training.folder import LOCK
 
 REUSED = "reused_from"
 """Key of a unit's results: the study and the unit that they were taken from."""
@@ -66,16 +66,10 @@ def _copy(folder: Path, unit: Unit, other: Path, source: Unit, name: str) -> boo
     """Copy a unit, if it is done there; unless somebody has done it here, or is at it."""
     if not result_file(other, source).exists():
         return False
-    own = folder / UNITS / str(unit)
-    own.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(own))
-        except FolderInUseError:
-            return False
-        if result_file(folder, unit).exists():
-            return False
+
+    def copy(own: Path) -> dict[str, Any]:
         shutil.copytree(other / UNITS / str(source), own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
-        results = read_json(result_file(other, source))
-        write_json(result_file(folder, unit), results | {"variant": unit.variant, REUSED: f"{name}/{source}"})
-    return True
+        results: dict[str, Any] = read_json(result_file(other, source))
+        return results | {"variant": unit.variant, REUSED: f"{name}/{source}"}
+
+    return do_once(folder, unit, copy)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from avd_trainer.config.differences import differences
 from avd_trainer.runtime.errors import UserError
@@ -139,6 +140,14 @@ def _try(place: Workplace, folder: Path, unit: Unit) -> bool:
     """Do a unit unless it waits for another one, is done meanwhile, or another process does it."""
     if not all(result_file(folder, needed).exists() for needed in place.study.needs(unit)):
         return False
+    return do_once(folder, unit, lambda own: place.do(unit))
+
+
+def do_once(folder: Path, unit: Unit, work: Callable[[Path], dict[str, Any]]) -> bool:
+    """Do a unit and write its results, unless it is done or another process is at it; returns whether it was done here.
+
+    ``work`` is given the unit's own folder, which is there and locked.
+    """
     own = folder / UNITS / str(unit)
     own.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -148,7 +157,7 @@ def _try(place: Workplace, folder: Path, unit: Unit) -> bool:
             return False
         if result_file(folder, unit).exists():
             return False
-        write_json(result_file(folder, unit), place.do(unit))
+        write_json(result_file(folder, unit), work(own))
         return True
 
 

@@ -18,7 +18,7 @@ from avd_trainer.evaluation.measures import MEASURES, headlines
 from avd_trainer.evaluation.reference import Reference, Spread
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.runtime.files import read_json, write_json, write_text
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
 from avd_trainer.studies.deviations import save_deviations
 from avd_trainer.studies.dots import save_figure
@@ -56,9 +56,7 @@ def write_summary(study: Study, folder: Path, seeds: Sequence[int]) -> dict[str,
     with locked(folder, wait=True):
         results = summarise(study, folder, saved, seeds)
         write_json(folder / RESULTS, results)
-        part = folder / f"{TABLE}.part"
-        part.write_text(render(results))
-        part.replace(folder / TABLE)
+        write_text(folder / TABLE, render(results))
         save_figure(folder / FIGURE, results)
         save_deviations(folder / DEVIATIONS, results)
     return results

@@ -224,6 +224,10 @@ def test_clips_and_samples_are_judged_at_the_same_times_and_perturbed_after_nois
     noise = draws.normal("critic_noise", clips.shape[1:])
     torch.testing.assert_close(clips, (1 - s) * batch.latents + s * noise)
     assert not torch.allclose(samples - (1 - s) * batch.latents, s * noise)
+    start, high = draws.normal("trajectory", clips.shape[1:]), torch.full((len(clips),), 1000.0)
+    with torch.no_grad():
+        x = start - trainer.models["student"](start, high, batch.condition)
+    torch.testing.assert_close(samples, (1 - s) * x + s * draws.normal("sample_noise", clips.shape[1:]))
     # In space all frames alike, in time around the mean frame.
     moved = spatial - clips
     torch.testing.assert_close(moved, moved[:, :, :1].expand_as(moved), atol=1e-6, rtol=0)
