@@ -14,8 +14,8 @@ help: ## list the targets
 demo: $(READY) ## distil two small students and compare them, in runs/demo
 	$(BIN)/avd demo --output runs/demo
 
-test: $(READY) ## run all tests
-	$(BIN)/python -m pytest
+test: $(READY) ## run all tests, as many at a time as there are cores
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
