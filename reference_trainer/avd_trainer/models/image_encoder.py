@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from avd_trainer.models.pipeline_parts import part_not_loaded, transformers_library
+from avd_trainer.models.pipeline_parts import load_part, transformers_library
 
 if TYPE_CHECKING:
     from transformers import CLIPImageProcessor, CLIPVisionModel
@@ -50,16 +50,8 @@ class WanImageEncoder:
             UserError: If transformers is not installed, or there is no such encoder.
         """
         transformers = transformers_library("image encoder")
-        try:
-            encoder = transformers.CLIPVisionModel.from_pretrained(
-                source, subfolder="image_encoder", dtype=dtype, use_safetensors=True
-            )
-        except Exception as error:
-            raise part_not_loaded(source, "image_encoder", error) from error
-        try:
-            processor = transformers.CLIPImageProcessor.from_pretrained(source, subfolder="image_processor")
-        except Exception as error:
-            raise part_not_loaded(source, "image_processor", error) from error
+        encoder = load_part(transformers.CLIPVisionModel, source, "image_encoder", dtype=dtype, use_safetensors=True)
+        processor = load_part(transformers.CLIPImageProcessor, source, "image_processor")
         return cls(encoder.to(device), processor)
 
     @torch.no_grad()

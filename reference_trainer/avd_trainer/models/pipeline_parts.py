@@ -1,7 +1,8 @@
-"""Names of pipelines, and parts of them that could not be loaded."""
+"""Names of pipelines, and how parts of them are loaded."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from avd_trainer.runtime.errors import UserError
@@ -36,11 +37,31 @@ def has_part(source: str, part: str) -> bool:
     try:
         index = DiffusionPipeline.load_config(source)
     except Exception as error:
-        raise part_not_loaded(source, "model_index.json", error) from error
+        raise _not_loaded(source, "model_index.json", error) from error
     return (index.get(part) or [None])[0] is not None
 
 
-def part_not_loaded(source: str, part: str, error: Exception) -> UserError:
+def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
+    """A part of a pipeline, read by the library that it is of.
+
+    Args:
+        kind: The class, of diffusers or transformers, whose ``from_pretrained`` reads it.
+        source: A folder that diffusers saved, or the name of one on the Hugging Face hub.
+        part: The subfolder, such as ``text_encoder``.
+        options: Further arguments of ``from_pretrained``.
+
+    Raises:
+        UserError: If it cannot be loaded.
+    """
+    try:
+        if Path(source).is_dir() and not any((Path(source) / part).glob("*.json")):
+            raise FileNotFoundError(f"there is no {part}/*.json")  # diffusers takes another part's for it
+        return kind.from_pretrained(source, subfolder=part, **options)
+    except Exception as error:
+        raise _not_loaded(source, part, error) from error
+
+
+def _not_loaded(source: str, part: str, error: Exception) -> UserError:
     """What to raise where a part of a pipeline cannot be loaded, with what to do."""
     # The libraries raise OSError, ValueError, SafetensorError, errors of the hub's HTTP library and more for files that
     # are missing, damaged or of another model.

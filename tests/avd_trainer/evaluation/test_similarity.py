@@ -31,6 +31,7 @@ from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
+from figures import assert_labels_are_inside
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 SHAPE = (4, 9, 3, 5)
@@ -398,12 +399,7 @@ def test_all_of_the_plot_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.M
     (figure,) = figures
     for axis in figure.axes:
         assert axis.get_ylabel()
-        for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
-            box = text.get_window_extent()
-            assert box.x0 >= 0
-            assert box.y0 >= 0
-            assert box.x1 <= figure.bbox.x1
-            assert box.y1 <= figure.bbox.y1
+    assert_labels_are_inside(figure)
 
 
 # Mistakes

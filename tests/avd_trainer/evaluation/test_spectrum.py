@@ -37,6 +37,7 @@ from avd_trainer.models.transformer import VelocityModel, build_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.folder import CONFIG, TRAIN
+from figures import assert_labels_are_inside
 from runs import tiny_config
 from tensors import randn
 
@@ -268,14 +269,7 @@ def test_all_of_the_plot_is_in_the_picture(tmp_path: Path, monkeypatch: pytest.M
         save_violins(tmp_path / "plot.png", compare(*rolloffs(*([1.0] * blocks))), "/a/folder" * 9 + ", few steps")
     for figure in figures:
         assert [axis.get_ylabel() for axis in figure.axes] == ["t = 700", "t = 200"]
-        figure.canvas.draw()
-        for axis in figure.axes:
-            for text in (axis.title, axis.xaxis.label, axis.yaxis.label):
-                box = text.get_window_extent()
-                assert box.x0 >= 0
-                assert box.y0 >= 0
-                assert box.x1 <= figure.bbox.x1
-                assert box.y1 <= figure.bbox.y1
+        assert_labels_are_inside(figure)
 
 
 # Mistakes

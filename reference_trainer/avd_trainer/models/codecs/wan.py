@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from avd_trainer.models.codecs.latent_space import PATCH_SIZE, LatentSpace
-from avd_trainer.models.pipeline_parts import part_not_loaded
+from avd_trainer.models.pipeline_parts import load_part
 
 
 class WanCodec(nn.Module):
@@ -75,12 +75,7 @@ class WanCodec(nn.Module):
         Raises:
             UserError: If there is no such VAE.
         """
-        try:
-            if Path(source).is_dir() and not (Path(source) / "vae" / "config.json").is_file():
-                raise FileNotFoundError("there is no vae/config.json")  # diffusers takes the transformer's for it
-            vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", use_safetensors=True, torch_dtype=dtype)
-        except Exception as error:
-            raise part_not_loaded(source, "vae", error) from error
+        vae = load_part(AutoencoderKLWan, source, "vae", use_safetensors=True, torch_dtype=dtype)
         # A folder is to be found again from anywhere.
         found = str(Path(source).resolve()) if Path(source).is_dir() else source
         return cls(vae.to(device), source=found, tiling=tiling)

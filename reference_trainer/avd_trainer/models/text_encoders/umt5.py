@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from avd_trainer.models.pipeline_parts import part_not_loaded, transformers_library
+from avd_trainer.models.pipeline_parts import load_part, transformers_library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -51,16 +51,8 @@ class WanTextEncoder:
             UserError: If transformers is not installed, or there is no such text encoder.
         """
         transformers = transformers_library("text encoder")
-        try:
-            encoder = transformers.UMT5EncoderModel.from_pretrained(
-                source, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-            )
-        except Exception as error:
-            raise part_not_loaded(source, "text_encoder", error) from error
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source, subfolder="tokenizer")
-        except Exception as error:
-            raise part_not_loaded(source, "tokenizer", error) from error
+        encoder = load_part(transformers.UMT5EncoderModel, source, "text_encoder", dtype=dtype, use_safetensors=True)
+        tokenizer = load_part(transformers.AutoTokenizer, source, "tokenizer")
         return cls(encoder.to(device), tokenizer)
 
     @torch.no_grad()
