@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.data.preparation.needs import HUB_ID
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from avd_trainer.data.inspection import DataReport, Provenance
     from avd_trainer.data.preparation.prepare import Prepared
     from avd_trainer.data.schema import ImageTokens
-    from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
-MOST_REASONS = 10
-"""Why files gave no clips: so many reasons are printed, the most frequent ones."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MOST_ROWS = 10
+"""So many rows that are there twice are named."""
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new data set.")]
 Model = Annotated[
@@ -50,6 +48,15 @@ NegativePrompt = Annotated[
     typer.Option(
         help="Prompt of classifier-free guidance's unconditional prediction. Default: the one that Wan2.1 comes with; "
         "for tiny, nothing."
+    ),
+]
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes. Default: one for each core. Models run in one for each GPU.",
     ),
 ]
 
@@ -136,42 +143,65 @@ def encode(
             "where --model has one.",
         ),
     ] = False,
+    max_repeats: Annotated[
+        float,
+        typer.Option(help="Leave out clips that show each picture more often, in a row: a video of few per second."),
+    ] = 4.0,
+    max_enlargement: Annotated[
+        float,
+        typer.Option(help="Leave out clips whose pictures are enlarged more, here or before: they are blurred."),
+    ] = 4.0,
+    workers: Processes = None,
 ) -> None:
-    """Cut your own videos into clips and encode them with their captions."""
+    """Cut your own videos into clips and encode them with their captions. The same command again goes on."""
     with readable_errors():
-        from avd_trainer.data.decoding import video_files
-        from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
-        from avd_trainer.data.encoders import (
-            load_image_condition,
-            load_text_encoder,
-            load_video_encoder,
-            negative_prompt_for,
-        )
+        from avd_trainer.data.encode import FORMATS, ClipFormat
+        from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, encode_recipe, encode_videos
+        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
 
-        space: LatentSpace = "block-dct-4" if model == TINY else "wan"
-        default = FORMATS[space]
-        clip_format = ClipFormat(
-            frames=default.frames if frames is None else frames,
-            height=default.height if height is None else height,
-            width=default.width if width is None else width,
-            fps=default.fps if fps is None else fps,
+        default = FORMATS["block-dct-4" if model == TINY else "wan"]
+        recipe = encode_recipe(
+            model,
+            ClipFormat(
+                frames=default.frames if frames is None else frames,
+                height=default.height if height is None else height,
+                width=default.width if width is None else width,
+                fps=default.fps if fps is None else fps,
+            ),
+            negative_prompt=negative_prompt,
+            image=image_condition,
+            max_repeats=max_repeats,
+            max_enlargement=max_enlargement,
         )
-        clip_format.check(space)
-        files = len(video_files(videos))
-        _check(model, output)
-        codec, text = load_video_encoder(model), load_text_encoder(model)
-        with ProgressBar("videos", files) as bar:
-            written = encode_videos(
-                videos,
-                output,
-                codec,
-                text,
-                clip_format,
-                negative_prompt=negative_prompt_for(model, negative_prompt),
-                image=load_image_condition(model) if image_condition else None,
-                on_file=bar.advance,
-            )
-        _say_written(written, "clips", output)
+        _check_model(model)
+        gpus = count_gpus(recipe)
+        done = encode_videos(videos, output, recipe, Workers(workers or default_processes(), gpus))
+        for line in done.summary.lines(ADVICE):
+            say(line)
+        if done.summary.without_clips or done.summary.dropped:
+            say(f"All that was left out, and why, is in {output / LEFT_OUT}.")
+        _say_written(done.summary.kept, "clips", output)
+
+
+@data_app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of data sets, two or more.")],
+    output: Output,
+) -> None:
+    """Join data sets into one. A clip that is in several of them is kept once; shards are linked rather than copied."""
+    with readable_errors():
+        from avd_trainer.data.merging import merge
+
+        with ProgressBar("data sets", len(folders)) as bar:
+            done = merge(folders, output, bar.advance)
+        if done.twice:
+            say(f"{len(done.twice)} rows are there more than once, and were kept once:")
+            for row in done.twice[:MOST_ROWS]:
+                say(f"  {row}")
+            if len(done.twice) > MOST_ROWS:
+                say(f"  and {len(done.twice) - MOST_ROWS} more")
+        say(f"{done.linked} shards were linked, {done.copied} copied.")
+        _say_written(done.rows, "rows", output)
 
 
 @data_app.command()
@@ -193,9 +223,6 @@ def encode_prompts(
         with ProgressBar("prompts", prompts) as bar:
             written = encode_prompts(file, output, text, negative, bar.advance)
         _say_written(written, "prompts", output)
-
-
-Processes = Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one for each core.")]
 
 
 @data_app.command()
@@ -266,16 +293,13 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _say_prepared(done: Prepared) -> None:
-    selection = done.selection
-    clips, kept = len(selection.clips), len(selection.kept)
-    say(f"{selection.files} files gave {clips} clips; {len(selection.dropped_files)} files gave none.")
-    reasons = Counter(f"{why.stage}: {why.reason}" for why in selection.dropped_files.values())
-    for reason, count in reasons.most_common(MOST_REASONS):
-        say(f"  {count} x {reason}")
-    for step in selection.steps:
+    from avd_trainer.data.preparation.prepare import ADVICE
+
+    for line in done.summary.lines(ADVICE):
+        say(line)
+    for step in done.selection.steps:
         if step.left < step.came:
             say(f"{step.stage}: {step.left} of {step.came} clips are left")
-    say(f"{kept} of {clips} clips are kept.")
     if done.forecast is not None:
         files, size, hours, gigabytes = done.forecast
         say(
@@ -291,12 +315,16 @@ def _check(model: str, output: Path) -> None:
     """What a person can get wrong and would learn of only after the models are loaded."""
     from avd_trainer.data.shard_writing import expect_no_shards
 
+    _check_model(model)
+    expect_no_shards(output)
+
+
+def _check_model(model: str) -> None:
     if model != TINY and not Path(model).is_dir() and not HUB_ID.fullmatch(model):
         raise UserError(
             f"--model {model} is no folder and no hub id. Pass tiny, or a Wan pipeline in diffusers' layout such as "
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    expect_no_shards(output)
 
 
 def _say_written(rows: int, what: str, output: Path) -> None:

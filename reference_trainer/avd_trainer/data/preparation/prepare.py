@@ -14,6 +14,7 @@ from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.schedule import Schedule, list_videos, part_of, sample_of
 from avd_trainer.data.preparation.selection import Selection, select
+from avd_trainer.data.preparation.summary import Advice, Summary, summarise
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json, write_text
 from avd_trainer.runtime.progress import ProgressBar
@@ -23,6 +24,7 @@ SOURCE = "prepared.json"
 DATA = "data"
 """Folder of the data set within that of the prepared videos."""
 SELECTION = "selection.json"
+ADVICE = Advice("--set clip.frames={}", "Choose other thresholds by --set, or leave a stage out by --set STAGE=off.")
 
 
 class Forecast(NamedTuple):
@@ -46,12 +48,14 @@ class Prepared(NamedTuple):
 
     Attributes:
         selection: What was kept, and why the rest was not.
+        summary: The same in a few lines.
         data: Folders of shards with their clips; empty where none were to be written.
         unchanged: Whether the shards were there already.
         forecast: Of a sample.
     """
 
     selection: Selection
+    summary: Summary
     data: Mapping[Path, int]
     unchanged: bool = False
     forecast: Forecast | None = None
@@ -79,6 +83,7 @@ def prepare(
     *,
     sample: float | None = None,
     part: tuple[int, int] | None = None,
+    advice: Advice = ADVICE,
 ) -> Prepared:
     """Prepare a folder of videos; the same call goes on where an earlier one stopped.
 
@@ -89,10 +94,11 @@ def prepare(
         workers: Who does it.
         sample: Share of the files to work on, for a forecast; no shards are written.
         part: ``(i, n)``: work on the i-th of n parts alone, and only score. A call without it merges them.
+        advice: What to do where no clip is left.
 
     Raises:
-        UserError: If there are no videos, something that a stage needs is missing, another process works on the folder,
-            or it cannot be written to.
+        UserError: If there are no videos, no clip is left, something that a stage needs is missing, another process
+            works on the folder, or it cannot be written to.
         StoppedError: On Ctrl-C.
     """
     every = list_videos(videos)
@@ -106,14 +112,16 @@ def prepare(
             _forget_others(journal, paths)
         work = _Work(journal, recipe, videos, paths, workers, look=True)
         _score(work)
+        selection = _finish(work) if part is None else select(journal, recipe, finished=False)
+        done = Prepared(selection, summarise(journal, recipe, selection, videos), {})
         if part is not None:
-            return Prepared(select(journal, recipe, finished=False), {})
-        selection = _finish(work)
+            return done
         if sample is not None:
-            return Prepared(selection, {}, forecast=_forecast(journal, recipe, videos, paths, every))
+            return done._replace(forecast=_forecast(journal, recipe, videos, paths, every))
         if "latents" not in recipe.stages:
-            return Prepared(selection, {})
-        return _write(journal, recipe, selection, output / DATA, replace=True)
+            return done
+        done.summary.expect_clips(advice)
+        return _write(journal, recipe, done, output / DATA, replace=True)
 
 
 def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers: Workers) -> Prepared:
@@ -148,7 +156,9 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
         work = _Work(journal, recipe, videos, [file.path for file in journal.files()], workers, look=False)
         _score(work)
         selection = _finish(work)
-        return _write(journal, recipe, selection, output, replace=False)
+        done = Prepared(selection, summarise(journal, recipe, selection, videos), {})
+        done.summary.expect_clips(ADVICE)
+        return _write(journal, recipe, done, output, replace=False)
 
 
 class _Work(NamedTuple):
@@ -194,17 +204,18 @@ def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -
             engine.run(schedule)
 
 
-def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path, *, replace: bool) -> Prepared:
+def _write(journal: Journal, recipe: Recipe, done: Prepared, output: Path, *, replace: bool) -> Prepared:
+    """Write the shards of the kept clips, of which there is one at least."""
     from avd_trainer.data.preparation.shards import fingerprint, write_shards
 
-    selection.expect_clips()
-    clips = selection.kept
+    clips = done.selection.kept
     key = fingerprint(recipe, clips)
     known = output / SELECTION
     if replace and known.is_file():
         before = read_json(known)
         if before["fingerprint"] == key:
-            return Prepared(selection, {output / name: rows for name, rows in before["data"].items()}, unchanged=True)
+            there = {output / name: rows for name, rows in before["data"].items()}
+            return done._replace(data=there, unchanged=True)
     # Shards of another selection stay until the new ones are whole.
     new = output.with_name(f"{output.name}.new") if replace else output
     if replace:
@@ -217,7 +228,7 @@ def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path,
     if replace:
         shutil.rmtree(output, ignore_errors=True)
         new.rename(output)
-    return Prepared(selection, {output / name: rows for name, rows in data.items()})
+    return done._replace(data={output / name: rows for name, rows in data.items()})
 
 
 def _expect_all_at_hand(recipe: Recipe, *, survivors: bool) -> None:

@@ -88,19 +88,21 @@ def bundled_recipes() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in _RECIPES.glob("*.yaml")))
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe, apply overrides, validate.
 
     Args:
         source: One of :func:`bundled_recipes`, or the path of a YAML file.
-        overrides: ``key=value`` with dots in the key, such as ``aesthetics.keep=0.4``; the value is YAML.
+        overrides: ``key=value`` with dots in the key, such as ``aesthetics.keep=0.4``; the value is YAML. Or the same
+            as nested mappings.
 
     Raises:
         ConfigError: With one line per wrong field.
     """
     values = _read(source, ())
+    on_top = overrides if isinstance(overrides, Mapping) else parse_overrides(list(overrides))
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(values, parse_overrides(list(overrides))), resolve=True)
+        merged = OmegaConf.to_container(OmegaConf.merge(values, on_top), resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{source}: {error}") from error
     assert isinstance(merged, dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -11,9 +10,7 @@ from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.schedule import clip_id
 from avd_trainer.data.preparation.stage import SPAN, Done, FileStage, Outcome, Span
 from avd_trainer.data.preparation.worker import HASHING
-from avd_trainer.runtime.errors import UserError
 
-_MOST_REASONS = 5
 NOT_RUN = "has not run yet; the same `avd data prepare` goes on"
 
 
@@ -81,23 +78,6 @@ class Selection(NamedTuple):
         """The clips that are kept, in order of id."""
         return [clip for clip in self.clips.values() if clip.id not in self.dropped]
 
-    def expect_clips(self) -> None:
-        """See that something is kept.
-
-        Raises:
-            UserError: If not, with the most frequent reasons.
-        """
-        if self.kept:
-            return
-        reasons = Counter(
-            f"{each.stage}: {each.reason}" for each in (*self.dropped_files.values(), *self.dropped.values())
-        )
-        listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS))
-        raise UserError(
-            f"No clip is left of {self.files} files and {len(self.clips)} clips:\n{listed}\n"
-            "Choose other thresholds by --set, or leave a stage out by --set STAGE=off."
-        )
-
 
 def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:
     """Decide on all clips.
@@ -131,7 +111,7 @@ def _clips(journal: Journal, recipe: Recipe, dropped: dict[str, Dropped]) -> Ite
             continue
         same = first.setdefault(file.sha256, file.path)
         if same != file.path:
-            dropped[file.path] = Dropped(HASHING, f"it has the same bytes as {same}")
+            dropped[file.path] = Dropped(HASHING, f"it has the same bytes as another file ({same})")
             continue
         spans = found[SPAN].get(file.sha256)
         if not isinstance(spans, Done):

@@ -52,6 +52,9 @@ class Detail(NamedFramesStage[NamedFrames]):
     score = Score("detail", "share of its size that a frame needs to hold its detail; the highest of the frames")
     measure = staticmethod(detail)
 
+    def missing(self) -> None:
+        return None
+
     @staticmethod
     def choose(measured: Iterable[float]) -> float:
         """The highest: a frame out of focus says nothing about the source, one with detail does."""
