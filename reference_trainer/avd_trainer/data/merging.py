@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,9 +141,7 @@ def _link(path: Path, new: Path) -> bool:
 
 def _copy_rows(path: Path, new: Path, keep: Sequence[bool]) -> None:
     """Write some rows of a shard, in the row groups that they had."""
-    with _shard(path) as file, ExitStack() as ends:
-        with writable(new.parent):
-            writer = ends.enter_context(open_shard(new, file.schema_arrow))
+    with _shard(path) as file, _new_shard(new, file.schema_arrow) as writer:
         start = 0
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, use_threads=False)
@@ -152,6 +150,20 @@ def _copy_rows(path: Path, new: Path, keep: Sequence[bool]) -> None:
             if len(kept):
                 with writable(new.parent):
                     writer.write_table(kept)
+
+
+@contextmanager
+def _new_shard(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
+    with writable(path.parent):
+        writer = open_shard(path, schema)
+    try:
+        yield writer
+    except BaseException:
+        with suppress(OSError):  # the disk that was full still is
+            writer.close()
+        raise
+    with writable(path.parent):
+        writer.close()
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from avd_trainer.commands.data import data_app
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
+from in_process import prepared_in_this_process
+from small_videos import write_video
+
+
+@pytest.fixture
+def in_this_process() -> Iterator[None]:
+    with prepared_in_this_process():
+        yield
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -28,19 +37,14 @@ def run(*arguments: object) -> tuple[int, str]:
 def videos(tmp_path: Path) -> Path:
     folder = tmp_path / "videos"
     folder.mkdir()
-    with av.open(folder / "red_circle.mp4", "w") as container:
-        stream = container.add_stream("mpeg4", rate=16)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for number in range(12):
-            pixels = np.full((32, 48, 3), 20 * number, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+    write_video(folder / "red_circle.mp4", 12, width=48, height=32, step=16)
     return folder
 
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 48)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> None:
     status, said = run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "tiny", *SMALL)
     assert status == 0
@@ -61,6 +65,7 @@ def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> N
     assert "temporal loss" in said
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_folder_that_holds_data_is_refused_before_a_model_is_loaded(tmp_path: Path, videos: Path) -> None:
     run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "tiny", *SMALL)
     again = ("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "not/there", *SMALL)
@@ -95,6 +100,7 @@ def dataset_text(dataset: ShardDataset, caption: str) -> torch.Tensor:
     return text
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_wan_pipeline_encodes(tmp_path: Path, videos: Path) -> None:
     pipeline = tiny_pipeline.build(tmp_path / "pipeline")
     status, _ = run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", pipeline, *SMALL)
@@ -224,7 +230,7 @@ def test_a_sample_says_what_all_videos_would_take(tmp_path: Path, raw: Path) -> 
         ("--sample", "0%", "--sample 0%: expected a share of the files, such as 1% or 0.01."),
         ("--sample", "some", "--sample some: expected a share"),
         ("--shard", "2/2", "--shard 2/2: expected I/N with I from 0 to N - 1"),
-        ("--recipe", "best", "best is neither a recipe (paper, tiny) nor a YAML file"),
+        ("--recipe", "best", "best is neither a recipe (encode, paper, tiny) nor a YAML file"),
         ("--set", "hue.mean=3", "hue.mean: there is no such field"),
         ("--set", "text.model=Wan-AI/None", "text needs the weights Wan-AI/None"),
     ],

@@ -42,7 +42,9 @@ def test_the_story_of_a_folder(toy: ToyRun) -> None:
     chosen = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
     done = toy.prepare(chosen)
     assert (done.selection.files, len(done.selection.clips), len(done.selection.kept)) == (7, 18, 9)
-    assert done.selection.dropped_files == {"copy-of-a.mp4": Dropped("reading", "it has the same bytes as a.mp4")}
+    assert done.selection.dropped_files == {
+        "copy-of-a.mp4": Dropped("reading", "it has the same bytes as another file (a.mp4)")
+    }
     assert done.data == {toy.output / "data": 9}
     # Captions and latents are made for what is kept alone.
     everything = {
@@ -230,7 +232,10 @@ def test_a_folder_without_videos(toy: ToyRun) -> None:
 
 def test_no_clip_is_left(toy: ToyRun) -> None:
     toy.add("a.mp4")
-    with pytest.raises(UserError, match=r"No clip is left of 1 files and 3 clips:\n  1 x brightness: 15 is below 256"):
+    with pytest.raises(
+        UserError,
+        match=r"No clip is left of 1 files and 3 clips:\n  3 x brightness: 15 to 25 is below 256 .*a.mp4 at 0 s",
+    ):
         toy.prepare(toy_recipe(brightness={"min": 256}))
 
 
