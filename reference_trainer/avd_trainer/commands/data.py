@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
     from avd_trainer.data.inspection import DataReport, Provenance
-    from avd_trainer.data.preparation.prepare import Prepared
+    from avd_trainer.data.preparation.prepare import Prepared, Workers
+    from avd_trainer.data.preparation.recipe import Recipe
     from avd_trainer.data.schema import ImageTokens
     from avd_trainer.models.codecs.latent_space import LatentSpace
 
@@ -196,6 +197,10 @@ def encode_prompts(
 
 
 Processes = Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one for each core.")]
+EngineName = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster ([ray])."),
+]
 
 
 @data_app.command()
@@ -207,15 +212,19 @@ def prepare(
         str | None, typer.Option(help="Work on a share of the files, such as 1%, and say what all would take.")
     ] = None,
     workers: Processes = None,
+    engine: EngineName = "local",
     shard: Annotated[
         str | None,
         typer.Option(help="I/N: score the I-th of N parts, counted from 0, for an array of jobs. Without it: all."),
     ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again what failed for good, such as files that crashed the decoder.")
+    ] = False,
     set_: RecipeValues = None,
 ) -> None:
     """From raw videos to a training set: cut, score, choose, caption, encode. The same command again goes on."""
     with readable_errors():
-        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes, prepare
+        from avd_trainer.data.preparation.prepare import prepare
         from avd_trainer.data.preparation.recipe import load_recipe
 
         chosen = load_recipe(recipe, set_ or [])
@@ -223,9 +232,10 @@ def prepare(
             videos,
             output,
             chosen,
-            Workers(workers or default_processes(), count_gpus(chosen)),
+            _workers(engine, workers, chosen),
             sample=None if sample is None else _share(sample),
             part=None if shard is None else _part(shard),
+            retry=retry,
         )
         _say_prepared(done)
 
@@ -235,16 +245,29 @@ def select(
     prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
     output: Output,
     workers: Processes = None,
+    engine: EngineName = "local",
     set_: RecipeValues = None,
 ) -> None:
     """Decide again, such as with --set aesthetics.keep=0.4, without decoding again what was scored."""
     with readable_errors():
-        from avd_trainer.data.preparation.prepare import RECIPE, Workers, count_gpus, default_processes, select_again
+        from avd_trainer.data.preparation.prepare import RECIPE, Workers, select_again
         from avd_trainer.data.preparation.recipe import load_recipe
 
-        gpus = count_gpus(load_recipe(prepared / RECIPE)) if (prepared / RECIPE).is_file() else 0
-        done = select_again(prepared, output, set_ or [], Workers(workers or default_processes(), gpus))
-        _say_prepared(done)
+        known = (prepared / RECIPE).is_file()  # if it is not, what follows says so
+        who = _workers(engine, workers, load_recipe(prepared / RECIPE)) if known else Workers(1)
+        _say_prepared(select_again(prepared, output, set_ or [], who))
+
+
+def _workers(engine: Literal["local", "ray"], processes: int | None, recipe: Recipe) -> Workers:
+    """As many as there are cores and GPUs, where the engine runs them."""
+    from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
+
+    if engine == "local":
+        return Workers(processes or default_processes(), count_gpus(recipe))
+    from avd_trainer.data.preparation.ray_engine import RayEngine, connect
+
+    cores, gpus = connect()
+    return Workers(processes or cores, gpus, engine=RayEngine)
 
 
 def _share(text: str) -> float:
