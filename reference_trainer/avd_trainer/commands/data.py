@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -19,7 +19,8 @@ from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
     from avd_trainer.data.inspection import DataReport, Provenance
-    from avd_trainer.data.preparation.prepare import Prepared
+    from avd_trainer.data.preparation.prepare import Prepared, Workers
+    from avd_trainer.data.preparation.recipe import Recipe
     from avd_trainer.data.schema import ImageTokens
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
@@ -58,6 +59,10 @@ Processes = Annotated[
         min=1,
         help="Processes. Default: one for each core. Models run in one for each GPU.",
     ),
+]
+EngineName = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster ([ray])."),
 ]
 
 
@@ -152,12 +157,12 @@ def encode(
         typer.Option(help="Leave out clips whose pictures are enlarged more, here or before: they are blurred."),
     ] = 4.0,
     workers: Processes = None,
+    engine: EngineName = "local",
 ) -> None:
     """Cut your own videos into clips and encode them with their captions. The same command again goes on."""
     with readable_errors():
         from avd_trainer.data.encode import FORMATS, ClipFormat
         from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, encode_recipe, encode_videos
-        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
 
         default = FORMATS["block-dct-4" if model == TINY else "wan"]
         recipe = encode_recipe(
@@ -174,8 +179,7 @@ def encode(
             max_enlargement=max_enlargement,
         )
         _check_model(model)
-        gpus = count_gpus(recipe)
-        done = encode_videos(videos, output, recipe, Workers(workers or default_processes(), gpus))
+        done = encode_videos(videos, output, recipe, _workers(engine, workers, recipe))
         for line in done.summary.lines(ADVICE):
             say(line)
         if done.summary.without_clips or done.summary.dropped:
@@ -234,15 +238,19 @@ def prepare(
         str | None, typer.Option(help="Work on a share of the files, such as 1%, and say what all would take.")
     ] = None,
     workers: Processes = None,
+    engine: EngineName = "local",
     shard: Annotated[
         str | None,
         typer.Option(help="I/N: score the I-th of N parts, counted from 0, for an array of jobs. Without it: all."),
     ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again what failed for good, such as files that crashed the decoder.")
+    ] = False,
     set_: RecipeValues = None,
 ) -> None:
     """From raw videos to a training set: cut, score, choose, caption, encode. The same command again goes on."""
     with readable_errors():
-        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes, prepare
+        from avd_trainer.data.preparation.prepare import prepare
         from avd_trainer.data.preparation.recipe import load_recipe
 
         chosen = load_recipe(recipe, set_ or [])
@@ -250,9 +258,10 @@ def prepare(
             videos,
             output,
             chosen,
-            Workers(workers or default_processes(), count_gpus(chosen)),
+            _workers(engine, workers, chosen),
             sample=None if sample is None else _share(sample),
             part=None if shard is None else _part(shard),
+            retry=retry,
         )
         _say_prepared(done)
 
@@ -262,16 +271,30 @@ def select(
     prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
     output: Output,
     workers: Processes = None,
+    engine: EngineName = "local",
     set_: RecipeValues = None,
 ) -> None:
     """Decide again, such as with --set aesthetics.keep=0.4, without decoding again what was scored."""
     with readable_errors():
-        from avd_trainer.data.preparation.prepare import RECIPE, Workers, count_gpus, default_processes, select_again
+        from avd_trainer.data.preparation.prepare import RECIPE, Workers, select_again
         from avd_trainer.data.preparation.recipe import load_recipe
 
-        gpus = count_gpus(load_recipe(prepared / RECIPE)) if (prepared / RECIPE).is_file() else 0
-        done = select_again(prepared, output, set_ or [], Workers(workers or default_processes(), gpus))
-        _say_prepared(done)
+        known = (prepared / RECIPE).is_file()  # if it is not, what follows says so
+        who = _workers(engine, workers, load_recipe(prepared / RECIPE)) if known else Workers(1)
+        _say_prepared(select_again(prepared, output, set_ or [], who))
+
+
+def _workers(engine: Literal["local", "ray"], processes: int | None, recipe: Recipe) -> Workers:
+    """As many as there are cores and GPUs, where the engine runs them."""
+    from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
+
+    if engine == "local":
+        gpus = count_gpus(recipe)
+        return Workers(processes or default_processes(recipe, gpus), gpus)
+    from avd_trainer.data.preparation.ray_engine import RayEngine, connect
+
+    cores, gpus = connect()
+    return Workers(processes or cores, gpus, engine=RayEngine)
 
 
 def _share(text: str) -> float:

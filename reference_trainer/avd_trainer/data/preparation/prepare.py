@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from avd_trainer.data.preparation.clip_reader import OpenReader, VideoReader
+from avd_trainer.data.preparation.engine import Engine
 from avd_trainer.data.preparation.journal import Journal
-from avd_trainer.data.preparation.local_engine import LocalEngine
+from avd_trainer.data.preparation.local_engine import LocalEngine, cores
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.schedule import Schedule, list_videos, part_of, sample_of
 from avd_trainer.data.preparation.selection import Selection, select
 from avd_trainer.data.preparation.summary import Advice, Summary, summarise
+from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json, write_text
 from avd_trainer.runtime.progress import ProgressBar
@@ -68,11 +69,13 @@ class Workers(NamedTuple):
         processes: Number of processes.
         gpus: Number of GPUs; stages that want one get a pass of their own, with a process for each.
         open_reader: How clips are read.
+        engine: Where the processes run.
     """
 
     processes: int
     gpus: int = 0
     open_reader: OpenReader = VideoReader
+    engine: type[Engine[Any]] = LocalEngine
 
 
 def prepare(
@@ -83,6 +86,7 @@ def prepare(
     *,
     sample: float | None = None,
     part: tuple[int, int] | None = None,
+    retry: bool = False,
     advice: Advice = ADVICE,
 ) -> Prepared:
     """Prepare a folder of videos; the same call goes on where an earlier one stopped.
@@ -94,6 +98,7 @@ def prepare(
         workers: Who does it.
         sample: Share of the files to work on, for a forecast; no shards are written.
         part: ``(i, n)``: work on the i-th of n parts alone, and only score. A call without it merges them.
+        retry: Try again what failed for good, such as where a decoder crashed that has been updated since.
         advice: What to do where no clip is left.
 
     Raises:
@@ -110,7 +115,7 @@ def prepare(
         write_json(output / SOURCE, {"videos": str(videos.absolute())})
         if sample is None:
             _forget_others(journal, paths)
-        work = _Work(journal, recipe, videos, paths, workers, look=True)
+        work = _Work(journal, recipe, videos, paths, workers, look=True, retry=retry, tried=set())
         _score(work)
         selection = _finish(work) if part is None else select(journal, recipe, finished=False)
         done = Prepared(selection, summarise(journal, recipe, selection, videos), {})
@@ -153,7 +158,8 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
     _expect_all_at_hand(recipe, survivors=True)
     videos = Path(read_json(prepared / SOURCE)["videos"])
     with Journal(prepared) as journal:
-        work = _Work(journal, recipe, videos, [file.path for file in journal.files()], workers, look=False)
+        paths = [file.path for file in journal.files()]
+        work = _Work(journal, recipe, videos, paths, workers, look=False, retry=False, tried=set())
         _score(work)
         selection = _finish(work)
         done = Prepared(selection, summarise(journal, recipe, selection, videos), {})
@@ -162,7 +168,7 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
 
 
 class _Work(NamedTuple):
-    """What a run works on; ``look`` as of :class:`Schedule`."""
+    """What a run works on; ``look``, ``retry`` and ``tried`` as of :class:`Schedule`."""
 
     journal: Journal
     recipe: Recipe
@@ -170,6 +176,8 @@ class _Work(NamedTuple):
     paths: Sequence[str]
     workers: Workers
     look: bool
+    retry: bool
+    tried: set[tuple[str, str]]
 
 
 def _score(work: _Work) -> None:
@@ -190,16 +198,29 @@ def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -
     gpus = work.workers.gpus
     on_gpu = [chosen.stage.name for chosen in stages if chosen.wants_gpu and gpus]
     elsewhere = [chosen.stage.name for chosen in stages if chosen.stage.name not in on_gpu]
-    passes = [(elsewhere, work.workers.processes)] if elsewhere or clips is None else []
-    passes += [(on_gpu, gpus)] if on_gpu else []
+    passes = [(elsewhere, work.workers.processes, 0)] if elsewhere or clips is None else []
+    passes += [(on_gpu, gpus, gpus)] if on_gpu else []
     what = "scoring" if clips is None else "captions and latents"
-    for names, processes in passes:
+    for names, processes, of_gpus in passes:
         with ProgressBar(f"{what}, files", len(work.paths)) as bar:
             schedule = Schedule(
-                work.journal, work.recipe, work.videos, work.paths, names, clips, bar.advance, look=work.look
+                work.journal,
+                work.recipe,
+                work.videos,
+                work.paths,
+                names,
+                clips,
+                bar.advance,
+                look=work.look,
+                tried=work.tried,
+                retry=work.retry,
             )
-            engine = LocalEngine(
-                work.recipe, work.journal.folder, processes, gpus=gpus, open_reader=work.workers.open_reader
+            engine = work.workers.engine(
+                work.recipe,
+                work.journal.folder,
+                processes,
+                gpus=of_gpus,
+                open_reader=work.workers.open_reader,
             )
             engine.run(schedule)
 
@@ -279,9 +300,11 @@ def _size(path: Path) -> int:
         return 0
 
 
-def default_processes() -> int:
-    """One for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_processes(recipe: Recipe, gpus: int) -> int:
+    """One for each core that this process may use; a single one if it runs models that want a GPU and there is none,
+    since each process loads them."""
+    on_cores = [chosen for chosen in recipe.stages.values() if chosen.wants_gpu and not gpus]
+    return 1 if any(getattr(chosen.settings, "model", TINY) != TINY for chosen in on_cores) else cores()
 
 
 def count_gpus(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from avd_trainer.data.encoders import load_text_encoder, negative_prompt_for
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.recipe import Recipe
 from avd_trainer.data.preparation.selection import Clip
-from avd_trainer.data.preparation.stage import Done, FileStage, Values
+from avd_trainer.data.preparation.stage import Done, Values
 from avd_trainer.data.preparation.worker import arrays_path
 from avd_trainer.data.schema import Encoding, ImageTokens
 from avd_trainer.data.shard_writing import ShardWriter
@@ -118,7 +118,7 @@ def provenance(recipe: Recipe, clip: Clip, results: Mapping[str, Values]) -> dic
         "file": clip.path,
         "sha256": clip.sha256,
         "span": list(clip.span),
-        "licence": results.get("probe", {}).get("licence"),
+        "licence": clip.licence,
         "clip": recipe.head.clip.model_dump(mode="json"),
         "stages": stages,
         "avd_core": version("avd-core"),
@@ -127,23 +127,22 @@ def provenance(recipe: Recipe, clip: Clip, results: Mapping[str, Values]) -> dic
 
 def fingerprint(recipe: Recipe, clips: Sequence[Clip]) -> str:
     """Changes with what :func:`write_shards` would write."""
-    parts = [recipe.to_yaml(), version("avd-core"), *(f"{clip.id} {clip.path}" for clip in clips)]
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+    parts = [recipe.to_yaml(), version("avd-core"), *(json.dumps(clip) for clip in clips)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _results(journal: Journal, recipe: Recipe, clip: Clip, stages: Sequence[str]) -> dict[str, Values]:
     results = {}
     for name in stages:
         chosen = recipe.stages[name]
-        row = clip.sha256 if issubclass(chosen.stage, FileStage) else clip.id
-        outcome = journal.outcome(name, chosen.digest, row)
+        outcome = journal.outcome(name, chosen.digest, clip.key(chosen))
         assert isinstance(outcome, Done), f"{clip.id} is kept without a result of {name}"
         results[name] = outcome.values
     return results
 
 
 def _arrays(folder: Path, recipe: Recipe, stage: str, clip: Clip) -> dict[str, Tensor]:
-    path = arrays_path(folder, stage, recipe.stages[stage].digest, clip.id)
+    path = arrays_path(folder, stage, recipe.stages[stage].digest, clip.key(recipe.stages[stage]))
     try:
         return load_file(path)
     except Exception as error:  # safetensors' own errors, and those of the file system

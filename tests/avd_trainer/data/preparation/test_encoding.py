@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
 from disks import disk_with_room_for
-from in_process import prepared_in_this_process
+from in_process import EngineInThisProcess
 from small_videos import write_video
 from toy_runs import files_of
 
@@ -39,15 +38,12 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "videos"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _in_this_process() -> Iterator[None]:
-    with prepared_in_this_process():
-        yield
+WORKERS = Workers(1, engine=EngineInThisProcess)
 
 
 def encode(folder: Path, clip_format: ClipFormat = FORMAT, **options: Any) -> Prepared:
     """Into ``data`` beside the folder."""
-    return encode_videos(folder, folder.parent / "data", encode_recipe("tiny", clip_format, **options), Workers(1))
+    return encode_videos(folder, folder.parent / "data", encode_recipe("tiny", clip_format, **options), WORKERS)
 
 
 def data_of(folder: Path) -> ShardDataset:
@@ -90,7 +86,7 @@ def test_clips_have_wans_frame_rate_or_the_one_asked_for(folder: Path) -> None:
     write_video(folder / "clip.mp4", 54, rate=48)
     assert encode(folder).summary.kept == 2
     every = encode_recipe("tiny", FORMAT._replace(fps=48))
-    assert encode_videos(folder, folder.parent / "all", every, Workers(1)).summary.kept == 6
+    assert encode_videos(folder, folder.parent / "all", every, WORKERS).summary.kept == 6
 
 
 def test_a_row_says_where_it_is_from(folder: Path) -> None:
@@ -110,7 +106,6 @@ def test_a_hostile_folder(folder: Path) -> None:
     write_video(folder / "ten_bit.mkv", 9, codec="ffv1", pixel_format="yuv420p10le")
     write_video(folder / "grey.mkv", 9, codec="ffv1", pixel_format="gray")
     write_video(folder / "alpha.mkv", 9, codec="ffv1", pixel_format="yuva420p")
-    good = 2 + 4
     write_video(folder / "short.mp4", 8)
     write_video(folder / "shorter.mp4", 3)
     write_video(folder / "still.mp4", 9, step=0)
@@ -124,7 +119,14 @@ def test_a_hostile_folder(folder: Path) -> None:
     (folder / "dir.mp4").mkdir()
     (folder / "link.mp4").symlink_to("nowhere.mp4")
     done = encode(folder)
-    assert sorted(data_of(folder).column("source")) == []
+    assert sorted(data_of(folder).column("source")) == [
+        "alpha.mkv, 0 to 0.562 s",
+        "copy.mp4, 0 to 0.562 s",
+        "copy.mp4, 0.562 to 1.124 s",
+        "grey.mkv, 0 to 0.562 s",
+        "odd.mkv, 0 to 0.562 s",
+        "ten_bit.mkv, 0 to 0.562 s",
+    ]
     left_out = json.loads((folder.parent / "data" / LEFT_OUT).read_text())
     assert {name: why.partition(":")[0] for name, why in left_out["files"].items()} == {
         "broken.mp4": "probe",

@@ -60,6 +60,9 @@ class FirstFrame(ClipStage[FirstFrameSettings]):
             return Failed("what was made of its first frame holds NaN or infinity; weights may be damaged")
         return Done(self._condition.tokens._asdict(), {name: tensor.numpy() for name, tensor in found.items()})
 
+    def load(self) -> None:
+        _ = self._codec, self._condition
+
     @cached_property
     def _codec(self) -> VideoEncoder:
         from avd_trainer.data.encoders import load_video_encoder
