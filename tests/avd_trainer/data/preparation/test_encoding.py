@@ -108,7 +108,7 @@ def test_a_hostile_folder(folder: Path) -> None:
     write_video(folder / "alpha.mkv", 9, codec="ffv1", pixel_format="yuva420p")
     write_video(folder / "short.mp4", 8)
     write_video(folder / "shorter.mp4", 3)
-    write_video(folder / "still.mp4", 9, step=0)
+    write_video(folder / "still.mkv", 9, step=0, codec="ffv1", pixel_format="yuv420p")
     write_video(folder / "two_a_second.mp4", 3, rate=2, step=30)
     write_video(folder / "repeated.mkv", 9, step=30, times=8, codec="ffv1", pixel_format="yuv420p")
     write_video(folder / "tiny.mkv", 9, width=8, height=8, codec="ffv1", pixel_format="yuv420p")
@@ -140,7 +140,7 @@ def test_a_hostile_folder(folder: Path) -> None:
     }
     assert left_out["clips"] == {
         "repeated.mkv at 0 s": "repeats: 2 is below 4",
-        "still.mp4 at 0 s": "still: 0 is below 0.001",
+        "still.mkv at 0 s": "still: 0 is below 0.001",
         "tiny.mkv at 0 s": "enlargement: 6 is above 4",
         "two_a_second.mp4 at 0 s": "repeats: 2 is below 4",
         "two_a_second.mp4 at 0.562 s": "repeats: 2 is below 4",
