@@ -1,4 +1,6 @@
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -11,10 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 import tiny_pipeline
+from avd_trainer.commands.app import app
 from avd_trainer.commands.data import data_app
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
+from avd_trainer.data.moving_shapes import MovingShapes, Scene
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.evaluation.clip_measures import hsv_saturation
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from in_process import prepared_in_this_process
 from small_videos import write_video
 
@@ -213,6 +219,31 @@ def test_raw_videos_are_prepared_selected_again_and_inspected(tmp_path: Path, ra
     assert status == 0
     for part in ("prepared from 2 file(s)", "CC-BY-4.0 (2), not given (2)", 'stage latents version 1 model="tiny"'):
         assert part in said
+
+
+def test_another_style_as_the_page_on_data_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fig. 6 in small: the page's own code and commands, with a few clips and one step."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    _, found, section = page.partition("## Another style\n")
+    assert found
+    code, commands = re.findall(r"^```\w*\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[:2]
+    assert "1000" in code
+    exec(code.replace("1000", "12"), {})
+    small = {"prepare": ["--workers", "1"], "train": ["--max-steps", "1", "--set", "batch_size=2"]}
+    for line in commands.splitlines():
+        words = shlex.split(line)
+        result = CliRunner().invoke(app, [*words[1:], *small.get(words[2] if words[1] == "data" else words[1], [])])
+        assert result.exit_code == 0, result.output
+    dataset = ShardDataset(tmp_path / "data" / "pale")
+    assert 4 <= len(dataset) < 12  # some were left out
+    assert all(Scene.from_caption(caption) for caption in dataset.column("caption"))
+    latents = torch.stack([latent for each in dataset if (latent := each.latent) is not None])
+    style = hsv_saturation(BlockDCTCodec().decode(latents).clamp(0, 1)).mean()
+    usual = hsv_saturation(torch.stack([clip.video for clip in MovingShapes(12, seed=0)])).mean()
+    assert style < 0.7 * usual
+    (run_folder,) = (tmp_path / "runs").iterdir()
+    assert (run_folder / "student").is_dir()
 
 
 def test_a_sample_says_what_all_videos_would_take(tmp_path: Path, raw: Path) -> None:

@@ -18,10 +18,10 @@ BUNDLED = "bundled:tiny"
 
 
 def write(folder: Path, *, channels: int = 16, text_dim: int = 6, encoding: Encoding | None = None) -> ShardsData:
-    """Two clips; without channels two prompts."""
+    """Two clips that move; without channels two prompts."""
     with ShardWriter(folder, text_length=4, text_dim=text_dim, encoding=encoding) as writer:
         for row in range(2):
-            latent = torch.full((channels, 3, 4, 4), float(row)) if channels else None
+            latent = row + torch.arange(3.0).reshape(1, 3, 1, 1).expand(channels, 3, 4, 4) if channels else None
             writer.add(latent, torch.zeros(1, text_dim), f"{folder.name} {row}", "")
         writer.set_unconditional(torch.zeros(1, text_dim), "")
     return ShardsData(path=(folder,))
@@ -66,9 +66,11 @@ def test_held_out_clips_are_the_last_of_all_data_sets(tmp_path: Path) -> None:
     assert held_out == ["clips1 1", "clips2 0", "clips2 1"]
 
 
-def test_a_run_over_several_data_sets_goes_on_as_if_it_had_not_stopped(tmp_path: Path, ranks: Ranks) -> None:
+def test_a_run_over_several_data_sets_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, teacher_folder: Path, ranks: Ranks
+) -> None:
     section = ShardsData(path=tuple(write(tmp_path / f"clips{n}").path[0] for n in range(3)), workers=0)
-    config = tiny_config("", "flow_matching", data=section.model_dump(), checkpoint={"every": 1}, max_steps=4)
+    config = tiny_config(teacher_folder, "dmd", data=section.model_dump(), checkpoint={"every": 1}, max_steps=4)
 
     def losses(folder: Path) -> list[float]:
         lines = (folder / "metrics.jsonl").read_text().splitlines()

@@ -19,7 +19,7 @@ from avd_trainer.data.preparation.clip_reader import OpenReader, VideoReader
 from avd_trainer.data.preparation.engine import TICK, Engine, Process
 from avd_trainer.data.preparation.local_engine import LocalProcess
 from avd_trainer.data.preparation.recipe import Recipe
-from avd_trainer.data.preparation.worker import Begun, Ending, Lost, Message, Task
+from avd_trainer.data.preparation.worker import Abandoned, Ending, Lost, Message, Task
 from avd_trainer.runtime.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,8 @@ class RayProcess(Process):
     def __init__(self, number: int, actor: Any) -> None:
         super().__init__(number)
         self._actor = actor
-        self._begun: Begun | None = None
         self._alive = True
+        self._has_told = False
         self.answer: Any = None
 
     @property
@@ -85,7 +85,6 @@ class RayProcess(Process):
         return self._alive
 
     def give(self, task: Task) -> None:
-        self._begun = None
         self.answer = self._actor.work.remote(task)
 
     def listen(self) -> list[Message]:
@@ -97,10 +96,11 @@ class RayProcess(Process):
         try:
             told: list[Message] = ray.get(self.answer)
         except RayError as error:
-            # The process cannot do that to its actor: the machine is gone, or something there ended the actor.
-            told = [Lost(self._begun, f"lost its machine: {str(error).strip().splitlines()[0]}", again=True)]
-        self._begun = next((each for each in reversed(told) if isinstance(each, Begun)), self._begun)
-        self._alive = not isinstance(told[-1], Lost)
+            # No process does that to its actor: the machine is gone, or something there ended the actor.
+            why = f"lost its machine: {str(error).strip().splitlines()[0]}"
+            told = [Abandoned(f"a process {why}") if self._has_told else Lost(None, why)]
+        self._has_told = True
+        self._alive = not isinstance(told[-1], Lost | Abandoned)
         if not isinstance(told[-1], Ending):
             self.answer = self._actor.listen.remote()
         return told

@@ -19,6 +19,7 @@ from avd_trainer.data.preparation.worker import (
     DECODING,
     HASHING,
     LOADING,
+    Abandoned,
     Changed,
     Finished,
     Found,
@@ -144,6 +145,9 @@ class Schedule:
                 self._waiting.appendleft(name)
             case Halted(why):
                 raise UserError(why)
+            case Abandoned(why):
+                logger.warning("Left out %s: %s. Run the same command again.", name, why)
+                self._on_file()
             case Lost():
                 self._lose(name, task, message)
 

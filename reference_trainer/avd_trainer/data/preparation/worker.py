@@ -152,8 +152,18 @@ class Lost(NamedTuple):
     limit: tuple[str, float] | None = None
 
 
-Message = Begun | Hashed | Found | Changed | Finished | Halted | Lost
-Ending = Changed | Finished | Halted | Lost
+class Abandoned(NamedTuple):
+    """The machine is gone, through no fault of the file; told by whoever looks after it.
+
+    Attributes:
+        reason: What is known of it.
+    """
+
+    reason: str
+
+
+Message = Begun | Hashed | Found | Changed | Finished | Halted | Lost | Abandoned
+Ending = Changed | Finished | Halted | Lost | Abandoned
 """The last message of a task."""
 
 
