@@ -9,8 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, TypeVar
 
 from avd_trainer.data.preparation.clip_reader import OpenReader, VideoReader
 from avd_trainer.data.preparation.recipe import Recipe
@@ -28,7 +27,7 @@ class StoppedError(UserError):
 
 
 class Process(ABC):
-    """A process that does one task after another; a context manager that ends it.
+    """A process that does one task after another.
 
     Attributes:
         number: Which place it takes, from 0; processes that are alive have different ones.
@@ -52,15 +51,7 @@ class Process(ABC):
 
     @abstractmethod
     def end(self) -> None:
-        """End it, whatever it does."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end()
+        """End it, whatever it does; once more does no harm."""
 
 
 P = TypeVar("P", bound=Process)
@@ -99,7 +90,8 @@ class Engine(ABC, Generic[P]):
                         process = idle.pop()
                     else:
                         free = set(range(self._workers)) - {other.number for other in busy}
-                        process = ends.enter_context(self._start(min(free)))
+                        process = self._start(min(free))
+                        ends.callback(process.end)
                     process.give(task)
                     busy[process] = task
                 if not busy:

@@ -25,9 +25,6 @@ class NamedFrames(Limits):
     480p before it looks at frames."""
 
 
-_LUMA = np.array([9798, 19235, 3735], dtype=np.uint32)
-"""0.299, 0.587 and 0.114 in units of 2^-15, in which OpenCV computes too."""
-
 S = TypeVar("S", bound=NamedFrames)
 
 
@@ -71,7 +68,9 @@ class NamedFramesStage(ClipStage[S]):
 
 def luma(frames: Frames) -> list[NDArray[np.uint8]]:
     """``[H, W]`` grey levels of each frame, by the weights of BT.601."""
-    return [((frame.astype(np.uint32) @ _LUMA + 2**14) >> 15).astype(np.uint8) for frame in frames]
+    import cv2
+
+    return [np.asarray(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), np.uint8) for frame in frames]
 
 
 def spread(frames: int, count: int) -> tuple[int, ...]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from toy_runs import ToyRun, files_of, toy_recipe
 from toy_stages import RUNS, Latents
 
 pytestmark = [
-    # Ray leaves processes and files to the end of this one.
+    # Ray does not wait for processes that it ends, nor close all files.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
@@ -49,7 +51,10 @@ def begun_on_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             log_to_driver=False,
         )
         yield runs
-        ray.shutdown()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)  # it does not wait for the processes that it started
+            ray.shutdown()
+            gc.collect()
 
 
 def test_the_shards_are_those_of_the_local_engine(toy: ToyRun) -> None:
