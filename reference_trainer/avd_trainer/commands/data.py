@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.data.preparation.needs import HUB_ID
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -19,15 +19,14 @@ from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
     from avd_trainer.data.inspection import DataReport, Provenance
-    from avd_trainer.data.preparation.prepare import Prepared
+    from avd_trainer.data.preparation.prepare import Prepared, Workers
+    from avd_trainer.data.preparation.recipe import Recipe
     from avd_trainer.data.schema import ImageTokens
-    from avd_trainer.models.codecs.latent_space import LatentSpace
 
 data_app = typer.Typer(help="Make training data, and look at it.", no_args_is_help=True)
 
-MOST_REASONS = 10
-"""Why files gave no clips: so many reasons are printed, the most frequent ones."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+MOST_ROWS = 10
+"""So many rows that are there twice are named."""
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder of the new data set.")]
 Model = Annotated[
@@ -51,6 +50,19 @@ NegativePrompt = Annotated[
         help="Prompt of classifier-free guidance's unconditional prediction. Default: the one that Wan2.1 comes with; "
         "for tiny, nothing."
     ),
+]
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--workers",
+        min=1,
+        help="Processes. Default: one for each core. Models run in one for each GPU.",
+    ),
+]
+EngineName = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster ([ray])."),
 ]
 
 
@@ -136,42 +148,64 @@ def encode(
             "where --model has one.",
         ),
     ] = False,
+    max_repeats: Annotated[
+        float,
+        typer.Option(help="Leave out clips that show each picture more often, in a row: a video of few per second."),
+    ] = 4.0,
+    max_enlargement: Annotated[
+        float,
+        typer.Option(help="Leave out clips whose pictures are enlarged more, here or before: they are blurred."),
+    ] = 4.0,
+    workers: Processes = None,
+    engine: EngineName = "local",
 ) -> None:
-    """Cut your own videos into clips and encode them with their captions."""
+    """Cut your own videos into clips and encode them with their captions. The same command again goes on."""
     with readable_errors():
-        from avd_trainer.data.decoding import video_files
-        from avd_trainer.data.encode import FORMATS, ClipFormat, encode_videos
-        from avd_trainer.data.encoders import (
-            load_image_condition,
-            load_text_encoder,
-            load_video_encoder,
-            negative_prompt_for,
-        )
+        from avd_trainer.data.encode import FORMATS, ClipFormat
+        from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, encode_recipe, encode_videos
 
-        space: LatentSpace = "block-dct-4" if model == TINY else "wan"
-        default = FORMATS[space]
-        clip_format = ClipFormat(
-            frames=default.frames if frames is None else frames,
-            height=default.height if height is None else height,
-            width=default.width if width is None else width,
-            fps=default.fps if fps is None else fps,
+        default = FORMATS["block-dct-4" if model == TINY else "wan"]
+        recipe = encode_recipe(
+            model,
+            ClipFormat(
+                frames=default.frames if frames is None else frames,
+                height=default.height if height is None else height,
+                width=default.width if width is None else width,
+                fps=default.fps if fps is None else fps,
+            ),
+            negative_prompt=negative_prompt,
+            image=image_condition,
+            max_repeats=max_repeats,
+            max_enlargement=max_enlargement,
         )
-        clip_format.check(space)
-        files = len(video_files(videos))
-        _check(model, output)
-        codec, text = load_video_encoder(model), load_text_encoder(model)
-        with ProgressBar("videos", files) as bar:
-            written = encode_videos(
-                videos,
-                output,
-                codec,
-                text,
-                clip_format,
-                negative_prompt=negative_prompt_for(model, negative_prompt),
-                image=load_image_condition(model) if image_condition else None,
-                on_file=bar.advance,
-            )
-        _say_written(written, "clips", output)
+        _check_model(model)
+        done = encode_videos(videos, output, recipe, _workers(engine, workers, recipe))
+        for line in done.summary.lines(ADVICE):
+            say(line)
+        if done.summary.without_clips or done.summary.dropped:
+            say(f"All that was left out, and why, is in {output / LEFT_OUT}.")
+        _say_written(done.summary.kept, "clips", output)
+
+
+@data_app.command()
+def merge(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of data sets, two or more.")],
+    output: Output,
+) -> None:
+    """Join data sets into one. A clip that is in several of them is kept once; shards are linked rather than copied."""
+    with readable_errors():
+        from avd_trainer.data.merging import merge
+
+        with ProgressBar("data sets", len(folders)) as bar:
+            done = merge(folders, output, bar.advance)
+        if done.twice:
+            say(f"{len(done.twice)} rows are there more than once, and were kept once:")
+            for row in done.twice[:MOST_ROWS]:
+                say(f"  {row}")
+            if len(done.twice) > MOST_ROWS:
+                say(f"  and {len(done.twice) - MOST_ROWS} more")
+        say(f"{done.linked} shards were linked, {done.copied} copied.")
+        _say_written(done.rows, "rows", output)
 
 
 @data_app.command()
@@ -195,9 +229,6 @@ def encode_prompts(
         _say_written(written, "prompts", output)
 
 
-Processes = Annotated[int | None, typer.Option("--workers", min=1, help="Processes. Default: one for each core.")]
-
-
 @data_app.command()
 def prepare(
     videos: Annotated[Path, typer.Option(help="Folder of raw videos, searched recursively.")],
@@ -207,15 +238,19 @@ def prepare(
         str | None, typer.Option(help="Work on a share of the files, such as 1%, and say what all would take.")
     ] = None,
     workers: Processes = None,
+    engine: EngineName = "local",
     shard: Annotated[
         str | None,
         typer.Option(help="I/N: score the I-th of N parts, counted from 0, for an array of jobs. Without it: all."),
     ] = None,
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Try again what failed for good, such as files that crashed the decoder.")
+    ] = False,
     set_: RecipeValues = None,
 ) -> None:
     """From raw videos to a training set: cut, score, choose, caption, encode. The same command again goes on."""
     with readable_errors():
-        from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes, prepare
+        from avd_trainer.data.preparation.prepare import prepare
         from avd_trainer.data.preparation.recipe import load_recipe
 
         chosen = load_recipe(recipe, set_ or [])
@@ -223,9 +258,10 @@ def prepare(
             videos,
             output,
             chosen,
-            Workers(workers or default_processes(), count_gpus(chosen)),
+            _workers(engine, workers, chosen),
             sample=None if sample is None else _share(sample),
             part=None if shard is None else _part(shard),
+            retry=retry,
         )
         _say_prepared(done)
 
@@ -235,16 +271,30 @@ def select(
     prepared: Annotated[Path, typer.Argument(help="The --output folder of avd data prepare.")],
     output: Output,
     workers: Processes = None,
+    engine: EngineName = "local",
     set_: RecipeValues = None,
 ) -> None:
     """Decide again, such as with --set aesthetics.keep=0.4, without decoding again what was scored."""
     with readable_errors():
-        from avd_trainer.data.preparation.prepare import RECIPE, Workers, count_gpus, default_processes, select_again
+        from avd_trainer.data.preparation.prepare import RECIPE, Workers, select_again
         from avd_trainer.data.preparation.recipe import load_recipe
 
-        gpus = count_gpus(load_recipe(prepared / RECIPE)) if (prepared / RECIPE).is_file() else 0
-        done = select_again(prepared, output, set_ or [], Workers(workers or default_processes(), gpus))
-        _say_prepared(done)
+        known = (prepared / RECIPE).is_file()  # if it is not, what follows says so
+        who = _workers(engine, workers, load_recipe(prepared / RECIPE)) if known else Workers(1)
+        _say_prepared(select_again(prepared, output, set_ or [], who))
+
+
+def _workers(engine: Literal["local", "ray"], processes: int | None, recipe: Recipe) -> Workers:
+    """As many as there are cores and GPUs, where the engine runs them."""
+    from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
+
+    if engine == "local":
+        gpus = count_gpus(recipe)
+        return Workers(processes or default_processes(recipe, gpus), gpus)
+    from avd_trainer.data.preparation.ray_engine import RayEngine, connect
+
+    cores, gpus = connect()
+    return Workers(processes or cores, gpus, engine=RayEngine)
 
 
 def _share(text: str) -> float:
@@ -266,16 +316,13 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _say_prepared(done: Prepared) -> None:
-    selection = done.selection
-    clips, kept = len(selection.clips), len(selection.kept)
-    say(f"{selection.files} files gave {clips} clips; {len(selection.dropped_files)} files gave none.")
-    reasons = Counter(f"{why.stage}: {why.reason}" for why in selection.dropped_files.values())
-    for reason, count in reasons.most_common(MOST_REASONS):
-        say(f"  {count} x {reason}")
-    for step in selection.steps:
+    from avd_trainer.data.preparation.prepare import ADVICE
+
+    for line in done.summary.lines(ADVICE):
+        say(line)
+    for step in done.selection.steps:
         if step.left < step.came:
             say(f"{step.stage}: {step.left} of {step.came} clips are left")
-    say(f"{kept} of {clips} clips are kept.")
     if done.forecast is not None:
         files, size, hours, gigabytes = done.forecast
         say(
@@ -291,12 +338,16 @@ def _check(model: str, output: Path) -> None:
     """What a person can get wrong and would learn of only after the models are loaded."""
     from avd_trainer.data.shard_writing import expect_no_shards
 
+    _check_model(model)
+    expect_no_shards(output)
+
+
+def _check_model(model: str) -> None:
     if model != TINY and not Path(model).is_dir() and not HUB_ID.fullmatch(model):
         raise UserError(
             f"--model {model} is no folder and no hub id. Pass tiny, or a Wan pipeline in diffusers' layout such as "
             "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
-    expect_no_shards(output)
 
 
 def _say_written(rows: int, what: str, output: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import av
 import numpy as np
@@ -20,6 +21,9 @@ VIDEO_SUFFIXES = frozenset(
 )
 # Seconds by which a frame's time may be off: containers round to milliseconds.
 ROUNDING = 2e-3
+# Below this :func:`movement` nothing moves but the compression's noise.
+STILL = 1e-3
+UTF_8 = "utf-8"
 
 
 def video_files(folder: Path) -> list[Path]:
@@ -36,11 +40,58 @@ def video_files(folder: Path) -> list[Path]:
     return paths
 
 
-def caption_of(path: Path) -> str:
-    """The ``.txt`` file beside the video, or its name with separators as blanks."""
+class FoundCaption(NamedTuple):
+    """Caption of a video.
+
+    Attributes:
+        text: What it says; nothing where the text file is empty.
+        file: Name of the text file; None where there is none, and the video's name is the caption.
+        encoding: How the text file was read.
+    """
+
+    text: str
+    file: str | None = None
+    encoding: str = UTF_8
+
+
+def find_caption(path: Path) -> FoundCaption:
+    """The ``.txt`` file beside a video, in UTF-8 or what else it seems to be; without one, the video's name with
+    separators as blanks. An empty text file is an empty caption.
+
+    Raises:
+        OSError: If the text file is there and cannot be read.
+    """
     beside = path.with_suffix(".txt")
-    caption = beside.read_text(encoding="utf-8", errors="replace").strip() if beside.is_file() else ""
-    return caption or path.stem.replace("_", " ").replace("-", " ")
+    if not beside.is_file():
+        return FoundCaption(path.stem.replace("_", " ").replace("-", " "))
+    text, encoding = _decode_text(beside.read_bytes())
+    return FoundCaption(text.strip(), beside.name, encoding)
+
+
+def caption_of(path: Path) -> str:
+    """The text of :func:`find_caption`."""
+    return find_caption(path).text
+
+
+def _decode_text(content: bytes) -> tuple[str, str]:
+    """The text, and the encoding in which it was read."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors="replace"), "utf-16"
+    try:
+        return content.decode("utf-8-sig"), UTF_8
+    except UnicodeDecodeError:
+        pass
+    try:
+        # What old Windows programs write: Latin-1, and curly quotes where that has control characters.
+        return content.decode("windows-1252"), "windows-1252"
+    except UnicodeDecodeError:
+        return content.decode("latin-1"), "latin-1"  # has a letter for every byte
+
+
+def movement(frames: NDArray[np.uint8]) -> float:
+    """How far pixels stray from their mean over time, as a share of their range: the mean of their standard deviations
+    over some frames ``[F, ...]``, about eight of a clip."""
+    return float(frames.astype(np.float32).std(axis=0).mean() / 255)
 
 
 def reason(error: Exception) -> str:

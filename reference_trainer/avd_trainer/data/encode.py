@@ -1,21 +1,16 @@
-"""From your own videos and prompts to shards."""
+"""What encodes videos, captions and first frames, and prompts to shards."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
-from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.decoding import caption_of, reason, video_files
-from avd_trainer.data.schema import Encoding, ImageTokens
+from avd_trainer.data.schema import ImageTokens
 from avd_trainer.data.shard_writing import ShardWriter
-from avd_trainer.data.videos import decode_frames, stands_still
 from avd_trainer.models.codecs.first_frame import pad_first_frame
 from avd_trainer.models.codecs.latent_space import (
     LATENT_SPACES,
@@ -26,8 +21,6 @@ from avd_trainer.models.codecs.latent_space import (
 )
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 class ClipFormat(NamedTuple):
@@ -162,76 +155,6 @@ class HashTextEncoder:
         return [row[row.any(dim=1)] for row in self._embedding(captions)]
 
 
-def encode_videos(
-    folder: Path,
-    output: Path,
-    codec: VideoEncoder,
-    text: TextEncoder,
-    clip_format: ClipFormat,
-    *,
-    negative_prompt: str,
-    image: ImageCondition | None = None,
-    on_file: Callable[[], None] = lambda: None,
-) -> int:
-    """Cut a folder of videos into clips and encode them with their captions.
-
-    Each video is brought to the format's frame rate and cut into clips without overlap; a rest at its end is dropped. A
-    frame is resized to cover the format's height and width, and its centre is cut out. The caption is the content of
-    the ``.txt`` file beside the video, or else the file's name. Latents are stored in float16. Files that cannot be
-    read or are shorter than a clip, and clips that do not move, are logged and left out.
-
-    Args:
-        folder: Searched recursively.
-        output: Folder of the new data set.
-        codec: Encodes the clips.
-        text: Embeds the captions.
-        clip_format: Of all clips.
-        negative_prompt: Embedded for the unconditional prediction of classifier-free guidance.
-        image: Also encode each clip's first frame, for image to video.
-        on_file: Called after each file.
-
-    Returns:
-        Clips that were written.
-
-    Raises:
-        UserError: If the codec cannot take the format, there is no video, none gave a clip, or the output cannot be
-            written.
-    """
-    clip_format.check(codec.latent_space)
-    paths = video_files(folder)
-    encoding = Encoding(codec.latent_space, codec.source, clip_format.fps)
-    with (
-        ShardWriter(
-            output,
-            text_length=text.length,
-            text_dim=text.dim,
-            encoding=encoding,
-            image=None if image is None else image.tokens,
-        ) as writer,
-        torch.no_grad(),
-    ):
-        writer.set_unconditional(text([negative_prompt])[0], negative_prompt)
-        for path in paths:
-            caption = caption_of(path)
-            embedding = text([caption])[0]
-            for number, clip in enumerate(_clips(path, clip_format)):
-                source = f"{path.relative_to(folder)}, clip {number}"
-                if stands_still(clip):
-                    logger.warning("Left out %s: it does not move.", source)
-                    continue
-                video = clip.transpose(0, 1).unsqueeze(0).float() / 255
-                latent = codec.encode(video)[0].to("cpu", torch.float16)
-                first: dict[str, Any] = {} if image is None else image.encode(codec, video[0, :, 0], clip_format.frames)
-                if all(tensor.isfinite().all() for tensor in (latent, *first.values())):
-                    writer.add(latent, embedding, caption, source, **first)
-                else:
-                    logger.warning("Left out %s: its latent is not finite.", source)
-            on_file()
-        if writer.rows == 0:
-            raise UserError(f"None of the {len(paths)} video files in {folder} gave a clip; the log above says why.")
-        return writer.rows
-
-
 def encode_prompts(
     file: Path,
     output: Path,
@@ -279,22 +202,3 @@ def read_prompts(file: Path) -> Sequence[tuple[int, str]]:
     if not prompts:
         raise UserError(f"{file} holds no prompts. Write one a line.")
     return prompts
-
-
-def _clips(path: Path, clip_format: ClipFormat) -> Iterator[Tensor]:
-    """``[frames, 3, height, width]`` uint8 each; what cannot be decoded is logged."""
-    frames, height, width, fps = clip_format
-    found = 0
-    try:
-        decoded = decode_frames(path, height, width, fps)
-        while len(clip := list(islice(decoded, frames))) == frames:
-            yield torch.stack(clip)
-            found += 1
-    except (FFmpegError, OSError, ValueError) as error:
-        if found:
-            logger.warning("Left out the rest of %s, which gave %d clip(s): %s", path, found, reason(error))
-        else:
-            logger.warning("Left out %s: %s", path, reason(error))
-    else:
-        if not found:
-            logger.warning("Left out %s: it has %d frames at %g fps, a clip takes %d.", path, len(clip), fps, frames)

@@ -7,7 +7,7 @@ import torch
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder, ImageCondition, TextEncoder, VideoEncoder
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.pipeline_parts import TINY, has_part
+from avd_trainer.models.pipeline_parts import TINY, has_part, part_not_loaded
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH
 
 
@@ -49,6 +49,24 @@ def load_image_condition(model: str) -> ImageCondition:
     from avd_trainer.models.image_encoder import WanImageEncoder
 
     return ImageCondition(WanImageEncoder.from_pretrained(model, device()))
+
+
+def fetch_encoders(model: str) -> None:
+    """Get what the functions above load from the Hugging Face hub, once for all processes that do.
+
+    Args:
+        model: An id of the hub.
+
+    Raises:
+        UserError: If it cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    parts = ("vae", "text_encoder", "tokenizer", "image_encoder", "image_processor")
+    try:
+        snapshot_download(model, allow_patterns=["model_index.json", *(f"{part}/*" for part in parts)])
+    except Exception as error:  # of the hub's HTTP library, and more
+        raise part_not_loaded(model, "vae", error) from error
 
 
 def negative_prompt_for(model: str, given: str | None) -> str:

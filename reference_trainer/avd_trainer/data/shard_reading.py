@@ -112,6 +112,11 @@ class ShardDataset(Dataset[Example]):
         return self._decode(self._read(shard, row), shard.layout.image, f"{shard.path}, row {row}")
 
     @property
+    def paths(self) -> list[Path]:
+        """The shards, in the order of their rows."""
+        return [shard.path for shard in self._shards]
+
+    @property
     def has_latents(self) -> bool:
         """Whether there are latents, or prompts alone."""
         return self.latent_shape is not None

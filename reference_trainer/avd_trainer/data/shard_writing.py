@@ -33,11 +33,62 @@ ROW_GROUP_BYTES = 2**20
 """A row group is read as a whole, so a larger one would cost more per random read; a smaller one, a larger footer."""
 
 
-class ShardWriter:
-    """Writes a data set; a context manager.
+class NewShards:
+    """Files of a new data set. They have temporary names until :meth:`publish`, since only then their number is known;
+    so what an error or a killed process leaves is never taken for a data set.
 
-    Shards are written under temporary names and renamed when the context ends, since only then their number is known.
-    So what an error or a killed process leaves is never taken for a data set.
+    Args:
+        folder: Made if need be; must hold no Parquet files yet.
+        name: The first part of the shards' names.
+
+    Raises:
+        UserError: If the folder holds Parquet files or cannot be written.
+    """
+
+    def __init__(self, folder: Path, name: str = "data") -> None:
+        self.folder, self.name = folder, name
+        self._files: list[Path] = []
+        self._unconditional: list[Path] = []
+        with writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            expect_no_shards(folder)
+            for left in folder.glob(f"*{UNFINISHED}"):
+                if left.is_file():
+                    left.unlink()
+
+    def next_shard(self) -> Path:
+        """Where the next shard is to be written."""
+        self._files.append(self.folder / f"{self.name}-{len(self._files):05d}{UNFINISHED}")
+        return self._files[-1]
+
+    def unconditional(self) -> Path:
+        """Where the unconditional text embedding is to be written, if there is one."""
+        self._unconditional = [self.folder / f"{UNCONDITIONAL}{UNFINISHED}"]
+        return self._unconditional[0]
+
+    def publish(self) -> None:
+        """Give all files their names.
+
+        Raises:
+            UserError: If there is no shard, or the folder cannot be written.
+        """
+        if not self._files:
+            raise UserError(f"{self.folder}: there was nothing to write.")
+        shards = len(self._files)
+        finals = [self.folder / f"{self.name}-{index:05d}-of-{shards:05d}.parquet" for index in range(shards)]
+        with writable(self.folder):
+            for files, names in ((self._unconditional, [self.folder / UNCONDITIONAL]), (self._files, finals)):
+                for index, file in enumerate(files):
+                    files[index] = file.rename(names[index])
+
+    def discard(self) -> None:
+        """Remove all files."""
+        for path in (*self._unconditional, *self._files):
+            path.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Writes a data set; a context manager. The shards are there when the context ends; see :class:`NewShards`.
 
     Args:
         folder: Made if need be; must hold no Parquet files yet.
@@ -80,14 +131,9 @@ class ShardWriter:
         self._unconditional: tuple[Tensor, str] | None = None
         self._group: list[dict[str, Any]] = []
         self._writer: pq.ParquetWriter | None = None
-        self._files: list[Path] = []
 
     def __enter__(self) -> Self:
-        with _writable(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            expect_no_shards(self.folder)
-            for left in self.folder.glob(f"*{UNFINISHED}"):
-                left.unlink()
+        self._shards = NewShards(self.folder, self.name)
         return self
 
     def add(
@@ -210,48 +256,39 @@ class ShardWriter:
     def _write_group(self) -> None:
         if not self._group:
             return
-        with _writable(self.folder):
+        with writable(self.folder):
             if self._writer is None:
-                self._files.append(self.folder / f"{self.name}-{len(self._files):05d}{UNFINISHED}")
-                self._writer = pq.ParquetWriter(
-                    self._files[-1],
-                    self._schema,
-                    compression="none",
-                    use_dictionary=False,
-                    write_statistics=False,
-                    write_page_checksum=True,
-                )
+                self._writer = open_shard(self._shards.next_shard(), self._schema)
             self._writer.write_batch(pa.RecordBatch.from_pylist(self._group, schema=self._schema))
         self._group = []
 
     def _end_shard(self) -> None:
         if self._writer is not None:
-            with _writable(self.folder):
+            with writable(self.folder):
                 self._writer.close()
             self._writer = None
 
     def _publish(self) -> None:
         self._write_group()
         self._end_shard()
-        if not self._files:
-            raise UserError(f"{self.folder}: there was nothing to write.")
-        shards = len(self._files)
-        finals = [self.folder / f"{self.name}-{index:05d}-of-{shards:05d}.parquet" for index in range(shards)]
-        with _writable(self.folder):
-            if self._unconditional is not None:
-                text, prompt = self._unconditional
-                finals.insert(0, self.folder / UNCONDITIONAL)
-                self._files.insert(0, self.folder / f"{UNCONDITIONAL}{UNFINISHED}")
-                save_file({"text_embedding": text}, self._files[0], metadata={"prompt": prompt})
-            for index, final in enumerate(finals):
-                self._files[index] = self._files[index].rename(final)
+        if self._unconditional is not None:
+            text, prompt = self._unconditional
+            with writable(self.folder):
+                save_file({"text_embedding": text}, self._shards.unconditional(), metadata={"prompt": prompt})
+        self._shards.publish()
 
     def _discard(self) -> None:
         if self._writer is not None:
             with suppress(OSError):  # the disk that was full still is
                 self._writer.close()
-        for path in self._files:
-            path.unlink(missing_ok=True)
+        self._shards.discard()
+
+
+def open_shard(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    """A writer of one shard, whose rows can be read at random."""
+    return pq.ParquetWriter(
+        path, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
 
 
 def expect_no_shards(folder: Path) -> None:
@@ -265,7 +302,12 @@ def _row_bytes(row: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def _writable(folder: Path) -> Iterator[None]:
+def writable(folder: Path) -> Iterator[None]:
+    """Within it, errors of the disk say what to do.
+
+    Raises:
+        UserError: In place of them.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

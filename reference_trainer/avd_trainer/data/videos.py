@@ -12,7 +12,7 @@ import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.decoding import at_rate, caption_of, fit, reason, video_files
+from avd_trainer.data.decoding import STILL, UTF_8, at_rate, find_caption, fit, movement, reason, video_files
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 MAX_CLIPS_PER_FILE = 64
 # Clips of a short video overlap, so that there are a few of it.
 FEW_CLIPS = 4
-# Below this share of the pixel range nothing moves but the compression's noise.
-STILL = 1e-3
 
 
 def load_videos(
@@ -39,8 +37,8 @@ def load_videos(
     The shorter side is resized to ``size`` and the centre is cut out. Of each video the first three quarters are for
     training, the rest is held out; either part gives a clip every ``frames`` frames, with overlap where that would be
     fewer than ``FEW_CLIPS``. A part shorter than a clip is played forwards and backwards until it is long enough. At
-    most ``MAX_CLIPS_PER_FILE`` clips are taken from a file, from its start. The caption is the content of the ``.txt``
-    file beside the video, or else the file's name.
+    most ``MAX_CLIPS_PER_FILE`` clips are taken from a file, from its start. Captions are those of
+    :func:`~avd_trainer.data.decoding.find_caption`.
 
     Args:
         folder: Searched recursively for files with one of ``VIDEO_SUFFIXES``.
@@ -64,10 +62,13 @@ def load_videos(
         except (FFmpegError, OSError, ValueError) as error:
             logger.warning("Left out %s: %s", path, reason(error))
         else:
+            caption = find_caption(path)
+            if caption.encoding != UTF_8:
+                logger.warning("%s is not in UTF-8; it was read as %s.", caption.file, caption.encoding)
             cut = min(len(video) - 2, round(0.75 * len(video)))
             for part, shots in zip(parts, (video[:cut], video[cut:]), strict=True):
                 # Encoded file by file: latents are small, the pixels of a folder are not.
-                part.extend((codec.encode(clip), caption_of(path)) for clip in _clips(shots, frames))
+                part.extend((codec.encode(clip), caption.text) for clip in _clips(shots, frames))
         on_file()
     if not parts[0]:
         raise UserError(
@@ -118,18 +119,13 @@ def read_picture(path: Path, height: int, width: int) -> Tensor:
     return pixels.float() / 255
 
 
-def stands_still(video: Tensor) -> bool:
-    """Whether nothing moves in ``[F, 3, H, W]`` uint8 but the compression's noise."""
-    return bool(video[:: max(1, len(video) // 8)].float().std(dim=0, correction=0).mean() < 255 * STILL)
-
-
 def _decode(path: Path, max_frames: int, size: int) -> Tensor:
     """``[F, 3, size, size]`` uint8."""
     frames = list(islice(decode_frames(path, size, size), max_frames))
     if len(frames) < 4:
         raise ValueError(f"it has {len(frames)} frame(s), at least 4 are needed")
     video = torch.stack(frames)
-    if stands_still(video):
+    if movement(video[:: max(1, len(video) // 8)].numpy()) < STILL:
         raise ValueError("it does not move")
     return video
 

@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
@@ -10,10 +13,22 @@ import torch
 from typer.testing import CliRunner
 
 import tiny_pipeline
+from avd_trainer.commands.app import app
 from avd_trainer.commands.data import data_app
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
+from avd_trainer.data.moving_shapes import MovingShapes, Scene
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.evaluation.clip_measures import hsv_saturation
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from in_process import prepared_in_this_process
+from small_videos import write_video
+
+
+@pytest.fixture
+def in_this_process() -> Iterator[None]:
+    with prepared_in_this_process():
+        yield
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -28,19 +43,14 @@ def run(*arguments: object) -> tuple[int, str]:
 def videos(tmp_path: Path) -> Path:
     folder = tmp_path / "videos"
     folder.mkdir()
-    with av.open(folder / "red_circle.mp4", "w") as container:
-        stream = container.add_stream("mpeg4", rate=16)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for number in range(12):
-            pixels = np.full((32, 48, 3), 20 * number, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
+    write_video(folder / "red_circle.mp4", 12, width=48, height=32, step=16)
     return folder
 
 
 SMALL = ("--frames", 5, "--height", 32, "--width", 48)
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> None:
     status, said = run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "tiny", *SMALL)
     assert status == 0
@@ -61,6 +71,7 @@ def test_own_videos_are_encoded_and_inspected(tmp_path: Path, videos: Path) -> N
     assert "temporal loss" in said
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_folder_that_holds_data_is_refused_before_a_model_is_loaded(tmp_path: Path, videos: Path) -> None:
     run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "tiny", *SMALL)
     again = ("encode", "--videos", videos, "--output", tmp_path / "data", "--model", "not/there", *SMALL)
@@ -95,6 +106,7 @@ def dataset_text(dataset: ShardDataset, caption: str) -> torch.Tensor:
     return text
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_wan_pipeline_encodes(tmp_path: Path, videos: Path) -> None:
     pipeline = tiny_pipeline.build(tmp_path / "pipeline")
     status, _ = run("encode", "--videos", videos, "--output", tmp_path / "data", "--model", pipeline, *SMALL)
@@ -209,6 +221,31 @@ def test_raw_videos_are_prepared_selected_again_and_inspected(tmp_path: Path, ra
         assert part in said
 
 
+def test_another_style_as_the_page_on_data_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fig. 6 in small: the page's own code and commands, with a few clips and one step."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8")
+    _, found, section = page.partition("## Another style\n")
+    assert found
+    code, commands = re.findall(r"^```\w*\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[:2]
+    assert "1000" in code
+    exec(code.replace("1000", "12"), {})
+    small = {"prepare": ["--workers", "1"], "train": ["--max-steps", "1", "--set", "batch_size=2"]}
+    for line in commands.splitlines():
+        words = shlex.split(line)
+        result = CliRunner().invoke(app, [*words[1:], *small.get(words[2] if words[1] == "data" else words[1], [])])
+        assert result.exit_code == 0, result.output
+    dataset = ShardDataset(tmp_path / "data" / "pale")
+    assert 4 <= len(dataset) < 12  # some were left out
+    assert all(Scene.from_caption(caption) for caption in dataset.column("caption"))
+    latents = torch.stack([latent for each in dataset if (latent := each.latent) is not None])
+    style = hsv_saturation(BlockDCTCodec().decode(latents).clamp(0, 1)).mean()
+    usual = hsv_saturation(torch.stack([clip.video for clip in MovingShapes(12, seed=0)])).mean()
+    assert style < 0.7 * usual
+    (run_folder,) = (tmp_path / "runs").iterdir()
+    assert (run_folder / "student").is_dir()
+
+
 def test_a_sample_says_what_all_videos_would_take(tmp_path: Path, raw: Path) -> None:
     status, said = run(
         "prepare", "--videos", raw, "--output", tmp_path / "p", "--recipe", "tiny", "--sample", "34%", "--workers", 1
@@ -224,7 +261,7 @@ def test_a_sample_says_what_all_videos_would_take(tmp_path: Path, raw: Path) -> 
         ("--sample", "0%", "--sample 0%: expected a share of the files, such as 1% or 0.01."),
         ("--sample", "some", "--sample some: expected a share"),
         ("--shard", "2/2", "--shard 2/2: expected I/N with I from 0 to N - 1"),
-        ("--recipe", "best", "best is neither a recipe (paper, tiny) nor a YAML file"),
+        ("--recipe", "best", "best is neither a recipe (encode, paper, tiny) nor a YAML file"),
         ("--set", "hue.mean=3", "hue.mean: there is no such field"),
         ("--set", "text.model=Wan-AI/None", "text needs the weights Wan-AI/None"),
     ],

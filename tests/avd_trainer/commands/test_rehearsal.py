@@ -1,6 +1,7 @@
 """The whole way on a laptop, by the commands that the documentation names: videos, data, student, clips."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.training.checkpoint import latest_checkpoint, read_state
+from in_process import prepared_in_this_process
 
 QUICK = ("--set", "batch_size=2", "--set", "method.online_updates=1", "--set", "data.workers=0")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _in_this_process() -> Iterator[None]:
+    with prepared_in_this_process():
+        yield
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -1,73 +1,23 @@
-import logging
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from avd_trainer.data.decoding import fit
-from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, ClipFormat, HashTextEncoder, encode_prompts, encode_videos
+from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, ClipFormat, HashTextEncoder, encode_prompts
+from avd_trainer.data.preparation.encoding import encode_recipe
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.videos import decode_frames
-from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.runtime.errors import UserError
+from small_videos import numbers_of, write_video
 
-CODEC = BlockDCTCodec()
 TEXT = HashTextEncoder(8, 4)
 
 
-def write_video(path: Path, frames: int, *, rate: int = 16, width: int = 64, height: int = 48, step: float = 4) -> Path:
-    """A video whose brightness in frame n is ``20 + step * n``: from a pixel one reads the frame's number."""
-    with av.open(path, "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate, options={"qscale": "2"})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for number in range(frames):
-            pixels = np.full((height, width, 3), round(20 + step * number), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
-        container.mux(stream.encode(None))
-    return path
-
-
 FORMAT = ClipFormat(frames=9, height=32, width=48, fps=16)
-
-
-def encode(folder: Path, output: Path, clip_format: ClipFormat = FORMAT) -> ShardDataset:
-    encode_videos(folder, output, CODEC, TEXT, clip_format, negative_prompt="")
-    return ShardDataset(output)
-
-
-def numbers_of(frames: Tensor, step: float = 4) -> list[int]:
-    """Which frames of :func:`write_video` these are: ``[F, 3, H, W]`` in 0..255."""
-    return [round((float(frame.float().mean()) - 20) / step) for frame in frames]
-
-
-def test_videos_become_clips_that_follow_each_other(tmp_path: Path) -> None:
-    (tmp_path / "videos" / "a").mkdir(parents=True)
-    write_video(tmp_path / "videos" / "a" / "dog.mp4", 30)
-    (tmp_path / "videos" / "a" / "dog.txt").write_text("A dog runs.")
-    write_video(tmp_path / "videos" / "cat_jumps.mp4", 9)
-    dataset = encode(tmp_path / "videos", tmp_path / "data")
-    assert dataset.latent_shape == (16, 3, 8, 12)
-    assert set(dataset.column("dtype")) == {"float16"}
-    clips = [dataset[row] for row in range(len(dataset))]
-    assert [clip.source for clip in clips] == [
-        "a/dog.mp4, clip 0",
-        "a/dog.mp4, clip 1",
-        "a/dog.mp4, clip 2",
-        "cat_jumps.mp4, clip 0",
-    ]
-    assert [clip.caption for clip in clips] == ["A dog runs."] * 3 + ["cat jumps"]
-    torch.testing.assert_close(clips[0].text[:3], TEXT(["A dog runs."])[0])
-    for number, clip in enumerate(clips):
-        assert clip.latent is not None
-        video = CODEC.decode(clip.latent.unsqueeze(0))[0].transpose(0, 1) * 255
-        first = 9 * number if number < 3 else 0
-        # The codec keeps the mean of each four frames.
-        means = [float(block.mean()) for block in (video[:1], video[1:5], video[5:])]
-        assert means == pytest.approx([20 + 4 * (first + middle) for middle in (0, 2.5, 6.5)], abs=4)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +36,6 @@ def test_motion_keeps_its_speed_at_another_frame_rate(
 ) -> None:
     path = write_video(tmp_path / f"clip.{suffix}", 12, rate=rate, step=16)
     assert numbers_of(torch.stack(list(decode_frames(path, 32, 32, fps))), step=16) == numbers
-
-
-def test_clips_have_wans_frame_rate_or_the_one_asked_for(tmp_path: Path) -> None:
-    write_video(tmp_path / "clip.mp4", 54, rate=48)
-    assert len(encode(tmp_path, tmp_path / "wan")) == 2
-    assert len(encode(tmp_path, tmp_path / "all", FORMAT._replace(fps=48))) == 6
 
 
 def test_frames_are_covered_and_their_centre_is_cut_out(tmp_path: Path) -> None:
@@ -132,40 +76,6 @@ def test_an_upright_video_that_is_stored_sideways_is_turned_first() -> None:
     assert (frame[24:] == 0).all()
 
 
-def test_what_gives_no_clip_is_named_and_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = tmp_path / "videos"
-    folder.mkdir()
-    write_video(folder / "good.mp4", 18)
-    write_video(folder / "short.mp4", 8)
-    write_video(folder / "still.mp4", 9, step=0)
-    (folder / "broken.mp4").write_bytes(b"no video")
-    with caplog.at_level(logging.WARNING):
-        dataset = encode(folder, tmp_path / "data")
-    assert set(dataset.column("caption")) == {"good"}
-    assert "short.mp4: it has 8 frames at 16 fps, a clip takes 9" in caplog.text
-    assert "Left out still.mp4, clip 0: it does not move" in caplog.text
-    assert "broken.mp4: Invalid data found when processing input\n" in caplog.text
-
-
-def test_a_clip_whose_latent_is_not_finite_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Overflowing(BlockDCTCodec):
-        def encode(self, video: Tensor) -> Tensor:
-            latent = super().encode(video)
-            return latent * 1e6 if video[0, 0, 0].mean() > 0.2 else latent  # beyond float16
-
-    write_video(tmp_path / "clip.mp4", 27)
-    encode_videos(tmp_path, tmp_path / "data", Overflowing(), TEXT, FORMAT, negative_prompt="")
-    assert list(ShardDataset(tmp_path / "data").column("source")) == ["clip.mp4, clip 0"]
-    assert "clip 1: its latent is not finite" in caplog.text
-
-
-def test_a_folder_that_gives_no_clip_is_an_error(tmp_path: Path) -> None:
-    write_video(tmp_path / "short.mp4", 8)
-    with pytest.raises(UserError, match=r"None of the 1 video files in .* gave a clip"):
-        encode(tmp_path, tmp_path / "data")
-    assert not list((tmp_path / "data").iterdir())
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -177,10 +87,9 @@ def test_a_folder_that_gives_no_clip_is_an_error(tmp_path: Path) -> None:
         FORMAT._replace(fps=0.0),
     ],
 )
-def test_sizes_that_the_model_cannot_take_are_an_error(tmp_path: Path, wrong: ClipFormat) -> None:
-    write_video(tmp_path / "clip.mp4", 9)
+def test_sizes_that_the_model_cannot_take_are_an_error(wrong: ClipFormat) -> None:
     with pytest.raises(UserError, match=r"block DCT need 1 \+ 4 n frames .* ones are 17, 32, 32 and 16"):
-        encode(tmp_path, tmp_path / "data", wrong)
+        encode_recipe("tiny", wrong)
 
 
 def test_wan_takes_larger_steps_of_size_than_the_tiny_preset() -> None:
@@ -188,18 +97,6 @@ def test_wan_takes_larger_steps_of_size_than_the_tiny_preset() -> None:
     narrow.check("block-dct-4")
     with pytest.raises(UserError, match=r"Wan's VAE need .* multiples of 16, .* ones are 81, 480, 832 and 16"):
         narrow.check("wan")
-
-
-def test_a_full_disk_is_not_taken_for_a_broken_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pyarrow.parquet as pq
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    write_video(tmp_path / "clip.mp4", 9)
-    monkeypatch.setattr(pq.ParquetWriter, "write_batch", fail)
-    with pytest.raises(UserError, match=r"cannot be written: .*No space left on device"):
-        encode(tmp_path, tmp_path / "data")
 
 
 def test_prompts_become_a_data_set_without_latents(tmp_path: Path) -> None:

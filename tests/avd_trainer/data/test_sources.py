@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -9,16 +10,20 @@ from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import TrainingData, assumed_encoding, held_out_shapes, load_data
 from avd_trainer.models.codecs.latent_space import latent_space_of
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.run import train
+from runs import order_of, tiny_config
 
 BUNDLED = "bundled:tiny"
 
 
 def write(folder: Path, *, channels: int = 16, text_dim: int = 6, encoding: Encoding | None = None) -> ShardsData:
-    """Two clips; without channels two prompts."""
+    """Two clips that move; without channels two prompts."""
     with ShardWriter(folder, text_length=4, text_dim=text_dim, encoding=encoding) as writer:
         for row in range(2):
-            latent = torch.full((channels, 3, 4, 4), float(row)) if channels else None
+            latent = row + torch.arange(3.0).reshape(1, 3, 1, 1).expand(channels, 3, 4, 4) if channels else None
             writer.add(latent, torch.zeros(1, text_dim), f"{folder.name} {row}", "")
+        writer.set_unconditional(torch.zeros(1, text_dim), "")
     return ShardsData(path=(folder,))
 
 
@@ -50,6 +55,35 @@ def test_several_data_sets_of_clips_and_of_prompts_are_joined(tmp_path: Path) ->
     assert [data.prompts[row].caption for row in (1, 2)] == ["prompts0 1", "prompts1 0"]
     assert data.fingerprint is not None
     assert [len(data.fingerprint[name]) for name in ("data", "prompts")] == [2, 2]
+
+
+def test_held_out_clips_are_the_last_of_all_data_sets(tmp_path: Path) -> None:
+    section = ShardsData(path=tuple(write(tmp_path / f"clips{n}").path[0] for n in range(3)))
+    data = load_data(section, None, teacher=None, architecture={"text_dim": 6, "in_channels": 16}, held_out=3)
+    assert [data.clips[row].caption for row in range(len(data.clips))] == ["clips0 0", "clips0 1", "clips1 0"]
+    assert data.held_out is not None
+    held_out = [data.held_out[row].caption for row in range(len(data.held_out))]
+    assert held_out == ["clips1 1", "clips2 0", "clips2 1"]
+
+
+def test_a_run_over_several_data_sets_goes_on_as_if_it_had_not_stopped(
+    tmp_path: Path, teacher_folder: Path, ranks: Ranks
+) -> None:
+    section = ShardsData(path=tuple(write(tmp_path / f"clips{n}").path[0] for n in range(3)), workers=0)
+    config = tiny_config(teacher_folder, "dmd", data=section.model_dump(), checkpoint={"every": 1}, max_steps=4)
+
+    def losses(folder: Path) -> list[float]:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    train(config, tmp_path / "whole", ranks)
+    train(config.model_copy(update={"max_steps": 1}), tmp_path / "again", ranks)
+    train(config, tmp_path / "again", ranks)
+    assert losses(tmp_path / "again") == losses(tmp_path / "whole")
+    # One permutation of all, and not one data set after another.
+    order = order_of("clips", 6)
+    assert sorted(order[place] // 2 for place in range(6)) == [0, 0, 1, 1, 2, 2]
+    assert [order[place] // 2 for place in range(6)] != [0, 0, 1, 1, 2, 2]
 
 
 def test_data_that_does_not_fit_the_teacher_is_refused(tmp_path: Path) -> None:

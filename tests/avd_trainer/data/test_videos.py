@@ -132,6 +132,6 @@ def test_the_caption_stands_beside_the_video_or_is_its_name(tmp_path: Path) -> N
     video.with_suffix(".txt").write_text("A dog, happy.\n")
     assert caption_of(video) == "A dog, happy."
     video.with_suffix(".txt").write_bytes(b"caf\xe9")
-    assert caption_of(video).startswith("caf")
+    assert caption_of(video) == "caf\u00e9"
     video.with_suffix(".txt").write_text("\n")
-    assert caption_of(video) == "a dog in the snow"
+    assert caption_of(video) == ""

@@ -21,10 +21,11 @@ from typing import IO, Any, NamedTuple, Self
 from avd_trainer.data.preparation.stage import Done, Failed, Outcome
 from avd_trainer.runtime.errors import UserError
 
-VERSION = 1
+VERSION = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
-    path TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT, failed TEXT
+    path TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT, failed TEXT,
+    caption TEXT NOT NULL, licence TEXT
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS outcomes (
     stage TEXT NOT NULL, digest TEXT NOT NULL, row TEXT NOT NULL, outcome TEXT NOT NULL, seconds REAL NOT NULL,
@@ -65,12 +66,16 @@ class KnownFile(NamedTuple):
         state: When it was read.
         sha256: Of its bytes, in hex; None if it could not be read.
         failed: Why not, if so.
+        caption: What the text file beside it said last, or else its name.
+        licence: What the files beside it said last; None if nothing.
     """
 
     path: str
     state: FileState
     sha256: str | None
     failed: str | None
+    caption: str = ""
+    licence: str | None = None
 
 
 class Journal:
@@ -103,12 +108,7 @@ class Journal:
                 self._claim(lock)
             with self._readable_errors():
                 self._database = undo.enter_context(closing(_open(self.path, write=self._writes)))
-                ((version,),) = self._database.execute("PRAGMA user_version")
-                if version not in (0, VERSION):
-                    raise UserError(
-                        f"{self.path} has version {version}, this release reads version {VERSION}. Install the release "
-                        "that wrote it, or choose another --output."
-                    )
+                _expect_version(self._database, "main", self.path)
                 if self._writes:
                     self._database.executescript(_TABLES)
                     self._database.execute(f"PRAGMA user_version = {VERSION}")
@@ -124,19 +124,19 @@ class Journal:
 
     def files(self) -> Iterator[KnownFile]:
         """All files that were read, by path."""
-        for path, size, modified, sha256, failed in self._rows("SELECT * FROM files ORDER BY path"):
-            yield KnownFile(path, FileState(size, modified), sha256, failed)
+        for path, size, modified, *rest in self._rows("SELECT * FROM files ORDER BY path"):
+            yield KnownFile(path, FileState(size, modified), *rest)
 
     def file(self, path: str) -> KnownFile | None:
         """A file by its path."""
-        for _, size, modified, sha256, failed in self._rows("SELECT * FROM files WHERE path = ?", path):
-            return KnownFile(path, FileState(size, modified), sha256, failed)
+        for _, size, modified, *rest in self._rows("SELECT * FROM files WHERE path = ?", path):
+            return KnownFile(path, FileState(size, modified), *rest)
         return None
 
     def add_file(self, file: KnownFile) -> None:
         """Record a file, in place of what was recorded of its path."""
-        values = (file.path, *file.state, file.sha256, file.failed)
-        self._write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", values)
+        values = (file.path, *file.state, *file[2:])
+        self._write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def remove_file(self, path: str) -> None:
         """Forget a file that is no longer there; what stages found in it stays, by its SHA-256."""
@@ -203,22 +203,26 @@ class Journal:
 
     def _take_over_parts(self) -> None:
         for path in sorted(self.folder.glob("journal-*-of-*.sqlite")):
-            with self._readable_errors():
-                values = (path.name, *FileState.at(path))
-                query = "SELECT 1 FROM parts WHERE name = ? AND size = ? AND modified = ?"
-                if self._database.execute(query, values).fetchone():
-                    continue
-                self._database.execute("ATTACH ? AS part", (str(path),))
-                try:
-                    with self.transaction():
-                        self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
-                        self._database.execute("INSERT OR IGNORE INTO main.outcomes SELECT * FROM part.outcomes")
-                        self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
-                finally:
-                    self._database.execute("DETACH part")
+            values = (path.name, *FileState.at(path))
+            query = "SELECT 1 FROM parts WHERE name = ? AND size = ? AND modified = ?"
+            if list(self._rows(query, *values)):
+                continue
+            with ExitStack() as undo:
+                with self._readable_errors(path):
+                    self._database.execute("ATTACH ? AS part", (str(path),))
+                    undo.callback(self._database.execute, "DETACH part")
+                    _expect_version(self._database, "part", path)
+                    # All of it is read once, so that what goes wrong below is of the whole journal.
+                    ((found,),) = self._database.execute("PRAGMA part.quick_check(1)")
+                    if found != "ok":
+                        raise sqlite3.DatabaseError(found)
+                with self._readable_errors(), self.transaction():
+                    self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
+                    self._database.execute("INSERT OR IGNORE INTO main.outcomes SELECT * FROM part.outcomes")
+                    self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
 
     @contextmanager
-    def _readable_errors(self) -> Iterator[None]:
+    def _readable_errors(self, path: Path | None = None) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -227,7 +231,7 @@ class Journal:
                 "another --output."
             ) from error
         except sqlite3.DatabaseError as error:
-            raise UserError(_explain(self.path, error)) from error
+            raise UserError(_explain(path or self.path, error)) from error
 
 
 def _open(path: Path, *, write: bool) -> sqlite3.Connection:
@@ -238,6 +242,15 @@ def _open(path: Path, *, write: bool) -> sqlite3.Connection:
         database.execute("PRAGMA journal_mode = TRUNCATE")
         database.execute("PRAGMA synchronous = NORMAL")
     return database
+
+
+def _expect_version(database: sqlite3.Connection, schema: str, path: Path) -> None:
+    ((version,),) = database.execute(f"PRAGMA {schema}.user_version")
+    if version not in (0, VERSION):
+        raise UserError(
+            f"{path} has version {version}, this release reads version {VERSION}. Install the release that wrote it, "
+            "or choose another --output."
+        )
 
 
 def _explain(path: Path, error: sqlite3.DatabaseError) -> str:
@@ -251,11 +264,15 @@ def _explain(path: Path, error: sqlite3.DatabaseError) -> str:
 
 def _text(outcome: Outcome) -> str:
     value: Mapping[str, Any] = (
-        {"values": outcome.values} if isinstance(outcome, Done) else {"failed": outcome.reason, "again": outcome.again}
+        {"values": outcome.values}
+        if isinstance(outcome, Done)
+        else {"failed": outcome.reason, "again": outcome.again, "limit": outcome.limit}
     )
     return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _outcome(text: str) -> Outcome:
     value = json.loads(text)
-    return Done(value["values"]) if "values" in value else Failed(value["failed"], value["again"])
+    if "values" in value:
+        return Done(value["values"])
+    return Failed(value["failed"], value["again"], value["limit"] and tuple(value["limit"]))

@@ -7,158 +7,140 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-from avd_trainer.data.preparation.clip_reader import OpenReader, VideoReader
+from avd_trainer.data.preparation.clip_reader import OpenReader
+from avd_trainer.data.preparation.engine import TICK, Engine, Process
 from avd_trainer.data.preparation.recipe import Recipe
-from avd_trainer.data.preparation.schedule import Schedule
-from avd_trainer.data.preparation.worker import Begun, Changed, Finished, Message, Task, Worker
-from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.signals import StopSignals
+from avd_trainer.data.preparation.worker import (
+    DECODING,
+    LOADING,
+    Begun,
+    Ending,
+    Lost,
+    Message,
+    Task,
+    Worker,
+    own_memory,
+)
 
-_TICK = 0.2
-"""Seconds between two looks at limits."""
+_MOST_A_LOOK = 10 * TICK
+"""Seconds that count between two looks at most. If there are more, this process was stopped itself, as by Ctrl-Z, and
+so were those that it looks after."""
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
 
-class StoppedError(UserError):
-    """A person or a cluster asked the run to stop."""
-
-
-class LocalEngine:
-    """Processes that do tasks side by side.
+class LocalProcess(Process):
+    """A process of this machine, which is ended if it exceeds a limit of the recipe.
 
     Args:
+        number: As of :class:`Process`.
         recipe: Stages and settings.
         folder: Of the prepared videos.
-        workers: Number of processes.
-        gpus: Number of GPUs, which processes take in turn.
         open_reader: How clips are read.
+        environment: Variables that it finds, besides those of this process.
     """
 
     def __init__(
-        self, recipe: Recipe, folder: Path, workers: int, *, gpus: int = 0, open_reader: OpenReader = VideoReader
+        self,
+        number: int,
+        recipe: Recipe,
+        folder: Path,
+        open_reader: OpenReader,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._recipe, self._folder, self._workers, self._gpus = recipe, folder, workers, gpus
-        self._open_reader = open_reader
-
-    def run(self, schedule: Schedule) -> None:
-        """Work until there is nothing left to do.
-
-        Raises:
-            StoppedError: On Ctrl-C, or a signal of a cluster; what was recorded stays.
-            UserError: If nothing can go on, such as with a full disk.
-        """
-        with StopSignals() as stop, ExitStack() as ends:
-            idle: list[_Process] = []
-            busy: list[_Process] = []
-            while True:
-                while len(busy) < self._workers and (task := schedule.take()) is not None:
-                    process = idle.pop() if idle else ends.enter_context(self._start(len(busy)))
-                    process.give(task)
-                    busy.append(process)
-                if not busy:
-                    return
-                wait([process.connection for process in busy], _TICK)
-                if stop.received is not None:
-                    raise StoppedError(
-                        f"Stopped by {stop.received}. Nothing that was recorded is lost: the same command goes on."
-                    )
-                with schedule.together():  # one write to the disk for all that was told meanwhile
-                    ended = [process for process in busy if process.listen(schedule)]
-                for process in ended:
-                    busy.remove(process)
-                    if process.alive:
-                        idle.append(process)
-
-    def _start(self, number: int) -> _Process:
-        environment = dict.fromkeys(_THREADS, "1")
-        if self._gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _visible(number % self._gpus)
-        return _Process(self._recipe, self._folder, self._open_reader, environment)
-
-
-class _Process:
-    """A process that does one task after another; a context manager that ends it."""
-
-    def __init__(self, recipe: Recipe, folder: Path, open_reader: OpenReader, environment: Mapping[str, str]) -> None:
+        super().__init__(number)
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, recipe, folder, open_reader)
+        arguments = (theirs, os.getpid(), recipe, folder, open_reader)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
-        with _environment(environment):
+        with _environment({**dict.fromkeys(_THREADS, "1"), **(environment or {})}):
             self._process.start()
         theirs.close()
-        self._memory = 1e9 * recipe.head.memory_gb
-        self._task: Task | None = None
+        self._memory_gb = recipe.head.memory_gb
         self._begun: Begun | None = None
-        self._since = 0.0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end()
-        self.connection.close()
+        self._spent = 0.0
+        self._looked = 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether it can be given another task."""
         return self._process.is_alive()
 
     def give(self, task: Task) -> None:
-        """Let it do a task."""
-        self._task, self._begun = task, None
+        self._begun = None
         with suppress(OSError):  # that it is gone shows when it is listened to
             self.connection.send(task)
 
-    def listen(self, schedule: Schedule) -> bool:
-        """Pass on what it told, and see that it keeps its limits; whether its task has ended."""
-        assert self._task is not None
+    def listen(self) -> list[Message]:
+        told: list[Message] = []
         try:
             while self.connection.poll():
                 message: Message = self.connection.recv()
+                told.append(message)
                 if isinstance(message, Begun):
-                    self._begun, self._since = message, time.monotonic()
-                else:
-                    schedule.hear(self._task, message)
-                if isinstance(message, Finished | Changed):
-                    return True
-            reason = self._beyond_limits()
+                    self._begun, self._spent, self._looked = message, 0.0, time.monotonic()
+                elif isinstance(message, Ending):
+                    return told
+            lost = self._beyond_limits()
         except (EOFError, OSError):
             self._process.join()
-            reason = _fate(self._process.exitcode)
-        if reason is None:
-            return False
-        self._end()
-        if self._begun is None:
-            raise UserError(f"A worker process {reason} before it began to work; what it said stands above.")
-        schedule.lose(self._task, self._begun, reason)
-        return True
+            lost = _fate(self._begun, self._process.exitcode)
+        if lost is not None:
+            self.end()
+            told.append(lost)
+        return told
 
-    def _beyond_limits(self) -> str | None:
-        if self._begun is not None and time.monotonic() - self._since > self._begun.limit:
-            return f"did not end within {self._begun.limit:g} s"
-        memory = _resident(self._process.pid)
-        if memory > self._memory:
-            return f"took {memory / 1e9:.1f} GB of memory, {self._memory / 1e9:g} are allowed (memory_gb)"
-        return None
-
-    def _end(self) -> None:
+    def end(self) -> None:
         self._process.kill()
         self._process.join()
+        self.connection.close()
+
+    def _beyond_limits(self) -> Lost | None:
+        begun = self._begun
+        if begun is None:
+            return None
+        now = time.monotonic()
+        self._spent += min(now - self._looked, _MOST_A_LOOK)
+        self._looked = now
+        if self._spent > begun.limit:
+            setting = "decode_limit" if begun.doing == DECODING else "time_limit"
+            return Lost(begun, f"did not end within {begun.limit:g} s", limit=(setting, begun.limit))
+        if begun.doing == LOADING:
+            return None
+        memory = (own_memory(self._process.pid) - begun.weights) / 1e9
+        if memory > self._memory_gb:
+            return Lost(
+                begun,
+                f"took {memory:.1f} GB of memory, {self._memory_gb:g} are allowed (memory_gb)",
+                limit=("memory_gb", self._memory_gb),
+            )
+        return None
 
 
-def _serve(connection: Connection, recipe: Recipe, folder: Path, open_reader: OpenReader) -> None:
+class LocalEngine(Engine[LocalProcess]):
+    """Processes of this machine; several GPUs are shared out among them."""
+
+    def _start(self, number: int) -> LocalProcess:
+        environment = dict.fromkeys(_THREADS, str(max(1, cores() // self._workers)))
+        if self._gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = _visible(number % self._gpus)
+        return LocalProcess(number, self._recipe, self._folder, self._open_reader, environment)
+
+    def _wait(self, processes: Sequence[LocalProcess]) -> None:
+        wait([process.connection for process in processes], TICK)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _serve(connection: Connection, parent: int, recipe: Recipe, folder: Path, open_reader: OpenReader) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     worker = Worker(recipe, folder, connection.send, open_reader)
     with suppress(EOFError, ConnectionError):  # the parent is gone
         while True:
@@ -188,22 +170,15 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _visible(number: int) -> str:
+    """The GPU of this number among those that this process may use, by the name that it goes by."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return str(number) if given is None else given.split(",")[number]
+    return str(number) if given is None else given.split(",")[number].strip()
 
 
-def _resident(pid: int | None) -> int:
-    """Bytes of main memory that a process holds."""
-    import psutil
-
-    try:
-        return int(psutil.Process(pid).memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
-
-
-def _fate(code: int | None) -> str:
+def _fate(begun: Begun | None, code: int | None) -> Lost:
     if code is not None and code < 0:
         name = signal.Signals(-code).name
-        return f"crashed with {name}" + (", as where the machine has no memory left" if name == "SIGKILL" else "")
-    return f"ended its process with status {code}"
+        if name == "SIGKILL":  # which is not the file's fault alone, if at all
+            return Lost(begun, f"crashed with {name}, as where the machine has no memory left", again=True)
+        return Lost(begun, f"crashed with {name}")
+    return Lost(begun, f"ended its process with status {code}")

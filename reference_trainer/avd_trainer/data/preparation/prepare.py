@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from avd_trainer.data.preparation.clip_reader import OpenReader, VideoReader
+from avd_trainer.data.preparation.engine import Engine
 from avd_trainer.data.preparation.journal import Journal
-from avd_trainer.data.preparation.local_engine import LocalEngine
+from avd_trainer.data.preparation.local_engine import LocalEngine, cores
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.schedule import Schedule, list_videos, part_of, sample_of
 from avd_trainer.data.preparation.selection import Selection, select
+from avd_trainer.data.preparation.summary import Advice, Summary, summarise
+from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json, write_text
 from avd_trainer.runtime.progress import ProgressBar
@@ -23,6 +25,7 @@ SOURCE = "prepared.json"
 DATA = "data"
 """Folder of the data set within that of the prepared videos."""
 SELECTION = "selection.json"
+ADVICE = Advice("--set clip.frames={}", "Choose other thresholds by --set, or leave a stage out by --set STAGE=off.")
 
 
 class Forecast(NamedTuple):
@@ -46,12 +49,14 @@ class Prepared(NamedTuple):
 
     Attributes:
         selection: What was kept, and why the rest was not.
+        summary: The same in a few lines.
         data: Folders of shards with their clips; empty where none were to be written.
         unchanged: Whether the shards were there already.
         forecast: Of a sample.
     """
 
     selection: Selection
+    summary: Summary
     data: Mapping[Path, int]
     unchanged: bool = False
     forecast: Forecast | None = None
@@ -64,11 +69,13 @@ class Workers(NamedTuple):
         processes: Number of processes.
         gpus: Number of GPUs; stages that want one get a pass of their own, with a process for each.
         open_reader: How clips are read.
+        engine: Where the processes run.
     """
 
     processes: int
     gpus: int = 0
     open_reader: OpenReader = VideoReader
+    engine: type[Engine[Any]] = LocalEngine
 
 
 def prepare(
@@ -79,6 +86,8 @@ def prepare(
     *,
     sample: float | None = None,
     part: tuple[int, int] | None = None,
+    retry: bool = False,
+    advice: Advice = ADVICE,
 ) -> Prepared:
     """Prepare a folder of videos; the same call goes on where an earlier one stopped.
 
@@ -89,10 +98,12 @@ def prepare(
         workers: Who does it.
         sample: Share of the files to work on, for a forecast; no shards are written.
         part: ``(i, n)``: work on the i-th of n parts alone, and only score. A call without it merges them.
+        retry: Try again what failed for good, such as where a decoder crashed that has been updated since.
+        advice: What to do where no clip is left.
 
     Raises:
-        UserError: If there are no videos, something that a stage needs is missing, another process works on the folder,
-            or it cannot be written to.
+        UserError: If there are no videos, no clip is left, something that a stage needs is missing, another process
+            works on the folder, or it cannot be written to.
         StoppedError: On Ctrl-C.
     """
     every = list_videos(videos)
@@ -104,16 +115,18 @@ def prepare(
         write_json(output / SOURCE, {"videos": str(videos.absolute())})
         if sample is None:
             _forget_others(journal, paths)
-        work = _Work(journal, recipe, videos, paths, workers, look=True)
+        work = _Work(journal, recipe, videos, paths, workers, look=True, retry=retry, tried=set())
         _score(work)
+        selection = _finish(work) if part is None else select(journal, recipe, finished=False)
+        done = Prepared(selection, summarise(journal, recipe, selection, videos), {})
         if part is not None:
-            return Prepared(select(journal, recipe, finished=False), {})
-        selection = _finish(work)
+            return done
         if sample is not None:
-            return Prepared(selection, {}, forecast=_forecast(journal, recipe, videos, paths, every))
+            return done._replace(forecast=_forecast(journal, recipe, videos, paths, every))
         if "latents" not in recipe.stages:
-            return Prepared(selection, {})
-        return _write(journal, recipe, selection, output / DATA, replace=True)
+            return done
+        done.summary.expect_clips(advice)
+        return _write(journal, recipe, done, output / DATA, replace=True)
 
 
 def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers: Workers) -> Prepared:
@@ -145,14 +158,17 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
     _expect_all_at_hand(recipe, survivors=True)
     videos = Path(read_json(prepared / SOURCE)["videos"])
     with Journal(prepared) as journal:
-        work = _Work(journal, recipe, videos, [file.path for file in journal.files()], workers, look=False)
+        paths = [file.path for file in journal.files()]
+        work = _Work(journal, recipe, videos, paths, workers, look=False, retry=False, tried=set())
         _score(work)
         selection = _finish(work)
-        return _write(journal, recipe, selection, output, replace=False)
+        done = Prepared(selection, summarise(journal, recipe, selection, videos), {})
+        done.summary.expect_clips(ADVICE)
+        return _write(journal, recipe, done, output, replace=False)
 
 
 class _Work(NamedTuple):
-    """What a run works on; ``look`` as of :class:`Schedule`."""
+    """What a run works on; ``look``, ``retry`` and ``tried`` as of :class:`Schedule`."""
 
     journal: Journal
     recipe: Recipe
@@ -160,6 +176,8 @@ class _Work(NamedTuple):
     paths: Sequence[str]
     workers: Workers
     look: bool
+    retry: bool
+    tried: set[tuple[str, str]]
 
 
 def _score(work: _Work) -> None:
@@ -180,31 +198,45 @@ def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -
     gpus = work.workers.gpus
     on_gpu = [chosen.stage.name for chosen in stages if chosen.wants_gpu and gpus]
     elsewhere = [chosen.stage.name for chosen in stages if chosen.stage.name not in on_gpu]
-    passes = [(elsewhere, work.workers.processes)] if elsewhere or clips is None else []
-    passes += [(on_gpu, gpus)] if on_gpu else []
+    passes = [(elsewhere, work.workers.processes, 0)] if elsewhere or clips is None else []
+    passes += [(on_gpu, gpus, gpus)] if on_gpu else []
     what = "scoring" if clips is None else "captions and latents"
-    for names, processes in passes:
+    for names, processes, of_gpus in passes:
         with ProgressBar(f"{what}, files", len(work.paths)) as bar:
             schedule = Schedule(
-                work.journal, work.recipe, work.videos, work.paths, names, clips, bar.advance, look=work.look
+                work.journal,
+                work.recipe,
+                work.videos,
+                work.paths,
+                names,
+                clips,
+                bar.advance,
+                look=work.look,
+                tried=work.tried,
+                retry=work.retry,
             )
-            engine = LocalEngine(
-                work.recipe, work.journal.folder, processes, gpus=gpus, open_reader=work.workers.open_reader
+            engine = work.workers.engine(
+                work.recipe,
+                work.journal.folder,
+                processes,
+                gpus=of_gpus,
+                open_reader=work.workers.open_reader,
             )
             engine.run(schedule)
 
 
-def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path, *, replace: bool) -> Prepared:
+def _write(journal: Journal, recipe: Recipe, done: Prepared, output: Path, *, replace: bool) -> Prepared:
+    """Write the shards of the kept clips, of which there is one at least."""
     from avd_trainer.data.preparation.shards import fingerprint, write_shards
 
-    selection.expect_clips()
-    clips = selection.kept
+    clips = done.selection.kept
     key = fingerprint(recipe, clips)
     known = output / SELECTION
     if replace and known.is_file():
         before = read_json(known)
         if before["fingerprint"] == key:
-            return Prepared(selection, {output / name: rows for name, rows in before["data"].items()}, unchanged=True)
+            there = {output / name: rows for name, rows in before["data"].items()}
+            return done._replace(data=there, unchanged=True)
     # Shards of another selection stay until the new ones are whole.
     new = output.with_name(f"{output.name}.new") if replace else output
     if replace:
@@ -217,7 +249,7 @@ def _write(journal: Journal, recipe: Recipe, selection: Selection, output: Path,
     if replace:
         shutil.rmtree(output, ignore_errors=True)
         new.rename(output)
-    return Prepared(selection, {output / name: rows for name, rows in data.items()})
+    return done._replace(data={output / name: rows for name, rows in data.items()})
 
 
 def _expect_all_at_hand(recipe: Recipe, *, survivors: bool) -> None:
@@ -268,9 +300,11 @@ def _size(path: Path) -> int:
         return 0
 
 
-def default_processes() -> int:
-    """One for each core that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_processes(recipe: Recipe, gpus: int) -> int:
+    """One for each core that this process may use; a single one if it runs models that want a GPU and there is none,
+    since each process loads them."""
+    on_cores = [chosen for chosen in recipe.stages.values() if chosen.wants_gpu and not gpus]
+    return 1 if any(getattr(chosen.settings, "model", TINY) != TINY for chosen in on_cores) else cores()
 
 
 def count_gpus(recipe: Recipe) -> int:

@@ -6,6 +6,7 @@ leaves the stage out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,8 +32,8 @@ class RecipeHead(Section):
     decode_limit: float = Field(default=120.0, gt=0)
     """Seconds for decoding one clip. A file whose decoder takes longer is left, and does not stop the rest."""
     memory_gb: float = Field(default=8.0, gt=0)
-    """Most memory of a worker process, in 10^9 bytes. What takes more is ended, recorded as failed, and does not stop
-    the rest."""
+    """Most memory of a worker process, in 10^9 bytes, beside the weights that its stages have loaded. What takes more
+    is ended, recorded as failed, and does not stop the rest."""
 
 
 class Chosen(NamedTuple):
@@ -42,16 +43,22 @@ class Chosen(NamedTuple):
         stage: Its class.
         settings: Its section.
         digest: Key of its results.
+        reads_caption: Whether these depend on ``Row.caption``, by itself or by what it reads.
     """
 
     stage: type[Stage[Any]]
     settings: StageSettings
     digest: str
+    reads_caption: bool = False
 
     @property
     def wants_gpu(self) -> bool:
         """Whether it wants a GPU where there is one."""
         return self.stage.wants_gpu(self.settings)
+
+    def key(self, row: str, caption: str) -> str:
+        """Of its results for a row; another one for another caption, if they depend on that."""
+        return f"{row}-{hashlib.sha256(caption.encode()).hexdigest()[:16]}" if self.reads_caption else row
 
 
 class Recipe(NamedTuple):
@@ -64,6 +71,10 @@ class Recipe(NamedTuple):
 
     head: RecipeHead
     stages: Mapping[str, Chosen]
+
+    def limit(self, setting: str, stage: str) -> float:
+        """Value of a limit that :class:`Failed` names: of a stage, or of the head."""
+        return float(getattr(self.stages[stage].settings if setting == "time_limit" else self.head, setting))
 
     def of_files(self) -> Iterator[Chosen]:
         """The stages of whole files."""
@@ -88,19 +99,21 @@ def bundled_recipes() -> tuple[str, ...]:
     return tuple(sorted(file.stem for file in _RECIPES.glob("*.yaml")))
 
 
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(source: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """Read a recipe, apply overrides, validate.
 
     Args:
         source: One of :func:`bundled_recipes`, or the path of a YAML file.
-        overrides: ``key=value`` with dots in the key, such as ``aesthetics.keep=0.4``; the value is YAML.
+        overrides: ``key=value`` with dots in the key, such as ``aesthetics.keep=0.4``; the value is YAML. Or the same
+            as nested mappings.
 
     Raises:
         ConfigError: With one line per wrong field.
     """
     values = _read(source, ())
+    on_top = overrides if isinstance(overrides, Mapping) else parse_overrides(list(overrides))
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(values, parse_overrides(list(overrides))), resolve=True)
+        merged = OmegaConf.to_container(OmegaConf.merge(values, on_top), resolve=True)
     except (OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"{source}: {error}") from error
     assert isinstance(merged, dict)
@@ -139,7 +152,8 @@ def build_recipe(stages: Mapping[str, type[Stage[Any]]], values: Mapping[str, An
             )
         settings = cast(StageSettings, getattr(config, name))
         digests = {read: chosen[read].digest for read in stage.reads}
-        chosen[name] = Chosen(stage, settings, digest(stage, settings, head.clip, digests))
+        reads_caption = stage.reads_caption(settings) or any(chosen[read].reads_caption for read in stage.reads)
+        chosen[name] = Chosen(stage, settings, digest(stage, settings, head.clip, digests), reads_caption)
     return Recipe(head, chosen)
 
 

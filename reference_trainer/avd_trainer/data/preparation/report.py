@@ -23,7 +23,7 @@ from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.prepare import RECIPE, SOURCE
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.selection import Clip, Selection, select
-from avd_trainer.data.preparation.stage import ClipSettings, Done, FileStage, FrameRequest, Limits
+from avd_trainer.data.preparation.stage import ClipSettings, Done, FrameRequest, Limits
 from avd_trainer.data.preparation.worker import DECODING
 from avd_trainer.runtime.files import read_json, write_text
 
@@ -222,7 +222,7 @@ def summarise(journal: Journal, recipe: Recipe, selection: Selection, videos: Pa
         )
         coming = [clip for clip in coming if clip not in dropped]
     decoding = sum(seconds for _, _, seconds in journal.outcomes(DECODING, ""))
-    captions = _captions(journal, recipe, [clip.id for clip in kept])
+    captions = _captions(journal, recipe, kept)
     return Report(
         videos=str(videos),
         files=selection.files,
@@ -284,21 +284,21 @@ def _scores(journal: Journal, chosen: Chosen, clips: Mapping[str, Clip]) -> dict
     """Scores of a stage that are numbers, by clip."""
     if chosen.stage.score is None:
         return {}
-    key, of_file = chosen.stage.score.key, issubclass(chosen.stage, FileStage)
+    key = chosen.stage.score.key
     found = {
         row: outcome.values[key]
         for row, outcome, _ in journal.outcomes(chosen.stage.name, chosen.digest)
         if isinstance(outcome, Done) and isinstance(outcome.values[key], int | float)
     }
-    rows = {clip.id: clip.sha256 if of_file else clip.id for clip in clips.values()}
+    rows = {clip.id: clip.key(chosen) for clip in clips.values()}
     return {clip: float(found[row]) for clip, row in rows.items() if row in found}
 
 
-def _captions(journal: Journal, recipe: Recipe, clips: Iterable[str]) -> dict[str, str]:
+def _captions(journal: Journal, recipe: Recipe, clips: Iterable[Clip]) -> dict[str, str]:
     if "caption" not in recipe.stages:
         return {}
-    digest = recipe.stages["caption"].digest
-    found = ((clip, journal.outcome("caption", digest, clip)) for clip in clips)
+    chosen = recipe.stages["caption"]
+    found = ((clip.id, journal.outcome("caption", chosen.digest, clip.key(chosen))) for clip in clips)
     return {clip: outcome.values["caption"] for clip, outcome in found if isinstance(outcome, Done)}
 
 
@@ -327,7 +327,8 @@ def _histogram(chosen: Chosen, scores: Mapping[str, float], left_out: Mapping[st
         named = {"at least": chosen.settings.min, "at most": chosen.settings.max}
         limits = {words: limit for words, limit in named.items() if limit is not None}
         if chosen.settings.keep is not None and len(values):
-            limits[f"the best {chosen.settings.keep:.0%}"] = float(values.min())
+            worst = values.max() if chosen.settings.LOW_IS_GOOD else values.min()
+            limits[f"the best {chosen.settings.keep:.0%}"] = float(worst)
     edges, logarithmic = _edges(np.concatenate([values, others]), list(limits.values()))
     kept, out = (np.histogram(np.clip(part, edges[0], edges[-1]), edges)[0] for part in (values, others))
     return Histogram(

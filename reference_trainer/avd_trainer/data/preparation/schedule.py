@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from avd_trainer.data.decoding import VIDEO_SUFFIXES
+from avd_trainer.data.decoding import VIDEO_SUFFIXES, reason
 from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
+from avd_trainer.data.preparation.sidecars import read_sidecars
 from avd_trainer.data.preparation.stage import SPAN, Done, Failed, Row, Span, Values
 from avd_trainer.data.preparation.worker import (
     DECODING,
     HASHING,
-    Begun,
+    LOADING,
+    Abandoned,
     Changed,
     Finished,
     Found,
     Halted,
     Hashed,
+    Lost,
     Message,
     RowTask,
     Task,
@@ -36,14 +40,16 @@ def list_videos(folder: Path) -> list[str]:
     """Paths, relative to ``folder``, of everything below it that is named like a video, sorted.
 
     Folders of such a name and links that lead nowhere are among them, so that they are named with a reason rather than
-    passed over.
+    passed over. Likewise names that are not UTF-8, which neither the journal nor shards can hold: they are written with
+    backslashes, ``caf\\xe9.mp4``, a name that no file has.
 
     Raises:
         UserError: If there is none.
     """
     if not folder.is_dir():
         raise UserError(f"--videos {folder} is not a folder. Pass the folder that holds your video files.")
-    paths = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    found = (os.fsencode(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+    paths = sorted(name.decode(errors="backslashreplace") for name in found)
     if not paths:
         raise UserError(f"--videos {folder} holds no video files. Looked for {', '.join(sorted(VIDEO_SUFFIXES))}.")
     return paths
@@ -80,6 +86,8 @@ class Schedule:
         on_file: Called for each file with which nothing is left to do.
         look: Whether to look for files that changed. Without it, a file is looked at only if something is to be done
             with it, and left alone if it is not the one that the journal knows.
+        tried: What failed in this run, by row and stage, and is not tried again in it; several schedules share it.
+        retry: Whether to try again what failed in earlier runs for good.
     """
 
     def __init__(
@@ -93,14 +101,16 @@ class Schedule:
         on_file: Callable[[], None] = lambda: None,
         *,
         look: bool = True,
+        tried: set[tuple[str, str]] | None = None,
+        retry: bool = False,
     ) -> None:
         self._journal, self._recipe, self._videos = journal, recipe, videos
         self._of_files = list(recipe.of_files())
         self._of_clips = [chosen for chosen in recipe.stages.values() if chosen.stage.name in stages]
         self._clips, self._on_file, self._look = clips, on_file, look
         self._waiting = deque(paths)
-        self._tried: set[tuple[str, str]] = set()
-        """Of this run: what failed, and is to be tried again by the next one."""
+        self._tried = set() if tried is None else tried
+        self._retry = retry
 
     def take(self) -> Task | None:
         """The next task; None if there is none but those that are in work."""
@@ -125,36 +135,43 @@ class Schedule:
         name = str(task.path.relative_to(self._videos))
         match message:
             case Hashed(state, sha256, failed):
-                self._add_file(KnownFile(name, state, sha256, failed))
-            case Found(row, stage, outcome, seconds):
-                self._record(row, stage, outcome, seconds)
+                self._add_file(_with_sidecars(KnownFile(name, state, sha256, failed), task.path))
+            case Found(key, stage, outcome, seconds):
+                self._record(key, stage, outcome, seconds)
             case Changed():
                 logger.warning("Left out %s: it changed while it was read. Run the same command again.", name)
                 self._on_file()
             case Finished():
                 self._waiting.appendleft(name)
-            case Halted(reason):
-                raise UserError(reason)
+            case Halted(why):
+                raise UserError(why)
+            case Abandoned(why):
+                logger.warning("Left out %s: %s. Run the same command again.", name, why)
+                self._on_file()
+            case Lost():
+                self._lose(name, task, message)
 
-    def lose(self, task: Task, begun: Begun, reason: str) -> None:
-        """Take in that a worker is gone, or was ended; the rest of the file is planned anew.
-
-        Args:
-            task: What it did.
-            begun: What it had begun last.
-            reason: What became of it: "crashed with SIGSEGV".
-        """
-        name = str(task.path.relative_to(self._videos))
-        logger.warning("%s: %s %s.", name, begun.doing, reason)
+    def _lose(self, name: str, task: Task, lost: Lost) -> None:
+        """Take in that a worker is gone, or was ended; the rest of the file is planned anew."""
+        begun, why = lost.begun, lost.reason
+        if begun is None:
+            raise UserError(f"A worker process {why} before it began to work; what it said stands above.")
+        if begun.doing == LOADING:
+            raise UserError(
+                f"{begun.stages[0]}: a worker process {why} while it loaded what that stage needs. Work with fewer "
+                f"processes (--workers), or leave it out by --set {begun.stages[0]}=off."
+            )
+        logger.warning("%s: %s %s.", name, begun.doing, why)
         if begun.doing == HASHING:
-            self._add_file(KnownFile(name, FileState.at(task.path), None, f"{begun.doing} {reason}"))
+            self._add_file(KnownFile(name, FileState.at(task.path), None, f"{begun.doing} {why}"))
         rows = [row.row.id for row in task.rows]
         # A decoder that cannot be trusted costs the rest of its file, a stage one row.
-        lost = rows[rows.index(begun.row) :] if begun.doing == DECODING else [begun.row]
-        for row in task.rows:
-            for stage in set(begun.stages) & set(row.stages):
-                if row.row.id in lost:
-                    self._record(row.row.id, stage, Failed(f"{begun.doing} {reason}"), 0.0)
+        gone = rows[rows.index(begun.row) :] if begun.doing == DECODING else [begun.row]
+        failed = Failed(f"{begun.doing} {why}", lost.again, lost.limit)
+        for row, stages in task.rows:
+            for stage in set(begun.stages) & set(stages):
+                if row.id in gone:
+                    self._record(self._recipe.stages[stage].key(row.id, row.caption), stage, failed, 0.0)
         self._waiting.appendleft(name)
 
     def _plan(self, name: str) -> Task | None:
@@ -164,63 +181,82 @@ class Schedule:
             return Task(path)
         if known.sha256 is None:
             return Task(path) if self._look and (name, "") not in self._tried else None
-        task = self._plan_rows(path, known.state, known.sha256)
+        if self._look and (now := _with_sidecars(known, path)) != known:
+            self._add_file(now)
+            return self._plan(name)
+        task = self._plan_rows(path, known)
         if task is not None and known.state != FileState.at(path):
             logger.warning("Left out %s: it is not the file that was prepared. Prepare the videos again.", path)
             return None
         return task
 
-    def _plan_rows(self, path: Path, state: FileState, sha256: str) -> Task | None:
-        row = Row(sha256, path, sha256, None, {})
-        results, pending = self._look_up(row.id, self._of_files, {})
+    def _plan_rows(self, path: Path, file: KnownFile) -> Task | None:
+        assert file.sha256 is not None
+        row = Row(file.sha256, path, file.sha256, None, {}, file.caption)
+        results, pending = self._look_up(row, self._of_files, {})
         if pending:
-            return Task(path, state, (RowTask(row._replace(results=results), pending),))
+            return Task(path, file.state, (RowTask(row._replace(results=results), pending),))
         rows = []
         for start, end in results.get(SPAN, {}).get("clips", []):
             clip = row._replace(id=clip_id(row.sha256, Span(start, end)), span=Span(start, end))
             if self._clips is None or clip.id in self._clips:
-                found, pending = self._look_up(clip.id, self._of_clips, results)
+                found, pending = self._look_up(clip, self._of_clips, results)
                 if pending:
                     rows.append(RowTask(clip._replace(results=found), pending))
-        return Task(path, state, tuple(rows)) if rows else None
+        return Task(path, file.state, tuple(rows)) if rows else None
 
     def _look_up(
-        self, row: str, stages: Sequence[Chosen], before: dict[str, Values]
+        self, row: Row, stages: Sequence[Chosen], before: dict[str, Values]
     ) -> tuple[dict[str, Values], tuple[str, ...]]:
         """Results of a row, those of ``before`` among them, and the names of the stages that are still to run."""
         results = dict(before)
         pending: list[str] = []
         for chosen in stages:
-            name = chosen.stage.name
+            name, key = chosen.stage.name, chosen.key(row.id, row.caption)
             for read in chosen.stage.reads:
                 other = self._recipe.stages[read]
                 if read not in results and other not in stages:  # of an earlier pass over clips
-                    outcome = self._journal.outcome(read, other.digest, row)
+                    outcome = self._journal.outcome(read, other.digest, other.key(row.id, row.caption))
                     if isinstance(outcome, Done):
                         results[read] = outcome.values
-            outcome = self._journal.outcome(name, chosen.digest, row)
-            lost = chosen.stage.makes_arrays and not self._arrays(chosen, row).is_file()
+            outcome = self._journal.outcome(name, chosen.digest, key)
+            lost = chosen.stage.makes_arrays and not self._arrays(chosen, key).is_file()
             if isinstance(outcome, Done) and not lost:
                 results[name] = outcome.values
                 continue
-            to_run = not isinstance(outcome, Failed) or (outcome.again and (row, name) not in self._tried)
+            to_run = not isinstance(outcome, Failed) or ((key, name) not in self._tried and self._again(name, outcome))
             if to_run and all(read in results or read in pending for read in chosen.stage.reads):
                 pending.append(name)
         return results, tuple(pending)
 
-    def _arrays(self, chosen: Chosen, row: str) -> Path:
-        return arrays_path(self._journal.folder, chosen.stage.name, chosen.digest, row)
+    def _again(self, stage: str, failed: Failed) -> bool:
+        """Whether what failed in an earlier run is to be tried again."""
+        may_more = failed.limit is not None and self._recipe.limit(failed.limit[0], stage) > failed.limit[1]
+        return failed.again or self._retry or may_more
+
+    def _arrays(self, chosen: Chosen, key: str) -> Path:
+        return arrays_path(self._journal.folder, chosen.stage.name, chosen.digest, key)
 
     def _add_file(self, file: KnownFile) -> None:
         self._tried.add((file.path, ""))
         self._journal.add_file(file)
 
-    def _record(self, row: str, stage: str, outcome: Done | Failed, seconds: float) -> None:
-        if isinstance(outcome, Failed) and outcome.again:
-            self._tried.add((row, stage))
+    def _record(self, key: str, stage: str, outcome: Done | Failed, seconds: float) -> None:
+        if isinstance(outcome, Failed):
+            self._tried.add((key, stage))
         digest = "" if stage == DECODING else self._recipe.stages[stage].digest
-        self._journal.record(stage, digest, row, outcome, seconds)
+        self._journal.record(stage, digest, key, outcome, seconds)
+
+
+def _with_sidecars(file: KnownFile, path: Path) -> KnownFile:
+    """With what lies beside it now; a file whose sidecars cannot be read is one that cannot be."""
+    if file.sha256 is None:
+        return file
+    try:
+        return file._replace(**read_sidecars(path)._asdict())
+    except (OSError, ValueError) as error:
+        return KnownFile(file.path, file.state, None, reason(error))
 
 
 def _number(path: str) -> int:
-    return int.from_bytes(hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from avd_trainer.data.preparation.journal import Journal
+from avd_trainer.data.preparation.journal import Journal, KnownFile
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.schedule import clip_id
 from avd_trainer.data.preparation.stage import SPAN, Done, FileStage, Outcome, Span
 from avd_trainer.data.preparation.worker import HASHING
-from avd_trainer.runtime.errors import UserError
 
-_MOST_REASONS = 5
 NOT_RUN = "has not run yet; the same `avd data prepare` goes on"
 
 
@@ -25,12 +22,20 @@ class Clip(NamedTuple):
         path: Of the file, relative to the folder of videos.
         sha256: Of the file.
         span: Which part of it.
+        caption: Of the file, as ``Row.caption``.
+        licence: Of the file.
     """
 
     id: str
     path: str
     sha256: str
     span: Span
+    caption: str
+    licence: str | None
+
+    def key(self, chosen: Chosen) -> str:
+        """Under which a stage's results for it are recorded."""
+        return chosen.key(self.sha256 if issubclass(chosen.stage, FileStage) else self.id, self.caption)
 
 
 class Dropped(NamedTuple):
@@ -81,23 +86,6 @@ class Selection(NamedTuple):
         """The clips that are kept, in order of id."""
         return [clip for clip in self.clips.values() if clip.id not in self.dropped]
 
-    def expect_clips(self) -> None:
-        """See that something is kept.
-
-        Raises:
-            UserError: If not, with the most frequent reasons.
-        """
-        if self.kept:
-            return
-        reasons = Counter(
-            f"{each.stage}: {each.reason}" for each in (*self.dropped_files.values(), *self.dropped.values())
-        )
-        listed = "\n".join(f"  {count} x {reason}" for reason, count in reasons.most_common(_MOST_REASONS))
-        raise UserError(
-            f"No clip is left of {self.files} files and {len(self.clips)} clips:\n{listed}\n"
-            "Choose other thresholds by --set, or leave a stage out by --set STAGE=off."
-        )
-
 
 def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:
     """Decide on all clips.
@@ -123,23 +111,30 @@ def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:
 
 def _clips(journal: Journal, recipe: Recipe, dropped: dict[str, Dropped]) -> Iterator[Clip]:
     """The clips of all files; files without any go to ``dropped``."""
-    found = {chosen.stage.name: dict(_outcomes(journal, chosen)) for chosen in recipe.of_files()}
-    first: dict[str, str] = {}
-    for file in journal.files():
+    of_files = list(recipe.of_files())
+    found = {chosen.stage.name: dict(_outcomes(journal, chosen)) for chosen in of_files}
+    first: dict[str, KnownFile] = {}
+    # Of files with the same bytes, one whose licence is known is the first.
+    for file in sorted(journal.files(), key=lambda file: (file.licence is None, file.path)):
         if file.sha256 is None:
             dropped[file.path] = Dropped(HASHING, file.failed or "")
             continue
-        same = first.setdefault(file.sha256, file.path)
-        if same != file.path:
-            dropped[file.path] = Dropped(HASHING, f"it has the same bytes as {same}")
+        same = first.setdefault(file.sha256, file)
+        if same.path != file.path:
+            other = "" if same.licence == file.licence else f", whose licence is {same.licence}"
+            dropped[file.path] = Dropped(HASHING, f"it has the same bytes as another file ({same.path}){other}")
             continue
-        spans = found[SPAN].get(file.sha256)
+        outcomes = {
+            chosen.stage.name: found[chosen.stage.name].get(chosen.key(file.sha256, file.caption))
+            for chosen in of_files
+        }
+        spans = outcomes[SPAN]
         if not isinstance(spans, Done):
-            dropped[file.path] = _why_not({name: of.get(file.sha256) for name, of in found.items()})
+            dropped[file.path] = _why_not(outcomes)
             continue
         for start, end in spans.values["clips"]:
             span = Span(start, end)
-            yield Clip(clip_id(file.sha256, span), file.path, file.sha256, span)
+            yield Clip(clip_id(file.sha256, span), file.path, file.sha256, span, file.caption, file.licence)
         if not spans.values["clips"]:
             dropped[file.path] = Dropped(SPAN, "it has no clips")
 
@@ -157,12 +152,11 @@ def _why_not(outcomes: Mapping[str, Outcome | None]) -> Dropped:
 def _decide(journal: Journal, chosen: Chosen, clips: Mapping[str, Clip]) -> dict[str, Dropped]:
     """The clips that a stage leaves out, of those that came to it."""
     name, score = chosen.stage.name, chosen.stage.score
-    of_file = issubclass(chosen.stage, FileStage)
     found = dict(_outcomes(journal, chosen))
     dropped: dict[str, Dropped] = {}
     scores: dict[str, Any] = {}
     for clip in clips.values():
-        outcome = found.get(clip.sha256 if of_file else clip.id)
+        outcome = found.get(clip.key(chosen))
         if outcome is None:
             dropped[clip.id] = Dropped(name, NOT_RUN)
         elif not isinstance(outcome, Done):

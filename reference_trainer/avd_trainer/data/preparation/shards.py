@@ -18,9 +18,9 @@ from avd_trainer.data.encoders import load_text_encoder, negative_prompt_for
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.recipe import Recipe
 from avd_trainer.data.preparation.selection import Clip
-from avd_trainer.data.preparation.stage import Done, FileStage, Values
+from avd_trainer.data.preparation.stage import Done, Values
 from avd_trainer.data.preparation.worker import arrays_path
-from avd_trainer.data.schema import Encoding
+from avd_trainer.data.schema import Encoding, ImageTokens
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.pipeline_parts import TINY
@@ -28,6 +28,8 @@ from avd_trainer.runtime.errors import UserError
 
 MAKERS = ("framing", "caption", "latents", "text")
 """Stages without which there are no shards."""
+OF_MODEL = ("latents", "first_frame", "text")
+"""Stages that encode for a model."""
 _NOT_OF_RESULTS = {"time_limit"}
 
 
@@ -41,9 +43,11 @@ def expect_encodable(recipe: Recipe) -> None:
         return
     if missing := [name for name in MAKERS if name not in recipe.stages]:
         raise UserError(f"The recipe makes latents, and lacks {', '.join(missing)}. Add it, or set latents to off.")
-    model, text = (getattr(recipe.stages[name].settings, "model", "") for name in ("latents", "text"))
-    if model != text:
-        raise UserError(f"latents.model is {model} and text.model {text}; data is made for one model. Name it twice.")
+    models = {name: getattr(recipe.stages[name].settings, "model", "") for name in OF_MODEL if name in recipe.stages}
+    if len(set(models.values())) > 1:
+        named = ", ".join(f"{name}.model is {model}" for name, model in models.items())
+        raise UserError(f"{named}; data is made for one model. Name the same in each.")
+    model = models["latents"]
     space: LatentSpace = "block-dct-4" if model == TINY else "wan"
     for height, width in getattr(recipe.stages["framing"].settings, "sizes", ()):
         ClipFormat(recipe.head.clip.frames, height, width, recipe.head.clip.fps).check(space)
@@ -76,18 +80,22 @@ def write_shards(
     written = {}
     for (height, width), of_size in sorted(by_size.items()):
         folder = output / f"{height}x{width}" if len(by_size) > 1 else output
-        first = _results(journal, recipe, of_size[0], MAKERS)
+        first = _results(journal, recipe, of_size[0], list(recipe.stages))
         encoding = Encoding(first["latents"]["latent_space"], first["latents"]["codec"], recipe.head.clip.fps)
         length, dim = first["text"]["length"], first["text"]["dim"]
-        with ShardWriter(folder, text_length=length, text_dim=dim, encoding=encoding, provenance=True) as writer:
+        image = ImageTokens(**first["first_frame"]) if "first_frame" in recipe.stages else None
+        with ShardWriter(
+            folder, text_length=length, text_dim=dim, encoding=encoding, image=image, provenance=True
+        ) as writer:
             writer.set_unconditional(*_unconditional(journal.folder, recipe))
             for clip in of_size:
                 results = _results(journal, recipe, clip, list(recipe.stages))
                 writer.add(
-                    _array(journal.folder, recipe, "latents", "latent", clip),
-                    _array(journal.folder, recipe, "text", "embedding", clip),
+                    _arrays(journal.folder, recipe, "latents", clip)["latent"],
+                    _arrays(journal.folder, recipe, "text", clip)["embedding"],
                     results["caption"]["caption"],
                     f"{clip.path}, {clip.span.start / 1000:g} to {clip.span.end / 1000:g} s",
+                    **({} if image is None else _arrays(journal.folder, recipe, "first_frame", clip)),
                     provenance=json.dumps(provenance(recipe, clip, results)),
                 )
                 on_clip()
@@ -110,7 +118,7 @@ def provenance(recipe: Recipe, clip: Clip, results: Mapping[str, Values]) -> dic
         "file": clip.path,
         "sha256": clip.sha256,
         "span": list(clip.span),
-        "licence": results.get("probe", {}).get("licence"),
+        "licence": clip.licence,
         "clip": recipe.head.clip.model_dump(mode="json"),
         "stages": stages,
         "avd_core": version("avd-core"),
@@ -119,25 +127,24 @@ def provenance(recipe: Recipe, clip: Clip, results: Mapping[str, Values]) -> dic
 
 def fingerprint(recipe: Recipe, clips: Sequence[Clip]) -> str:
     """Changes with what :func:`write_shards` would write."""
-    parts = [recipe.to_yaml(), version("avd-core"), *(f"{clip.id} {clip.path}" for clip in clips)]
-    return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
+    parts = [recipe.to_yaml(), version("avd-core"), *(json.dumps(clip) for clip in clips)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _results(journal: Journal, recipe: Recipe, clip: Clip, stages: Sequence[str]) -> dict[str, Values]:
     results = {}
     for name in stages:
         chosen = recipe.stages[name]
-        row = clip.sha256 if issubclass(chosen.stage, FileStage) else clip.id
-        outcome = journal.outcome(name, chosen.digest, row)
+        outcome = journal.outcome(name, chosen.digest, clip.key(chosen))
         assert isinstance(outcome, Done), f"{clip.id} is kept without a result of {name}"
         results[name] = outcome.values
     return results
 
 
-def _array(folder: Path, recipe: Recipe, stage: str, name: str, clip: Clip) -> Tensor:
-    path = arrays_path(folder, stage, recipe.stages[stage].digest, clip.id)
+def _arrays(folder: Path, recipe: Recipe, stage: str, clip: Clip) -> dict[str, Tensor]:
+    path = arrays_path(folder, stage, recipe.stages[stage].digest, clip.key(recipe.stages[stage]))
     try:
-        return load_file(path)[name]
+        return load_file(path)
     except Exception as error:  # safetensors' own errors, and those of the file system
         raise UserError(f"{path} cannot be read: {error}. Remove it, and run the same command again.") from error
 

@@ -69,6 +69,7 @@ class Row(NamedTuple):
         sha256: Of the file's bytes, in hex.
         span: Which part of the file; None for the whole file.
         results: What the stages recorded that this one ``reads``, by name.
+        caption: What the text file beside the file says, or else the file's name.
     """
 
     id: str
@@ -76,6 +77,7 @@ class Row(NamedTuple):
     sha256: str
     span: Span | None
     results: Mapping[str, Values]
+    caption: str = ""
 
 
 class FrameRequest(NamedTuple):
@@ -110,10 +112,13 @@ class Failed(NamedTuple):
     Attributes:
         reason: What was expected, what came; one sentence or more.
         again: Whether the same command is to try again, as where a server did not answer.
+        limit: Setting that ended it, and its value then: ``("time_limit", 120.0)``. It is tried again where that is
+            higher now.
     """
 
     reason: str
     again: bool = False
+    limit: tuple[str, float] | None = None
 
 
 Outcome = Done | Failed
@@ -147,13 +152,15 @@ class Limits(StageSettings):
     """Settings of a stage whose score is a number: fixed limits first, then a share of what they leave."""
 
     DECIDES = StageSettings.DECIDES | {"min", "max", "keep"}
+    LOW_IS_GOOD: ClassVar[bool] = False
+    """Whether ``keep`` keeps the lowest scores, as where a score says how much is wrong."""
 
     min: float | None = None
     """Clips below it are left out."""
     max: float | None = None
     """Clips above it are left out."""
     keep: float | None = Field(default=None, gt=0, le=1)
-    """Share to keep of the clips that earlier stages and these limits left, those with the highest scores: 0.5 is the
+    """Share to keep of the clips that earlier stages and these limits left, those with the best scores: 0.5 is the
     better half. Of equal scores the lesser id wins."""
 
     def reject(self, scores: Mapping[str, float]) -> dict[str, str]:
@@ -164,7 +171,8 @@ class Limits(StageSettings):
             elif self.max is not None and score > self.max:
                 rejected[clip] = f"{score:.4g} is above {self.max:g}"
         if self.keep is not None:
-            ranked = sorted(scores.keys() - rejected.keys(), key=lambda clip: (-scores[clip], clip))
+            sign = 1 if self.LOW_IS_GOOD else -1
+            ranked = sorted(scores.keys() - rejected.keys(), key=lambda clip: (sign * scores[clip], clip))
             kept = math.ceil(round(self.keep * len(ranked), 6))  # 0.1 of 30 is 3, whatever a float makes of it
             for place, clip in enumerate(ranked[kept:], kept + 1):
                 rejected[clip] = (
@@ -191,8 +199,7 @@ S_co = TypeVar("S_co", bound=StageSettings, covariant=True)
 class Stage(ABC, Generic[S_co]):
     """One step of the preparation. Build :class:`FileStage` or :class:`ClipStage`.
 
-    One object serves many rows, one after another, in one process. Weights are loaded when the first row needs them
-    (``functools.cached_property``).
+    One object serves many rows, one after another, in one process. :meth:`load` is called before the first.
 
     Attributes:
         name: That of its file, and of its section in a recipe.
@@ -223,6 +230,16 @@ class Stage(ABC, Generic[S_co]):
     def wants_gpu(cls, settings: StageSettings) -> bool:
         """Whether it wants a GPU where there is one, with these settings."""
         return cls.gpu
+
+    @classmethod
+    def reads_caption(cls, settings: StageSettings) -> bool:
+        """Whether its results depend on ``Row.caption``, with these settings."""
+        return False
+
+    def load(self) -> None:
+        """Load weights. Their memory does not count as that of a row, and what is raised here is no row's fault: it
+        stops the run, which goes on where it was once the cause is mended."""
+        return
 
     def missing(self) -> str | None:
         """What is not at hand, such as weights or a package, and how to get it; None if all is there.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from avd_trainer.data.preparation.clip_reader import OpenReader, Reader, VideoRe
 from avd_trainer.data.preparation.journal import FileState
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.stage import (
-    Array,
     ClipStage,
     Done,
     Failed,
@@ -33,13 +31,14 @@ from avd_trainer.data.preparation.stage import (
     Row,
     Stage,
 )
+from avd_trainer.runtime.files import write_bytes
 
 HASHING = "reading"
 DECODING = "decoding"
+LOADING = "loading"
 """What a process does besides stages, in their names' place."""
 _HASHING_LIMIT = 3600.0
 _LOADING_LIMIT = 900.0
-"""Seconds that a stage with weights may take to load them, on top of its first row's."""
 _CHUNK = 2**20
 _SECONDS_BETWEEN_SIGNS = 5.0
 _NO_FRAMES: Frames = np.zeros((0, 0, 0, 3), dtype=np.uint8)
@@ -77,14 +76,16 @@ class Begun(NamedTuple):
     Attributes:
         row: Of what; the empty string for the file as a whole.
         stages: For which stages; several are decoded for at once.
-        doing: A stage's name, :data:`HASHING` or :data:`DECODING`.
+        doing: A stage's name, :data:`HASHING`, :data:`DECODING` or :data:`LOADING`.
         limit: Seconds that it may take.
+        weights: Bytes of memory that the process took for weights up to now.
     """
 
     row: str
     stages: tuple[str, ...]
     doing: str
     limit: float
+    weights: int = 0
 
 
 class Hashed(NamedTuple):
@@ -105,13 +106,13 @@ class Found(NamedTuple):
     """A stage has run.
 
     Attributes:
-        row: For which row.
+        key: For which row, as ``Chosen.key`` has it.
         stage: Its name, or :data:`DECODING`.
         outcome: Without arrays, which are on disk already.
         seconds: That it took.
     """
 
-    row: str
+    key: str
     stage: str
     outcome: Outcome
     seconds: float
@@ -135,12 +136,54 @@ class Halted(NamedTuple):
     reason: str
 
 
-Message = Begun | Hashed | Found | Changed | Finished | Halted
+class Lost(NamedTuple):
+    """The process is gone, or was ended; told by whoever looks after it.
+
+    Attributes:
+        begun: What it had begun last; None if nothing.
+        reason: What became of it: "crashed with SIGSEGV".
+        again: As of :class:`Failed`.
+        limit: Likewise.
+    """
+
+    begun: Begun | None
+    reason: str
+    again: bool = False
+    limit: tuple[str, float] | None = None
 
 
-def arrays_path(folder: Path, stage: str, digest: str, row: str) -> Path:
+class Abandoned(NamedTuple):
+    """The machine is gone, through no fault of the file; told by whoever looks after it.
+
+    Attributes:
+        reason: What is known of it.
+    """
+
+    reason: str
+
+
+Message = Begun | Hashed | Found | Changed | Finished | Halted | Lost | Abandoned
+Ending = Changed | Finished | Halted | Lost | Abandoned
+"""The last message of a task."""
+
+
+def arrays_path(folder: Path, stage: str, digest: str, key: str) -> Path:
     """Where the arrays of a row lie."""
-    return folder / "arrays" / stage / digest / row[:2] / f"{row}.safetensors"
+    return folder / "arrays" / stage / digest / key[:2] / f"{key}.safetensors"
+
+
+def own_memory(pid: int | None = None) -> int:
+    """Bytes of main memory that a process, or else this one, holds for itself alone; 0 if it is gone.
+
+    Files that are mapped, such as weights, do not count: the system takes their pages back where it needs some.
+    """
+    import psutil
+
+    try:
+        memory = psutil.Process(pid).memory_info()
+    except psutil.NoSuchProcess:
+        return 0
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 class Worker:
@@ -158,7 +201,7 @@ class Worker:
     ) -> None:
         self._recipe, self._folder, self._tell, self._open_reader = recipe, folder, tell, open_reader
         self._stages: dict[str, Stage[Any]] = {}
-        self._used: set[str] = set()
+        self._weights = 0
         self._decoding = Begun("", (), DECODING, 0.0)
         self._last_sign = 0.0
 
@@ -173,6 +216,8 @@ class Worker:
                         self._run(row, task.state, reader)
         except _OtherFileError:
             self._tell(Changed())
+        except _CannotLoadError as error:
+            self._tell(Halted(str(error)))
         except OSError as error:
             # Of a stage or a video it would have been an outcome: this is the folder that is written to.
             self._tell(
@@ -185,7 +230,7 @@ class Worker:
             self._tell(Finished())
 
     def _hash(self, path: Path) -> None:
-        self._tell(Begun("", (), HASHING, _HASHING_LIMIT))
+        self._tell(Begun("", (), HASHING, _HASHING_LIMIT, self._weights))
         state = FileState.at(path)
         if (wrong := _no_file(path)) is not None:
             self._tell(Hashed(state, None, wrong))
@@ -220,15 +265,15 @@ class Worker:
                 outcome, seconds = (given, 0.0) if isinstance(given, Failed) else self._run_stage(chosen, row, given)
                 # What was found in a file that changed meanwhile is of neither of the two.
                 _expect(row.path, state)
-                self._tell(Found(row.id, name, outcome, seconds))
+                self._tell(Found(chosen.key(row.id, row.caption), name, outcome, seconds))
                 if isinstance(outcome, Done):
                     results[name] = outcome.values
             done = {chosen.stage.name for chosen, *_ in wave}
             pending = [chosen for chosen in pending if chosen.stage.name not in done]
 
     def _request(self, chosen: Chosen, row: Row) -> FrameRequest | Failed | None:
+        stage = self._stage(chosen, row)
         try:
-            stage = self._stage(chosen)
             request = stage.frames(row) if isinstance(stage, ClipStage) else None
             if request is not None:
                 frames, wanted = self._recipe.head.clip.frames, sorted(request.indices)
@@ -244,7 +289,7 @@ class Worker:
         if not wanted:
             return {}
         names = tuple(chosen.stage.name for chosen, *_ in wanted)
-        self._decoding = Begun(row.id, names, DECODING, self._recipe.head.decode_limit)
+        self._decoding = Begun(row.id, names, DECODING, self._recipe.head.decode_limit, self._weights)
         self._begin(self._decoding)
         began = time.monotonic()
         assert row.span is not None
@@ -257,22 +302,32 @@ class Worker:
 
     def _run_stage(self, chosen: Chosen, row: Row, frames: Frames) -> tuple[Outcome, float]:
         name = chosen.stage.name
-        first = name not in self._used
-        self._used.add(name)
-        self._begin(
-            Begun(row.id, (name,), name, chosen.settings.time_limit + first * chosen.wants_gpu * _LOADING_LIMIT)
-        )
+        stage = self._stage(chosen, row)
+        self._begin(Begun(row.id, (name,), name, chosen.settings.time_limit, self._weights))
         began = time.monotonic()
-        outcome = _outcome(self._stage(chosen), row, frames)
+        outcome = _outcome(stage, row, frames)
         if isinstance(outcome, Done) and chosen.stage.makes_arrays:
-            _save(outcome.arrays, arrays_path(self._folder, name, chosen.digest, row.id))
+            path = arrays_path(self._folder, name, chosen.digest, chosen.key(row.id, row.caption))
+            # Bytes first: safetensors' own errors do not say whether the disk is full.
+            write_bytes(path, save({array: np.ascontiguousarray(of) for array, of in outcome.arrays.items()}))
             outcome = Done(outcome.values)
         return outcome, time.monotonic() - began
 
-    def _stage(self, chosen: Chosen) -> Stage[Any]:
+    def _stage(self, chosen: Chosen, row: Row) -> Stage[Any]:
         name = chosen.stage.name
         if name not in self._stages:
-            self._stages[name] = chosen.stage(chosen.settings, self._recipe.head.clip)
+            stage = chosen.stage(chosen.settings, self._recipe.head.clip)
+            self._begin(Begun(row.id, (name,), LOADING, _LOADING_LIMIT))
+            before = own_memory()
+            try:
+                stage.load()
+            except Exception as error:
+                raise _CannotLoadError(
+                    f"{name} cannot load what it needs: {_words(error)}. What was recorded is intact: mend this, then "
+                    f"run the same command again, or leave {name} out by --set {name}=off."
+                ) from error
+            self._weights += max(0, own_memory() - before)
+            self._stages[name] = stage
         return self._stages[name]
 
     def _begin(self, begun: Begun) -> None:
@@ -289,6 +344,10 @@ class _OtherFileError(Exception):
     """A file is not the one that it was."""
 
 
+class _CannotLoadError(Exception):
+    """A stage lacks something; no row can be blamed."""
+
+
 def _expect(path: Path, state: FileState) -> None:
     if FileState.at(path) != state:
         raise _OtherFileError
@@ -296,8 +355,12 @@ def _expect(path: Path, state: FileState) -> None:
 
 def _no_file(path: Path) -> str | None:
     if path.is_symlink() and not path.exists():
-        return f"it is a link to {path.readlink()}, which is not there"
-    return "it is a folder with the name of a video" if path.is_dir() else None
+        return f"it is a link that leads nowhere (to {path.readlink()})"
+    if path.is_dir():
+        return "it is a folder with the name of a video"
+    if not path.exists():
+        return "it is not there; a name that is shown with \\x is not UTF-8: rename the file"
+    return None if path.is_file() else "it is no regular file, such as a pipe, which might never end"
 
 
 def _outcome(stage: Stage[Any], row: Row, frames: Frames) -> Outcome:
@@ -315,14 +378,3 @@ def _words(error: Exception) -> str:
     if isinstance(error, FFmpegError | OSError | ValueError) and str(error):
         return reason(error)
     return f"{type(error).__name__}: {error}"
-
-
-def _save(arrays: Mapping[str, Array], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        # Bytes first: safetensors' own errors do not say whether the disk is full.
-        part.write_bytes(save({name: np.ascontiguousarray(array) for name, array in arrays.items()}))
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

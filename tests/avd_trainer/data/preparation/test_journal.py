@@ -17,7 +17,7 @@ from avd_trainer.data.preparation.stage import Done, Failed
 from avd_trainer.runtime.errors import UserError
 from disks import disk_with_room_for
 
-FILE = KnownFile("a/b.mp4", FileState(10, 20), "ab" * 32, None)
+FILE = KnownFile("a/b.mp4", FileState(10, 20), "ab" * 32, None, "a dog", "CC0")
 BAD = KnownFile("a/c.mp4", FileState(1, 2), None, "Permission denied")
 
 
@@ -35,14 +35,14 @@ def test_what_was_recorded_is_read_again(tmp_path: Path) -> None:
         journal.add_file(FILE)
         journal.add_file(BAD)
         journal.record("flow", "d1", "clip1", Done({"pixels": 0.5, "name": "café"}), 1.5)
-        journal.record("flow", "d1", "clip0", Failed("it is grey", again=True), 0.5)
+        journal.record("flow", "d1", "clip0", Failed("it is grey", again=True, limit=("time_limit", 3.5)), 0.5)
         journal.record("flow", "d2", "clip0", Done({}), 0.0)
     with Journal(tmp_path / "new" / "folder") as journal:
         assert list(journal.files()) == [FILE, BAD]
         assert (journal.file("a/b.mp4"), journal.file("b.mp4")) == (FILE, None)
         assert journal.outcome("flow", "d1", "clip1") == Done({"pixels": 0.5, "name": "café"})
         assert list(journal.outcomes("flow", "d1")) == [
-            ("clip0", Failed("it is grey", again=True), 0.5),
+            ("clip0", Failed("it is grey", again=True, limit=("time_limit", 3.5)), 0.5),
             ("clip1", Done({"pixels": 0.5, "name": "café"}), 1.5),
         ]
         assert journal.outcome("flow", "d3", "clip1") is None
@@ -142,6 +142,26 @@ def test_a_journal_that_cannot_be_used_is_named(tmp_path: Path, spoil: object, m
             pass
     journal.path.unlink()
     with Journal(tmp_path) as journal:  # the lock was given back
+        assert rows(journal) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(b"no journal" * 1000), "is damaged.*Restore it"),
+        (lambda path: path.write_bytes(path.read_bytes()[:8192] + b"x" * 8192), "is damaged.*Restore it"),
+        (lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 9"), "has version 9, this release reads"),
+    ],
+)
+def test_a_part_that_cannot_be_used_is_the_one_that_is_named(tmp_path: Path, spoil: object, message: str) -> None:
+    with Journal(tmp_path, part=(0, 1)) as part:
+        for number in range(200):
+            part.record("flow", "d1", f"clip{number}", Done({"text": "x" * 100}), 0.0)
+    spoil(part.path)  # type: ignore[operator]
+    with pytest.raises(UserError, match=rf"{part.path.name} {message}"), Journal(tmp_path):
+        pass
+    part.path.unlink()
+    with Journal(tmp_path) as journal:  # nothing of it was taken over
         assert rows(journal) == []
 
 

@@ -8,12 +8,15 @@ import re
 import signal
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from avd_trainer.data.preparation import local_engine
+from avd_trainer.data.preparation.engine import StoppedError
 from avd_trainer.data.preparation.journal import Journal
-from avd_trainer.data.preparation.local_engine import StoppedError
 from avd_trainer.data.preparation.stage import Done, Failed, Outcome
 from avd_trainer.runtime.errors import UserError
 from toy_runs import ToyRun, toy_recipe
@@ -79,8 +82,72 @@ def test_what_goes_wrong_is_named_and_does_not_stop_the_rest(
     if "raises" not in name:
         assert name in caplog.text
     toy.begun()
-    assert dict(toy(recipe)) == found  # it is not tried again
-    assert toy.begun() == {}
+    assert dict(toy(recipe)) == found
+    # The same command does not try it again, but for a process that the system may have killed for another one's sake.
+    assert bool(toy.begun()) == ("SIGKILL" in name)
+
+
+def test_what_reached_a_limit_is_tried_again_with_a_higher_one(toy: ToyRun) -> None:
+    lingers, borrows = "brightness-lingers.mp4", "brightness-borrows.mp4"
+    toy.add(lingers, borrows)
+    found = dict(toy(toy_recipe(brightness={"time_limit": 1.2}), workers=2))
+    for name in (lingers, borrows):
+        assert found[f"{name}@500", "brightness"] == Failed(
+            "brightness did not end within 1.2 s", limit=("time_limit", 1.2)
+        )
+    toy.begun()
+    found = dict(toy(toy_recipe(memory_gb=0.3), workers=2))
+    assert found[f"{lingers}@500", "brightness"] == brightness_of(toy, lingers, 500)
+    failed = found[f"{borrows}@500", "brightness"]
+    assert isinstance(failed, Failed)
+    assert failed.limit == ("memory_gb", 0.3)
+    assert {line for line in toy.begun() if "brightness " in line} == {
+        f"brightness {lingers} 500",
+        f"brightness {borrows} 500",
+    }
+    found = dict(toy(toy_recipe(memory_gb=2)))
+    assert found[f"{borrows}@500", "brightness"] == brightness_of(toy, borrows, 500)
+
+
+def test_what_crashed_is_tried_again_if_asked_for(toy: ToyRun) -> None:
+    toy.add("brightness-SIGSEGV.mp4")
+    found = dict(toy())
+    toy.begun()
+    assert dict(toy(retry=True)) == found
+    assert toy.begun() == {"decoding brightness-SIGSEGV.mp4 500": 1, "brightness brightness-SIGSEGV.mp4 500": 1}
+
+
+def test_weights_do_not_count_as_memory_of_a_row(toy: ToyRun) -> None:
+    toy.add(PLAIN, "brightness-eats.mp4")
+    weights = toy.runs.with_name("weights")
+    weights.write_text("600")
+    found = dict(toy(toy_recipe(memory_gb=0.3, brightness={"weights": weights})))
+    expect_all_of(toy, found, PLAIN)
+    failed = found["brightness-eats.mp4@500", "brightness"]
+    assert isinstance(failed, Failed)
+    assert failed.limit == ("memory_gb", 0.3)
+
+
+def test_weights_that_cannot_be_loaded_stop_the_run_and_cost_nothing(toy: ToyRun) -> None:
+    toy.add(PLAIN)
+    weights = toy.runs.with_name("weights")
+    recipe = toy_recipe(brightness={"weights": weights})
+    with pytest.raises(UserError, match=r"brightness cannot load what it needs: No such file.*same command again"):
+        toy(recipe)
+    weights.write_text("1")
+    expect_all_of(toy, dict(toy(recipe)), PLAIN)
+
+
+def test_a_pause_does_not_count(toy: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-Z, which stops this process and those that it looks after."""
+    toy.add("brightness-lingers.mp4")
+
+    def clock() -> float:
+        paused = toy.runs.exists() and "brightness brightness-lingers.mp4 500" in toy.runs.read_text()
+        return time.monotonic() + 1000 * paused
+
+    monkeypatch.setattr(local_engine, "time", SimpleNamespace(monotonic=clock))
+    expect_all_of(toy, dict(toy()), "brightness-lingers.mp4")
 
 
 def test_a_file_stage_that_crashes_costs_its_file(toy: ToyRun) -> None:
@@ -95,6 +162,10 @@ def test_what_cannot_be_read_is_named(toy: ToyRun) -> None:
     toy.add(PLAIN)
     (toy.videos / "folder.mp4").mkdir()
     (toy.videos / "link.mp4").symlink_to("nowhere.mp4")
+    os.mkfifo(toy.videos / "pipe.mp4")
+    Path(os.fsdecode(bytes(toy.videos) + b"/caf\xe9.mp4")).write_bytes(b"video")
+    (toy.videos / "odd.mp4").write_bytes(b"video")
+    (toy.videos / "odd.json").write_text("{")
     found = dict(toy())
     expect_all_of(toy, found, PLAIN)
     with Journal(toy.output) as journal:
@@ -102,10 +173,17 @@ def test_what_cannot_be_read_is_named(toy: ToyRun) -> None:
     assert failed == {
         PLAIN: None,
         "folder.mp4": "it is a folder with the name of a video",
-        "link.mp4": "it is a link to nowhere.mp4, which is not there",
+        "link.mp4": "it is a link that leads nowhere (to nowhere.mp4)",
+        "pipe.mp4": "it is no regular file, such as a pipe, which might never end",
+        r"caf\xe9.mp4": r"it is not there; a name that is shown with \x is not UTF-8: rename the file",
+        "odd.mp4": "the file odd.json beside it is no JSON: Expecting property name enclosed in double quotes: "
+        "line 1 column 2 (char 1)",
     }
+    (toy.videos / "odd.json").write_text("{}")
     (toy.videos / "nowhere.mp4").write_bytes(b"now it is there")
-    expect_all_of(toy, dict(toy()), "nowhere.mp4")  # the same bytes, named by one of their names
+    found = dict(toy())
+    expect_all_of(toy, found, "odd.mp4")
+    expect_all_of(toy, found, "nowhere.mp4")  # the same bytes, named by one of their names
 
 
 def test_the_same_bytes_under_another_name_are_not_worked_on_again(toy: ToyRun) -> None:

@@ -11,13 +11,16 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from avd_trainer.data.preparation import recipe
-from avd_trainer.data.preparation.journal import Journal
+from avd_trainer.data.preparation.journal import FileState, Journal
 from avd_trainer.data.preparation.prepare import Prepared, Workers, select_again
 from avd_trainer.data.preparation.selection import Dropped
+from avd_trainer.data.preparation.stage import Done, Row, Span
+from avd_trainer.data.preparation.worker import Found, RowTask, Task, Worker
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.runtime.errors import UserError
 from disks import disk_with_room_for
@@ -42,7 +45,9 @@ def test_the_story_of_a_folder(toy: ToyRun) -> None:
     chosen = toy_recipe(framing=SQUARE, brightness={"keep": 0.5})
     done = toy.prepare(chosen)
     assert (done.selection.files, len(done.selection.clips), len(done.selection.kept)) == (7, 18, 9)
-    assert done.selection.dropped_files == {"copy-of-a.mp4": Dropped("reading", "it has the same bytes as a.mp4")}
+    assert done.selection.dropped_files == {
+        "copy-of-a.mp4": Dropped("reading", "it has the same bytes as another file (a.mp4)")
+    }
     assert done.data == {toy.output / "data": 9}
     # Captions and latents are made for what is kept alone.
     everything = {
@@ -150,6 +155,55 @@ def test_what_failed_for_now_is_tried_again_by_the_next_run_alone(toy: ToyRun) -
     assert kinds(toy.begun()) == {"caption": 3, "text": 3}
 
 
+def provenance_of(toy: ToyRun) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in ShardDataset(toy.output / "data").column("provenance")]
+
+
+def test_what_lies_beside_a_video_is_read_again_and_nothing_else_is_done(toy: ToyRun) -> None:
+    toy.add("a.mp4", "b.mp4")
+    chosen = toy_recipe(framing=SQUARE)
+    toy.prepare(chosen)
+    before = files_of(toy.output / "data")
+    toy.begun()
+    (toy.videos / "a.txt").write_text("Another caption.")
+    assert not toy.prepare(chosen).unchanged
+    assert kinds(toy.begun()) == {"caption": 3, "text": 3}
+    assert Counter(ShardDataset(toy.output / "data").column("caption")) == {"Another caption.": 3, "b": 3}
+    (toy.videos / "b.json").write_text('{"license": "CC0"}')
+    assert not toy.prepare(chosen).unchanged
+    assert {row["file"]: row["licence"] for row in provenance_of(toy)} == {"a.mp4": None, "b.mp4": "CC0"}
+    (toy.videos / "a.txt").unlink()
+    (toy.videos / "b.json").unlink()
+    toy.prepare(chosen)
+    assert files_of(toy.output / "data") == before
+    assert toy.begun() == {}
+
+
+def test_the_same_bytes_under_two_licences(toy: ToyRun) -> None:
+    toy.add("a.mp4", "b.mp4", "c.mp4")
+    for name in ("b.mp4", "c.mp4"):
+        (toy.videos / name).write_bytes((toy.videos / "a.mp4").read_bytes())
+    (toy.videos / "b.json").write_text('{"license": "CC0"}')
+    (toy.videos / "c.json").write_text('{"license": "MIT"}')
+    done = toy.prepare(toy_recipe(framing=SQUARE))
+    assert {(row["file"], row["licence"]) for row in provenance_of(toy)} == {("b.mp4", "CC0")}
+    reason = "it has the same bytes as another file (b.mp4), whose licence is CC0"
+    assert done.selection.dropped_files == dict.fromkeys(["a.mp4", "c.mp4"], Dropped("reading", reason))
+
+
+def test_arrays_are_on_the_disk_before_the_journal_says_so(toy: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.add("a.mp4")
+    told: list[object] = []
+    monkeypatch.setattr(os, "fsync", lambda file: told.append("synced"))
+    path = toy.videos / "a.mp4"
+    row = Row("0" * 16, path, "0" * 64, Span(0, 500), {"framing": {"height": 8, "width": 8}})
+    worker = Worker(toy_recipe(), toy.output, told.append, ToyReader)
+    worker.work(Task(path, FileState.at(path), (RowTask(row, ("latents",)),)))
+    found = next(place for place, each in enumerate(told) if isinstance(each, Found) and each.stage == "latents")
+    assert told[found - 2 : found] == ["synced", "synced"]  # the file, and its name
+    assert isinstance(told[found].outcome, Done)  # type: ignore[attr-defined]
+
+
 def test_files_that_are_gone_give_no_clips(toy: ToyRun) -> None:
     toy.add("a.mp4", "b.mp4")
     toy.prepare()
@@ -230,7 +284,10 @@ def test_a_folder_without_videos(toy: ToyRun) -> None:
 
 def test_no_clip_is_left(toy: ToyRun) -> None:
     toy.add("a.mp4")
-    with pytest.raises(UserError, match=r"No clip is left of 1 files and 3 clips:\n  1 x brightness: 15 is below 256"):
+    with pytest.raises(
+        UserError,
+        match=r"No clip is left of 1 files and 3 clips:\n  3 x brightness: 15 to 25 is below 256 .*a.mp4 at 0 s",
+    ):
         toy.prepare(toy_recipe(brightness={"min": 256}))
 
 

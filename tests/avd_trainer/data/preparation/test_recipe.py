@@ -73,7 +73,7 @@ def test_digests_follow_what_results_depend_on() -> None:
         ("extends: tiny\nspan: off", "lacks the stage span"),
         ("extends: tiny\nprobe: off", "framing reads what probe found. Put it above framing, or leave framing out"),
         ("hue: {}\nspan: {}", "span reads what cut found"),
-        ("extends: small", "small is neither a recipe .paper, tiny. nor a YAML file"),
+        ("extends: small", "small is neither a recipe .encode, paper, tiny. nor a YAML file"),
         ("extends: recipe", "extends itself: recipe -> recipe"),
         ("[1, 2]", "expected keys and values"),
         ("clip: {frames: 1}", "clip.frames: Input should be greater than or equal to 2, got 1"),

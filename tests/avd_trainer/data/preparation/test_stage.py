@@ -11,6 +11,8 @@ import pytest
 from pydantic import ValidationError
 
 from avd_trainer.data.preparation.stage import ClipSettings, Done, Limits, Row, Span, digest
+from avd_trainer.data.preparation.stages.framing import FramingSettings
+from avd_trainer.data.preparation.stages.overlay_text import OverlayTextSettings
 from toy_stages import Brightness, BrightnessSettings, Contrast, ContrastSettings, ToySpan, ToySpanSettings
 
 CLIP = ClipSettings(frames=5, fps=10)
@@ -83,6 +85,11 @@ def test_limits(limits: Limits, kept: str) -> None:
     shuffled = list(SCORES.items())
     random.Random(0).shuffle(shuffled)
     assert limits.reject(dict(shuffled)) == rejected
+
+
+def test_the_better_half_of_scores_that_say_how_much_is_wrong() -> None:
+    for limits in (OverlayTextSettings(keep=0.4), FramingSettings(keep=0.4, max=None)):
+        assert SCORES.keys() - limits.reject(SCORES).keys() == set("ac")
 
 
 def test_reasons_are_words() -> None:

@@ -99,6 +99,9 @@ class Aesthetics(ClipStage[AestheticsSettings]):
         ratings = (self._clip(frames) @ weight + bias).tolist()
         return Done({"frames": ratings, "aesthetics": sum(ratings) / len(ratings)})
 
+    def load(self) -> None:
+        _ = self._clip, self._head
+
     @cached_property
     def _clip(self) -> ImageEmbedder:
         from avd_trainer.data.preparation.image_models import ImageEmbedder

@@ -79,6 +79,11 @@ class Caption(ClipStage[CaptionSettings]):
         """With a model of its own. A server is asked by as many processes as there are, not by one for each GPU."""
         return isinstance(settings, CaptionSettings) and settings.by == "transformers"
 
+    @classmethod
+    def reads_caption(cls, settings: StageSettings) -> bool:
+        """Where it is the text file's that is taken."""
+        return isinstance(settings, CaptionSettings) and settings.by == "file"
+
     def missing(self) -> str | None:
         settings = self.settings
         if settings.by == "endpoint":
@@ -96,13 +101,15 @@ class Caption(ClipStage[CaptionSettings]):
 
     def run(self, row: Row, frames: Frames) -> Outcome:
         if self.settings.by == "file":
-            from avd_trainer.data.decoding import caption_of
-
-            return Done({"caption": caption_of(row.path)})
+            return Done({"caption": row.caption})
         from avd_trainer.data.preparation.captioners import Question
 
         answer = self._captioner(frames, Question(self.settings.prompt, self.settings.max_tokens))
         return answer if isinstance(answer, Failed) else Done({"caption": answer})
+
+    def load(self) -> None:
+        if self.settings.by != "file":
+            _ = self._captioner
 
     @cached_property
     def _captioner(self) -> Endpoint | LocalModel:

@@ -71,6 +71,9 @@ class Consistency(ClipStage[ConsistencySettings]):
         found = {name: temporal_consistency(model(frames)) for name, model in self._models.items()}
         return Done({**found, "consistency": sum(found.values()) / len(found)})
 
+    def load(self) -> None:
+        _ = self._models
+
     @cached_property
     def _models(self) -> dict[str, ImageEmbedder]:
         from avd_trainer.data.preparation.image_models import ImageEmbedder

@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from avd_trainer.data.preparation.frames import NamedFrames, NamedFramesStage, luma
+from avd_trainer.data.preparation.frames import NamedFrames, NamedFramesStage
 from avd_trainer.data.preparation.stage import Frames, Score
 
 SHARE = 0.999
 """Of a picture's variance, what the frequencies that count hold; the rest may be noise of compression."""
+_WEIGHTS = np.array([9798, 19235, 3735], dtype=np.float32)
+"""0.299, 0.587 and 0.114 in units of 2^-15, in which OpenCV computes too."""
 
 
 def detail(frames: Frames) -> list[float]:
@@ -29,7 +31,14 @@ def detail(frames: Frames) -> list[float]:
     """
     from scipy.fft import dctn
 
-    return [_share(np.asarray(dctn(grey.astype(np.float32), norm="ortho"))) for grey in luma(frames)]
+    return [_share(np.asarray(dctn(grey.astype(np.float32), norm="ortho"))) for grey in _luma(frames)]
+
+
+def _luma(frames: Frames) -> list[NDArray[np.uint8]]:
+    """As :func:`~avd_trainer.data.preparation.frames.luma`, to the digit, without OpenCV, which ``avd data encode`` does
+    not need."""
+    # Whole numbers below 2^24, which float32 holds exactly.
+    return [((frame.astype(np.float32) @ _WEIGHTS + 2**14) / 2**15).astype(np.uint8) for frame in frames]
 
 
 def _share(spectrum: NDArray[np.float32]) -> float:
@@ -51,6 +60,9 @@ class Detail(NamedFramesStage[NamedFrames]):
     Settings = NamedFrames
     score = Score("detail", "share of its size that a frame needs to hold its detail; the highest of the frames")
     measure = staticmethod(detail)
+
+    def missing(self) -> None:
+        return None
 
     @staticmethod
     def choose(measured: Iterable[float]) -> float:

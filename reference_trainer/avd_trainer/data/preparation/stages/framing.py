@@ -12,6 +12,8 @@ from avd_trainer.data.preparation.stage import Done, FileStage, Limits, Row, Sco
 class FramingSettings(Limits):
     """Sizes of clips. Clips of several sizes become several data sets, since training reads one size at a time."""
 
+    LOW_IS_GOOD = True
+
     sizes: tuple[tuple[int, int], ...] = Field(default=((480, 832),), min_length=1)
     """Heights and widths in pixels; a file's clips get the one whose shape is the nearest. Multiples of 16, or of 8 for
     the tiny preset's codec. Paper: 480 x 832 alone."""

@@ -65,6 +65,9 @@ class Latents(ClipStage[LatentsSettings]):
         }
         return Done(values, {"latent": latent.numpy()})
 
+    def load(self) -> None:
+        _ = self._encoder
+
     @cached_property
     def _encoder(self) -> VideoEncoder:
         from avd_trainer.data.encoders import load_video_encoder

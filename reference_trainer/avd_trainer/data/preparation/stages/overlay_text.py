@@ -18,6 +18,8 @@ from avd_trainer.data.preparation.stage import ClipStage, Done, FrameRequest, Fr
 class OverlayTextSettings(Limits):
     """Of text in the picture. The paper has no such step."""
 
+    LOW_IS_GOOD = True
+
     frames: int = Field(default=3, ge=1)
     """Frames of a clip that are read, evenly spread; each takes about a second of a core."""
     short_side: int = Field(default=480, ge=32)
@@ -60,6 +62,9 @@ class OverlayText(ClipStage[OverlayTextSettings]):
         height, width = frames.shape[1:3]
         areas = [0.0 if one.boxes is None else text_share(one.boxes, height, width) for one in found]
         return Done({"frames": areas, "area": float(np.mean(areas)), "text": [list(one.txts or ()) for one in found]})
+
+    def load(self) -> None:
+        _ = self._reader
 
     @cached_property
     def _reader(self) -> Any:

@@ -1,14 +1,11 @@
-"""What a file says about itself: size, rate, length, codec and licence."""
+"""What a file says about itself: size, rate, length and codec."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from avd_trainer.data.preparation.stage import Done, FileStage, Row, StageSettings
-
-LICENSE_FILES = ("LICENSE", "LICENSE.txt")
 
 
 def probe(path: Path) -> dict[str, Any]:
@@ -16,7 +13,7 @@ def probe(path: Path) -> dict[str, Any]:
 
     Returns:
         ``width`` and ``height`` in pixels, upright; ``fps``, the average rate; ``milliseconds`` it lasts; ``codec`` and
-        ``pixel_format`` by FFmpeg's names; ``licence``, see :func:`licence_of`.
+        ``pixel_format`` by FFmpeg's names.
 
     Raises:
         ValueError: If it has no video, no frame or no length; it says which.
@@ -46,27 +43,7 @@ def probe(path: Path) -> dict[str, Any]:
             "milliseconds": round(1000 * seconds),
             "codec": stream.codec_context.name,
             "pixel_format": frame.format.name,
-            "licence": licence_of(path),
         }
-
-
-def licence_of(path: Path) -> str | None:
-    """Licence of a video: ``license`` in ``NAME.json`` or ``NAME.info.json`` beside it (as yt-dlp writes it), or else
-    the first line of a file ``LICENSE`` or ``LICENSE.txt`` in its folder; None if there is neither."""
-    for beside in (path.with_suffix(".json"), path.with_suffix(".info.json")):
-        if beside.is_file():
-            try:
-                said = json.loads(beside.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"the file {beside.name} beside it is no JSON: {error}") from error
-            if isinstance(said, dict) and said.get("license"):
-                return str(said["license"])
-    for name in LICENSE_FILES:
-        if (file := path.parent / name).is_file():
-            words = file.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            if words:
-                return words[0].strip()
-    return None
 
 
 def _seconds(duration: int | None, unit: Any) -> float:
@@ -77,6 +54,7 @@ class Probe(FileStage[StageSettings]):
     """What :func:`probe` reads."""
 
     name = "probe"
+    version = 2
     Settings = StageSettings
 
     def run(self, row: Row) -> Done:

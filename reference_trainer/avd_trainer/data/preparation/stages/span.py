@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pydantic import Field
 
@@ -37,24 +37,44 @@ def find_spans(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSetting
         ValueError: If no scene is long enough; it says how long the longest one is, and which length would fit.
     """
     spans: list[Span] = []
-    longest = 0
-    for number, (start, end) in enumerate(scenes):
-        start += settings.margin * (number > 0)
-        end -= settings.margin * (number < len(scenes) - 1)
-        # Frames at start, start + 1000 / fps, ..., all of them before the scene's end.
-        held = max(0, math.ceil((end - start - ROUNDING) * clip.fps / 1000))
-        longest = max(longest, held)
+    for start, held in _held(scenes, clip, settings):
         for first in range(0, held - clip.frames + 1, clip.frames):
             begin = start + round(1000 * first / clip.fps)
             spans.append(Span(begin, begin + clip.milliseconds))
     if not spans:
-        fitting = (longest - 1) // 4 * 4 + 1
-        remedy = f"; clips of {fitting} frames would fit (clip.frames={fitting})" if fitting > 1 else ""
+        longest = longest_scene(scenes, clip, settings)
+        fitting = fitting_length([longest])
+        remedy = "" if fitting is None else f"; clips of {fitting} frames would fit (clip.frames={fitting})"
         raise ValueError(
             f"its longest scene has {longest} frames at {clip.fps:g} fps ({longest / clip.fps:.2f} s), a clip takes "
             f"{clip.frames}{remedy}"
         )
     return spans[: settings.most]
+
+
+def longest_scene(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSettings) -> int:
+    """Frames of the longest clip that one of the scenes could give, at the clips' frame rate."""
+    return max((held for _, held in _held(scenes, clip, settings)), default=0)
+
+
+def fitting_length(longest: Sequence[int]) -> int | None:
+    """The most frames, ``1 + 4 n``, that a clip can have to fit into most files, or at least into one.
+
+    Args:
+        longest: Frames of each file's longest scene.
+    """
+    ordered = sorted(longest, reverse=True)
+    candidates = [(ordered[place] - 1) // 4 * 4 + 1 for place in (len(ordered) // 2, 0)]
+    return next((frames for frames in candidates if frames > 1), None)
+
+
+def _held(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSettings) -> Iterator[tuple[int, int]]:
+    """Of each scene, without its margins, the start and the number of frames at the clips' frame rate."""
+    for number, (start, end) in enumerate(scenes):
+        start += settings.margin * (number > 0)
+        end -= settings.margin * (number < len(scenes) - 1)
+        # Frames at start, start + 1000 / fps, ..., all of them before the scene's end.
+        yield start, max(0, math.ceil((end - start - ROUNDING) * clip.fps / 1000))
 
 
 class ClipSpans(FileStage[SpanSettings]):

@@ -47,6 +47,9 @@ class Text(ClipStage[TextSettings]):
             embedding = self._encoder([row.results["caption"]["caption"]])[0].float().cpu()
         return Done({"length": self._encoder.length, "dim": self._encoder.dim}, {"embedding": embedding.numpy()})
 
+    def load(self) -> None:
+        _ = self._encoder
+
     @cached_property
     def _encoder(self) -> TextEncoder:
         from avd_trainer.data.encoders import load_text_encoder

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from avd_trainer.data.preparation.frames import luma
 from avd_trainer.data.preparation.stage import ClipSettings, Done, Row
-from avd_trainer.data.preparation.stages.detail import Detail, detail
+from avd_trainer.data.preparation.stages.detail import Detail, _luma, detail
 from natural_pictures import natural_picture
 
 
@@ -39,3 +40,9 @@ def test_one_frame_with_detail_is_enough(row: Row) -> None:
     outcome = Detail(Detail.Settings(at=(1, 2)), ClipSettings()).run(row, frames)
     assert isinstance(outcome, Done)
     assert outcome.values["detail"] == max(detail(frames)) > 0.4
+
+
+def test_its_luma_is_that_of_the_other_stages() -> None:
+    """All greens, and every fifth red and third blue."""
+    colours = np.mgrid[0:256:5, 0:256, 0:256:3].reshape(3, 1, 1, -1).transpose(1, 2, 3, 0).astype(np.uint8)
+    assert np.array_equal(_luma(colours), luma(colours))

@@ -1,4 +1,3 @@
-import json
 import struct
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from av.error import FFmpegError
 
-from avd_trainer.data.preparation.stages.probe import licence_of, probe
+from avd_trainer.data.preparation.stages.probe import probe
 from avd_trainer.data.video_files import save_clip
 
 _SIDEWAYS = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0]
@@ -27,7 +26,6 @@ def test_what_a_file_says_about_itself(video: Path) -> None:
         "milliseconds": 2500,
         "codec": "h264",
         "pixel_format": "yuv420p",
-        "licence": None,
     }
 
 
@@ -62,15 +60,3 @@ def test_a_truncated_file(video: Path) -> None:
     video.write_bytes(whole[: len(whole) // 2])
     with pytest.raises((FFmpegError, ValueError)):
         probe(video)
-
-
-def test_licences_beside_a_video(video: Path) -> None:
-    (video.parent / "LICENSE").write_text("\nCC0 1.0\nand many words more\n")
-    assert licence_of(video) == "CC0 1.0"
-    video.with_suffix(".info.json").write_text(json.dumps({"license": "CC-BY 3.0", "title": "a dog"}))
-    assert licence_of(video) == "CC-BY 3.0"
-    video.with_suffix(".json").write_text(json.dumps({"license": "MIT"}))
-    assert licence_of(video) == "MIT"
-    video.with_suffix(".json").write_text("{")
-    with pytest.raises(ValueError, match=r"clip\.json beside it is no JSON"):
-        licence_of(video)

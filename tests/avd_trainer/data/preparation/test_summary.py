@@ -1,0 +1,59 @@
+"""A run in a few lines."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from avd_trainer.data.preparation.selection import Dropped
+from avd_trainer.data.preparation.stages.span import fitting_length
+from avd_trainer.data.preparation.summary import LeftOut, _group
+
+
+def test_reasons_that_differ_in_numbers_or_brackets_are_one() -> None:
+    reasons = {
+        "a.mp4": Dropped("span", "it has 80 frames at 16 fps (5.00 s), a clip takes 81"),
+        "b.mp4": Dropped("span", "it has 7 frames at 16 fps (0.44 s), a clip takes 81"),
+        "c.mp4": Dropped("span", "it has 12 frames at 16 fps (0.75 s), a clip takes 81"),
+        "d.mp4": Dropped("reading", "it has the same bytes as another file (a.mp4)"),
+        "e.mp4": Dropped("probe", "it has 80 frames at 16 fps, a clip takes 81"),
+        "f.mp4": Dropped("reading", "it has the same bytes as another file (b.mp4)"),
+    }
+    assert _group(reasons.items()) == (
+        LeftOut("span", "it has 7 to 80 frames at 16 fps, a clip takes 81", ("a.mp4", "b.mp4", "c.mp4")),
+        LeftOut("reading", "it has the same bytes as another file", ("d.mp4", "f.mp4")),
+        LeftOut("probe", "it has 80 frames at 16 fps, a clip takes 81", ("e.mp4",)),
+    )
+
+
+def test_a_few_names_stand_for_many() -> None:
+    assert str(LeftOut("probe", "it is odd", tuple("abcde"))) == "5 x probe: it is odd: a, b, c and 2 more"
+    assert str(LeftOut("probe", "it is odd", ("a",))) == "1 x probe: it is odd: a"
+
+
+@given(
+    names=st.lists(st.text(st.characters(codec="ascii")), unique=True), reason=st.sampled_from(["h264 1.5", "(x)", ""])
+)
+def test_no_name_is_lost(names: list[str], reason: str) -> None:
+    groups = _group((name, Dropped("probe", f"{reason}{len(name)}")) for name in names)
+    assert sorted(name for group in groups for name in group.names) == sorted(names)
+
+
+@given(lengths=st.lists(st.integers(0, 200), min_size=1))
+def test_the_length_that_is_suggested_fits_most_files_or_none_does(lengths: list[int]) -> None:
+    frames = fitting_length(lengths)
+    if frames is None:
+        assert max(lengths) < 5
+        return
+    assert frames % 4 == 1
+    fits = [length for length in lengths if length >= frames]
+    more = [length for length in lengths if length >= frames + 4]
+    assert fits
+    assert 2 * len(more) <= len(lengths)  # a longer one would not fit most
+
+
+def test_clips_of_five_seconds() -> None:
+    assert fitting_length([80, 80, 80, 10]) == 77
+    assert fitting_length([80, 80, 30, 30, 30]) == 29
+    assert fitting_length([80, 3, 3]) == 77
+    assert fitting_length([4, 3]) is None
