@@ -123,13 +123,15 @@ class SpatioTemporalR1Loss(nn.Module):
         weight: float = 100.0,
         sigma_spatial: float = 0.01,
         sigma_temporal: float = 0.1,
+        step_spatial: float | None = None,
         frame_dim: int | None = None,
     ) -> None:
         super().__init__()
-        _check_options(weight, sigma_spatial, sigma_temporal)
+        _check_options(weight, sigma_spatial, sigma_temporal, step_spatial)
         self.weight = weight
         self.sigma_spatial = sigma_spatial
         self.sigma_temporal = sigma_temporal
+        self.step_spatial = step_spatial
         self.frame_dim = frame_dim
 
     def forward(
@@ -157,11 +159,13 @@ class SpatioTemporalR1Loss(nn.Module):
             weight=self.weight,
             sigma_spatial=self.sigma_spatial,
             sigma_temporal=self.sigma_temporal,
+            step_spatial=self.step_spatial,
             frame_dim=self.frame_dim,
         )
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight}, sigma_spatial={self.sigma_spatial}, sigma_temporal={self.sigma_temporal}"
+        step = "" if self.step_spatial is None else f", step_spatial={self.step_spatial}"
+        return f"weight={self.weight}, sigma_spatial={self.sigma_spatial}, sigma_temporal={self.sigma_temporal}{step}"
 
 
 def spatio_temporal_r1_loss(
@@ -174,6 +178,7 @@ def spatio_temporal_r1_loss(
     weight: float = 100.0,
     sigma_spatial: float = 0.01,
     sigma_temporal: float = 0.1,
+    step_spatial: float | None = None,
     frame_dim: int | None = None,
 ) -> LossOutput:
     r"""Squared change of the logits under two small perturbations of noised real clips (V-PAE's STR1).
@@ -192,10 +197,12 @@ def spatio_temporal_r1_loss(
     :math:`\sigma_t` is the perturbation's standard deviation for any number of frames. The terms are not divided by
     :math:`\sigma_j^2`, so by default the temporal one weighs 100 times the spatial one per unit of slope.
 
+    A change of the logits by a perturbation of 0.01 is smaller than what a transformer in bfloat16 rounds away on its
+    way to them. ``step_spatial`` then measures the same slope with a larger perturbation.
+
     Args:
         discriminator: Gives the logits ``[B]`` of perturbed noised clips, shaped as ``x_t``, at the same timesteps and
-            conditions as ``logits``. It is called twice, with float32 at least: a perturbation of 0.01 is less than
-            half the spacing of bfloat16 numbers above 2.
+            conditions as ``logits``. It is called twice, with float32 at least.
         x_t: ``[B, C, F, H, W]`` noised real clips, floating, or another shape with ``frame_dim``. No gradient reaches
             it.
         logits: ``[B]`` what ``discriminator`` says of ``x_t`` itself, floating, on the same device. The gradient goes
@@ -206,6 +213,9 @@ def spatio_temporal_r1_loss(
         weight: :math:`w`, at least 0. Published for the approximated R1: 0.1 to 600.
         sigma_spatial: :math:`\sigma_s`, positive, in the unit of ``x_t``. V-PAE: 0.01.
         sigma_temporal: :math:`\sigma_t`, positive, in the unit of ``x_t``. V-PAE: 0.1.
+        step_spatial: Standard deviation :math:`h` of the spatial perturbation that is really added, positive; the
+            squared change then counts :math:`(\sigma_s / h)^2` times, which is the same to first order. None adds
+            :math:`\sigma_s` itself. Ours; 0.1 is for discriminators that compute in bfloat16.
         frame_dim: The dimension of frames: 2 for ``[B, C, F, H, W]``, 1 for ``[B, F, C, H, W]``. None is 2 for five
             dimensions, and an error for any other number.
 
@@ -217,7 +227,7 @@ def spatio_temporal_r1_loss(
         ValueError: For fewer than two frames, shapes or devices that differ, a discriminator whose answer is not shaped
             as ``logits``, or options out of range.
     """
-    _check_options(weight, sigma_spatial, sigma_temporal)
+    _check_options(weight, sigma_spatial, sigma_temporal, step_spatial)
     frame_dim = find_frames("x_t", x_t, frame_dim)
     _check_logits("logits", logits)
     if len(logits) != len(x_t):
@@ -236,7 +246,8 @@ def spatio_temporal_r1_loss(
     frames = x_t.shape[frame_dim]
     temporal_noise = (temporal_noise - temporal_noise.mean(frame_dim, keepdim=True)) * math.sqrt(frames / (frames - 1))
 
-    spatial = _squared_change(discriminator, x_t + sigma_spatial * spatial_noise, logits)
+    step = sigma_spatial if step_spatial is None else step_spatial
+    spatial = (sigma_spatial / step) ** 2 * _squared_change(discriminator, x_t + step * spatial_noise, logits)
     temporal = _squared_change(discriminator, x_t + sigma_temporal * temporal_noise, logits)
     return LossOutput(weight * (spatial + temporal), {"spatial": spatial.detach(), "temporal": temporal.detach()})
 
@@ -272,7 +283,9 @@ def _check_noise(name: str, noise: Tensor | None, shape: list[int], x_t: Tensor)
     check_same_device(name, noise, "x_t", x_t)
 
 
-def _check_options(weight: float, sigma_spatial: float, sigma_temporal: float) -> None:
+def _check_options(weight: float, sigma_spatial: float, sigma_temporal: float, step_spatial: float | None) -> None:
     check_number("weight", weight, at_least=0)
     check_number("sigma_spatial", sigma_spatial, above=0)
     check_number("sigma_temporal", sigma_temporal, above=0)
+    if step_spatial is not None:
+        check_number("step_spatial", step_spatial, above=0)

@@ -7,13 +7,16 @@
 Shows every kept checkpoint of a teacher's training the same held-out clips, noised alike, and writes to
 benchmarks/results/rolloff-variation.json its error on them, how the roll-offs of its block outputs are distributed, and
 the rank correlation of the two over checkpoints. In one run everything that rises with time goes along with quality. So
-the last weights are damaged by noise too, more and more: there quality falls without any training.
+the last weights are damaged by noise too, more and more: there quality falls without any training. What shuffled
+checkpoints give says how much of a correlation chance can make. `--again` makes correlations and figure from what is
+saved.
 """
 
 import json
 from pathlib import Path
 from typing import Annotated, Any
 
+import matplotlib.pyplot as plt
 import torch
 import typer
 from torch import Tensor
@@ -22,6 +25,7 @@ from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT
+from avd_trainer.evaluation.palette import COLORS, write_png
 from avd_trainer.evaluation.spectrum import LEVELS, block_rolloffs
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.condition import Condition
@@ -38,6 +42,8 @@ from avd_trainer.training.folder import CHECKPOINTS
 # Noise on each weight, as a share of the standard deviation of its tensor.
 DAMAGES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 RESULTS = Path(__file__).parent / "results" / "rolloff-variation.json"
+FIGURE = Path(__file__).parents[1] / "docs" / "images" / "rolloff-variation.png"
+WITH_QUALITY = "rank_correlation_with_quality"
 VARIATIONS = {
     "over_clips": "standard deviation of a channel's roll-off over clips, mean over channels, blocks and noise levels",
     "over_channels": "standard deviation over channels of a channel's mean roll-off, mean over blocks and noise levels",
@@ -47,36 +53,85 @@ VARIATIONS = {
 
 
 def main(
-    run: Annotated[Path, typer.Argument(help="A run of flow_matching with kept checkpoints.")],
+    run: Annotated[Path | None, typer.Argument(help="A run of flow_matching with kept checkpoints.")] = None,
     later: Annotated[
         list[Path] | None, typer.Option(help="Other runs, shown beside; correlations leave them out.")
     ] = None,
     clips: Annotated[int, typer.Option(help="Held-out clips.")] = 64,
     results: Annotated[Path, typer.Option(help="File to write.")] = RESULTS,
+    figure: Annotated[Path, typer.Option(help="Picture to write.")] = FIGURE,
+    again: Annotated[bool, typer.Option("--again", help="From the saved file, in place of a run.")] = False,
 ) -> None:
+    if (run is None) != again:
+        raise typer.BadParameter("pass a run, or --again for what is saved.")
+    report = json.loads(results.read_text()) if run is None else measure(run, later or [], clips)
+    report |= correlations(report["checkpoints"], report["damaged"])
+    results.write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, figure)
+    for row in [*report["checkpoints"], *report["later"], *report["damaged"]]:
+        print("  ".join(f"{row[name]:8.4f}" for name in ("step", "damage", "error", *VARIATIONS)))
+    for name in (key for key in report if key.startswith("rank_correlation")):
+        print(name, {key: round(value, 2) for key, value in report[name].items()})
+
+
+def measure(run: Path, later: list[Path], clips: int) -> dict[str, Any]:
+    """Error and variations of each checkpoint of a run, of damaged weights, and of other runs."""
     rows = [look(run, step, clips) for step in (0, *kept(run))]
     last = rows[-1]["step"]
-    damaged = [rows[-1], *(look(run, last, clips, damage) for damage in DAMAGES)]
-    columns = {name: column(rows, name) for name in ("error", *VARIATIONS)}
-    falls, changes = -columns["error"], {name: values.diff().abs() for name, values in columns.items()}
-    report: dict[str, Any] = {
+    return {
         "command": f"python benchmarks/rolloff_variation.py {run.name} --clips {clips}",
         **environment(),
         "variations": VARIATIONS,
         "checkpoints": rows,
-        "later": [look(other, step, clips) for other in later or [] for step in kept(other)],
-        "damaged": damaged,
-        "rank_correlation_with_quality": {name: spearman(columns[name], falls) for name in VARIATIONS},
+        "later": [look(other, step, clips) for other in later for step in kept(other)],
+        "damaged": [rows[-1], *(look(run, last, clips, damage) for damage in DAMAGES)],
+    }
+
+
+def correlations(rows: list[dict[str, Any]], damaged: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Rank correlations of each variation with quality, and what 19 of 20 shuffles of as many values stay below."""
+    columns = {name: column(rows, name) for name in ("error", *VARIATIONS)}
+    falls, changes = -columns["error"], {name: values.diff().abs() for name, values in columns.items()}
+    return {
+        WITH_QUALITY: {name: spearman(columns[name], falls) for name in VARIATIONS},
         "rank_correlation_of_damaged": {
             name: spearman(column(damaged, name), -column(damaged, "error")) for name in VARIATIONS
         },
         "rank_correlation_of_changes": {name: spearman(changes[name], changes["error"]) for name in VARIATIONS},
+        "rank_correlation_of_shuffled": {
+            "checkpoints": by_chance(len(rows)),
+            "damaged": by_chance(len(damaged)),
+            "changes": by_chance(len(rows) - 1),
+        },
     }
-    results.write_text(json.dumps(report, indent=2) + "\n")
-    for row in [*rows, *report["later"], *damaged]:
-        print("  ".join(f"{row[name]:8.4f}" for name in ("step", "damage", *columns)))
-    for name in (key for key in report if key.startswith("rank_correlation")):
-        print(name, {key: round(value, 2) for key, value in report[name].items()})
+
+
+def by_chance(count: int) -> float:
+    """The size of the rank correlation of two shuffled columns that 95% of 10,000 shuffles stay below."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.arange(count)
+    sizes = [abs(spearman(order, torch.randperm(count, generator=generator))) for _ in range(10_000)]
+    return float(torch.tensor(sizes).quantile(0.95))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Each variation against the error: checkpoints of the training, and its last weights damaged."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure.suptitle("Variation of layer-wise roll-offs of a teacher while it trains, cycles per token")
+    for axis, name in zip(axes, VARIATIONS, strict=False):
+        for rows, color, marker, label in (
+            ("checkpoints", "avd", "o", "training, 600 steps"),
+            ("later", "teacher", "s", "bundled teacher, later"),
+            ("damaged", "dmd", "x", "step 600, weights damaged"),
+        ):
+            errors, values = (column(report[rows], key) for key in ("error", name))
+            axis.plot(errors, values, marker, color=COLORS[color], label=label, markersize=4)
+        axis.set_title(f"{name.replace('_', ' ')} (rank correlation {report[WITH_QUALITY][name]:.2f})", fontsize=10)
+        axis.set_xlabel("error of the velocity", fontsize=9)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8)
+    write_png(figure, path)
 
 
 def kept(run: Path) -> list[int]:

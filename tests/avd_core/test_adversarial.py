@@ -216,6 +216,28 @@ def test_loss_and_metrics_are_the_reference(
     assert loss.item() == pytest.approx(weight * (spatial + temporal), rel=1e-6, abs=1e-12)
 
 
+@given(seeds, frames_of, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_another_step_measures_the_slope_elsewhere_and_weighs_it_alike(
+    seed: int, frames: int, sigma: float, step: float
+) -> None:
+    judge, x_t, noises = draw(seed, frames)
+    options = {**noises, "sigma_spatial": sigma, "step_spatial": step}
+    found = spatio_temporal_r1_loss(judge, x_t, judge(x_t), **options).metrics
+    numbers = x_t.tolist(), noises["spatial_noise"].tolist(), noises["temporal_noise"].tolist()
+    spatial, temporal = reference_r1(flatten(judge.weight.tolist()), *numbers, (step, 0.1))
+    assert found["spatial"].item() == pytest.approx((sigma / step) ** 2 * spatial, rel=1e-6, abs=1e-14)
+    assert found["temporal"].item() == pytest.approx(temporal, rel=1e-6, abs=1e-14)
+
+    def straight(x_t: Tensor) -> Tensor:
+        return (judge.weight * x_t).flatten(1).sum(1)
+
+    of_straight = [
+        spatio_temporal_r1_loss(straight, x_t, straight(x_t), **{**options, "step_spatial": each}).metrics["spatial"]
+        for each in (step, None)
+    ]
+    torch.testing.assert_close(*of_straight)
+
+
 @given(seeds)
 def test_the_gradient_is_the_references_through_both_logits(seed: int) -> None:
     judge, x_t, noises = draw(seed, frames=2)
@@ -332,12 +354,13 @@ def test_a_perturbation_survives_half_precision() -> None:
 
 def test_the_module_passes_every_option_on() -> None:
     judge, x_t, noises = draw(0, frames=3)
-    options = {"weight": 3.0, "sigma_spatial": 0.2, "sigma_temporal": 0.3, "frame_dim": 1}
+    options = {"weight": 3.0, "sigma_spatial": 0.2, "sigma_temporal": 0.3, "step_spatial": 0.4, "frame_dim": 1}
     noises["spatial_noise"] = randn(5, 2, 1, 3, 1, 2)
     own = judge(x_t)
     expected: LossOutput = spatio_temporal_r1_loss(judge, x_t, own, **noises, **options)
     assert SpatioTemporalR1Loss(**options)(judge, x_t, own, **noises) == expected
-    assert "weight=3.0, sigma_spatial=0.2, sigma_temporal=0.3" in repr(SpatioTemporalR1Loss(**options))
+    said = "weight=3.0, sigma_spatial=0.2, sigma_temporal=0.3, step_spatial=0.4"
+    assert said in repr(SpatioTemporalR1Loss(**options))
 
 
 def test_the_defaults_are_the_papers_and_apts() -> None:
@@ -409,6 +432,7 @@ def test_a_discriminator_that_answers_in_another_shape_is_refused() -> None:
         ({"sigma_spatial": 0.0}, "sigma_spatial must be a finite number above 0"),
         ({"sigma_temporal": 0.0}, "sigma_temporal must be a finite number above 0"),
         ({"sigma_temporal": math.inf}, "sigma_temporal must be a finite number above 0"),
+        ({"step_spatial": 0.0}, "step_spatial must be a finite number above 0"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -584,6 +584,12 @@ def test_pipelines_that_cannot_run_at_half_rate(folder: Path) -> None:
         latents(pipeline)
 
 
+def test_a_transformer_that_reads_an_image_is_refused(pipeline: WanHalfRatePipeline) -> None:
+    transformer = WanTransformer3DModel.from_config({**pipeline.transformer.config, "in_channels": 36})
+    with pytest.raises(ValueError, match=r"got one with 36 channels in and 16 out.* `avd sample --image`"):
+        WanHalfRatePipeline(scheduler=pipeline.scheduler, transformer=transformer)
+
+
 def test_runs_at_full_rate_without_interpolator_and_one_frame(folder: Path) -> None:
     pipeline = silent(WanHalfRatePipeline.from_pretrained(folder, interpolator=None))
     pipeline.register_to_config(expand_timesteps=True)

@@ -259,12 +259,13 @@ def test_data_without_first_frames_is_refused_with_what_to_do(videos: Path, tmp_
 # Training
 
 
-@pytest.mark.parametrize("kind", ["dmd", "avd"])
+@pytest.mark.parametrize("kind", ["dmd", "avd", "vpae"])
 def test_a_student_of_image_to_video_is_trained_resumed_and_looks_at_the_image(
     kind: str, image_teacher: Path, clips: CaptionedLatents, ranks: Ranks, tmp_path: Path
 ) -> None:
     data = both(in_memory(clips, image=True))
-    config = tiny_config(image_teacher, kind, checkpoint={"every": 1}, logging={"tensorboard": False})
+    phases = {"priming_steps": 1} if kind == "vpae" else {}
+    config = tiny_config(image_teacher, kind, phases, checkpoint={"every": 1}, logging={"tensorboard": False})
     whole = Trainer(config, data, ranks)
     before = {name: weights(model) for name, model in whole.models.items()}
     curve = [float(metrics["loss"]) for metrics in whole.run()]
@@ -407,6 +408,43 @@ def test_a_student_without_image_and_an_image_without_use_are_errors(
     assert "makes videos of a prompt alone. Leave --image out." in said
 
 
+def test_one_step_by_vpae_goes_from_training_to_a_clip_of_a_picture(tmp_path: Path) -> None:
+    """On the bundled teacher, whose students see the image beside the noise and its latents in the semantic head."""
+    options = (
+        "batch_size=2",
+        "data.clips=4",
+        "samples.every=null",
+        "method.priming_steps=1",
+        "method.online_updates=1",
+    )
+    sets = [word for option in options for word in ("--set", option)]
+    status, said = run("train", "tiny-i2v", "--method", "vpae", "--output", tmp_path / "run", "--max-steps", 2, *sets)
+    assert status == 0, said
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "discriminator/logit_gap" not in logged[0]
+    assert {"discriminator/logit_gap", "csds/share", "adversarial/share"} <= logged[1].keys()
+    run("export", tmp_path / "run", "--output", tmp_path / "out")
+    clips = MovingShapes(2, HELD_OUT, held_out=True)
+    frames = []
+    for place in range(2):  # each from its first frame
+        first = (clips[place].video[:, 0].movedim(0, -1) * 255).round().byte().numpy()
+        Image.fromarray(first).save(tmp_path / "first.png")
+        status, said = run(
+            "sample", tmp_path / "out", "--prompt", clips[0].caption, "--output", tmp_path / "clip.mp4", "--image",
+            tmp_path / "first.png",
+        )  # fmt: skip
+        assert status == 0, said
+        with av.open(str(tmp_path / "clip.mp4")) as container:
+            frames.append(next(container.decode(video=0)).to_ndarray(format="rgb24").astype(float) - first)
+    assert abs(frames[0]).mean() < 16  # of 255: it begins as the picture does
+    status, said = run(
+        "sample", tmp_path / "out", "--prompt", PROMPT, "--output", tmp_path / "clip.mp4", "--image",
+        tmp_path / "first.png", "--half-rate",
+    )  # fmt: skip
+    assert status == 2
+    assert "half" in said
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_plan_of_the_14b_model_counts_the_image(lora: bool) -> None:
     options = ["--set", "method.student.lora.rank=64", "--set", "method.online.lora.rank=64"] if lora else []
@@ -488,3 +526,11 @@ def test_a_study_of_image_to_video_measures_how_far_first_frames_are_off(ranks: 
     for variant in study.variants:
         (values,) = place.do(Unit(variant, 1))["noises"]
         assert 0 < values["first_frame_error"] < 0.1
+        assert {"subject_consistency", "start_error"} <= values.keys()
+    real = place.do(Unit("reference", 4))["spreads"]
+    assert real["first_frame_error"]["mean"] == 0
+    assert real["subject_consistency"]["mean"] > 0.9
+    controls = place.do(Unit("controls", 4))["controls"]
+    # Of their own images: a still keeps its first frame.
+    assert controls["frozen"]["first_frame_error"] == pytest.approx(0, abs=1e-3)
+    assert controls["erased"]["subject_consistency"] <= 0.5

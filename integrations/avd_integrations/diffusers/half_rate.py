@@ -44,6 +44,9 @@ class WanHalfRatePipeline(WanPipeline):
         boundary_ratio: As in ``WanPipeline``: the second transformer takes over below that part of the timesteps.
         expand_timesteps: As in ``WanPipeline``; such models run at the full rate only.
 
+    Raises:
+        ValueError: If a transformer reads an image, as those of image to video do.
+
     Example:
         ::
 
@@ -75,6 +78,13 @@ class WanHalfRatePipeline(WanPipeline):
     ) -> None:
         if isinstance(scheduler, FlowMatchLCMScheduler) and EXPORTED_GRID in scheduler.config:
             scheduler = FewStepScheduler.from_config(scheduler.config)  # an exported folder's
+        for model in (transformer, transformer_2):
+            if model is not None and model.config.in_channels != model.config.out_channels:
+                raise ValueError(
+                    f"transformer must be of text to video, got one with {model.config.in_channels} channels in and "
+                    f"{model.config.out_channels} out, which reads an image. Sample it at half rate by "
+                    "`avd sample --image`, or at the full rate by diffusers' WanImageToVideoPipeline."
+                )
         super().__init__(
             tokenizer=tokenizer,
             text_encoder=text_encoder,

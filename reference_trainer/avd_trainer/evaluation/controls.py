@@ -76,9 +76,13 @@ class Control:
     spoil: Callable[[RealClips, float, Codec], Encoded]
 
 
+RENDERING = 1
+"""Of the shapes that controls are made from."""
+
+
 def controls_of_shapes(shapes: MovingShapes, codec: Codec) -> dict[str, Encoded]:
     """All controls at their usual strength, by name, of another rendering than the one that clips are compared with."""
-    return make_controls(RealClips.of_shapes([shapes.render(index, 1) for index in range(len(shapes))]), codec)
+    return make_controls(RealClips.of_shapes([shapes.render(i, RENDERING) for i in range(len(shapes))]), codec)
 
 
 def make_controls(clips: RealClips, codec: Codec) -> dict[str, Encoded]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from avd_trainer.evaluation.measures import MEASURES, headlines
+from avd_trainer.evaluation.measures import ALL_MEASURES, headlines
 from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Reference, is_worse
 
 GOALS = {"higher": "high", "lower": "low", "as real": "as real"}
@@ -78,7 +78,7 @@ def _names(reference: Reference, names: Sequence[str] | None) -> Sequence[str]:
 
 
 def _heading(name: str) -> str:
-    return f"{name.replace('_', ' ')} ({GOALS[MEASURES[name].better]})"
+    return f"{name.replace('_', ' ')} ({GOALS[ALL_MEASURES[name].better]})"
 
 
 def _reference_cells(reference: Reference, names: Sequence[str]) -> list[str]:

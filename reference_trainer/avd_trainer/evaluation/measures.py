@@ -10,6 +10,7 @@ from torch import Tensor
 
 from avd_trainer.evaluation.clip_measures import clip_measures
 from avd_trainer.evaluation.controls import Encoded
+from avd_trainer.evaluation.image_measures import image_measures
 from avd_trainer.evaluation.shape_measures import shape_measures
 from avd_trainer.evaluation.shape_tracking import track_shapes
 
@@ -74,10 +75,25 @@ MEASURES: dict[str, Measure] = {
         Measure("temporal_loss", "temporal loss, nats; lower is more motion", "as real", headline=False),
     )
 }
-"""All measures, in the order in which tables show them."""
+"""All measures of clips, in the order in which tables show them."""
+
+IMAGE_MEASURES: dict[str, Measure] = {
+    each.name: each
+    for each in (
+        Measure("subject_consistency", "shapes that keep the image's colour, kind and start, share", "higher"),
+        Measure("start_error", "start of shapes against the image, pixels", "lower", headline=False),
+        Measure("first_frame_error", "first frame against the image, RMS of pixels", "lower", headline=False),
+    )
+}
+"""Further ones, of clips of moving shapes that were to begin with an image."""
+
+ALL_MEASURES = MEASURES | IMAGE_MEASURES
+"""Every one."""
 
 
-def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Encoded) -> dict[str, float]:
+def measure(
+    latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Encoded, images: Tensor | None = None
+) -> dict[str, float]:
     """Measure a set of clips.
 
     No clip is left out of a mean: a shape that cannot be found has the worst value of each measure
@@ -90,28 +106,34 @@ def measure(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real
             other clips, which get the measures without ``needs_captions``.
         real: Real clips that are not among ``latents``: with captions as many, of the same captions in their order;
             without, of any number, drawn independently.
+        images: ``[N, 3, H, W]`` what each clip was to begin with, in pixels, where they are captioned clips of image to
+            video; None for text to video.
 
     Returns:
-        A finite number for each of ``MEASURES``, by name and in its order.
+        A finite number for each of ``MEASURES``, by name and in its order; with images also of ``IMAGE_MEASURES``.
 
     Raises:
         ValueError: If shapes do not fit each other, values are not finite, or a caption is of other clips.
     """
-    _check(latents, video, captions, real)
+    _check(latents, video, captions, real, images)
     latents, video, real_latents, real_video = (x.detach().float().cpu() for x in (latents, video, *real))
     values = clip_measures(latents, video, real_latents, real_video, paired=captions is not None)
     if captions is not None:
         shapes = shape_measures(track_shapes(video, captions))
         values |= {name: float(each.mean()) for name, each in shapes.items()}
-    return {name: values[name] for name, each in MEASURES.items() if captions is not None or not each.needs_captions}
+        if images is not None:
+            values |= image_measures(video, captions, images.detach().float().cpu())
+    return {name: values[name] for name in ALL_MEASURES if name in values}
 
 
 def headlines(values: Mapping[str, object]) -> list[str]:
-    """The names among ``values`` that are headline measures, in the order of ``MEASURES``."""
-    return [name for name, each in MEASURES.items() if each.headline and name in values]
+    """The names among ``values`` that are headline measures, in the order of ``ALL_MEASURES``."""
+    return [name for name, each in ALL_MEASURES.items() if each.headline and name in values]
 
 
-def _check(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Encoded) -> None:
+def _check(
+    latents: Tensor, video: Tensor, captions: Sequence[str] | None, real: Encoded, images: Tensor | None
+) -> None:
     if latents.ndim != 5 or latents.shape[0] < 2 or latents.shape[2] < 2:
         raise ValueError(
             "latents of at least 2 clips and 2 frames are expected, [N, C, F, h, w], got "
@@ -132,6 +154,8 @@ def _check(latents: Tensor, video: Tensor, captions: Sequence[str] | None, real:
             f"video of the {len(real.latents)} real clips is expected, {[len(real.latents), *video.shape[1:]]}, got "
             f"{list(real.video.shape)}. Decode all of their latents."
         )
+    if images is not None and captions is None:
+        raise ValueError("captions of clips with images are expected, got none. Leave the images out, or pass them.")
     if captions is not None and len(real.latents) != len(latents):
         raise ValueError(
             f"a real clip for each of {len(latents)} captioned clips is expected, got {len(real.latents)}. Pass those "

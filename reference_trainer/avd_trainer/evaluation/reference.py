@@ -11,7 +11,7 @@ from torch import Tensor
 
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.evaluation.controls import Encoded
-from avd_trainer.evaluation.measures import MEASURES, headlines, measure
+from avd_trainer.evaluation.measures import ALL_MEASURES, headlines, measure
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
 SETS = 20
@@ -48,7 +48,7 @@ class Reference:
     """Real clips to compare with.
 
     Attributes:
-        spreads: By name of the measure, in the order of ``MEASURES``.
+        spreads: By name of the measure, in the order of ``ALL_MEASURES``.
         sets: How many sets of clips were measured.
         clips: How many clips each of them has. Fewer clips spread more, so compare sets of as many.
         real: Real clips to compare generated ones with; see :func:`score`.
@@ -61,7 +61,12 @@ class Reference:
 
 
 def reference_of_shapes(
-    shapes: MovingShapes, codec: BlockDCTCodec, *, sets: int = SETS, on_set: Callable[[], None] = lambda: None
+    shapes: MovingShapes,
+    codec: BlockDCTCodec,
+    *,
+    sets: int = SETS,
+    images: bool = False,
+    on_set: Callable[[], None] = lambda: None,
 ) -> Reference:
     """Render the same captions again and again, and measure each rendering as if a model had made it.
 
@@ -72,6 +77,7 @@ def reference_of_shapes(
         shapes: Whose captions; held-out ones, where trained models are compared.
         codec: Encodes and decodes.
         sets: How many renderings; at least 3.
+        images: Whether they are compared with clips of image to video: a clip's image is then its own first frame.
         on_set: Called after each.
 
     Raises:
@@ -79,11 +85,11 @@ def reference_of_shapes(
     """
     _check_sets(sets)
     captions = [shapes[index].caption for index in range(len(shapes))]
-    first = own = _encode_rendering(shapes, 0, codec)
+    first = own = encode_rendering(shapes, 0, codec)
     scores = []
     for rendering in range(1, sets + 1):
-        following = _encode_rendering(shapes, rendering, codec) if rendering < sets else first
-        scores.append(measure(*own, captions, following))
+        following = encode_rendering(shapes, rendering, codec) if rendering < sets else first
+        scores.append(measure(*own, captions, following, own.video[:, :, 0] if images else None))
         own = following
         on_set()
     return Reference(_spreads(scores), sets, len(shapes), first)
@@ -157,10 +163,11 @@ def caught(values: Mapping[str, float], reference: Reference) -> list[str]:
 
 def is_worse(name: str, value: float, spread: Spread) -> bool:
     """Whether a value of a measure is worse than real clips', by the rule of :func:`caught`."""
-    return MEASURES[name].distance(value, spread.mean) > spread.margin
+    return ALL_MEASURES[name].distance(value, spread.mean) > spread.margin
 
 
-def _encode_rendering(shapes: MovingShapes, rendering: int, codec: BlockDCTCodec) -> Encoded:
+def encode_rendering(shapes: MovingShapes, rendering: int, codec: BlockDCTCodec) -> Encoded:
+    """One rendering of all captions, through the codec."""
     latents = codec.encode(torch.stack([shapes.render(index, rendering).video for index in range(len(shapes))]))
     return Encoded(latents, codec.decode(latents))
 

@@ -77,7 +77,7 @@ class DMD(Method):
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
-        self.student, self.teacher, self.online = models["student"], models["teacher"], models["online"]
+        self.student, self.teacher = models["student"], models["teacher"]
         self.sampler = FewStepSampler(config.few_steps)
         self.matching = DistributionMatchingLoss(weight=config.matching_weight)
         self._generated: list[tuple[Tensor, Condition]] = []  # samples and what they show, by micro-batch
@@ -133,7 +133,7 @@ class DMD(Method):
             t_B, x_t_BCFHW, _ = draw_noised(x_BCFHW.detach(), draws, "score", self.config.score_timesteps)
             scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
             real_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, condition, unconditional_LD, scale)
-            online_BCFHW = self.online(x_t_BCFHW, t_B, condition)
+            online_BCFHW = self.models["online"](x_t_BCFHW, t_B, condition)
             real_x_0 = schedule.velocity_to_x_0(real_BCFHW, x_t_BCFHW, t_B)
             online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
         return prefixed("matching", self.matching(x_BCFHW, real_x_0, online_x_0))
@@ -141,7 +141,7 @@ class DMD(Method):
     def _denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""
         t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
-        return Loss(F.mse_loss(self.online(x_t_BCFHW, t_B, condition), target_BCFHW), {})
+        return Loss(F.mse_loss(self.models["online"](x_t_BCFHW, t_B, condition), target_BCFHW), {})
 
 
 METHOD = DMD

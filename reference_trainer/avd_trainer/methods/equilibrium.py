@@ -54,6 +54,9 @@ class EquilibriumConfig(DistillationConfig):
     """Times t' that clips and samples are noised to before they are judged. Ours: as in distribution matching."""
     r1_weight: float = Field(default=100.0, ge=0)
     """Weight of STR1, which keeps the discriminator smooth at real clips; 0 leaves it out. Ours: APT's 100."""
+    r1_spatial_step: float | None = Field(default=None, gt=0)
+    """Standard deviation of STR1's spatial perturbation; the term then counts as that of the paper's 0.01, which None
+    adds. Ours: 0.1 in bfloat16, where rounding in the backbone changes logits by more than a perturbation of 0.01."""
     csds_weight: float = Field(default=10.0, ge=0)
     """Weight of conditional score distillation; 0 leaves it out. Paper: 10."""
     csds_timesteps: ScoreTimestepsConfig = ScoreTimestepsConfig()
@@ -78,6 +81,11 @@ class EquilibriumConfig(DistillationConfig):
         return {"average": "ema", "frozen": "teacher", "separate": "critic"}[self.critic]
 
     @property
+    def asks_average(self) -> bool:
+        """Whether the average of the student's weights is a model that is asked, and not only exported."""
+        return self.critic == "average"
+
+    @property
     def _judged(self) -> int:
         """Videos that the head judges per clip: itself, a sample; with STR1 the clip perturbed in space and in time."""
         return 2 if self.r1_weight == 0 else 4
@@ -88,7 +96,7 @@ class EquilibriumConfig(DistillationConfig):
         separate = {"critic": Trained(self.student.optimizer, self.student.lora)} if self.critic == "separate" else {}
         return {
             **separate,
-            "ema": Average("student", self.ema_decay, asked=self.critic == "average"),
+            "ema": Average("student", self.ema_decay, asked=self.asks_average, warmup=False),
             "discriminator": Built(
                 self.head.optimizer, lambda _, architecture: build_head(self.head, architecture), reads
             ),
@@ -122,7 +130,7 @@ class Equilibrium:
             backbone, models["discriminator"], config.head.tapped(len(backbone.module.blocks))
         )
         self.hinge = HingeLoss()
-        self.r1 = SpatioTemporalR1Loss(weight=config.r1_weight)
+        self.r1 = SpatioTemporalR1Loss(weight=config.r1_weight, step_spatial=config.r1_spatial_step)
         self.csds = ConditionalScoreDistillationLoss(weight=config.csds_weight)
         self.motion = None if config.motion is None else ClippedTemporalVarianceLoss(**config.motion.model_dump())
 

@@ -26,7 +26,7 @@ from avd_trainer.methods.base import (
 )
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.methods.equilibrium import Equilibrium, EquilibriumConfig
-from avd_trainer.models.roles import Average, Model, Roles
+from avd_trainer.models.roles import Model, Roles
 from avd_trainer.models.samplers import Rollout, guided_velocity, predict, schedule
 from avd_trainer.runtime.draws import Draws
 
@@ -43,7 +43,8 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
     few_steps: tuple[float, ...] = (1000.0,)
     """One step, from pure noise."""
     online: StudentRoleConfig = StudentRoleConfig(lora=LoRAConfig())
-    """The model that follows the student's samples in phase I. Paper: LoRA on the frozen teacher, zero-initialised."""
+    """The model that follows the student's samples, where phase I matches distributions; it takes part only there.
+    Paper: LoRA on the frozen teacher, zero-initialised."""
     ema_decay: float = Field(default=0.995, ge=0, lt=1)
     """Decay of the average of the student's weights: the critic of phase II, and what is exported. Paper: 0.995."""
     priming_steps: int = Field(default=500, ge=0)
@@ -58,8 +59,8 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
 
     def roles(self, student_weights: str | None = None) -> Roles:
         roles = {**super().roles(student_weights), **self.equilibrium_roles()}
-        if self.priming == "consistency":
-            roles["ema"] = Average("student", self.ema_decay, asked=True)
+        if self.priming == "consistency" or not self.priming_steps:
+            del roles["online"]  # nothing is matched
         return roles
 
     def calls(self, max_steps: int) -> Sequence[Call]:
@@ -70,6 +71,10 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
         primed = min(self.priming_steps / max_steps, 1.0)
         shares = [(call, primed) for call in priming] + [(call, 1 - primed) for call in self.equilibrium_calls()]
         return [call._replace(times=share * call.times) for call, share in shares if share * call.times]
+
+    @property
+    def asks_average(self) -> bool:
+        return super().asks_average or (self.priming == "consistency" and self.priming_steps > 0)
 
     @model_validator(mode="after")
     def _check_parts(self) -> Self:

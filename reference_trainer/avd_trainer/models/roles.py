@@ -78,11 +78,14 @@ class Average:
         decay: For each optimizer step of that role that was not skipped, in [0, 1).
         asked: Whether the method asks a model that has the averaged weights. It is frozen, and follows by itself: where
             the role trains adapters, it is one more adapter on their base, or else a transformer of its own.
+        warmup: Whether the decay starts low and rises with the number of updates to ``decay``, as for an average that
+            is only exported, which should forget the first weights soon.
     """
 
     of: str
     decay: float
     asked: bool = False
+    warmup: bool = True
 
 
 Role = Frozen | Trained | Built | Average

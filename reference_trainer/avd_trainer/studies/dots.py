@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-from avd_trainer.evaluation.measures import MEASURES, headlines
+from avd_trainer.evaluation.measures import ALL_MEASURES, MEASURES, headlines
 from avd_trainer.evaluation.palette import COLORS, write_png
 
 matplotlib.use("Agg")
@@ -28,7 +28,7 @@ MARGIN = 0.2
 
 def save_figure(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the results of :func:`avd_trainer.studies.summary.summarise`; a file that is there is replaced at once."""
-    names = headlines(MEASURES)
+    names = headlines({**MEASURES, **{name: 0 for each in results["variants"].values() for name in each["measures"]}})
     rows = math.ceil(len(names) / COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(5 * COLUMNS, 3.2 * rows), layout="constrained", squeeze=False)
     figure.suptitle(
@@ -44,7 +44,7 @@ def save_figure(path: Path, results: Mapping[str, Any]) -> None:
 
 def _draw_panel(axis: Axes, name: str, results: Mapping[str, Any]) -> None:
     variants = {key: each for key, each in results["variants"].items() if each["measures"]}
-    axis.set_title(fill(MEASURES[name].title, 44), fontsize=9)
+    axis.set_title(fill(ALL_MEASURES[name].title, 44), fontsize=9)
     for place, each in enumerate(variants.values()):
         dots = [unit["values"][name] for unit in each["seeds"].values() if unit["values"]]
         offsets = np.linspace(-WIDTH_OF_DOTS / 2, WIDTH_OF_DOTS / 2, len(dots)) if len(dots) > 1 else [0.0]

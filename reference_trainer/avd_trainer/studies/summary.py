@@ -14,7 +14,7 @@ import torch
 from avd_trainer.evaluation.controls import CONTROLS as CONTROL_TITLES
 from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.measure_table import Row, markdown_table
-from avd_trainer.evaluation.measures import MEASURES, headlines
+from avd_trainer.evaluation.measures import ALL_MEASURES, headlines
 from avd_trainer.evaluation.reference import Reference, Spread
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
@@ -77,14 +77,14 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
     variants = {}
     for name, own in units.items():
         measures: dict[str, dict[str, Any]] = {}
-        for measure in MEASURES:
+        for measure in ALL_MEASURES:
             of_seeds = _column(values[name], measure)
             if not of_seeds:
                 continue
             measures[measure] = _told(estimate(list(of_seeds.values())), units[name])
             baseline = _column(values.get(study.config.baseline, {}), measure)
             if real and name != study.config.baseline:
-                distance = partial(MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
+                distance = partial(ALL_MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
                 found = compare(of_seeds, baseline, distance)
                 compared = units[name], units.get(study.config.baseline, {})
                 measures[measure]["against_baseline"] = None if found is None else _told(found, *compared)

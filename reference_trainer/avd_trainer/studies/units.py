@@ -25,10 +25,9 @@ from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
-from avd_trainer.evaluation.controls import Encoded, controls_of_shapes
-from avd_trainer.evaluation.first_frame import first_frame_error
+from avd_trainer.evaluation.controls import RENDERING, Encoded, controls_of_shapes
 from avd_trainer.evaluation.measures import measure
-from avd_trainer.evaluation.reference import reference_of_shapes
+from avd_trainer.evaluation.reference import encode_rendering, reference_of_shapes
 from avd_trainer.methods.base import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.architecture import image_input
@@ -83,8 +82,8 @@ class Workplace:
 
         Returns:
             ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
-            also ``noises``, the measures of each of several noises (for image to video with ``first_frame_error``), and
-            ``deviations`` that the adaptive weight judged;
+            also ``noises``, the measures of each of several noises, and ``deviations`` that the adaptive weight
+            judged;
             or ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the
             ``spreads`` of real clips, of ``controls`` the ``controls``.
 
@@ -111,11 +110,14 @@ class Workplace:
                     bar.advance()
                     self._check_stop()
 
-                reference = reference_of_shapes(self._shapes, self._codec, sets=sets, on_set=advance)
+                reference = reference_of_shapes(
+                    self._shapes, self._codec, sets=sets, images=self._of_images, on_set=advance
+                )
             return {"sets": reference.sets, "spreads": {name: asdict(each) for name, each in reference.spreads.items()}}
         if unit.variant == CONTROLS:
             controls = controls_of_shapes(self._shapes, self._codec)
-            return {"controls": {name: self._measure(each.latents, each.video) for name, each in controls.items()}}
+            images = encode_rendering(self._shapes, RENDERING, self._codec).video[:, :, 0]
+            return {"controls": {name: self._measure(each, images) for name, each in controls.items()}}
         variant = self.study.variants[unit.variant]
         if isinstance(variant, TrainConfig):
             with _timed(seconds, "train"):
@@ -128,7 +130,8 @@ class Workplace:
         if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
             raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
         with _timed(seconds, "measure"):
-            measured = [self._measure_samples(latents) for latents in samples]
+            images = self._real.video[:, :, 0]
+            measured = [self._measure(Encoded(each, self._codec.decode(each)), images) for each in samples]
         trained = isinstance(variant, TrainConfig)
         return {
             "noises": measured,
@@ -212,17 +215,15 @@ class Workplace:
         if self._stopping():
             raise StoppedError
 
-    def _measure_samples(self, latents: Tensor) -> dict[str, float]:
-        """The measures of a model's samples; for image to video also ``first_frame_error``."""
-        video = self._codec.decode(latents)
-        found = self._measure(latents, video)
-        if self._asked[0].image_latents is None:
-            return found
-        return found | {"first_frame_error": first_frame_error(video, self._real.video[:, :, 0])}
-
-    def _measure(self, latents: Tensor, video: Tensor) -> dict[str, float]:
+    def _measure(self, clips: Encoded, images: Tensor) -> dict[str, float]:
+        """The measures of clips; for image to video also those against the images that they were to begin with."""
         self._check_stop()
-        return measure(latents, video, self._held_out.captions, self._real)
+        return measure(*clips, self._held_out.captions, self._real, images if self._of_images else None)
+
+    @property
+    def _of_images(self) -> bool:
+        """Whether the study is one of image to video."""
+        return self._asked[0].image_latents is not None
 
     @cached_property
     def _training_data(self) -> TrainingData:

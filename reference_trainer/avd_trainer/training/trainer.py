@@ -102,6 +102,7 @@ class Trainer:
             name: EMACallback(
                 list(self._parameters[role.of].values()),
                 role.decay,
+                warmup=role.warmup,
                 held_in=averaged_weights(self.models[name]) if role.asked else None,
             )
             for name, role in roles.items()

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from avd_trainer.data.moving_shapes import DIRECTIONS, SHAPE_KINDS, SPEEDS, MovingShapes, ShapeClip, Track, draw
 from avd_trainer.evaluation.controls import CONTROLS, Encoded, RealClips
-from avd_trainer.evaluation.measures import MEASURES, headlines, measure
+from avd_trainer.evaluation.image_measures import image_measures
+from avd_trainer.evaluation.measures import IMAGE_MEASURES, MEASURES, headlines, measure
 from avd_trainer.evaluation.reference import caught
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
@@ -227,6 +228,80 @@ def test_clips_without_captions_get_what_needs_none(measured: Measured, codec: B
     # Without captions nobody knows which clips belong together.
     unpaired = {"motion_distance"}
     assert {name for name in values if values[name] != everything[name]} == unpaired
+
+
+# --- Clips that were to begin with an image
+
+
+def moved(track: Track, pixels: float) -> Track:
+    """Elsewhere along its way, all the time."""
+    way = torch.tensor(DIRECTIONS[track.shape.direction])
+    return replace(track, positions=track.positions + pixels * way)
+
+
+def of_another_image(clips: list[ShapeClip], share: float, codec: BlockDCTCodec) -> Encoded:
+    """In a share of the clips, what an image of the next caption would give."""
+    count = round(share * len(clips))
+    others = clips[1:] + clips[:1]
+    return encode([other.video if i < count else clips[i].video for i, other in enumerate(others)], codec)
+
+
+@pytest.fixture(scope="module")
+def images(measured: Measured, codec: BlockDCTCodec) -> Tensor:
+    return encode([clip.video for clip in measured.clips], codec).video[:, :, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "strengths"),
+    [
+        ("subject_consistency", in_a_share(lambda clip: redraw(clip, of_another_kind)), SHARES),
+        ("subject_consistency", in_a_share(on_the_other_half), SHARES),
+        ("subject_consistency", of_another_image, SHARES),
+        ("subject_consistency", ERASED, SHARES),
+        ("subject_consistency", SATURATED, (1.0, 1.25, 1.3, 1.5)),
+        ("start_error", drawn_again(moved), (0.0, 0.5, 1.0, 2.0, 3.0)),
+        ("start_error", ERASED, SHARES),
+        ("first_frame_error", of_another_image, SHARES),
+        ("first_frame_error", control("blurred"), (0.0, 0.4, 0.6, 0.8, 1.2)),
+    ],
+)
+def test_what_is_not_as_in_the_image_moves_its_measure(
+    name: str, spoil: Spoil, strengths: tuple[float, ...], measured: Measured, codec: BlockDCTCodec, images: Tensor
+) -> None:
+    values = [
+        image_measures(spoil(measured.clips, strength, codec).video, measured.captions, images)[name]
+        for strength in strengths
+    ]
+    way = 1 if IMAGE_MEASURES[name].better == "lower" else -1
+    assert all(way * (after - before) > 0 for before, after in pairwise(values)), values
+    assert values[0] == pytest.approx(1.0 if way < 0 else 0.0, abs=0.03)  # real clips keep their own first frame
+
+
+def test_another_rendering_of_the_caption_is_told_from_the_image(
+    measured: Measured, codec: BlockDCTCodec, images: Tensor
+) -> None:
+    """What the caption leaves open: a model that does not look at the image scores so."""
+    shapes = MovingShapes(len(measured.clips), 1_000_007, held_out=True)
+    other = encode([shapes.render(index, 101).video for index in range(len(shapes))], codec)
+    found = image_measures(other.video, measured.captions, images)
+    assert 0.5 < found["start_error"] < 2
+    assert 0.01 < found["first_frame_error"] < 0.06
+    # A still keeps all that the image shows: that it goes on is for other measures to see.
+    frozen = CONTROLS["frozen"].spoil(RealClips.of_shapes(measured.clips), 1.0, codec)
+    assert image_measures(frozen.video, measured.captions, images)["subject_consistency"] > 0.97
+
+
+def test_with_images_their_measures_come_after_the_others(measured: Measured, images: Tensor) -> None:
+    real = measured.reference.real
+    assert list(measure(*real, measured.captions, real, images)) == [*MEASURES, *IMAGE_MEASURES]
+    with pytest.raises(ValueError, match="captions of clips with images are expected, got none"):
+        measure(*real, None, real, images)
+
+
+def test_a_shape_that_is_not_there_at_first_has_the_worst_start(measured: Measured, images: Tensor) -> None:
+    gone = images.mean((2, 3), keepdim=True).expand_as(images).unsqueeze(2).repeat(1, 1, 5, 1, 1)
+    found = image_measures(gone, measured.captions, images)
+    assert (found["subject_consistency"], found["start_error"]) == (0, 4)
 
 
 def test_headlines_are_in_order_and_of_what_is_there() -> None:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from avd_core import CollapseMonitor
+from avd_core import CollapseMonitor, SpatioTemporalR1Loss
+from avd_trainer.config.sections import ScoreTimestepsConfig
+from avd_trainer.data.in_memory import encode_shapes
+from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.methods.base import Batches, Turn
 from avd_trainer.methods.vpae import VPAE, VPAEMethodConfig
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.discriminators.discriminator import Discriminator
+from avd_trainer.models.discriminators.light import LightHead
 from avd_trainer.models.roles import Average, Trained
-from avd_trainer.models.samplers import FewStepSampler
-from avd_trainer.models.transformer import VelocityModel
+from avd_trainer.models.samplers import FewStepSampler, schedule
+from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.training.trainer import Trainer
-from runs import LORA, MakeTrainer, first_step, weights
+from runs import LORA, MakeConfig, MakeTrainer, first_step, weights
 
 PHASE_2 = {"priming_steps": 0}
 
@@ -45,7 +54,7 @@ def test_defaults_are_the_papers() -> None:
     assert (config.priming_steps, config.priming_rate * config.student.optimizer.lr) == (500, 1e-6)
     assert (config.student.optimizer.lr, config.ema_decay, config.csds_weight) == (2e-6, 0.995, 10)
     assert config.online.lora is not None
-    assert config.roles()["ema"] == Average("student", 0.995, asked=True)
+    assert config.roles()["ema"] == Average("student", 0.995, asked=True, warmup=False)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +152,45 @@ def test_the_critic_is_the_students_average(make_trainer: MakeTrainer, lora: dic
     assert (critic.module is student.module) == (lora is not None)  # adapters share one base
 
 
+@pytest.mark.parametrize("critic", ["average", "frozen"])
+def test_the_average_has_its_plain_decay_from_the_first_step(make_trainer: MakeTrainer, critic: str) -> None:
+    """theta- <- 0.9 theta- + 0.1 theta: no warm-up, which would make the critic follow more closely."""
+    trainer = make_trainer("vpae", max_steps=3, method={"priming_steps": 1, "ema_decay": 0.9, "critic": critic})
+    student = trainer.models["student"]
+    assert isinstance(student, VelocityModel)
+    expected = [parameter.detach().clone() for parameter in student.parameters()]
+    for _ in trainer.run():
+        expected = [0.9 * a + 0.1 * p.detach() for a, p in zip(expected, student.parameters(), strict=True)]
+    with trainer.averages["ema"].average_parameters():
+        for found, wanted in zip(student.parameters(), expected, strict=True):
+            torch.testing.assert_close(found.detach(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "asked"), [(PHASE_2, False), ({"priming": "consistency"}, False), ({"priming_steps": 1}, True)]
+)
+def test_an_online_model_takes_part_only_where_distributions_are_matched(
+    make_trainer: MakeTrainer, make_config: MakeConfig, method: dict[str, Any], asked: bool
+) -> None:
+    """It is neither built, nor stepped on, nor saved, nor planned."""
+    trainer = make_trainer("vpae", method=method)
+    plan = make_plan(make_config("vpae", method=method))
+    for names in (trainer.models, trainer.optimizers, trainer.state_tensors(), {role.name for role in plan.run.roles}):
+        assert ("online" in names) == asked
+
+
+def test_the_average_is_asked_where_something_asks_it() -> None:
+    def asked(**options: Any) -> bool:
+        role = VPAEMethodConfig.model_validate(options).roles()["ema"]
+        assert isinstance(role, Average)
+        return role.asked
+
+    assert asked()
+    assert not asked(critic="frozen")
+    assert asked(critic="frozen", priming="consistency")
+    assert not asked(critic="frozen", priming="consistency", priming_steps=0)
+
+
 # --- Phase I
 
 
@@ -238,9 +286,35 @@ def test_clips_and_samples_are_judged_at_the_same_times_and_perturbed_after_nois
     assert {"hinge_loss", "logit_gap", "r1/loss"} <= metrics.keys()
 
 
+def test_in_bfloat16_a_larger_step_measures_str1s_spatial_term() -> None:
+    """At 0.01 the backbone's rounding alone changes logits more; in float32 both steps measure the same slope."""
+    torch.manual_seed(0)
+    clips = encode_shapes(MovingShapes(12, 0), BlockDCTCodec()).latents
+    x_t = schedule.add_noise(clips, torch.randn_like(clips), torch.full((12,), 300.0))
+    condition = Condition(torch.zeros(12, 4, 32))
+    noise, head = torch.randn_like(clips[:, :, :1]), LightHead(96, 2, width=32)
+
+    def spatial(dtype: torch.dtype, step: float | None) -> float:
+        backbone = VelocityModel(load_transformer("bundled:tiny", dtype=dtype), dtype=dtype)
+        asked = partial(Discriminator(backbone, head, (3, 5)), timesteps=torch.full((12,), 300.0), condition=condition)
+        with torch.no_grad():
+            r1 = SpatioTemporalR1Loss(step_spatial=step).eval()
+            return float(r1(asked, x_t, asked(x_t), spatial_noise=noise).metrics["spatial"])
+
+    exact = spatial(torch.float32, None)
+    assert spatial(torch.float32, 0.1) == pytest.approx(exact, rel=0.2)
+    assert spatial(torch.bfloat16, None) > 1.4 * exact  # 6 times, where the head was trained for 60 steps
+    assert spatial(torch.bfloat16, 0.1) == pytest.approx(exact, rel=0.25)
+
+
 def test_the_gradient_of_l_g_is_that_of_its_terms(make_trainer: MakeTrainer) -> None:
     """Held against L_G as written, differentiated through student and critic at once."""
-    trainer = make_trainer("vpae", method={**PHASE_2, "motion": {"weight": 0.1, "floor": -100.0}})
+    times = {
+        "critic": ScoreTimestepsConfig(shift=1.0, low=20, high=500),
+        "csds": ScoreTimestepsConfig(shift=3.0, low=600, high=980),
+    }
+    options = {f"{name}_timesteps": each.model_dump() for name, each in times.items()}
+    trainer = make_trainer("vpae", method={**PHASE_2, **options, "motion": {"weight": 0.1, "floor": -100.0}})
     equilibrium, batch = of(trainer).equilibrium, batch_of(trainer, "prompts")
     student = trainer.models["student"]
     assert isinstance(student, VelocityModel)
@@ -259,11 +333,10 @@ def test_the_gradient_of_l_g_is_that_of_its_terms(make_trainer: MakeTrainer) -> 
     noise = draws.normal("trajectory", trainer.latent_shape)
     high = torch.full((len(noise),), 1000.0)
     x = noise - student(noise, high, condition)
-    options = trainer.config.method.score_timesteps  # type: ignore[attr-defined]
 
     def noised(clean: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        u = draws.uniform(f"{name}_timesteps")
-        t = (1000 * options.shift * u / (1 + (options.shift - 1) * u)).clamp(options.low, options.high)
+        u, (shift, low, high) = draws.uniform(f"{name}_timesteps"), times[name].model_dump().values()
+        t = (1000 * shift * u / (1 + (shift - 1) * u)).clamp(low, high)
         s = (t / 1000).view(-1, 1, 1, 1, 1)
         return (1 - s) * clean + s * draws.normal(f"{name}_noise", trainer.latent_shape), t, s
 
@@ -343,5 +416,5 @@ def test_image_to_video_shows_the_head_the_image() -> None:
 def test_a_separate_critic_is_trained_as_the_student_is() -> None:
     config = VPAEMethodConfig.model_validate({"critic": "separate", "student": {"lora": LORA}})
     assert config.roles()["critic"] == Trained(config.student.optimizer, config.student.lora)
-    assert config.roles()["ema"] == Average("student", 0.995, asked=False)
+    assert config.roles()["ema"] == Average("student", 0.995, asked=False, warmup=False)
     assert config.backbone == "critic"
