@@ -69,6 +69,11 @@ class Call(NamedTuple):
         return self.times * (1 if self.guidance_scale == 1 else 2)
 
 
+def forward_equivalents(calls: Sequence[Call]) -> float:
+    """Forwards of one example in a step, a backward pass counted as two."""
+    return sum(call.forwards * (3 if call.backward else 1) for call in calls)
+
+
 class Setting(NamedTuple):
     """What a method is given when it starts.
 

@@ -11,7 +11,7 @@ Each other file is a variant, and the first sentence of its comment says what it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,10 @@ EVALUATION = "evaluation."
 NEEDS = ("of", "interpolator")
 """Keys that name a variant whose results this one starts from."""
 
+COSTS = "costs"
+"""Key of ``study.json`` and of results: what a step of each student costs, where all share a budget."""
+SECONDS = "-seconds"
+"""What the name of a variant ends with that is trained for as many seconds as another one."""
 REFERENCE, CONTROLS = "reference", "controls"
 """Units beside the variants: what real clips score, and clips that were spoiled on purpose."""
 
@@ -68,6 +72,9 @@ class StudyConfig(Section):
     seeds: str = "1..8"
     """Seeds of training, where none are asked for, as :func:`parse_seeds` reads them. Those from 100 on are for
     choosing values."""
+    budget_of: str | None = None
+    """The variant whose own ``max_steps`` say what each student may cost (:mod:`avd_trainer.studies.budget`); None:
+    each is trained for its own."""
     evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
     """How they are measured."""
 
@@ -105,6 +112,20 @@ class Unit(NamedTuple):
         return f"{self.variant}-{self.seed}"
 
 
+class Cost(NamedTuple):
+    """What a step costs: means over a run.
+
+    Attributes:
+        forwards: Forward equivalents of all examples of the batch, a backward pass counted as two.
+        seconds: On the machine that the study began on, in one process.
+        memory: MB of 2^20 bytes in tensors in the step's worst phase, as ``avd plan`` computes it for a GPU.
+    """
+
+    forwards: float
+    seconds: float
+    memory: float
+
+
 @dataclass(frozen=True)
 class Study:
     """A study, read and checked.
@@ -119,6 +140,7 @@ class Study:
             values of its run.
         source: The name or path that it was asked for by.
         overrides: What ``--set`` has changed.
+        costs: What a step of each student costs, where all share a budget and it is known.
     """
 
     name: str
@@ -129,6 +151,7 @@ class Study:
     worked_on: Set[str]
     source: str
     overrides: Sequence[str]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
     @property
     def data(self) -> ShapesData:
@@ -149,6 +172,12 @@ class Study:
             return None
         with open_weights(self.teacher) as weights:
             return weights.digest()
+
+    @property
+    def order(self) -> list[str]:
+        """All names that results can have, in the order of tables."""
+        endings = ("",) if self.config.budget_of is None else ("", SECONDS)
+        return [name + ending for name in self.config.variants for ending in endings]
 
     def run(self, variant: str) -> TrainConfig:
         """The run behind a variant."""
@@ -189,6 +218,7 @@ class Study:
             "evaluation": self.config.evaluation.model_dump(mode="json"),
             "measures_version": VERSION,
             "variants": variants,
+            **({COSTS: {name: cost._asdict() for name, cost in self.costs.items()}} if self.costs else {}),
         }
 
 
@@ -214,17 +244,18 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
         for file in sorted(folder.glob("*.yaml"))
         if file.name != STUDY and not file.name.startswith(SHARED)
     }
-    if taken := files.keys() & {REFERENCE, CONTROLS}:
-        raise ConfigError(f"{folder}: {', '.join(sorted(taken))} cannot be the name of a variant. Choose another one.")
+    if taken := [name for name in sorted(files) if name in (REFERENCE, CONTROLS) or name.endswith(SECONDS)]:
+        raise ConfigError(f"{folder}: {', '.join(taken)} cannot be the name of a variant. Choose another one.")
     if set(config.variants) != files.keys() or len(set(config.variants)) < len(config.variants):
         raise ConfigError(
             f"{folder / STUDY}: variants must name each file of the folder once: {', '.join(files)}. "
             f"Got {', '.join(config.variants)}."
         )
-    if unknown := [each for each in [config.baseline, *(variants or ())] if each not in files]:
+    budget_of = [] if config.budget_of is None else [config.budget_of]
+    if unknown := [each for each in [config.baseline, *budget_of, *(variants or ())] if each not in files]:
         raise UserError(f"Study {name} has no variant {unknown[0]!r}. It has {', '.join(config.variants)}.")
     worked_on = _with_needs(folder, variants or config.variants, NEEDS)
-    named = _with_needs(folder, worked_on, (*NEEDS, "teacher_of"))
+    named = _with_needs(folder, [*worked_on, *budget_of], (*NEEDS, "teacher_of"))
     chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in named}
     titles = {each: describe(files[each]) for each in config.variants}
     study = Study(folder.name, describe(folder / STUDY), titles, config, chosen, worked_on, name, overrides)
@@ -280,6 +311,9 @@ def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
 
 
 def _check(study: Study, folder: Path) -> None:
+    of = study.config.budget_of
+    if of is not None and not (isinstance(study.variants[of], TrainConfig) and study.is_measured(of)):
+        raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
     for name, variant in study.variants.items():
         file = folder / f"{name}.yaml"
         if not study.titles[name]:

@@ -42,12 +42,14 @@ from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.studies.budget import time_step
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit
 from avd_trainer.studies.deviations import read_deviations
+from avd_trainer.studies.monitoring import judge_samples, read_findings
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS
 from avd_trainer.training.metrics_log import METRICS_FILE
-from avd_trainer.training.run import train
+from avd_trainer.training.run import FINDINGS, train
 
 RUN = "run"
 """The run in a unit's folder; what it trained stays, its checkpoints go when it is done."""
@@ -83,8 +85,9 @@ class Workplace:
 
         Returns:
             ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
-            also ``noises``, the measures of each of several noises (for image to video with ``first_frame_error``), and
-            ``deviations`` that the adaptive weight judged;
+            also ``noises``, the measures of each of several noises (for image to video with ``first_frame_error``),
+            ``monitor``, what a :class:`avd_core.CollapseMonitor` says of them, and ``deviations`` that the adaptive
+            weight judged;
             or ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the
             ``spreads`` of real clips, of ``controls`` the ``controls``.
 
@@ -130,10 +133,18 @@ class Workplace:
         with _timed(seconds, "measure"):
             measured = [self._measure_samples(latents) for latents in samples]
         trained = isinstance(variant, TrainConfig)
+        found = {"of_samples": judge_samples(torch.cat(samples), self._real.latents)}
+        if trained:
+            found["while_training"] = read_findings(self.run_folder(unit) / FINDINGS)
         return {
             "noises": measured,
+            "monitor": found,
             "deviations": read_deviations(self.run_folder(unit) / METRICS_FILE) if trained else None,
         }
+
+    def time_step(self, run: TrainConfig) -> float:
+        """Seconds that a step of a run takes here."""
+        return time_step(run, self._training_data, self.ranks)
 
     def run_folder(self, unit: Unit) -> Path:
         """Where a unit's run is."""
