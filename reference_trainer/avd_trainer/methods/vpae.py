@@ -13,17 +13,8 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from avd_trainer.config.sections import LoRAConfig, ScoreTimestepsConfig
-from avd_trainer.methods.base import (
-    Batches,
-    Call,
-    Cut,
-    Loss,
-    Setting,
-    StudentRoleConfig,
-    Turn,
-    describe_samples,
-    draw_noised,
-)
+from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn, draw_noised
+from avd_trainer.methods.distillation import StudentRoleConfig, describe_samples
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.methods.equilibrium import Equilibrium, EquilibriumConfig
 from avd_trainer.models.roles import Average, Model, Roles
@@ -31,6 +22,8 @@ from avd_trainer.models.samplers import Rollout, guided_velocity, predict, sched
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "AAAI 2026, arXiv 2508.21019 (V-PAE)"
+NEEDS = ("teacher", "clips", "prompts")
+FORWARDS = 16.3
 
 # Of trajectories that consistency priming distils: 50 steps from noise to clip.
 STRIDE = 20.0
@@ -62,8 +55,8 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
             roles["ema"] = Average("student", self.ema_decay, asked=True)
         return roles
 
-    def calls(self, max_steps: int) -> Sequence[Call]:
-        priming = super().calls(max_steps)
+    def own_calls(self, max_steps: int) -> Sequence[Call]:
+        priming = super().own_calls(max_steps)
         if self.priming == "consistency":
             target = (Call("teacher", 1, guidance_scale=self.guidance_scale), Call("ema", 1))
             priming = (*target, Call("student", 1, backward=True))
@@ -89,22 +82,24 @@ class VPAE(DMD):
         super().__init__(config, models, setting)
         self.equilibrium = Equilibrium(config, models, setting)
 
-    def turns(self, step: int) -> Sequence[Turn]:
+    def own_turns(self, step: int) -> Sequence[Turn]:
         if step > self.config.priming_steps:
             trained_too = ("critic",) if self.config.critic == "separate" else ()
             judging = Turn("discriminator", ("clips",), "equilibrium", trained_too)
             return [judging, Turn("student", ("prompts",), "equilibrium")]
-        priming = super().turns(step) if self.config.priming == "vsd" else [Turn("student", ("clips",), "consistency")]
+        priming = (
+            super().own_turns(step) if self.config.priming == "vsd" else [Turn("student", ("clips",), "consistency")]
+        )
         return [turn._replace(rate=self.config.priming_rate) if turn.role == "student" else turn for turn in priming]
 
-    def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+    def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.part == "equilibrium":  # phase II
             side = self.equilibrium.judge if turn.role == "discriminator" else self.equilibrium.be_judged
             yield side(batch, draws)
         elif turn.part == "consistency":
             yield self._stay_consistent(batch, draws)
         else:  # phase I: distribution matching of what `generate` makes, and the online model that follows it
-            yield from super().losses(turn, batch, draws)
+            yield from super().own_losses(turn, batch, draws)
 
     def generate(self, batch: Batches, draws: Draws) -> Rollout:
         """One prediction from a clip at tau ~ U[0.9, 1] T; at T it is pure noise."""
@@ -127,7 +122,7 @@ class VPAE(DMD):
         rollout = predict(self.student, x_t_BCFHW, t_B, condition, finished=False)
         cut = Cut(rollout.velocity)
         x_BCFHW = rollout._replace(velocity=cut.output).x_0
-        return Loss(F.mse_loss(x_BCFHW, target.x_0), describe_samples(x_BCFHW.detach(), rollout), cut)
+        return Loss(F.mse_loss(x_BCFHW, target.x_0), describe_samples(x_BCFHW.detach(), rollout), cut, x_BCFHW)
 
 
 METHOD = VPAE

@@ -22,7 +22,7 @@ from avd_core import step_rates
 from avd_trainer.config.loading import ConfigError, load_config, read_values
 from avd_trainer.config.sections import Section, ShapesData
 from avd_trainer.evaluation.measures import VERSION
-from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError

@@ -29,7 +29,7 @@ from avd_trainer.evaluation.controls import Encoded, controls_of_shapes
 from avd_trainer.evaluation.first_frame import first_frame_error
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import reference_of_shapes
-from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec

@@ -26,7 +26,8 @@ from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Loss
-from avd_trainer.methods.registry import list_methods, load_method
+from avd_trainer.methods.distillation import Distillation, DistillationConfig
+from avd_trainer.methods.registry import ListedMethod, list_methods, load_method
 from avd_trainer.models.roles import Average, Built, Frozen, Trained
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, build_transformer
@@ -40,6 +41,7 @@ from avd_trainer.training.trainer import Trainer
 from launches import on_ranks
 
 KINDS = [method.kind for method in list_methods()]
+DISTILLERS = [kind for kind in KINDS if issubclass(load_method(kind), Distillation)]
 # Both phases in a run of few steps. A discriminator's gradients nearly cancel at first, and Adam's first steps make as
 # much of the rounding error that is left as of a gradient: so its head takes small ones.
 VPAE = ("vpae", "method.priming_steps=2", "method.head.optimizer.lr=1e-6")
@@ -47,6 +49,7 @@ VPAE = ("vpae", "method.priming_steps=2", "method.head.optimizer.lr=1e-6")
 VARIANTS = {
     "avd by excess": ("avd", "method.regression.judged=excess", "method.regression.deviation=standardized"),
     "avd by relative loss": ("avd", "method.regression.judged=relative"),
+    "vpae with our terms": (*VPAE, "method.avd.regression.judged=excess"),
     "vpae of adapters": (*VPAE, "method.student.lora.rank=2", "method.online.lora.rank=2"),
     "vpae with a separate critic": (
         *VPAE, "method.critic=separate", "method.head.kind=light", "method.priming_steps=0",
@@ -113,6 +116,18 @@ def test_who_takes_part_is_said_in_its_configuration(kind: str, configure: Calla
     assert load_method(kind).Config.model_fields["kind"].default == kind
     assert config.method.main_role in roles
     assert all(role.of in roles for role in roles.values() if isinstance(role, Average))
+
+
+@pytest.mark.parametrize("method", list_methods(), ids=KINDS)
+def test_what_it_needs_and_costs_is_as_it_says(
+    method: ListedMethod, configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks
+) -> None:
+    trainer = Trainer(configure(method.kind), data, ranks)
+    read = {name for step in range(1, STEPS + 1) for turn in trainer.method.turns(step) for name in turn.data}
+    asked = {"teacher"} if trainer.config.method.needs_teacher else set()
+    assert set(method.needs) == read | asked
+    calls = load_method(method.kind).Config().calls(1500)
+    assert round(sum(call.forwards * (3 if call.backward else 1) for call in calls), 1) == method.forwards
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -343,6 +358,32 @@ def count_samples(trainer: Trainer, asked: Counter[tuple[str, bool]], monkeypatc
             running.pop()
 
         monkeypatch.setattr(model, "in_role", named)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DISTILLERS if kind != "avd"])
+def test_our_terms_go_on_top_of_it(
+    kind: str, configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks
+) -> None:
+    """Its own loss stays as it is in the first step, and both terms are added to it."""
+    alone, (step,) = (
+        list(Trainer(configure(kind, "max_steps=1", *overrides), data, ranks).run())
+        for overrides in ((), ("method.avd.motion.floor=-10",))
+    )
+    own = alone[0]
+    torch.testing.assert_close(
+        step["loss"] - step["regression/loss"] - step["motion/loss"], own["loss"], rtol=1e-4, atol=1e-5
+    )
+    assert step["motion/loss"] != 0
+    assert step["regression/sample_losses"].shape == (4,)
+    assert step["balance/gradient_ratio"] > 0
+    assert step["gradient_norm"] != own["gradient_norm"]
+    assert own.keys() <= step.keys()
+
+
+def test_every_distillation_takes_our_terms() -> None:
+    """A configuration that offers ``method.avd`` belongs to a method that adds it."""
+    for kind in KINDS:
+        assert issubclass(load_method(kind).Config, DistillationConfig) == (kind in DISTILLERS)
 
 
 def test_every_method_has_a_golden_curve_and_no_curve_is_left_over() -> None:
