@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from avd_core import LossOutput, shift_timesteps
+from avd_core.sampling import SamplerKind
 from avd_trainer.config.sections import ScoreTimestepsConfig, Section
 from avd_trainer.data.batches import Batch
 from avd_trainer.data.examples import Examples
@@ -137,6 +138,8 @@ class MethodConfig(Section):
     """Whether a run needs a teacher, from which its models start."""
     needs_text: ClassVar[bool] = True
     """Whether the method reads captions or prompts."""
+    sampled_by: ClassVar[SamplerKind] = "re-noise"
+    """How a student that the method trains goes from one of its few steps to the next."""
 
     def roles(self, student_weights: str | None = None) -> Roles:
         """The models that take part. A student starts from ``student_weights``, or without them from the teacher."""

@@ -209,7 +209,9 @@ class Workplace:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
         model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
-        sampler = HalfRateInterpolationSampler(clean_predictor(model), interpolator, method.few_steps, half_rate_steps)
+        sampler = HalfRateInterpolationSampler(
+            clean_predictor(model), interpolator, method.few_steps, half_rate_steps, sampler=method.sampled_by
+        )
         return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
 
     def _product(self, unit: Unit) -> Path:
