@@ -152,7 +152,7 @@ def few_step_rollout(
     model: VelocityPredictor,
     condition: Condition,
     shape: Sequence[int],
-    timesteps: Sequence[float],
+    timesteps: Sequence[float] | Sequence[Tensor],
     draw_noise: DrawNoise,
     *,
     sampler: SamplerKind = "re-noise",
@@ -167,26 +167,25 @@ def few_step_rollout(
         model: The student.
         condition: What the B samples are to show.
         shape: ``[C, F, H, W]`` of a sample.
-        timesteps: The few steps, falling.
+        timesteps: The few steps, falling; or tensors ``[B]``, with a time of each sample.
         draw_noise: Draws for the B samples.
         sampler: From one step to the next: ``re-noise`` takes the clean prediction and noises it anew, ``ode`` goes on
             along the velocity, and draws only the first noise.
         last: Index of the step to stop at; None runs all of them.
-        on_prediction: Called in each step with its timestep and its clean prediction ``[B, C, F, H, W]``.
+        on_prediction: Called in each step with its timestep, a number, and its clean prediction ``[B, C, F, H, W]``.
     """
     last = len(timesteps) - 1 if last is None else last
     x_t = draw_noise(shape)
+    times = [torch.as_tensor(each).to(x_t).expand(len(condition)) for each in timesteps]
     with torch.no_grad():
-        for current, following in pairwise(timesteps[: last + 1]):
-            rollout = predict(model, x_t, x_t.new_full((len(condition),), current), condition, finished=False)
+        for step, next_B in enumerate(times[1 : last + 1]):
+            rollout = predict(model, x_t, times[step], condition, finished=False)
             if on_prediction is not None:
-                on_prediction(current, rollout.x_0)
-            next_B = x_t.new_full((len(condition),), following)
+                on_prediction(float(timesteps[step]), rollout.x_0)
             x_t = rollout.at(next_B) if sampler == "ode" else schedule.add_noise(rollout.x_0, draw_noise(shape), next_B)
-    final = x_t.new_full((len(condition),), timesteps[last])
-    rollout = predict(model, x_t, final, condition, finished=last == len(timesteps) - 1)
+    rollout = predict(model, x_t, times[last], condition, finished=last == len(timesteps) - 1)
     if on_prediction is not None:
-        on_prediction(timesteps[last], rollout.x_0)
+        on_prediction(float(timesteps[last]), rollout.x_0)
     return rollout
 
 

@@ -18,7 +18,7 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import forward_equivalents
 from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.ranks import Ranks
-from avd_trainer.studies.definition import SECONDS, Cost, Study, Variant
+from avd_trainer.studies.definition import SECONDS, Cost, Study, Variant, start_of
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
@@ -58,11 +58,14 @@ def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> S
 
 
 def students(study: Study) -> dict[str, TrainConfig]:
-    """The runs of a study that train a student, by variant."""
+    """The runs of a study that train a student from the teacher, by variant.
+
+    One that goes on from another student comes on top of what that one cost, so it has its own steps.
+    """
     return {
         name: variant
         for name, variant in study.variants.items()
-        if isinstance(variant, TrainConfig) and study.is_measured(name)
+        if isinstance(variant, TrainConfig) and study.is_measured(name) and start_of(variant) is None
     }
 
 

@@ -3,7 +3,8 @@
 ``study.yaml`` is about the whole (:class:`StudyConfig`). Files whose names begin with ``_`` are for others to extend.
 Each other file is a variant, and the first sentence of its comment says what it is:
 
-- a run (:class:`TrainConfig`, usually with ``extends:``), which is trained once for each seed;
+- a run (:class:`TrainConfig`, usually with ``extends:``), which is trained once for each seed; with
+  ``student_weights: variant:NAME`` from the student of another variant and the same seed;
 - with ``teacher_of: VARIANT`` the teacher of that run (:class:`TeacherVariant`);
 - with ``of: VARIANT`` the students of that run, sampled in another way (:class:`HalfRateVariant`).
 """
@@ -37,6 +38,8 @@ EVALUATION = "evaluation."
 
 NEEDS = ("of", "interpolator")
 """Keys that name a variant whose results this one starts from."""
+START = "variant:"
+"""What ``student_weights`` begin with that are those of a variant's student of the same seed: ``variant:dmd2``."""
 
 COSTS = "costs"
 """Key of ``study.json`` and of results: what a step of each student costs, where all share a budget."""
@@ -200,6 +203,9 @@ class Study:
     def needs(self, unit: Unit) -> list[Unit]:
         """The units whose results a unit starts from."""
         variant = self.variants.get(unit.variant)
+        if isinstance(variant, TrainConfig):
+            start = start_of(variant)
+            return [] if start is None else [Unit(start, unit.seed)]
         if not isinstance(variant, HalfRateVariant):
             return []
         needed = [Unit(variant.of, unit.seed)]
@@ -296,7 +302,15 @@ def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[
             )
         values = read_values(file)
         waiting += [values[key] for key in keys if isinstance(values.get(key), str)]
+        weights = str(values.get("student_weights"))
+        waiting += [weights.removeprefix(START)] if weights.startswith(START) else []
     return found
+
+
+def start_of(run: TrainConfig) -> str | None:
+    """The variant whose student a run starts from; None if it starts from none."""
+    weights = run.student_weights or ""
+    return weights.removeprefix(START) if weights.startswith(START) else None
 
 
 def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
@@ -312,8 +326,10 @@ def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
 
 def _check(study: Study, folder: Path) -> None:
     of = study.config.budget_of
-    if of is not None and not (isinstance(study.variants[of], TrainConfig) and study.is_measured(of)):
-        raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
+    if of is not None:
+        own = study.variants[of]
+        if not isinstance(own, TrainConfig) or not study.is_measured(of) or start_of(own) is not None:
+            raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
     for name, variant in study.variants.items():
         file = folder / f"{name}.yaml"
         if not study.titles[name]:
@@ -325,6 +341,9 @@ def _check(study: Study, folder: Path) -> None:
                 raise ConfigError(f"{file}: data differs from that of the other variants. All share the real clips.")
             if variant.method.needs_teacher and variant.teacher != study.teacher:
                 raise ConfigError(f"{file}: teacher differs from that of the other variants. All share the teacher.")
+            start = start_of(variant)
+            if start is not None and not (isinstance(study.variants[start], TrainConfig) and study.is_measured(start)):
+                raise ConfigError(f"{file}: student_weights must be of a variant that trains a student, got {start}.")
             continue
         source = study.variants[variant.of if isinstance(variant, HalfRateVariant) else variant.teacher_of]
         if not isinstance(source, TrainConfig) or not isinstance(source.method, DistillationConfig):

@@ -153,7 +153,9 @@ class Workplace:
     def _train(self, unit: Unit, config: TrainConfig) -> None:
         folder = self.run_folder(unit)
         if not (folder / config.method.main_role).exists():  # written whole, after the last step
-            seeded = config.model_copy(update={"seed": unit.seed})
+            start = [str(self._product(needed)) for needed in self.study.needs(unit)]
+            weights = start[0] if start else config.student_weights
+            seeded = config.model_copy(update={"seed": unit.seed, "student_weights": weights})
             if not train(seeded, folder, self.ranks, data=self._training_data, description=str(unit)):
                 raise StoppedError
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)

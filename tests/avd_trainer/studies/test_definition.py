@@ -63,6 +63,16 @@ def test_a_variant_brings_what_it_refers_to(tmp_path: Path) -> None:
     assert list(load_study(name, variants=["avd"]).variants) == ["avd"]
 
 
+def test_a_run_may_start_from_the_student_of_another_one(tmp_path: Path) -> None:
+    avd = "# Goes on.\nextends: dmd\nmax_steps: 1\nstudent_weights: variant:dmd"
+    study = load_study(write_study(tmp_path / "small", avd=avd), variants=["avd"])
+    assert list(study.variants) == ["dmd", "avd"]
+    assert study.needs(Unit("avd", 2)) == [Unit("dmd", 2)]
+    wrong = avd.replace("variant:dmd", "variant:interpolator")
+    with pytest.raises(UserError, match="student_weights must be of a variant that trains a student, got interpolator"):
+        load_study(write_study(tmp_path / "small", avd=wrong))
+
+
 def test_a_teacher_brings_the_values_of_its_run_and_no_work(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "small"), variants=["teacher"])
     assert list(study.variants) == ["teacher", "dmd"]
