@@ -94,7 +94,7 @@ class RCM(DMD):
         noise = draws.named("trajectory")
         return few_step_rollout(self.student, condition, self.setting.latent_shape, falling, noise, last=last)
 
-    def _denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
+    def denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """The online model's velocity F of TrigFlow on a noised sample: flow's, times ``1 / (cos + sin)``."""
         t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
         error = self.online(x_t_BCFHW, t_B, condition) - target_BCFHW

@@ -159,7 +159,7 @@ def test_at_fixed_times_the_steps_are_the_students() -> None:
 def test_the_online_model_learns_the_velocity_of_trigflow() -> None:
     method = make(RCM, RCMMethodConfig())
     x_0, condition = BATCH["clips"]
-    loss = method._denoise(x_0, condition, draws())
+    loss = method.denoise(x_0, condition, draws())
     x_sigma, timesteps, _ = method.online.asked[-1]
     sigma = schedule.sigma(timesteps, x_0)
     noise, t = (x_sigma - (1 - sigma) * x_0) / sigma, to_angles(timesteps)
