@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from avd_trainer.config.sections import LoRAConfig, ScoreTimestepsConfig
-from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn, draw_noised
+from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, draw_noised
+from avd_trainer.methods.consistency import consistency_pair, mean_distance
 from avd_trainer.methods.distillation import StudentRoleConfig, describe_samples
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.methods.equilibrium import Equilibrium, EquilibriumConfig
 from avd_trainer.models.roles import Average, Model, Roles
-from avd_trainer.models.samplers import Rollout, guided_velocity, predict, schedule
+from avd_trainer.models.samplers import Rollout, guided, predict, schedule
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "AAAI 2026, arXiv 2508.21019 (V-PAE)"
@@ -114,15 +114,18 @@ class VPAE(DMD):
         clips_BCFHW, condition = batch["clips"]
         times = ScoreTimestepsConfig(shift=self.config.score_timesteps.shift, low=STRIDE, high=1000)
         t_B, x_t_BCFHW, _ = draw_noised(clips_BCFHW, draws, "consistency", times)
-        with torch.no_grad():
-            scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
-            velocity_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, condition, unconditional_LD, scale)
-            x_next_BCFHW = x_t_BCFHW - STRIDE / schedule.num_train_timesteps * velocity_BCFHW
-            target = predict(self.models["ema"], x_next_BCFHW, t_B - STRIDE, condition, finished=False)
-        rollout = predict(self.student, x_t_BCFHW, t_B, condition, finished=False)
-        cut = Cut(rollout.velocity)
-        x_BCFHW = rollout._replace(velocity=cut.output).x_0
-        return Loss(F.mse_loss(x_BCFHW, target.x_0), describe_samples(x_BCFHW.detach(), rollout), cut, x_BCFHW)
+        pair = consistency_pair(
+            self.student,
+            self.models["ema"],
+            guided(self.teacher, self.setting.unconditional, self.config.guidance_scale),
+            x_t_BCFHW,
+            condition,
+            upper=t_B,
+            lower=t_B - STRIDE,
+            end=torch.zeros_like(t_B),
+        )
+        loss, metrics = mean_distance(pair.prediction, pair.target), describe_samples(pair.x_0.detach(), pair.rollout)
+        return Loss(loss, metrics, pair.cut, pair.prediction)
 
 
 METHOD = VPAE

@@ -148,6 +148,15 @@ def guided_velocity(
     return classifier_free_guidance(conditional, without, guidance_scale)
 
 
+def guided(model: VelocityPredictor, unconditional: Tensor, guidance_scale: float) -> VelocityPredictor:
+    """A model under guidance, asked as a model; see :func:`guided_velocity`."""
+
+    def velocity(x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        return guided_velocity(model, x_t, timesteps, condition, unconditional, guidance_scale)
+
+    return velocity
+
+
 def few_step_rollout(
     model: VelocityPredictor,
     condition: Condition,

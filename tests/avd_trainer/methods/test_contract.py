@@ -45,13 +45,17 @@ DISTILLERS = [kind for kind in KINDS if issubclass(load_method(kind), Distillati
 # Both phases in a run of few steps. A discriminator's gradients nearly cancel at first, and Adam's first steps make as
 # much of the rounding error that is left as of a gradient: so its head takes small ones.
 VPAE = ("vpae", "method.priming_steps=2", "method.head.optimizer.lr=1e-6")
-PHASED = {"vpae": VPAE, "rcm": ("rcm", "method.tangent_warmup=2")}
+DCM = ("dcm", "method.detail.after=2", "method.detail.head.optimizer.lr=1e-6")
+RCM = ("rcm", "method.tangent_warmup=2")
+IN_SHORT = {"vpae": VPAE, "dcm": DCM, "rcm": RCM}
 # Options with which a method asks more models, or keeps more state, than by default.
 VARIANTS = {
     "avd by excess": ("avd", "method.regression.judged=excess", "method.regression.deviation=standardized"),
     "avd by relative loss": ("avd", "method.regression.judged=relative"),
     "scm by forward differentiation": ("scm", "method.derivative=forward"),
     "dmd2 of adapters": ("dmd2", "method.student.lora.rank=2", "method.online.lora.rank=2"),
+    "lcm of adapters that are sampled": ("lcm", "method.student.lora.rank=2", "method.watch_every=2"),
+    "dcm with our terms that is sampled": (*DCM, "method.avd.regression.judged=excess", "method.watch_every=3"),
     "vpae with our terms": (*VPAE, "method.avd.regression.judged=excess"),
     "vpae of adapters": (*VPAE, "method.student.lora.rank=2", "method.online.lora.rank=2"),
     "vpae with a separate critic": (
@@ -89,7 +93,7 @@ def data(clips: CaptionedLatents) -> TrainingData:
 @pytest.fixture
 def configure(teacher: Path) -> Callable[..., TrainConfig]:
     def configure(kind: str, *overrides: str) -> TrainConfig:
-        kind, *options = VARIANTS.get(kind, PHASED.get(kind, (kind,)))
+        kind, *options = VARIANTS.get(kind) or IN_SHORT.get(kind, (kind,))
         own = [f"teacher={teacher}"] if load_method(kind).Config.needs_teacher else []
         return load_config(TrainConfig, "tiny", [*SMALL, *own, *options, *overrides], method=kind)
 

@@ -8,7 +8,10 @@ import avd_trainer.methods
 from avd_trainer.methods.base import Method, MethodConfig
 from avd_trainer.methods.registry import list_methods, load_method
 
-NO_METHODS = {"__init__", "base", "distillation", "terms", "registry", "equilibrium", "trigflow"}
+NO_METHODS = {
+    *("__init__", "base", "distillation", "terms", "registry"),
+    *("equilibrium", "trigflow", "consistency", "detail_expert"),
+}
 KINDS = [method.kind for method in list_methods()]
 
 
