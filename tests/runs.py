@@ -44,6 +44,8 @@ _METHODS: dict[str, dict[str, Any]] = {
     "dmd": _DISTILLATION,
     "vpae": {**_DISTILLATION, "head": _HEAD},
     "dmd2": {**_DISTILLATION, "head": _HEAD},
+    "rcm": _DISTILLATION,
+    "scm": {"student": _DISTILLATION["student"]},
     "data_forcing": _DISTILLATION,
     "regression": {"student": _DISTILLATION["student"]},
     "lcm": {"student": _DISTILLATION["student"]},

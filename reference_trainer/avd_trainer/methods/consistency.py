@@ -18,7 +18,8 @@ from torch import Tensor
 
 from avd_core import LossOutput, shift_timesteps
 from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn, prefixed
-from avd_trainer.methods.distillation import Distillation, DistillationConfig, describe_samples
+from avd_trainer.methods.distillation import describe_samples
+from avd_trainer.methods.watching import Watched, WatchedConfig
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Average, Model, Roles
 from avd_trainer.models.samplers import (
@@ -31,11 +32,8 @@ from avd_trainer.models.samplers import (
 )
 from avd_trainer.runtime.draws import Draws
 
-WATCHED = "watched"
-"""The part of a student's turn that also makes samples for the monitors."""
 
-
-class ConsistencyConfig(DistillationConfig):
+class ConsistencyConfig(WatchedConfig):
     """Options of consistency distillation."""
 
     points: int = Field(default=50, ge=1)
@@ -51,8 +49,6 @@ class ConsistencyConfig(DistillationConfig):
     """Who goes on from the lower point: the average of the student, or the student itself without gradient."""
     huber: float | None = Field(default=0.001, gt=0)
     """``c`` of the pseudo-Huber distance ``sqrt(d^2 + c^2) - c``, in units of the latents; None is the squared one."""
-    watch_every: int = Field(default=10, ge=1)
-    """Steps between two at which the student is sampled for the monitors. Training itself makes no samples."""
 
     @property
     def edges(self) -> tuple[int, ...]:
@@ -70,9 +66,7 @@ class ConsistencyConfig(DistillationConfig):
         return {**super().roles(student_weights), "ema": asked}
 
     def own_calls(self, max_steps: int) -> Sequence[Call]:
-        watched = (max_steps // self.watch_every) / max_steps
-        samples = [Call("student", watched * len(self.few_steps))] if watched else []
-        return (*self.pair_calls(), *samples)
+        return (*self.pair_calls(), *self.watching_calls(max_steps))
 
     def pair_calls(self) -> Sequence[Call]:
         """What a pair of points costs."""
@@ -134,7 +128,7 @@ def consistency_pair(
     return Pair(rollout, cut, rollout._replace(velocity=cut.output).at(end), target_BCFHW)
 
 
-class Consistency(Distillation):
+class Consistency(Watched):
     """Consistency distillation; see :class:`ConsistencyConfig`."""
 
     Config: ClassVar[type[ConsistencyConfig]]
@@ -145,10 +139,6 @@ class Consistency(Distillation):
         self._target = models["ema" if config.target == "average" else "student"]
         self._trajectory = config.trajectory().to(setting.device)
         self._edges = torch.tensor(config.edges, device=setting.device)
-
-    def own_turns(self, step: int) -> Sequence[Turn]:
-        part = WATCHED if step % self.config.watch_every == 0 else ""
-        return [Turn("student", ("clips",), part)]
 
     def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         pair = self.pair(batch, draws, above=0, upto=self.config.points)
@@ -179,13 +169,7 @@ class Consistency(Distillation):
 
     def describe(self, pair: Pair, turn: Turn, batch: Batches, draws: Draws) -> dict[str, Tensor]:
         """Metrics of the clean predictions, and in a watched turn samples of the clips' captions for the monitors."""
-        metrics = describe_samples(pair.x_0.detach(), pair.rollout)
-        if turn.part != WATCHED:
-            return metrics
-        condition, unconditional_LD = batch["clips"].condition, self.setting.unconditional
-        noise, shape = draws.named("trajectory"), self.setting.latent_shape
-        with torch.no_grad():
-            return metrics | {"x_0": self.sampler(self.student, condition, unconditional_LD, shape, noise)}
+        return describe_samples(pair.x_0.detach(), pair.rollout) | self.watch(turn, batch, draws)
 
 
 def mean_distance(prediction: Tensor, target: Tensor, *, huber: float | None = None) -> Tensor:

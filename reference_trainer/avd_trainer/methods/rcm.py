@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from avd_core import shift_timesteps
-from avd_trainer.config.sections import OptimizerConfig, ScoreTimestepsConfig
+from avd_trainer.config.sections import ScoreTimestepsConfig
 from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, draw_noised
+from avd_trainer.methods.continuous import ContinuousConfig, ContinuousConsistency, trained_as_theirs
 from avd_trainer.methods.distillation import StudentRoleConfig
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
-from avd_trainer.methods.scm import ContinuousConsistency, SCMMethodConfig
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model
 from avd_trainer.models.samplers import Rollout, few_step_rollout, schedule
@@ -29,13 +29,11 @@ NEEDS = ("teacher", "clips")
 FORWARDS = 33.0
 
 
-class RCMMethodConfig(SCMMethodConfig, DMDMethodConfig):
+class RCMMethodConfig(ContinuousConfig, DMDMethodConfig):
     """Score-regularised consistency. The values are the authors' for Wan2.1-T2V-1.3B, "theirs"."""
 
     kind: Literal["rcm"] = "rcm"  # type: ignore[assignment]
-    online: StudentRoleConfig = StudentRoleConfig(
-        optimizer=OptimizerConfig(lr=4e-7, betas=(0.0, 0.999), weight_decay=0.01)
-    )
+    online: StudentRoleConfig = trained_as_theirs(lr=4e-7)
     """The model that follows the student's samples. Theirs: 4e-7, betas 0 and 0.999, weight decay 0.01."""
     online_updates: int = Field(default=4, ge=1)
     """Updates of the online model per update of the student. Theirs: the student's is one update of five."""
@@ -47,8 +45,8 @@ class RCMMethodConfig(SCMMethodConfig, DMDMethodConfig):
 
     def own_calls(self, max_steps: int) -> Sequence[Call]:
         matched = 1 - min(self.tangent_warmup / max_steps, 1.0)
-        matching = [call._replace(times=matched * call.times) for call in DMDMethodConfig.own_calls(self, max_steps)]
-        return (*SCMMethodConfig.own_calls(self, max_steps), *(call for call in matching if call.times))
+        matching = [call._replace(times=matched * call.times) for call in super().own_calls(max_steps)]
+        return (*self.consistency_calls(), *(call for call in matching if call.times))
 
 
 class RCM(DMD):

@@ -32,7 +32,8 @@ def directional_derivative(
         ``d/dh function(inputs + h directions)`` at 0, shaped as what the function returns.
     """
     with torch.no_grad(), _AttentionByParts():
-        return torch.func.jvp(function, inputs, directions)[1]
+        derivative: Tensor = torch.func.jvp(function, inputs, directions)[1]
+        return derivative
 
 
 class _AttentionByParts(TorchFunctionMode):

@@ -11,11 +11,12 @@ from torch import Tensor
 from avd_core import shift_timesteps
 from avd_trainer.data.batches import Batch
 from avd_trainer.methods.base import Setting, Turn
-from avd_trainer.methods.consistency import WATCHED, Consistency, Pair, mean_distance
+from avd_trainer.methods.consistency import Consistency, Pair, mean_distance
 from avd_trainer.methods.dcm import DCMMethodConfig
 from avd_trainer.methods.lcm import LCMMethodConfig
 from avd_trainer.methods.pcm import PCMMethodConfig
 from avd_trainer.methods.registry import load_method
+from avd_trainer.methods.watching import WATCHED
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Average
 from avd_trainer.models.samplers import FewStepSampler

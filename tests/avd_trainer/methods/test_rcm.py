@@ -79,6 +79,18 @@ def test_what_is_shown_is_the_clean_prediction() -> None:
     assert "x_0" not in loss.metrics  # it is no finished sample
 
 
+def test_every_so_many_steps_the_student_is_sampled_for_the_monitors() -> None:
+    method = make(SCM, SCMMethodConfig(watch_every=3))
+    shown = []
+    for step in range(1, 7):
+        (turn,) = method.turns(step)
+        (loss,) = method.losses(turn, BATCH, draws(step))
+        shown.append("x_0" in loss.metrics)
+    assert shown == [False, False, True] * 2
+    assert len(method.student.asked) == 6 * 2 + 2 * 4
+    assert forward_equivalents(method.config.calls(6)) == pytest.approx(6 + 4 / 3)
+
+
 def test_clips_are_noised_to_angles_with_a_log_normal_tangent() -> None:
     method = make(SCM, SCMMethodConfig(log_sigma_mean=1.5, log_sigma_std=0.5))
     logs = []

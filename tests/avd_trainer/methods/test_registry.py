@@ -10,7 +10,7 @@ from avd_trainer.methods.registry import list_methods, load_method
 
 NO_METHODS = {
     *("__init__", "base", "distillation", "terms", "registry"),
-    *("equilibrium", "trigflow", "consistency", "detail_expert"),
+    *("equilibrium", "trigflow", "continuous", "consistency", "detail_expert", "watching"),
 }
 KINDS = [method.kind for method in list_methods()]
 

@@ -170,7 +170,7 @@ def consistency(theirs: dict[str, Any], ours: dict[str, Any], iteration: int = 0
     loss.sum().backward()
     expected = loss.sum().detach(), gradients("student")
     own = method(**ours)
-    own.consistency.state.steps += iteration
+    own.consistency.steps += iteration
     draws = Given(consistency_angles=[angles], consistency_noise=[noise])
     found = own.consistency.loss({"clips": Batch(clips, Condition(text))}, draws, shown=True)
     found.backward(1)
