@@ -302,9 +302,21 @@ def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[
             )
         values = read_values(file)
         waiting += [values[key] for key in keys if isinstance(values.get(key), str)]
-        weights = str(values.get("student_weights"))
+        weights = _extended(folder, name, "student_weights")
         waiting += [weights.removeprefix(START)] if weights.startswith(START) else []
     return found
+
+
+def _extended(folder: Path, name: str, key: str) -> str:
+    """A value of a file or of those beside it that it extends; empty if none of them has it."""
+    seen: set[str] = set()
+    while name not in seen and (folder / f"{name}.yaml").is_file():
+        seen.add(name)
+        values = read_values(folder / f"{name}.yaml")
+        if key in values:
+            return str(values[key])
+        name = str(values.get("extends"))
+    return ""
 
 
 def start_of(run: TrainConfig) -> str | None:
