@@ -97,8 +97,8 @@ class LogisticLoss(nn.Module):
 
     A logit is the log odds that the discriminator gives for a real clip. A discriminator that tells nothing apart and
     says so has :math:`\mathcal{L}_D = 2 \log 2`. Unlike :class:`HingeLoss` it has something to gain at any logit, and a
-    generator's gradient vanishes where its samples pass for clips. This is Eq. 4 of DMD2 (arXiv 2405.14867) with the
-    generator's side of its code. Weigh both sides outside.
+    generator's gradient vanishes where its samples pass for clips. This is the GAN of DMD2 (arXiv 2405.14867,
+    Sec. 4.3), both sides as in its released code. Weigh them outside.
 
     Example:
         >>> logistic = LogisticLoss()

@@ -1,6 +1,6 @@
 """DMD2: distribution matching, and a GAN whose discriminator is a head on the online model.
 
-Yin et al. 2024, arXiv 2405.14867. Equation numbers are that paper's.
+Yin et al. 2024, arXiv 2405.14867, Sec. 4.3. The matching term and the samples (Sec. 4.5) are those of method dmd.
 """
 
 from __future__ import annotations
@@ -77,11 +77,11 @@ class DMD2(DMD):
             yield self.denoise(x_BCFHW, condition, draws)  # as in dmd
             yield self.tell_apart(x_BCFHW, condition, batch, draws)
             return
-        for own in super().own_losses(turn, batch, draws):  # Eq. 1: distribution matching, as in dmd
+        for own in super().own_losses(turn, batch, draws):  # distribution matching
             yield self.with_gan(own, batch["prompts"].condition, draws)
 
     def tell_apart(self, x_BCFHW: Tensor, condition: Condition, batch: Batches, draws: Draws) -> Loss:
-        """Eq. 4, the discriminator's side: -E log D(clip_t, t) - E log(1 - D(sample_t', t'))."""
+        """Sec. 4.3, the discriminator: -E log D(clip_t, t) - E log(1 - D(sample_t', t')), D the sigmoid of a logit."""
         clips_BCFHW, captions = batch["clips"]
         loss, metrics = self.gan.discriminator(
             self._logits(clips_BCFHW, captions, draws, "clip"), self._logits(x_BCFHW, condition, draws, "sample")
@@ -89,7 +89,7 @@ class DMD2(DMD):
         return Loss(self.config.discriminator_weight * loss, metrics)
 
     def with_gan(self, own: Loss, condition: Condition, draws: Draws) -> Loss:
-        """Eq. 4, the student's side, in its non-saturating form: -E log D(sample_t, t). Added to the matching term."""
+        """Sec. 4.3, the student, in the released code's form: -E log D(sample_t, t), beside the matching term."""
         assert own.cut is not None
         assert own.samples is not None
         loss, metrics = prefixed("gan", self.gan.generator(self._logits(own.samples, condition, draws, "sample")))
