@@ -48,8 +48,8 @@ class ContinuousConfig(DistillationConfig):
     """Its standard deviation. Theirs: 1.6."""
     derivative: Literal["differences", "forward"] = "differences"
     """How the student is differentiated along the teacher's path: by finite ``differences``, or exactly, by ``forward``
-    differentiation (JVP), which takes attention in parts and about three times a forward. Differences need float32.
-    Theirs: forward, by a kernel of their own."""
+    differentiation (JVP), which has twice the operations, and takes attention apart. Differences need float32. Theirs:
+    forward, by a kernel of their own."""
     derivative_step: float = Field(default=1e-4, gt=0)
     """Angle of the finite difference, in radians. Theirs: 1e-4."""
     tangent_warmup: int = Field(default=0, ge=0)

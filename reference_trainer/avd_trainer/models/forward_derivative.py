@@ -21,7 +21,7 @@ def directional_derivative(
     """How a function changes as its inputs move along directions; no graph is kept.
 
     Flash and memory-efficient attention have no forward derivative in PyTorch. Attention is computed by matrix
-    products in their place, some queries at a time, which takes no more memory and a few times as long.
+    products in their place, some queries at a time, which keeps memory low and is slower.
 
     Args:
         function: Of tensors to a tensor; it may call transformers whose attention is PyTorch's.
