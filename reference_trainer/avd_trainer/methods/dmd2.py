@@ -47,11 +47,11 @@ class DMD2MethodConfig(DMDMethodConfig):
         return {**super().roles(student_weights), "discriminator": head}
 
     def own_calls(self, max_steps: int) -> Sequence[Call]:
-        judged = 2 * self.online_updates  # a clip and a sample in each
         return (
             *super().own_calls(max_steps),
             Call("online", 1, backward=True, beside="student"),
-            Call("online", judged, backward=True),
+            Call("online", self.online_updates, backward=True),  # judges a clip,
+            Call("online", self.online_updates, backward=True, beside="online"),  # and a sample by the same weights
         )
 
 
