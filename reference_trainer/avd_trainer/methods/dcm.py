@@ -25,7 +25,7 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Lv et al. 2025, arXiv 2506.03123 (DCM)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 10.4
+FORWARDS = 10.6
 
 
 class DCMMethodConfig(ConsistencyConfig):
