@@ -12,7 +12,7 @@ from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies import units
 from avd_trainer.studies.budget import share_budget, time_step
 from avd_trainer.studies.definition import Cost, Study, load_study
-from avd_trainer.studies.runner import claim_study
+from avd_trainer.studies.runner import claim_study, run_study
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.config import TrainConfig
 from runs import MakeConfig
@@ -142,3 +142,30 @@ def test_a_step_is_timed_all_over_the_run(data: TrainingData, make_config: MakeC
 def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_study(write_study(tmp_path / "small", **changes))
+
+
+def test_a_study_from_start_to_end(tmp_path: Path) -> None:
+    again = """
+        # Goes on from the student of dmd.
+        extends: dmd
+        max_steps: 1
+        student_weights: variant:dmd"""
+    study = BUDGET.replace("[teacher, dmd, avd, half-rate, interpolator]", "[dmd, avd, again]")
+    files = {"study": study, "again": again, **dict.fromkeys(("teacher", "half-rate", "interpolator"))}
+    small, folder = load_study(write_study(tmp_path / "small", **files)), tmp_path / "out"
+    assert run_study(small, folder, [1])
+    done = {file.stem for file in (folder / "units").glob("*.json")}
+    assert done == {"reference-4", "controls-4", "dmd-1", "avd-1", "avd-seconds-1", "again-1"}
+    run = folder / "units" / "again-1" / "run" / "config.yaml"
+    assert "units/dmd-1/run/student" in run.read_text()
+    found = write_summary(small, folder, [1])
+    assert found["variants"]["dmd"]["seeds"]["1"]["monitor"].keys() == {"of_samples", "while_training"}
+    assert found["costs"].keys() == {"dmd", "avd"}
+    table = (folder / "table.md").read_text()
+    steps = [found["variants"][name]["values"]["max_steps"] for name in ("avd", "avd-seconds")]
+    (line,) = [each for each in table.splitlines() if each.startswith(f"| avd | {2 * FORWARDS['avd']:g} | ")]
+    assert line.endswith(f" | {steps[0]} | {steps[1]} |")
+    judged = table.partition("## What the monitor says")[2]
+    assert [name for name in ("dmd", "avd", "avd-seconds", "again") if f"\n| {name} | " in judged] == list(
+        found["variants"]
+    )
