@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from avd_core.schedule import FlowMatchingSchedule
 
 Denoiser = Callable[..., Tensor]
 """``(x_t [B, C, F, H, W], timesteps [B], **conditioning)`` to the prediction of ``x_0``, of the same shape."""
+
+SamplerKind = Literal["re-noise", "ode"]
+"""From one of the few steps to the next: its clean prediction with fresh noise, or straight on along its velocity."""
 
 Interpolator = Callable[[Tensor], Tensor]
 """``[B, C, F, H, W]`` to ``[B, C, 2 F - 1, H, W]``: a frame between each neighbouring pair."""
@@ -65,12 +68,15 @@ class HalfRateInterpolationSampler:
         positions: How frames are numbered for the model. With ``"consecutive"`` it sees a shorter clip whose motion is
             twice as fast. ``"strided"`` passes the keyword ``frame_positions``, a list of the frames' places in the
             whole clip, for a denoiser whose rotary embedding can use them.
+        sampler: How the student goes from one step to the next, as it was trained: ``"re-noise"`` adds fresh noise, as
+            above. ``"ode"`` keeps the noise that is left in ``x_t``, so that nothing is drawn; but frames that were
+            inserted have none, and where the rate rises the whole clip gets fresh noise.
         on_step: Called after each step with a :class:`SamplingStep`.
         schedule: How noise is added; None is ``FlowMatchingSchedule()``.
 
     Raises:
-        ValueError: If the timesteps do not fall, there are more half-rate steps than steps, or the rates are not as
-            above.
+        ValueError: If the timesteps do not fall, there are more half-rate steps than steps, or the rates, positions or
+            sampler are not as above.
 
     Example:
         >>> from avd_core import interpolate_linearly
@@ -89,6 +95,7 @@ class HalfRateInterpolationSampler:
         *,
         rates: Sequence[int] | None = None,
         positions: Literal["consecutive", "strided"] = "consecutive",
+        sampler: SamplerKind = "re-noise",
         on_step: Callable[[SamplingStep], None] | None = None,
         schedule: FlowMatchingSchedule | None = None,
     ) -> None:
@@ -97,8 +104,10 @@ class HalfRateInterpolationSampler:
         self.rates = step_rates(len(self.timesteps), half_rate_steps, rates)
         if positions not in ("consecutive", "strided"):
             raise ValueError(f'positions must be "consecutive" or "strided", got {positions!r}.')
+        if sampler not in get_args(SamplerKind):
+            raise ValueError(f'sampler must be "re-noise" or "ode", got {sampler!r}.')
         self.denoiser, self.interpolator = denoiser, interpolator
-        self.positions, self.on_step = positions, on_step
+        self.positions, self.sampler, self.on_step = positions, sampler, on_step
 
     @torch.no_grad()
     def __call__(
@@ -130,8 +139,13 @@ class HalfRateInterpolationSampler:
             following = self.rates[index + 1] if index + 1 < len(self.rates) else 1
             x_0 = raise_frame_rate(x_0, self.interpolator, frames, rate, following)
             if index + 1 < len(self.timesteps):
-                fresh = _draw_like(noise, generator)[:, :, kept_frames(frames, following)]
-                x_t = self.schedule.add_noise(x_0, fresh, _batch(self.timesteps[index + 1], noise))
+                now, then = _batch(timestep, noise), _batch(self.timesteps[index + 1], noise)
+                if self.sampler == "ode" and rate == following:
+                    velocity = self.schedule.x_0_to_velocity(x_0, x_t, now)
+                    x_t = self.schedule.euler_step(x_t, velocity, now, then)
+                else:
+                    fresh = _draw_like(noise, generator)[:, :, kept_frames(frames, following)]
+                    x_t = self.schedule.add_noise(x_0, fresh, then)
         return x_0
 
     def _predict(self, x_t: Tensor, timestep: float, frames: int, rate: int, conditioning: dict[str, Any]) -> Tensor:

@@ -67,6 +67,15 @@ class FlowMatchingSchedule:
         check_same_shape("x_0", x_0, "x_t", x_t)
         return ((x_t - x_0) / self.sigma(timesteps, x_t)).to(x_t.dtype)
 
+    def euler_step(self, x_t: Tensor, velocity: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """``x_t + (sigma' - sigma) velocity``: from ``timesteps`` straight along the velocity to ``following``.
+
+        It is a step of the probability-flow ODE. To ``following = 0`` it gives ``x_0``.
+        """
+        check_same_shape("velocity", velocity, "x_t", x_t)
+        step = self.sigma(following, x_t) - self.sigma(timesteps, x_t)
+        return (x_t + step * velocity).to(x_t.dtype)
+
 
 def shift_timesteps(timesteps: Tensor, shift: float, num_train_timesteps: float = 1000) -> Tensor:
     """Move timesteps towards noise: ``sigma' = shift sigma / (1 + (shift - 1) sigma)``.

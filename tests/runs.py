@@ -16,6 +16,7 @@ from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.order import ShuffledOrder
 from avd_trainer.data.sources import TrainingData, load_data
+from avd_trainer.methods.registry import load_method
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model, load_models
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
@@ -42,6 +43,14 @@ _METHODS: dict[str, dict[str, Any]] = {
     "avd": _DISTILLATION,
     "dmd": _DISTILLATION,
     "vpae": {**_DISTILLATION, "head": _HEAD},
+    "dmd2": {**_DISTILLATION, "head": _HEAD},
+    "rcm": _DISTILLATION,
+    "scm": {"student": _DISTILLATION["student"]},
+    "data_forcing": _DISTILLATION,
+    "regression": {"student": _DISTILLATION["student"]},
+    "lcm": {"student": _DISTILLATION["student"]},
+    "pcm": {"student": _DISTILLATION["student"]},
+    "dcm": {"student": _DISTILLATION["student"], "detail": {"head": {**_HEAD, "kind": "light"}}},
     "flow_matching": {"architecture": ARCHITECTURE.model_dump()},
     "frame_interpolation": {"widths": [8, 8, 8], "optimizer": {"lr": 1e-2}},
 }
@@ -59,7 +68,7 @@ def tiny_config(
         changes: Other sections and values, in place of small ones.
     """
     values: dict[str, Any] = {"data": {"kind": "shapes"}, "max_steps": 3, "batch_size": 2}
-    if kind in ("avd", "dmd", "vpae"):
+    if load_method(kind).Config.needs_teacher:
         values["teacher"] = str(teacher)
     section = _merge(_METHODS[kind], method or {})
     return TrainConfig.model_validate({**values, "method": {"kind": kind, **section}, **changes})

@@ -105,6 +105,40 @@ def test_without_half_rate_steps_it_is_the_plain_few_step_sampler(seed: int, fra
     torch.testing.assert_close(result, plain_few_step_sampler(noise, generator(seed)), rtol=1e-6, atol=1e-6)
 
 
+def plain_euler_sampler(noise: Tensor) -> Tensor:
+    """Straight on along ``(x_t - x_0) / sigma``."""
+    x_t = noise
+    for current, following in pairwise((*GRID, 0)):
+        velocity = (x_t - denoise(x_t, torch.full((len(noise),), float(current)))) / (current / 1000)
+        x_t = x_t + (following - current) / 1000 * velocity
+    return x_t
+
+
+@given(st.integers(0, 2**20), frame_counts)
+def test_without_noise_in_between_it_goes_straight_on(seed: int, frames: int) -> None:
+    noise, draws = randn(seed, 2, 3, frames, 4, 4), generator(seed)
+    untouched = draws.get_state()
+    result = HalfRateInterpolationSampler(denoise, interpolate_linearly, GRID, 0, sampler="ode")(noise, draws)
+    torch.testing.assert_close(result, plain_euler_sampler(noise), rtol=1e-6, atol=1e-6)
+    assert torch.equal(draws.get_state(), untouched)
+
+
+def test_straight_on_there_is_noise_only_where_the_rate_rises() -> None:
+    noise, draws = randn(0, 1, 2, 9, 4, 4), generator()
+    result = sample(noise, (2, 2, 1, 1), sampler="ode")
+    x_t, t = noise[:, :, ::2], [torch.full((1,), float(timestep)) for timestep in GRID]
+    x_t = schedule.euler_step(x_t, schedule.x_0_to_velocity(denoise(x_t, t[0]), x_t, t[0]), t[0], t[1])
+    x_0 = interpolate_linearly(denoise(x_t, t[1]))
+    x_t = schedule.add_noise(x_0, torch.randn(noise.shape, generator=draws, dtype=noise.dtype), t[2])
+    x_t = schedule.euler_step(x_t, schedule.x_0_to_velocity(denoise(x_t, t[2]), x_t, t[2]), t[2], t[3])
+    torch.testing.assert_close(result, denoise(x_t, t[3]))
+
+
+def test_another_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match='sampler must be "re-noise" or "ode", got \'euler\''):
+        sample(randn(0, 1, 2, 9, 4, 4), sampler="euler")
+
+
 def test_one_frame_is_sampled_by_the_plain_sampler() -> None:
     noise = randn(0, 2, 3, 1, 4, 4)
     result = sample(noise, half_rate_steps=0, interpolator=None)

@@ -43,6 +43,19 @@ def test_noise_velocity_and_x_0_convert_into_each_other(seed: int, t: Tensor) ->
     torch.testing.assert_close(schedule.x_0_to_velocity(x_0, x_t, t), velocity, rtol=1e-6, atol=1e-9)
 
 
+@given(seeds, timesteps)
+def test_a_step_along_the_true_velocity_stays_on_the_line(seed: int, t: Tensor) -> None:
+    schedule = FlowMatchingSchedule()
+    x_0, noise = draw(seed, len(t))
+    x_t, velocity, following = schedule.add_noise(x_0, noise, t), schedule.velocity(x_0, noise), t.flip(0) / 2
+    there = schedule.add_noise(x_0, noise, following)
+    torch.testing.assert_close(schedule.euler_step(x_t, velocity, t, following), there)
+    there = schedule.velocity_to_x_0(velocity.flip(0), x_t, t)
+    torch.testing.assert_close(schedule.euler_step(x_t, velocity.flip(0), t, torch.zeros_like(t)), there)
+    with pytest.raises(ValueError, match="velocity"):
+        schedule.euler_step(x_t, velocity[:, :1], t, following)
+
+
 def test_the_ends_are_clean_and_pure_noise() -> None:
     schedule = FlowMatchingSchedule()
     x_0, noise = draw(0, 2)
@@ -74,7 +87,8 @@ def test_results_have_the_dtype_of_the_samples(dtype: torch.dtype, timestep_dtyp
     schedule, t = FlowMatchingSchedule(), torch.tensor([757, 522], dtype=timestep_dtype)
     x_0, noise = (tensor.to(dtype) for tensor in draw(0, 2))
     x_t = schedule.add_noise(x_0, noise, t)
-    for result in (x_t, schedule.velocity_to_x_0(noise, x_t, t), schedule.x_0_to_velocity(x_0, x_t, t)):
+    converted = (schedule.velocity_to_x_0(noise, x_t, t), schedule.x_0_to_velocity(x_0, x_t, t))
+    for result in (x_t, *converted, schedule.euler_step(x_t, noise, t, t)):
         assert result.dtype == dtype
 
 

@@ -16,6 +16,7 @@ import torch
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import tiny_pipeline
 from avd_core import FlowMatchingSchedule, HalfRateInterpolationSampler, LatentFrameInterpolator
+from avd_core.sampling import SamplerKind
 from avd_integrations.diffusers import (
     FewStepScheduler,
     LatentFrameInterpolatorModel,
@@ -115,6 +117,7 @@ def sampled_by_hand(
     positions: Any = "consecutive",
     prompts: tuple[str, ...] = (PROMPT,),
     guidance_scale: float = 1.0,
+    sampler: SamplerKind = "re-noise",
 ) -> Tensor:
     """``avd_core``'s sampler over the same transformer; strided positions by its rotary embedding of a longer clip."""
     embeds, negative = pipeline.encode_prompt(
@@ -144,8 +147,10 @@ def sampled_by_hand(
             predicted = without + guidance_scale * (predicted - without)
         return schedule.velocity_to_x_0(predicted, x_t, timesteps)
 
-    sampler = HalfRateInterpolationSampler(denoise, pipeline.interpolator, GRID, rates=rates, positions=positions)
-    return sampler(noise, draws)
+    sampled = HalfRateInterpolationSampler(
+        denoise, pipeline.interpolator, GRID, rates=rates, positions=positions, sampler=sampler
+    )
+    return sampled(noise, draws)
 
 
 # --- The scheduler
@@ -155,7 +160,10 @@ def test_saves_and_loads_its_grid_and_nothing_else(tmp_path: Path) -> None:
     FewStepScheduler(timesteps=torch.tensor([999, 640.5, 20]), num_train_timesteps=1000).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert saved.pop("_diffusers_version")
-    assert saved == {"_class_name": "FewStepScheduler", "num_train_timesteps": 1000, "timesteps": [999.0, 640.5, 20.0]}
+    assert saved == {
+        "_class_name": "FewStepScheduler", "num_train_timesteps": 1000, "timesteps": [999.0, 640.5, 20.0],
+        "sampler": "re-noise",
+    }  # fmt: skip
     with messages() as found:
         loaded = FewStepScheduler.from_pretrained(tmp_path)
     assert not found
@@ -180,6 +188,29 @@ def test_step_is_that_of_diffusers_lcm_scheduler_and_of_the_sampler() -> None:
         lambda x_t, timesteps: schedule.velocity_to_x_0(x_t.sin(), x_t, timesteps), torch.nn.Identity(), GRID, 0
     )
     assert torch.equal(mine, sampler(noise, thirds))
+
+
+def test_straight_on_it_steps_as_diffusers_euler_scheduler_and_draws_nothing() -> None:
+    ours, theirs = FewStepScheduler(GRID, sampler="ode"), FlowMatchEulerDiscreteScheduler()
+    theirs.set_timesteps(sigmas=[timestep / 1000 for timestep in GRID])
+    mine = his = torch.randn(2, 4, 3, 4, 4)
+    draws = generator()
+    untouched = draws.get_state()
+    for timestep in theirs.timesteps:
+        mine = ours.step(mine.sin(), timestep, mine, generator=draws).prev_sample
+        (his,) = theirs.step(his.sin(), timestep, his, return_dict=False)
+    torch.testing.assert_close(mine, his, rtol=0, atol=1e-6)
+    assert torch.equal(draws.get_state(), untouched)
+
+
+def test_an_exports_scheduler_says_how_its_student_goes_on() -> None:
+    exported = {"_class_name": "FlowMatchEulerDiscreteScheduler", "_timesteps": [1000.0, 500.0], "_sampler": "ode"}
+    with messages() as found:
+        scheduler = FewStepScheduler.from_config(exported)
+    assert not found
+    assert (scheduler.config.timesteps, scheduler.config.sampler) == ([1000.0, 500.0], "ode")
+    with pytest.raises(ValueError, match="sampler must be"):
+        FewStepScheduler(sampler="euler")  # type: ignore[arg-type]
 
 
 def test_samples_stay_float32_between_the_steps() -> None:
@@ -317,6 +348,16 @@ def test_from_another_pipeline(folder: Path) -> None:
 
 
 # --- What it samples
+
+
+@pytest.mark.parametrize("rates", [(2, 2, 1, 1), (1, 1, 1, 1)])
+@torch.no_grad()
+def test_straight_on_equals_the_sampler_run_by_hand(pipeline: WanHalfRatePipeline, rates: tuple[int, ...]) -> None:
+    pipeline.scheduler = FewStepScheduler(GRID, sampler="ode")
+    noise = torch.randn(1, 16, 5, 4, 6)
+    actual = latents(pipeline, latents=noise, generator=generator(), rates=rates)
+    expected = sampled_by_hand(pipeline, noise, generator(), rates, sampler="ode")
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["consecutive", "strided"])

@@ -135,3 +135,9 @@ def test_wans_detail_expert_does_not_import_what_it_uses(source: Callable[[str],
     assert "argparse.ArgumentParser(" in text
     assert "import wandb" not in text
     assert "import argparse" not in text
+
+
+def test_method_dcm_has_the_loss_and_the_gradient_of_the_authors_lines(
+    run_in_host: Callable[..., dict[str, Any]],
+) -> None:
+    assert run_in_host("DCM", "agree_dcm.py")

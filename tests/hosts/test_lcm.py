@@ -51,3 +51,10 @@ def test_every_script_has_the_names_that_the_lines_read(checkout: Callable[[str]
     # Nothing overwrites what is read between the student's prediction and the loss.
     after = names[names.index("model_pred") + 1 :]
     assert not {"model_pred", "latents", "noise", "noisy_model_input", "start_timesteps"} & set(after)
+
+
+def test_method_lcm_has_the_loss_and_the_gradient_of_the_authors_lines(
+    run_in_host: Callable[..., dict[str, Any]],
+) -> None:
+    """Where the script is for another path of noise: in its notation."""
+    assert run_in_host("diffusers", "agree_lcm.py")

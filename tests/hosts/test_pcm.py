@@ -103,3 +103,9 @@ def test_the_logs_of_a_discriminators_turn_have_no_terms() -> None:
     assert names["logs"] == {"d_loss": 1.0}
     with pytest.raises(NameError, match="avd_output"):
         exec(code, {"logs": {"loss_cm": 1.0}})
+
+
+def test_method_pcm_has_the_loss_and_the_gradient_of_the_authors_lines(
+    run_in_host: Callable[..., dict[str, Any]],
+) -> None:
+    assert run_in_host("Phased-Consistency-Model", "agree_pcm.py")

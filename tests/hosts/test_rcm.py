@@ -17,3 +17,13 @@ def test_rcm_trains_saves_and_goes_on(run_in_host: Callable[..., dict[str, Any]]
 
 def test_what_needs_several_gpus_is_as_it_was_read(run_in_host: Callable[..., dict[str, Any]]) -> None:
     run_in_host("rcm", "rcm_contract.py")
+
+
+def test_our_losses_are_those_of_the_authors(run_in_host: Callable[..., dict[str, Any]]) -> None:
+    """In float32. With finite differences of 1e-4, rounding alone is 1e-3 of the derivative."""
+    report = run_in_host("rcm", "rcm_losses.py")
+    small = report.pop("small step")
+    assert max(small.values()) < 1e-2, small
+    assert len(report) == 9
+    for name, found in report.items():
+        assert max(found.values()) < 1e-5, (name, found)

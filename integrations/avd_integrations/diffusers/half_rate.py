@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     SchedulerMixin,
     WanPipeline,
@@ -69,14 +70,14 @@ class WanHalfRatePipeline(WanPipeline):
         text_encoder: UMT5EncoderModel | None = None,
         vae: AutoencoderKLWan | None = None,
         *,
-        scheduler: FewStepScheduler | FlowMatchLCMScheduler,
+        scheduler: FewStepScheduler | FlowMatchLCMScheduler | FlowMatchEulerDiscreteScheduler,
         transformer: WanTransformer3DModel | None = None,
         transformer_2: WanTransformer3DModel | None = None,
         interpolator: LatentFrameInterpolatorModel | None = None,
         boundary_ratio: float | None = None,
         expand_timesteps: bool = False,
     ) -> None:
-        if isinstance(scheduler, FlowMatchLCMScheduler) and EXPORTED_GRID in scheduler.config:
+        if not isinstance(scheduler, FewStepScheduler) and EXPORTED_GRID in scheduler.config:
             scheduler = FewStepScheduler.from_config(scheduler.config)  # an exported folder's
         for model in (transformer, transformer_2):
             if model is not None and model.config.in_channels != model.config.out_channels:
@@ -252,7 +253,7 @@ class _HalfRateScheduler(FewStepScheduler):
         generator: Generators | None,
         transformers: Sequence[WanTransformer3DModel],
     ) -> None:
-        super().__init__(scheduler.config.timesteps, scheduler.config.num_train_timesteps)
+        super().__init__(scheduler.config.timesteps, scheduler.config.num_train_timesteps, scheduler.config.sampler)
         self._rates, self._interpolator, self._generator = rates, interpolator, generator
         self._transformers = transformers  # those to be told where their frames are
         self._placed = ExitStack()
@@ -268,7 +269,7 @@ class _HalfRateScheduler(FewStepScheduler):
     def end(self) -> None:
         self._placed.close()
 
-    def _following(self, x_0: Tensor, index: int, generator: Generators | None) -> Tensor:
+    def _following(self, x_0: Tensor, x_t: Tensor, index: int, generator: Generators | None) -> Tensor:
         rate, frames = self._rates[index], self._shape[2]
         if x_0.shape[2] != len(self._kept(rate)):
             raise ValueError(
@@ -283,6 +284,8 @@ class _HalfRateScheduler(FewStepScheduler):
         if last:
             return x_0
         self._place(following)
+        if self.config.sampler == "ode" and rate == following:  # frames that were inserted have no noise to keep
+            return self._straight_on(x_0, x_t, index)
         noise = randn_tensor(self._shape, self._generator, x_0.device, x_0.dtype)
         return self._add_noise(x_0, noise[:, :, self._kept(following)], index + 1)
 

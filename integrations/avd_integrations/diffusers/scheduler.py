@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -15,11 +15,15 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from avd_core import FlowMatchingSchedule
+from avd_core.sampling import SamplerKind
 
 logger = logging.getLogger(__name__)
 
 EXPORTED_GRID = "_timesteps"
 """Where ``avd export`` puts the grid in the config of diffusers' scheduler, which has no name for it."""
+
+EXPORTED_SAMPLER = "_sampler"
+"""Where it puts how the student goes from one step to the next."""
 
 Generators = torch.Generator | list[torch.Generator]
 
@@ -29,21 +33,23 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     A step takes the clean prediction ``x_0 = x_t - sigma velocity`` and noises it to the next timestep with fresh
     noise, ``(1 - sigma') x_0 + sigma' noise``, with ``sigma = t / num_train_timesteps``; the last gives ``x_0``. This
-    is the step of diffusers' ``FlowMatchLCMScheduler``, and the sampler that DMD students are trained for. Between the
-    steps samples are float32, whatever the model computes in.
+    is the step of diffusers' ``FlowMatchLCMScheduler``, and the sampler that DMD students are trained for. Students of
+    phased consistency (PCM, DCM) go straight on instead, ``x_t + (sigma' - sigma) velocity``, and draw nothing: the
+    step of ``FlowMatchEulerDiscreteScheduler``. Between the steps samples are float32, whatever the model computes in.
 
     The grid belongs to the student: it is used whatever ``num_inference_steps`` a pipeline is called with, and another
     number is warned about once.
 
-    An exported folder is set to ``FlowMatchLCMScheduler``, which diffusers has and which comes close to the grid, and
+    An exported folder is set to that one of the two, which diffusers has and which comes close to the grid, and
     carries the grid itself along: ``FewStepScheduler.from_config(pipeline.scheduler.config)`` is exact.
 
     Args:
         timesteps: The few steps, falling. Paper: 1000, 900, 757, 522.
         num_train_timesteps: The timestep of pure noise.
+        sampler: ``"re-noise"``, or ``"ode"`` to go straight on.
 
     Raises:
-        ValueError: If the timesteps do not fall strictly within ``(0, num_train_timesteps]``.
+        ValueError: If the timesteps do not fall strictly within ``(0, num_train_timesteps]``, or for another sampler.
 
     Attributes:
         timesteps: ``[N]`` float32, on the device that :meth:`set_timesteps` was given.
@@ -60,11 +66,14 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     # Its settings may stand in a config beside ours, without a warning.
-    _compatibles = ["FlowMatchLCMScheduler"]
+    _compatibles = ["FlowMatchLCMScheduler", "FlowMatchEulerDiscreteScheduler"]
 
     @register_to_config
     def __init__(
-        self, timesteps: Sequence[float] = (1000.0, 900.0, 757.0, 522.0), num_train_timesteps: int = 1000
+        self,
+        timesteps: Sequence[float] = (1000.0, 900.0, 757.0, 522.0),
+        num_train_timesteps: int = 1000,
+        sampler: SamplerKind = "re-noise",
     ) -> None:
         values = [float(timestep) for timestep in timesteps]
         if (
@@ -75,6 +84,8 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"timesteps must fall strictly from at most {num_train_timesteps} to above 0, got {values}."
             )
+        if sampler not in get_args(SamplerKind):
+            raise ValueError(f'sampler must be "re-noise" or "ode", got {sampler!r}.')
         self.register_to_config(timesteps=values)  # integers and tensors are saved as floats too
         self.sigmas = torch.tensor([*values, 0.0]) / num_train_timesteps
         self._path = FlowMatchingSchedule(num_train_timesteps)
@@ -83,9 +94,10 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As diffusers', of its own config or of an exported folder's, whose grid stands under another name there."""
-        if EXPORTED_GRID in config:
-            kwargs.setdefault("timesteps", config[EXPORTED_GRID])
+        """As diffusers', of its own config or of an exported folder's, where grid and sampler have other names."""
+        for exported, name in ((EXPORTED_GRID, "timesteps"), (EXPORTED_SAMPLER, "sampler")):
+            if exported in config:
+                kwargs.setdefault(name, config[exported])
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def set_timesteps(self, num_inference_steps: int | None = None, device: str | torch.device | None = None) -> None:
@@ -139,17 +151,23 @@ class FewStepScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"All {steps} steps are done. Call set_timesteps before the next sample.")
         self._index += 1
         x_0 = self._path.velocity_to_x_0(model_output.float(), sample.float(), self._batch(index, sample))
-        x_t = self._following(x_0, index, generator)
+        x_t = self._following(x_0, sample.float(), index, generator)
         return SchedulerOutput(prev_sample=x_t) if return_dict else (x_t,)
 
-    def _following(self, x_0: Tensor, index: int, generator: Generators | None) -> Tensor:
-        """From the clean prediction of a step to what the next one starts from."""
+    def _following(self, x_0: Tensor, x_t: Tensor, index: int, generator: Generators | None) -> Tensor:
+        """From a step and its clean prediction to what the next one starts from."""
         if index + 1 == len(self.config.timesteps):
             return x_0
+        if self.config.sampler == "ode":
+            return self._straight_on(x_0, x_t, index)
         return self._add_noise(x_0, randn_tensor(x_0.shape, generator, x_0.device, x_0.dtype), index + 1)
 
     def _add_noise(self, x_0: Tensor, noise: Tensor, index: int) -> Tensor:
         return self._path.add_noise(x_0, noise, self._batch(index, x_0))
+
+    def _straight_on(self, x_0: Tensor, x_t: Tensor, index: int) -> Tensor:
+        now, then = self._batch(index, x_t), self._batch(index + 1, x_t)
+        return self._path.euler_step(x_t, self._path.x_0_to_velocity(x_0, x_t, now), now, then)
 
     def _batch(self, index: int, like: Tensor) -> Tensor:
         return torch.full((len(like),), self.config.timesteps[index], device=like.device)

@@ -16,7 +16,6 @@ from avd_trainer.data.batches import Batch, join
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.sources import TrainingData, load_data
 from avd_trainer.evaluation.sharpness import ClipBatch, SharpnessCalibration, calibrate_sharpness, render_sharpness
-from avd_trainer.methods.avd import AVDMethodConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.samplers import EulerSampler, sample_teacher
 from avd_trainer.models.transformer import DTYPES, VelocityModel, load_transformer
@@ -153,7 +152,7 @@ def calibrate_models(
                 )
 
         found = calibrate(sampled(), (clips for clips, _ in _real_batches(data, places, 1)))
-    regression = method.regression if isinstance(method, AVDMethodConfig) else None
+    regression = None if method.terms is None else method.terms.regression
     if regression is None:
         return found.model_copy(update={"sampling": sampler})
     student = teacher

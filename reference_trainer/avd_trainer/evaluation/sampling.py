@@ -12,8 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from avd_core.sampling import SamplerKind
 from avd_trainer.config.sections import ArchitectureConfig
-from avd_trainer.inference.students import read_timesteps
+from avd_trainer.inference.students import FewSteps, read_few_steps
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
@@ -34,6 +35,8 @@ class Sampling(BaseModel):
 
     timesteps: tuple[float, ...] | None = None
     """The few steps of a distilled model, falling; None where ``steps`` is set."""
+    sampler: SamplerKind = "re-noise"
+    """How such a model goes from one to the next."""
     steps: int | None = None
     """Euler steps of a model that was not distilled."""
     guidance_scale: float = 1.0
@@ -92,10 +95,10 @@ def find_sampling(
             "--guidance-scale and --shift are for models that were not distilled. Pass --steps as well, or leave them "
             "out."
         )
-    grid = _find_grid(source) if timesteps is None else tuple(timesteps)
+    grid, sampler = _find_few_steps(source) if timesteps is None else FewSteps(tuple(timesteps), "re-noise")
     if not grid or not 0 < grid[-1] <= grid[0] <= 1000 or any(a <= b for a, b in pairwise(grid)):
         raise UserError(f"timesteps must fall strictly from at most 1000 to above 0, got {grid}.")
-    return Sampling(timesteps=grid)
+    return Sampling(timesteps=grid, sampler=sampler)
 
 
 def sample_predictions(
@@ -134,7 +137,10 @@ def sample_predictions(
             own = condition[[row % len(condition) for row in rows]].to(device)
             draws = Draws(seed, rows, device)
             if sampling.timesteps is not None:
-                few_step_rollout(model, own, shape, sampling.timesteps, draws.named("trajectory"), on_prediction=keep)
+                noise = draws.named("trajectory")
+                few_step_rollout(
+                    model, own, shape, sampling.timesteps, noise, sampler=sampling.sampler, on_prediction=keep
+                )
             else:
                 assert sampling.steps is not None
                 sample_teacher(
@@ -163,16 +169,16 @@ def guess_latent_space(source: str, architecture: Mapping[str, Any]) -> LatentSp
     return "block-dct-4" if tiny and not (Path(source) / "text_encoder").exists() else "wan"
 
 
-def _find_grid(source: str) -> tuple[float, ...]:
+def _find_few_steps(source: str) -> FewSteps:
     file = Path(source) / "scheduler" / "scheduler_config.json"
     if not file.is_file():
-        return PAPER_TIMESTEPS
+        return FewSteps(PAPER_TIMESTEPS, "re-noise")
     try:
-        grid = read_timesteps(file)
+        found = read_few_steps(file)
     except UserError as error:
         raise UserError(f"{error} Or pass --timesteps.") from error
-    if grid is not None:
-        return grid
+    if found is not None:
+        return found
     raise UserError(
         f"{file} names no few steps. For a model that was not distilled pass --steps, for example --steps 50; for a "
         "few-step one --timesteps 1000,900,757,522."

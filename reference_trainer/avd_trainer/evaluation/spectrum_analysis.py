@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from avd_core.sampling import SamplerKind
 from avd_trainer.config.loading import read_values
 from avd_trainer.data.examples import CaptionedExamples, condition_of
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
@@ -20,6 +21,7 @@ from avd_trainer.evaluation.spectrum import CRITERION, LEVELS, ClipPair, Spectru
 from avd_trainer.evaluation.spectrum_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
 from avd_trainer.inference.students import read_about
+from avd_trainer.methods.registry import load_method
 from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.condition import Condition
@@ -41,10 +43,12 @@ class Source(NamedTuple):
     Attributes:
         weights: Whatever :func:`open_weights` understands.
         few_steps: Of the run that it is from.
+        sampler: How its student goes from one of them to the next.
     """
 
     weights: str
     few_steps: tuple[float, ...] | None = None
+    sampler: SamplerKind = "re-noise"
 
     def sampling(
         self,
@@ -54,8 +58,10 @@ class Source(NamedTuple):
         shift: float | None,
     ) -> Sampling:
         """How to sample, as :func:`find_sampling`; a run's few steps where nothing else was asked for."""
-        own = self.few_steps if timesteps is None and steps is None else timesteps
-        return find_sampling(self.weights, own, steps, guidance_scale, shift)
+        if self.few_steps is None or timesteps is not None or steps is not None:
+            return find_sampling(self.weights, timesteps, steps, guidance_scale, shift)
+        own = find_sampling(self.weights, self.few_steps, None, guidance_scale, shift)
+        return own.model_copy(update={"sampler": self.sampler})
 
 
 def open_source(source: str) -> Source:
@@ -74,7 +80,9 @@ def open_source(source: str) -> Source:
             "export` writes, or the teacher that the run made."
         )
     few_steps = read_values(Path(source) / CONFIG)["method"].get("few_steps")
-    return Source(str(student), None if few_steps is None else tuple(few_steps))
+    if few_steps is None:
+        return Source(str(student))
+    return Source(str(student), tuple(few_steps), load_method(method).Config.sampled_by)
 
 
 def analyze_spectrum(

@@ -185,7 +185,9 @@ def _sample_all(
 
     interpolator = interpolate_linearly if student.interpolator is None else student.interpolator.to(device)
     samplers = [
-        HalfRateInterpolationSampler(clean_predictor(model), interpolator, student.timesteps, rates=each, on_step=count)
+        HalfRateInterpolationSampler(
+            clean_predictor(model), interpolator, student.timesteps, rates=each, sampler=student.sampler, on_step=count
+        )
         for each in rates
     ]
     for number, condition in enumerate(conditions):

@@ -13,10 +13,11 @@ from avd_core import (
     HalfRateInterpolationSampler,
     LatentFrameInterpolator,
 )
+from avd_core.sampling import SamplerKind
 from avd_trainer.data.encode import WAN_FORMAT
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
-from avd_trainer.models.schedulers import few_steps
+from avd_trainer.models.schedulers import few_steps, sampler_kind
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT
@@ -33,6 +34,7 @@ class Student(NamedTuple):
     Attributes:
         folder: The pipeline's.
         timesteps: Its few steps, falling.
+        sampler: How it goes from one to the next.
         latent_space: Whose latents it makes.
         clip: ``(C, F, H, W)`` of the latents that it was trained on, where that is known.
         fps: Frames per second of its clips.
@@ -42,6 +44,7 @@ class Student(NamedTuple):
 
     folder: Path
     timesteps: tuple[float, ...]
+    sampler: SamplerKind
     latent_space: LatentSpace
     clip: Shape | None
     fps: float
@@ -77,8 +80,8 @@ def open_student(folder: Path) -> Student:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise _no_pipeline(folder)
-    timesteps = read_timesteps(scheduler)
-    if timesteps is None:
+    steps = read_few_steps(scheduler)
+    if steps is None:
         raise UserError(
             f"{scheduler} names no few steps, as `avd export` writes them. Pass the folder of an exported student; a "
             "pipeline of many steps is sampled by diffusers."
@@ -99,7 +102,8 @@ def open_student(folder: Path) -> Student:
         interpolator = load_interpolator(folder / INTERPOLATOR, latent_channels(architecture))
     return Student(
         folder=folder,
-        timesteps=timesteps,
+        timesteps=steps.timesteps,
+        sampler=steps.sampler,
         latent_space=latent_space,
         clip=about.clip,
         fps=about.fps,
@@ -129,21 +133,34 @@ def read_about(folder: Path) -> About:
     return About(latent_space, None if clip is None else (clip[0], clip[1], clip[2], clip[3]), float(fps))
 
 
-def read_timesteps(scheduler: Path) -> tuple[float, ...] | None:
-    """The few steps in a ``scheduler_config.json``, falling; None if it names none.
+class FewSteps(NamedTuple):
+    """How a student is sampled.
+
+    Attributes:
+        timesteps: Its few steps, falling.
+        sampler: How it goes from one to the next.
+    """
+
+    timesteps: tuple[float, ...]
+    sampler: SamplerKind
+
+
+def read_few_steps(scheduler: Path) -> FewSteps | None:
+    """The few steps in a ``scheduler_config.json``; None if it names none.
 
     Raises:
         UserError: If it cannot be read, or what it names cannot be sampled with.
     """
-    found = few_steps(_read_json(scheduler))
+    content = _read_json(scheduler)
+    found, sampler = few_steps(content), sampler_kind(content)
     if found is None:
         return None
     try:
         timesteps = tuple(float(timestep) for timestep in found)
-        HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0)
+        HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0, sampler=sampler)
     except (TypeError, ValueError) as error:
         raise UserError(f"{scheduler} has no timesteps to sample with: {error}. Export the run again.") from error
-    return timesteps
+    return FewSteps(timesteps, sampler)
 
 
 def _never(*_: object) -> Tensor:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel
 from torch import Tensor, nn
 
-from avd_core import LossOutput, shift_timesteps, temporal_variance
-from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, ScoreTimestepsConfig, Section
+from avd_core import LossOutput, shift_timesteps
+from avd_core.sampling import SamplerKind
+from avd_trainer.config.sections import ScoreTimestepsConfig, Section
 from avd_trainer.data.batches import Batch
 from avd_trainer.data.examples import Examples
-from avd_trainer.models.roles import Average, Frozen, Model, Roles, Trained
-from avd_trainer.models.samplers import Rollout, Sampler, schedule
+from avd_trainer.models.roles import Model, Roles
+from avd_trainer.models.samplers import Sampler, schedule
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import Draws
 
@@ -69,6 +69,11 @@ class Call(NamedTuple):
         return self.times * (1 if self.guidance_scale == 1 else 2)
 
 
+def forward_equivalents(calls: Sequence[Call]) -> float:
+    """Forwards of one example in a step, a backward pass counted as two."""
+    return sum(call.forwards * (3 if call.backward else 1) for call in calls)
+
+
 class Setting(NamedTuple):
     """What a method is given when it starts.
 
@@ -106,11 +111,14 @@ class Loss(NamedTuple):
         metrics: Detached tensors to log: scalars, or ``[B]``. An entry ``x_0``, finished samples ``[B, C, F, H, W]``,
             is not logged but shown to the monitor.
         cut: The :class:`Cut` from whose output ``value`` was computed; None if its graph reaches the parameters.
+        samples: ``[B, C, F, H, W]``, the student's clean prediction computed from the cut's output, for terms that
+            others add to the method's own; None where nothing is to be added.
     """
 
     value: Tensor
     metrics: Mapping[str, Tensor]
     cut: Cut | None = None
+    samples: Tensor | None = None
 
     def backward(self, parts: int) -> None:
         """Add the gradient of ``value / parts`` to that of the parameters. Called by the engine."""
@@ -130,6 +138,8 @@ class MethodConfig(Section):
     """Whether a run needs a teacher, from which its models start."""
     needs_text: ClassVar[bool] = True
     """Whether the method reads captions or prompts."""
+    sampled_by: ClassVar[SamplerKind] = "re-noise"
+    """How a student that the method trains goes from one of its few steps to the next."""
 
     def roles(self, student_weights: str | None = None) -> Roles:
         """The models that take part. A student starts from ``student_weights``, or without them from the teacher."""
@@ -212,62 +222,6 @@ class Method(ABC):
     def evaluate(self, module: nn.Module, held_out: Examples) -> BaseModel | None:
         """Measure the exported module on held-out clips when the run is done; None if nothing is measured."""
         return None
-
-
-class StudentRoleConfig(Section):
-    """A transformer that is trained, and how."""
-
-    optimizer: OptimizerConfig = OptimizerConfig(lr=2e-6)
-    """Paper: AdamW, 2e-6."""
-    lora: LoRAConfig | None = None
-    """Train adapters, which share one frozen base with the teacher; None trains all weights."""
-
-
-class DistillationConfig(MethodConfig):
-    """What methods have in common that distil a teacher into a student of few steps."""
-
-    few_steps: tuple[float, ...] = Field(default=(1000.0, 900.0, 757.0, 522.0), min_length=1)
-    """The student's timesteps, falling, in (0, 1000]. Released code of AVD: 1000, 900, 757, 522."""
-    student: StudentRoleConfig = StudentRoleConfig()
-    """The model that is distilled."""
-    sampling_shift: float = Field(default=5.0, gt=0)
-    """Shift of the timesteps at which the *teacher* is sampled, for calibration and comparisons; training does not
-    sample it, and the student has its few steps. Paper: 5."""
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    """Decay of the average of the student's weights, which is what is exported and sampled from."""
-
-    @model_validator(mode="after")
-    def _check_few_steps(self) -> Self:
-        steps = self.few_steps
-        falling = all(later < earlier for earlier, later in pairwise(steps))
-        if not falling or not 0 < steps[-1] <= steps[0] <= 1000:
-            raise ValueError(f"few_steps must fall from at most 1000 to above 0, got {steps}")
-        return self
-
-    def check_student_weights(self) -> None:
-        if self.student.lora is not None:
-            raise ValueError(
-                "student_weights and method.student.lora exclude each other: the adapters' base is the teacher. Leave "
-                "one out"
-            )
-
-    def roles(self, student_weights: str | None = None) -> Roles:
-        return {
-            "teacher": Frozen(),
-            "student": Trained(self.student.optimizer, self.student.lora, student_weights),
-            "ema": Average("student", self.ema_decay),
-        }
-
-
-def describe_samples(x_0: Tensor, rollout: Rollout) -> dict[str, Tensor]:
-    """Metrics of a rollout's samples ``[B, C, F, H, W]``, and themselves if they are finished."""
-    # Samples of earlier steps are blurred by nature and would look like a collapse.
-    shown = {"x_0": x_0} if rollout.finished else {}
-    return shown | {
-        "sample/timestep": rollout.timesteps.mean(),
-        "sample/std": x_0.flatten(1).std(dim=1).mean(),
-        "sample/variance": temporal_variance(x_0),
-    }
 
 
 def draw_noised(x_0: Tensor, draws: Draws, name: str, options: ScoreTimestepsConfig) -> tuple[Tensor, Tensor, Tensor]:

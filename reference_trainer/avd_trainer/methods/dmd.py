@@ -15,27 +15,16 @@ from torch import Tensor
 
 from avd_core import DistributionMatchingLoss, LossOutput
 from avd_trainer.config.sections import ScoreTimestepsConfig
-from avd_trainer.methods.base import (
-    Batches,
-    Call,
-    Cut,
-    DistillationConfig,
-    Loss,
-    Method,
-    Setting,
-    StudentRoleConfig,
-    Turn,
-    describe_samples,
-    draw_noised,
-    prefixed,
-    weighted_sum,
-)
+from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn, draw_noised, prefixed
+from avd_trainer.methods.distillation import Distillation, DistillationConfig, StudentRoleConfig, describe_samples
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model, Roles, Trained
 from avd_trainer.models.samplers import FewStepSampler, Rollout, few_step_rollout, guided_velocity, schedule
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "Yin et al. 2024, arXiv 2405.14867 (DMD2)"
+NEEDS = ("teacher", "prompts")
+FORWARDS = 32.5
 
 
 class DMDMethodConfig(DistillationConfig):
@@ -56,7 +45,7 @@ class DMDMethodConfig(DistillationConfig):
     def roles(self, student_weights: str | None = None) -> Roles:
         return {**super().roles(student_weights), "online": Trained(self.online.optimizer, self.online.lora)}
 
-    def calls(self, max_steps: int) -> Sequence[Call]:
+    def own_calls(self, max_steps: int) -> Sequence[Call]:
         before = (len(self.few_steps) - 1) / 2  # steps without gradient: a sample stops at each as often as at others
         return (
             Call("student", before + (self.online_updates - 1) * (before + 1)),
@@ -67,7 +56,7 @@ class DMDMethodConfig(DistillationConfig):
         )
 
 
-class DMD(Method):
+class DMD(Distillation):
     """Distribution matching; see :class:`DMDMethodConfig`."""
 
     Config: ClassVar[type[DMDMethodConfig]] = DMDMethodConfig
@@ -77,32 +66,26 @@ class DMD(Method):
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
-        self.student, self.teacher = models["student"], models["teacher"]
         self.sampler = FewStepSampler(config.few_steps)
         self.matching = DistributionMatchingLoss(weight=config.matching_weight)
         self._generated: list[tuple[Tensor, Condition]] = []  # samples and what they show, by micro-batch
 
-    def turns(self, step: int) -> Sequence[Turn]:
+    def own_turns(self, step: int) -> Sequence[Turn]:
         # The first online update learns from the samples of the student's.
         more = [Turn("online", (self.made_from,))] * (self.config.online_updates - 1)
         return [Turn("student", (self.made_from,)), Turn("online"), *more]
 
-    def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+    def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.role == "online":
-            if turn.data:
-                with torch.no_grad():
-                    self._generated.append((self.generate(batch, draws).x_0, batch[self.made_from].condition))
-            yield self._denoise(*self._generated.pop(0), draws)  # Eq. 2
+            yield self.denoise(*self.take_sample(turn, batch, draws), draws)  # Eq. 2
             return
         condition = batch[self.made_from].condition
         rollout = self.generate(batch, draws)  # Algorithm 1: x = G(...)
         cut = Cut(rollout.velocity)
         x_BCFHW = rollout._replace(velocity=cut.output).x_0
         self._generated.append((x_BCFHW.detach(), condition))
-        matching = self._match(x_BCFHW, condition, draws)  # Eq. 4
-        value, metrics = weighted_sum(matching, *self.on_samples(x_BCFHW))
-        yield Loss(value, metrics | describe_samples(x_BCFHW.detach(), rollout), cut)
-        yield from self.on_clips(batch, draws, matching.loss, cut.output)
+        loss, metrics = self.match(x_BCFHW, batch, draws)  # Eq. 4
+        yield Loss(loss, metrics | describe_samples(x_BCFHW.detach(), rollout), cut, samples=x_BCFHW)
 
     def generate(self, batch: Batches, draws: Draws) -> Rollout:
         """Backward simulation: the student's own trajectory, stopped at one of its few steps."""
@@ -112,33 +95,31 @@ class DMD(Method):
         condition, shape = batch[self.made_from].condition, self.setting.latent_shape
         return few_step_rollout(self.student, condition, shape, few_steps, noise, last=last)
 
-    def on_samples(self, x_BCFHW: Tensor) -> Iterator[LossOutput]:
-        """Further terms on the student's samples."""
-        yield from ()
+    def take_sample(self, turn: Turn, batch: Batches, draws: Draws) -> tuple[Tensor, Condition]:
+        """What the online model learns from: a new sample if the turn reads what it is made from, or the student's."""
+        if self.made_from in turn.data:
+            with torch.no_grad():
+                self._generated.append((self.generate(batch, draws).x_0, batch[self.made_from].condition))
+        return self._generated.pop(0)
 
-    def on_clips(self, batch: Batches, draws: Draws, matching_loss: Tensor, matching_output: Tensor) -> Iterator[Loss]:
-        """Further losses on real clips; the matching loss can be differentiated at the student's output."""
-        yield from ()
-
-    def summarise(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
-        # Only now: the logarithm of a mean is not the mean of logarithms.
-        return metrics | {"sample/temporal_loss": -metrics["sample/variance"].log()}
-
-    def monitor_options(self) -> dict[str, Any] | None:
-        return {}
-
-    def _match(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> LossOutput:
+    def match(self, x_BCFHW: Tensor, batch: Batches, draws: Draws) -> LossOutput:
         """Eq. 4: both models' clean predictions of the noised sample."""
+        condition = batch[self.made_from].condition
         with torch.no_grad():
             t_B, x_t_BCFHW, _ = draw_noised(x_BCFHW.detach(), draws, "score", self.config.score_timesteps)
+            seen_BCFHW = self.show_teacher(x_BCFHW.detach(), x_t_BCFHW, t_B, batch, draws)
             scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
-            real_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, condition, unconditional_LD, scale)
+            real_BCFHW = guided_velocity(self.teacher, seen_BCFHW, t_B, condition, unconditional_LD, scale)
             online_BCFHW = self.models["online"](x_t_BCFHW, t_B, condition)
-            real_x_0 = schedule.velocity_to_x_0(real_BCFHW, x_t_BCFHW, t_B)
+            real_x_0 = schedule.velocity_to_x_0(real_BCFHW, seen_BCFHW, t_B)
             online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
         return prefixed("matching", self.matching(x_BCFHW, real_x_0, online_x_0))
 
-    def _denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
+    def show_teacher(self, x_BCFHW: Tensor, x_t_BCFHW: Tensor, t_B: Tensor, batch: Batches, draws: Draws) -> Tensor:
+        """What the teacher sees in Eq. 4: what the online model sees, the noised sample."""
+        return x_t_BCFHW
+
+    def denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""
         t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
         return Loss(F.mse_loss(self.models["online"](x_t_BCFHW, t_B, condition), target_BCFHW), {})

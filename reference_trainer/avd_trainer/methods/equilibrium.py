@@ -23,18 +23,8 @@ from avd_core import (
     gradient_shares,
 )
 from avd_trainer.config.sections import ScoreTimestepsConfig
-from avd_trainer.methods.base import (
-    Batches,
-    Call,
-    Cut,
-    DistillationConfig,
-    Loss,
-    Setting,
-    describe_samples,
-    draw_noised,
-    prefixed,
-    weighted_sum,
-)
+from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, draw_noised, prefixed, weighted_sum
+from avd_trainer.methods.distillation import DistillationConfig, describe_samples
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.discriminators.discriminator import Discriminator, HeadConfig, build_head
 from avd_trainer.models.roles import Average, Built, Model, Reads, Roles, Trained
@@ -73,6 +63,8 @@ class EquilibriumConfig(DistillationConfig):
                 "motion.frame_dim must be 2, as this trainer's latents are [B, C, F, H, W], and motion.sync_ranks true,"
                 " as a run does not depend on the number of its ranks"
             )
+        if self.motion is not None and self.avd is not None and self.avd.motion is not None:
+            raise ValueError("motion and avd.motion are the same term: it would count twice. Set one of them to null")
         return self
 
     @property
@@ -170,7 +162,7 @@ class Equilibrium:
         # This is the backward pass through the critic; the loss that comes back has the gradient already.
         loss, shares = gradient_shares(cut.output, {name: term.loss for name, term in named.items()})
         metrics = weighted_sum(*named.values())[1] | {f"{name}/share": share for name, share in shares.items()}
-        return Loss(loss, metrics | describe_samples(x_BCFHW.detach(), rollout), cut)
+        return Loss(loss, metrics | describe_samples(x_BCFHW.detach(), rollout), cut, x_BCFHW)
 
     def _generate(self, condition: Condition, draws: Draws) -> Rollout:
         """xhat = e - v(e, T, c): the student's sample, as in inference."""

@@ -22,6 +22,8 @@ from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 
 PAPER = "You et al., CVPR 2026, Sec. 8"
+NEEDS = ("clips",)
+FORWARDS = 0.0
 
 # Held-out clips that are measured at once.
 EVALUATION_BATCH = 8

@@ -1,6 +1,7 @@
-"""Which methods there are: every file of this folder that names its PAPER.
+"""Which methods there are: every file of this folder that names its PAPER, what it NEEDS, and its FORWARDS.
 
-Listing them reads the files and imports none, so that the command line can say them at once.
+Listing them reads the files and imports none, so that the command line can say them at once. The contract tests hold
+what a file says of itself against its configuration.
 """
 
 from __future__ import annotations
@@ -22,11 +23,16 @@ class ListedMethod(NamedTuple):
         kind: Its name, which is its file's.
         summary: What it does, in one line.
         paper: Where it is from.
+        needs: What a run has to bring: ``teacher``, ``clips``, ``prompts``.
+        forwards: Of transformers, for each example of an update, a backward pass counted as two; at the method's
+            defaults, and the mean over a run of 1500 steps, where steps differ.
     """
 
     kind: str
     summary: str
     paper: str
+    needs: tuple[str, ...]
+    forwards: float
 
 
 @cache
@@ -44,8 +50,15 @@ def load_method(kind: str) -> type[Method]:
 
 def _read(path: Path) -> ListedMethod | None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "PAPER" for t in node.targets):
-            summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-            return ListedMethod(path.stem, summary, str(ast.literal_eval(node.value)))
-    return None
+    said = {
+        target.id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    if "PAPER" not in said:
+        return None
+    paper, needs, forwards = (ast.literal_eval(said[name]) for name in ("PAPER", "NEEDS", "FORWARDS"))
+    summary = (ast.get_docstring(tree) or "").partition("\n")[0]
+    return ListedMethod(path.stem, summary, str(paper), tuple(needs), float(forwards))

@@ -9,28 +9,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 
 from avd_trainer.config.sections import LoRAConfig, ScoreTimestepsConfig
-from avd_trainer.methods.base import (
-    Batches,
-    Call,
-    Cut,
-    Loss,
-    Setting,
-    StudentRoleConfig,
-    Turn,
-    describe_samples,
-    draw_noised,
-)
+from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, draw_noised
+from avd_trainer.methods.consistency import consistency_pair, mean_distance
+from avd_trainer.methods.distillation import StudentRoleConfig, describe_samples
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.methods.equilibrium import Equilibrium, EquilibriumConfig
 from avd_trainer.models.roles import Model, Roles
-from avd_trainer.models.samplers import Rollout, guided_velocity, predict, schedule
+from avd_trainer.models.samplers import Rollout, guided, predict, schedule
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "AAAI 2026, arXiv 2508.21019 (V-PAE)"
+NEEDS = ("teacher", "clips", "prompts")
+FORWARDS = 16.3
 
 # Of trajectories that consistency priming distils: 50 steps from noise to clip.
 STRIDE = 20.0
@@ -63,8 +56,8 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
             del roles["online"]  # nothing is matched
         return roles
 
-    def calls(self, max_steps: int) -> Sequence[Call]:
-        priming = super().calls(max_steps)
+    def own_calls(self, max_steps: int) -> Sequence[Call]:
+        priming = super().own_calls(max_steps)
         if self.priming == "consistency":
             target = (Call("teacher", 1, guidance_scale=self.guidance_scale), Call("ema", 1))
             priming = (*target, Call("student", 1, backward=True))
@@ -94,22 +87,24 @@ class VPAE(DMD):
         super().__init__(config, models, setting)
         self.equilibrium = Equilibrium(config, models, setting)
 
-    def turns(self, step: int) -> Sequence[Turn]:
+    def own_turns(self, step: int) -> Sequence[Turn]:
         if step > self.config.priming_steps:
             trained_too = ("critic",) if self.config.critic == "separate" else ()
             judging = Turn("discriminator", ("clips",), "equilibrium", trained_too)
             return [judging, Turn("student", ("prompts",), "equilibrium")]
-        priming = super().turns(step) if self.config.priming == "vsd" else [Turn("student", ("clips",), "consistency")]
+        priming = (
+            super().own_turns(step) if self.config.priming == "vsd" else [Turn("student", ("clips",), "consistency")]
+        )
         return [turn._replace(rate=self.config.priming_rate) if turn.role == "student" else turn for turn in priming]
 
-    def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+    def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.part == "equilibrium":  # phase II
             side = self.equilibrium.judge if turn.role == "discriminator" else self.equilibrium.be_judged
             yield side(batch, draws)
         elif turn.part == "consistency":
             yield self._stay_consistent(batch, draws)
         else:  # phase I: distribution matching of what `generate` makes, and the online model that follows it
-            yield from super().losses(turn, batch, draws)
+            yield from super().own_losses(turn, batch, draws)
 
     def generate(self, batch: Batches, draws: Draws) -> Rollout:
         """One prediction from a clip at tau ~ U[0.9, 1] T; at T it is pure noise."""
@@ -124,15 +119,18 @@ class VPAE(DMD):
         clips_BCFHW, condition = batch["clips"]
         times = ScoreTimestepsConfig(shift=self.config.score_timesteps.shift, low=STRIDE, high=1000)
         t_B, x_t_BCFHW, _ = draw_noised(clips_BCFHW, draws, "consistency", times)
-        with torch.no_grad():
-            scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
-            velocity_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, condition, unconditional_LD, scale)
-            x_next_BCFHW = x_t_BCFHW - STRIDE / schedule.num_train_timesteps * velocity_BCFHW
-            target = predict(self.models["ema"], x_next_BCFHW, t_B - STRIDE, condition, finished=False)
-        rollout = predict(self.student, x_t_BCFHW, t_B, condition, finished=False)
-        cut = Cut(rollout.velocity)
-        x_BCFHW = rollout._replace(velocity=cut.output).x_0
-        return Loss(F.mse_loss(x_BCFHW, target.x_0), describe_samples(x_BCFHW.detach(), rollout), cut)
+        pair = consistency_pair(
+            self.student,
+            self.models["ema"],
+            guided(self.teacher, self.setting.unconditional, self.config.guidance_scale),
+            x_t_BCFHW,
+            condition,
+            upper=t_B,
+            lower=t_B - STRIDE,
+            end=torch.zeros_like(t_B),
+        )
+        loss, metrics = mean_distance(pair.prediction, pair.target), describe_samples(pair.x_0.detach(), pair.rollout)
+        return Loss(loss, metrics, pair.cut, pair.prediction)
 
 
 METHOD = VPAE

@@ -37,7 +37,7 @@ def has_part(source: str, part: str) -> bool:
     try:
         index = DiffusionPipeline.load_config(source)
     except Exception as error:
-        raise _not_loaded(source, "model_index.json", error) from error
+        raise part_not_loaded(source, "model_index.json", error) from error
     return (index.get(part) or [None])[0] is not None
 
 
@@ -58,10 +58,10 @@ def load_part(kind: Any, source: str, part: str, **options: Any) -> Any:
             raise FileNotFoundError(f"there is no {part}/*.json")  # diffusers takes another part's for it
         return kind.from_pretrained(source, subfolder=part, **options)
     except Exception as error:
-        raise _not_loaded(source, part, error) from error
+        raise part_not_loaded(source, part, error) from error
 
 
-def _not_loaded(source: str, part: str, error: Exception) -> UserError:
+def part_not_loaded(source: str, part: str, error: Exception) -> UserError:
     """What to raise where a part of a pipeline cannot be loaded, with what to do."""
     # The libraries raise OSError, ValueError, SafetensorError, errors of the hub's HTTP library and more for files that
     # are missing, damaged or of another model.

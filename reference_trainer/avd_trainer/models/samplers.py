@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from avd_core import FlowMatchingSchedule, classifier_free_guidance, shift_timesteps
-from avd_core.sampling import kept_frames
+from avd_core.sampling import SamplerKind, kept_frames
 from avd_trainer.models.condition import Condition
 
 schedule = FlowMatchingSchedule()
@@ -40,13 +40,15 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class FewStepSampler:
-    """A distilled student's sampler: predict x_0, noise it to the next of the few steps, repeat.
+    """A distilled student's sampler; see :func:`few_step_rollout`.
 
     Attributes:
         few_steps: Timesteps, falling.
+        kind: How it goes from one to the next.
     """
 
     few_steps: Sequence[float]
+    kind: SamplerKind = "re-noise"
 
     def __call__(
         self,
@@ -56,7 +58,7 @@ class FewStepSampler:
         shape: Sequence[int],
         draw_noise: DrawNoise,
     ) -> Tensor:
-        return few_step_rollout(model, condition, shape, self.few_steps, draw_noise).x_0
+        return few_step_rollout(model, condition, shape, self.few_steps, draw_noise, sampler=self.kind).x_0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +109,10 @@ class Rollout(NamedTuple):
         """``[B, C, F, H, W]`` the clean prediction: the student's sample."""
         return schedule.velocity_to_x_0(self.velocity, self.x_t, self.timesteps)
 
+    def at(self, timesteps: Tensor) -> Tensor:
+        """``[B, C, F, H, W]`` where the velocity leads by other ``timesteps`` ``[B]``, in a straight line."""
+        return schedule.euler_step(self.x_t, self.velocity, self.timesteps, timesteps)
+
 
 def clean_predictor(model: VelocityPredictor) -> Callable[[Tensor, Tensor, Condition], Tensor]:
     """``(x_t, timesteps, condition)`` to ``x_0``, for a :class:`avd_core.HalfRateInterpolationSampler`.
@@ -142,17 +148,27 @@ def guided_velocity(
     return classifier_free_guidance(conditional, without, guidance_scale)
 
 
+def guided(model: VelocityPredictor, unconditional: Tensor, guidance_scale: float) -> VelocityPredictor:
+    """A model under guidance, asked as a model; see :func:`guided_velocity`."""
+
+    def velocity(x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        return guided_velocity(model, x_t, timesteps, condition, unconditional, guidance_scale)
+
+    return velocity
+
+
 def few_step_rollout(
     model: VelocityPredictor,
     condition: Condition,
     shape: Sequence[int],
-    timesteps: Sequence[float],
+    timesteps: Sequence[float] | Sequence[Tensor],
     draw_noise: DrawNoise,
     *,
+    sampler: SamplerKind = "re-noise",
     last: int | None = None,
     on_prediction: Callable[[float, Tensor], None] | None = None,
 ) -> Rollout:
-    """Run the student from noise over its few steps, as in inference: predict x_0, noise it to the next step, repeat.
+    """Run the student from noise over its few steps, as in inference.
 
     Only the last step is run with gradient (where gradients are enabled at all), and no step after it is run.
 
@@ -160,23 +176,25 @@ def few_step_rollout(
         model: The student.
         condition: What the B samples are to show.
         shape: ``[C, F, H, W]`` of a sample.
-        timesteps: The few steps, falling.
+        timesteps: The few steps, falling; or tensors ``[B]``, with a time of each sample.
         draw_noise: Draws for the B samples.
+        sampler: From one step to the next: ``re-noise`` takes the clean prediction and noises it anew, ``ode`` goes on
+            along the velocity, and draws only the first noise.
         last: Index of the step to stop at; None runs all of them.
-        on_prediction: Called in each step with its timestep and its clean prediction ``[B, C, F, H, W]``.
+        on_prediction: Called in each step with its timestep, a number, and its clean prediction ``[B, C, F, H, W]``.
     """
     last = len(timesteps) - 1 if last is None else last
     x_t = draw_noise(shape)
+    times = [torch.as_tensor(each).to(x_t).expand(len(condition)) for each in timesteps]
     with torch.no_grad():
-        for current, following in pairwise(timesteps[: last + 1]):
-            x_0 = predict(model, x_t, x_t.new_full((len(condition),), current), condition, finished=False).x_0
+        for step, next_B in enumerate(times[1 : last + 1]):
+            rollout = predict(model, x_t, times[step], condition, finished=False)
             if on_prediction is not None:
-                on_prediction(current, x_0)
-            x_t = schedule.add_noise(x_0, draw_noise(shape), x_0.new_full((len(condition),), following))
-    final = x_t.new_full((len(condition),), timesteps[last])
-    rollout = predict(model, x_t, final, condition, finished=last == len(timesteps) - 1)
+                on_prediction(float(timesteps[step]), rollout.x_0)
+            x_t = rollout.at(next_B) if sampler == "ode" else schedule.add_noise(rollout.x_0, draw_noise(shape), next_B)
+    rollout = predict(model, x_t, times[last], condition, finished=last == len(timesteps) - 1)
     if on_prediction is not None:
-        on_prediction(timesteps[last], rollout.x_0)
+        on_prediction(float(timesteps[last]), rollout.x_0)
     return rollout
 
 

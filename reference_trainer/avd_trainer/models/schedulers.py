@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
-from diffusers import FlowMatchLCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
 from avd_core import FlowMatchingSchedule
+from avd_core.sampling import SamplerKind
 
 GRID = "_timesteps"
 """In a scheduler's config: the exact grid. diffusers keeps names that begin so, and does not take them for mistakes."""
+
+SAMPLER = "_sampler"
+"""Beside it: how the student goes from one of its steps to the next. Exports from before have none: they re-noise."""
+
+DiffusersScheduler: TypeAlias = FlowMatchLCMScheduler | FlowMatchEulerDiscreteScheduler
+_CLASSES: Mapping[SamplerKind, type[DiffusersScheduler]] = {
+    "re-noise": FlowMatchLCMScheduler,
+    "ode": FlowMatchEulerDiscreteScheduler,
+}
 
 
 def few_steps(scheduler: Mapping[str, Any]) -> Any:
@@ -19,20 +29,26 @@ def few_steps(scheduler: Mapping[str, Any]) -> Any:
     return scheduler.get(GRID, scheduler.get("timesteps"))
 
 
-def closest_scheduler(timesteps: Sequence[float]) -> FlowMatchLCMScheduler:
-    """The sampler that students are trained for, as diffusers has it, with the grid that is closest to a student's.
+def sampler_kind(scheduler: Mapping[str, Any]) -> Any:
+    """How a student is sampled, by the same file."""
+    return scheduler.get(SAMPLER, scheduler.get("sampler", "re-noise"))
+
+
+def closest_scheduler(timesteps: Sequence[float], sampler: SamplerKind = "re-noise") -> DiffusersScheduler:
+    """The sampler that a student is trained for, as diffusers has it, with the grid that is closest to the student's.
 
     Its class has no field for a grid of one's own; ``shift`` and the end shape one, which begins at 1000. Exact for
     evenly spaced steps from 1000 and shifts of them (``1000, 750, 500, 250``; ``1000, 938, 833, 625``); for the paper's
     grid off by 1.1 of 1000. The exact grid stands beside them in an export, for who reads it: ``avd sample``, and
     ``FewStepScheduler`` of ``avd_integrations``.
     """
+    kind = _CLASSES[sampler]
     if len(timesteps) == 1:
-        return FlowMatchLCMScheduler()
+        return kind()
     end = timesteps[-1] / FlowMatchingSchedule().num_train_timesteps
 
-    def scheduler(log_shift: float) -> FlowMatchLCMScheduler:
-        return FlowMatchLCMScheduler(shift=round(math.exp(log_shift), 4), shift_terminal=end)
+    def scheduler(log_shift: float) -> DiffusersScheduler:
+        return kind(shift=round(math.exp(log_shift), 4), shift_terminal=end)
 
     best = 0.0
     for width in (4.0, 0.1, 0.0025):  # a coarse look at shifts of 1/55 to 55, then closer ones
@@ -41,7 +57,7 @@ def closest_scheduler(timesteps: Sequence[float]) -> FlowMatchLCMScheduler:
     return scheduler(best)
 
 
-def grid_error(scheduler: FlowMatchLCMScheduler, timesteps: Sequence[float]) -> float:
+def grid_error(scheduler: DiffusersScheduler, timesteps: Sequence[float]) -> float:
     """The most by which a timestep that a scheduler samples at is off a student's."""
     scheduler.set_timesteps(len(timesteps))
     found: list[float] = scheduler.timesteps.tolist()

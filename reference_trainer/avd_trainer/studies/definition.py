@@ -3,7 +3,8 @@
 ``study.yaml`` is about the whole (:class:`StudyConfig`). Files whose names begin with ``_`` are for others to extend.
 Each other file is a variant, and the first sentence of its comment says what it is:
 
-- a run (:class:`TrainConfig`, usually with ``extends:``), which is trained once for each seed;
+- a run (:class:`TrainConfig`, usually with ``extends:``), which is trained once for each seed; with
+  ``student_weights: variant:NAME`` from the student of another variant and the same seed;
 - with ``teacher_of: VARIANT`` the teacher of that run (:class:`TeacherVariant`);
 - with ``of: VARIANT`` the students of that run, sampled in another way (:class:`HalfRateVariant`).
 """
@@ -11,7 +12,7 @@ Each other file is a variant, and the first sentence of its comment says what it
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from avd_core import step_rates
 from avd_trainer.config.loading import ConfigError, load_config, read_values
 from avd_trainer.config.sections import Section, ShapesData
 from avd_trainer.evaluation.measures import VERSION
-from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
@@ -37,7 +38,13 @@ EVALUATION = "evaluation."
 
 NEEDS = ("of", "interpolator")
 """Keys that name a variant whose results this one starts from."""
+START = "variant:"
+"""What ``student_weights`` begin with that are those of a variant's student of the same seed: ``variant:dmd2``."""
 
+COSTS = "costs"
+"""Key of ``study.json`` and of results: what a step of each student costs, where all share a budget."""
+SECONDS = "-seconds"
+"""What the name of a variant ends with that is trained for as many seconds as another one."""
 REFERENCE, CONTROLS = "reference", "controls"
 """Units beside the variants: what real clips score, and clips that were spoiled on purpose."""
 
@@ -68,6 +75,9 @@ class StudyConfig(Section):
     seeds: str = "1..8"
     """Seeds of training, where none are asked for, as :func:`parse_seeds` reads them. Those from 100 on are for
     choosing values."""
+    budget_of: str | None = None
+    """The variant whose own ``max_steps`` say what each student may cost (:mod:`avd_trainer.studies.budget`); None:
+    each is trained for its own."""
     evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
     """How they are measured."""
 
@@ -105,6 +115,20 @@ class Unit(NamedTuple):
         return f"{self.variant}-{self.seed}"
 
 
+class Cost(NamedTuple):
+    """What a step costs: means over a run.
+
+    Attributes:
+        forwards: Forward equivalents of all examples of the batch, a backward pass counted as two.
+        seconds: On the machine that the study began on, in one process.
+        memory: MB of 2^20 bytes in tensors in the step's worst phase, as ``avd plan`` computes it for a GPU.
+    """
+
+    forwards: float
+    seconds: float
+    memory: float
+
+
 @dataclass(frozen=True)
 class Study:
     """A study, read and checked.
@@ -119,6 +143,7 @@ class Study:
             values of its run.
         source: The name or path that it was asked for by.
         overrides: What ``--set`` has changed.
+        costs: What a step of each student costs, where all share a budget and it is known.
     """
 
     name: str
@@ -129,6 +154,7 @@ class Study:
     worked_on: Set[str]
     source: str
     overrides: Sequence[str]
+    costs: Mapping[str, Cost] = field(default_factory=dict)
 
     @property
     def data(self) -> ShapesData:
@@ -149,6 +175,12 @@ class Study:
             return None
         with open_weights(self.teacher) as weights:
             return weights.digest()
+
+    @property
+    def order(self) -> list[str]:
+        """All names that results can have, in the order of tables."""
+        endings = ("",) if self.config.budget_of is None else ("", SECONDS)
+        return [name + ending for name in self.config.variants for ending in endings]
 
     def run(self, variant: str) -> TrainConfig:
         """The run behind a variant."""
@@ -171,6 +203,9 @@ class Study:
     def needs(self, unit: Unit) -> list[Unit]:
         """The units whose results a unit starts from."""
         variant = self.variants.get(unit.variant)
+        if isinstance(variant, TrainConfig):
+            start = start_of(variant)
+            return [] if start is None else [Unit(start, unit.seed)]
         if not isinstance(variant, HalfRateVariant):
             return []
         needed = [Unit(variant.of, unit.seed)]
@@ -189,6 +224,7 @@ class Study:
             "evaluation": self.config.evaluation.model_dump(mode="json"),
             "measures_version": VERSION,
             "variants": variants,
+            **({COSTS: {name: cost._asdict() for name, cost in self.costs.items()}} if self.costs else {}),
         }
 
 
@@ -214,17 +250,18 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
         for file in sorted(folder.glob("*.yaml"))
         if file.name != STUDY and not file.name.startswith(SHARED)
     }
-    if taken := files.keys() & {REFERENCE, CONTROLS}:
-        raise ConfigError(f"{folder}: {', '.join(sorted(taken))} cannot be the name of a variant. Choose another one.")
+    if taken := [name for name in sorted(files) if name in (REFERENCE, CONTROLS) or name.endswith(SECONDS)]:
+        raise ConfigError(f"{folder}: {', '.join(taken)} cannot be the name of a variant. Choose another one.")
     if set(config.variants) != files.keys() or len(set(config.variants)) < len(config.variants):
         raise ConfigError(
             f"{folder / STUDY}: variants must name each file of the folder once: {', '.join(files)}. "
             f"Got {', '.join(config.variants)}."
         )
-    if unknown := [each for each in [config.baseline, *(variants or ())] if each not in files]:
+    budget_of = [] if config.budget_of is None else [config.budget_of]
+    if unknown := [each for each in [config.baseline, *budget_of, *(variants or ())] if each not in files]:
         raise UserError(f"Study {name} has no variant {unknown[0]!r}. It has {', '.join(config.variants)}.")
     worked_on = _with_needs(folder, variants or config.variants, NEEDS)
-    named = _with_needs(folder, worked_on, (*NEEDS, "teacher_of"))
+    named = _with_needs(folder, [*worked_on, *budget_of], (*NEEDS, "teacher_of"))
     chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in named}
     titles = {each: describe(files[each]) for each in config.variants}
     study = Study(folder.name, describe(folder / STUDY), titles, config, chosen, worked_on, name, overrides)
@@ -265,7 +302,27 @@ def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[
             )
         values = read_values(file)
         waiting += [values[key] for key in keys if isinstance(values.get(key), str)]
+        weights = _extended(folder, name, "student_weights")
+        waiting += [weights.removeprefix(START)] if weights.startswith(START) else []
     return found
+
+
+def _extended(folder: Path, name: str, key: str) -> str:
+    """A value of a file or of those beside it that it extends; empty if none of them has it."""
+    seen: set[str] = set()
+    while name not in seen and (folder / f"{name}.yaml").is_file():
+        seen.add(name)
+        values = read_values(folder / f"{name}.yaml")
+        if key in values:
+            return str(values[key])
+        name = str(values.get("extends"))
+    return ""
+
+
+def start_of(run: TrainConfig) -> str | None:
+    """The variant whose student a run starts from; None if it starts from none."""
+    weights = run.student_weights or ""
+    return weights.removeprefix(START) if weights.startswith(START) else None
 
 
 def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
@@ -280,6 +337,11 @@ def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
 
 
 def _check(study: Study, folder: Path) -> None:
+    of = study.config.budget_of
+    if of is not None:
+        own = study.variants[of]
+        if not isinstance(own, TrainConfig) or not study.is_measured(of) or start_of(own) is not None:
+            raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
     for name, variant in study.variants.items():
         file = folder / f"{name}.yaml"
         if not study.titles[name]:
@@ -291,6 +353,9 @@ def _check(study: Study, folder: Path) -> None:
                 raise ConfigError(f"{file}: data differs from that of the other variants. All share the real clips.")
             if variant.method.needs_teacher and variant.teacher != study.teacher:
                 raise ConfigError(f"{file}: teacher differs from that of the other variants. All share the teacher.")
+            start = start_of(variant)
+            if start is not None and not (isinstance(study.variants[start], TrainConfig) and study.is_measured(start)):
+                raise ConfigError(f"{file}: student_weights must be of a variant that trains a student, got {start}.")
             continue
         source = study.variants[variant.of if isinstance(variant, HalfRateVariant) else variant.teacher_of]
         if not isinstance(source, TrainConfig) or not isinstance(source.method, DistillationConfig):

@@ -61,7 +61,9 @@ def save_deviations(path: Path, results: Mapping[str, Any]) -> None:
     figure.suptitle(textwrap.fill(title, 55 * columns), fontsize=10)
     for axis, (name, each) in zip(axes.flat, variants.items(), strict=False):
         axis.set_title(name, fontsize=9)
-        _draw_panel(axis, _deviations(each), each["values"]["method"]["regression"]["sharpness"])
+        method = each["values"]["method"]
+        regression = method.get("regression") or method["avd"]["regression"]  # method avd's own, or on top of another
+        _draw_panel(axis, _deviations(each), regression["sharpness"])
     for axis in axes.flat[len(variants) :]:
         axis.axis("off")
     write_png(figure, path)

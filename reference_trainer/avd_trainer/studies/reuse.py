@@ -46,7 +46,8 @@ def reuse(study: Study, folder: Path, other: Path, seeds: Sequence[int]) -> list
             f"--reuse {other}: it measures otherwise:\n" + "\n".join(differing) + "\nLeave it out, or run with the "
             "values there."
         )
-    claim_study(study, folder)
+    study = claim_study(study, folder)
+    values = study.values()
     same = {
         name: next((theirs for theirs, own in saved["variants"].items() if own == values["variants"][name]), None)
         for name, variant in study.variants.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,8 +18,10 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.runtime.signals import StopSignals
 from avd_trainer.runtime.terminal import readable_errors
-from avd_trainer.studies.definition import Study, Unit
+from avd_trainer.studies.budget import share_budget, students
+from avd_trainer.studies.definition import COSTS, Cost, Study, Unit
 from avd_trainer.studies.units import StoppedError, Workplace
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import LOCK, FolderInUseError, locked
 
 SAVED = "study.json"
@@ -55,7 +57,7 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
         FailedProcessError: If a process failed and units are left.
         UserError: If ``folder`` holds something else or was made with other values.
     """
-    claim_study(study, folder)
+    study = claim_study(study, folder)
     if jobs == 1:
         return _work(study, folder, seeds)
     left = _missing(study, folder, seeds)
@@ -88,28 +90,52 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
     return not missing
 
 
-def claim_study(study: Study, folder: Path) -> None:
+def claim_study(study: Study, folder: Path) -> Study:
     """Take a new folder, or that of the same study, to which variants may be added.
+
+    Returns:
+        The study as it is done there: where students share a budget, with as many steps as that comes to.
 
     Raises:
         UserError: If it cannot be written to, or holds something else, or was made with other values.
     """
     claim_folder(folder)
     with locked(folder, wait=True):
-        values = study.values()
+        saved: dict[str, Any] = {}
         if (folder / SAVED).exists():
             saved = read_json(folder / SAVED)
+        elif {path.name for path in folder.iterdir()} - {LOCK}:
+            raise UserError(f"{folder} holds something that is no study. Choose a new --output.")
+        study = _share_budget(study, folder, saved.get(COSTS, {}))
+        values = study.values()
+        if saved:
             shared = {name: saved["variants"][name] for name in study.variants if name in saved["variants"]}
             own = values | {"variants": {name: values["variants"][name] for name in shared}}
-            if differing := differences(saved | {"variants": shared}, own, (OVERRIDES,)):
+            if differing := differences(saved | {"variants": shared}, own, (OVERRIDES, COSTS)):
                 raise UserError(
                     f"{folder} holds results of other values:\n" + "\n".join(differing) + "\n"
                     "Choose a new --output for these, or run with the values there to go on."
                 )
-            values["variants"] = saved["variants"] | values["variants"]
-        elif {path.name for path in folder.iterdir()} - {LOCK}:
-            raise UserError(f"{folder} holds something that is no study. Choose a new --output.")
+            for key in ("variants", COSTS):
+                if key in values:
+                    values[key] = saved.get(key, {}) | values[key]
         write_json(folder / SAVED, values | {OVERRIDES: study.overrides})
+    return study
+
+
+def _share_budget(study: Study, folder: Path, saved: Mapping[str, Mapping[str, float]]) -> Study:
+    if study.config.budget_of is None:
+        return study
+    known = {name: Cost(**values) for name, values in saved.items()}
+    unknown = len(students(study).keys() - known.keys())
+    with join_ranks() as ranks, ProgressBar("measuring what a step costs", unknown) as bar:
+        place = Workplace(study, folder / UNITS, ranks)
+
+        def measure(run: TrainConfig) -> float:
+            bar.advance()
+            return place.time_step(run)
+
+        return share_budget(study, known, measure)
 
 
 def result_file(folder: Path, unit: Unit) -> Path:

@@ -19,9 +19,10 @@ from avd_trainer.evaluation.reference import Reference, Spread
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json, write_text
-from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
+from avd_trainer.studies.definition import CONTROLS, COSTS, REFERENCE, SECONDS, Study, Unit
 from avd_trainer.studies.deviations import save_deviations
 from avd_trainer.studies.dots import save_figure
+from avd_trainer.studies.monitoring import monitor_table
 from avd_trainer.studies.runner import OVERRIDES, SAVED, result_file
 from avd_trainer.studies.statistics import LEAST_SEEDS, LEVEL, Estimate, compare, estimate
 from avd_trainer.training.folder import locked
@@ -68,7 +69,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
     controls = _read(folder, Unit(CONTROLS, study.data.seed))
     units = {
         name: {seed: unit for seed in seeds if (unit := _read(folder, Unit(name, seed)))}
-        for name in study.config.variants
+        for name in study.order
         if name in saved["variants"]
     }
     values = {
@@ -89,7 +90,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
                 compared = units[name], units.get(study.config.baseline, {})
                 measures[measure]["against_baseline"] = None if found is None else _told(found, *compared)
         variants[name] = {
-            "title": study.titles[name],
+            "title": _title(study, name),
             "measures": measures,
             "seeds": {
                 str(seed): {"values": values[name].get(seed)}
@@ -110,6 +111,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
         "reference": real,
         "controls": controls,
         "variants": variants,
+        COSTS: saved.get(COSTS, {}),
         "environment": environment(),
     }
 
@@ -150,7 +152,44 @@ def render(results: Mapping[str, Any]) -> str:
         found = {key: values.get("against_baseline") for key, values in each["measures"].items()}
         if any(found.values()):
             lines.append(f"| {name} | {' | '.join(_difference(found[key]) for key in names)} |")
+    means = {name: spread.mean for name, spread in spreads.items()}
+    if results["controls"] and (judged := monitor_table(variants, means, _controls(results))):
+        lines += [
+            "",
+            "## What the monitor says of the students, and whether it is right",
+            "",
+            "Of so many seeds. Is so: by pixels, more than half as far from real clips as the control. Right: nothing "
+            "is missed, and nothing else is said.",
+            "",
+            *judged,
+        ]
+    if results[COSTS]:
+        lines += ["", "## What a step costs, and how many each student had", "", *_costs(results)]
     return "\n".join(lines) + "\n"
+
+
+def _costs(results: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "Forward equivalents of all examples of a batch, a backward pass counted as two; seconds of one process, "
+        "measured when the study began; memory in tensors on a GPU, computed.",
+        "",
+        "| | forwards | seconds | memory, MB | steps for equal forwards | steps for equal seconds |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
+    for name, cost in results[COSTS].items():
+        steps = [
+            f"{variant['values']['max_steps']}" if (variant := results["variants"].get(each)) else ""
+            for each in (name, name + SECONDS)
+        ]
+        lines.append(
+            f"| {name} | {cost['forwards']:g} | {cost['seconds']:.3g} | {cost['memory']:g} | {' | '.join(steps)} |"
+        )
+    return lines
+
+
+def _title(study: Study, name: str) -> str:
+    own = study.titles[name.removesuffix(SECONDS)]
+    return own if name == name.removesuffix(SECONDS) else f"{own} For as many seconds as {study.config.budget_of}."
 
 
 def _told(found: Estimate, *variants: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
@@ -162,6 +201,7 @@ def _told(found: Estimate, *variants: Mapping[int, Mapping[str, Any]]) -> dict[s
 def _command(study: Study, saved: Mapping[str, Any], seeds: Sequence[int], variants: Set[str]) -> str:
     """What would do it again, in the shell's words."""
     words = ["avd", "study", study.source, "--output", "DIR", "--seeds", ",".join(map(str, seeds))]
+    variants = {name.removesuffix(SECONDS) for name in variants}
     if variants < set(study.config.variants):
         words += ["--variants", ",".join(name for name in study.config.variants if name in variants)]
     for override in saved[OVERRIDES]:

@@ -28,7 +28,7 @@ from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
 from avd_trainer.evaluation.controls import RENDERING, Encoded, controls_of_shapes
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import encode_rendering, reference_of_shapes
-from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
@@ -41,12 +41,14 @@ from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.studies.budget import time_step
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit
 from avd_trainer.studies.deviations import read_deviations
+from avd_trainer.studies.monitoring import judge_samples, read_findings
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS
 from avd_trainer.training.metrics_log import METRICS_FILE
-from avd_trainer.training.run import train
+from avd_trainer.training.run import FINDINGS, train
 
 RUN = "run"
 """The run in a unit's folder; what it trained stays, its checkpoints go when it is done."""
@@ -82,10 +84,10 @@ class Workplace:
 
         Returns:
             ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
-            also ``noises``, the measures of each of several noises, and ``deviations`` that the adaptive weight
-            judged;
-            or ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the
-            ``spreads`` of real clips, of ``controls`` the ``controls``.
+            also ``noises``, the measures of each of several noises, ``monitor``, what a
+            :class:`avd_core.CollapseMonitor` says of them, and ``deviations`` that the adaptive weight judged; or
+            ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the ``spreads``
+            of real clips, of ``controls`` the ``controls``.
 
         Raises:
             StoppedError: If somebody asked to stop.
@@ -133,10 +135,18 @@ class Workplace:
             images = self._real.video[:, :, 0]
             measured = [self._measure(Encoded(each, self._codec.decode(each)), images) for each in samples]
         trained = isinstance(variant, TrainConfig)
+        found = {"of_samples": judge_samples(torch.cat(samples), self._real.latents)}
+        if trained:
+            found["while_training"] = read_findings(self.run_folder(unit) / FINDINGS)
         return {
             "noises": measured,
+            "monitor": found,
             "deviations": read_deviations(self.run_folder(unit) / METRICS_FILE) if trained else None,
         }
+
+    def time_step(self, run: TrainConfig) -> float:
+        """Seconds that a step of a run takes here."""
+        return time_step(run, self._training_data, self.ranks)
 
     def run_folder(self, unit: Unit) -> Path:
         """Where a unit's run is."""
@@ -145,7 +155,9 @@ class Workplace:
     def _train(self, unit: Unit, config: TrainConfig) -> None:
         folder = self.run_folder(unit)
         if not (folder / config.method.main_role).exists():  # written whole, after the last step
-            seeded = config.model_copy(update={"seed": unit.seed})
+            start = [str(self._product(needed)) for needed in self.study.needs(unit)]
+            weights = start[0] if start else config.student_weights
+            seeded = config.model_copy(update={"seed": unit.seed, "student_weights": weights})
             if not train(seeded, folder, self.ranks, data=self._training_data, description=str(unit)):
                 raise StoppedError
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
@@ -201,7 +213,9 @@ class Workplace:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
         model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
-        sampler = HalfRateInterpolationSampler(clean_predictor(model), interpolator, method.few_steps, half_rate_steps)
+        sampler = HalfRateInterpolationSampler(
+            clean_predictor(model), interpolator, method.few_steps, half_rate_steps, sampler=method.sampled_by
+        )
         return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
 
     def _product(self, unit: Unit) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from avd_core.sampling import SamplerKind
 from avd_trainer.config.sections import (
     CheckpointConfig,
     DataSection,
@@ -90,3 +91,8 @@ class TrainConfig(Section):
         """The student's timesteps; None for methods without a student."""
         steps: tuple[float, ...] | None = getattr(self.method, "few_steps", None)
         return steps
+
+    @property
+    def sampled_by(self) -> SamplerKind:
+        """How the student goes from one of its few steps to the next."""
+        return self.method.sampled_by

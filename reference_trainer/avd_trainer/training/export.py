@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from avd_trainer.config.loading import validate
 from avd_trainer.config.sections import LoRAConfig
 from avd_trainer.data.schema import Encoding
-from avd_trainer.methods.base import DistillationConfig
+from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.registry import load_method
 from avd_trainer.models.roles import Average, Built, Trained, build_whole
 from avd_trainer.models.transformer import adapter_names, empty_transformer

@@ -16,7 +16,7 @@ from avd_core import LatentFrameInterpolator
 from avd_trainer.data.schema import Encoding
 from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
-from avd_trainer.models.schedulers import GRID, closest_scheduler, grid_error
+from avd_trainer.models.schedulers import GRID, SAMPLER, closest_scheduler, grid_error
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import ABOUT, SavedRun, Weights, replace_export, write_json_in, write_transformer
@@ -102,12 +102,14 @@ def export_pipeline(
         for name, source in parts.items():
             _copy(source / name, folder / name)
         write_transformer(checkpoint, folder / "transformer", weights, dtype)
-        timesteps = [float(timestep) for timestep in config.few_steps or ()]
-        scheduler = closest_scheduler(timesteps)
+        timesteps, sampler = [float(timestep) for timestep in config.few_steps or ()], config.sampled_by
+        scheduler = closest_scheduler(timesteps, sampler)
         write_json_in(
-            folder / "scheduler" / "scheduler_config.json", {**json.loads(scheduler.to_json_string()), GRID: timesteps}
+            folder / "scheduler" / "scheduler_config.json",
+            {**json.loads(scheduler.to_json_string()), GRID: timesteps, SAMPLER: sampler},
         )
-        write_json_in(folder / MODEL_INDEX, _model_index(parts, architecture, interpolator is not None))
+        index = _model_index(parts, architecture, type(scheduler).__name__, interpolator is not None)
+        write_json_in(folder / MODEL_INDEX, index)
         about = {
             "latent_space": encoding.latent_space,
             "clip": checkpoint.state["latent_shape"],
@@ -233,12 +235,14 @@ def _copied_files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(_COPIED))
 
 
-def _model_index(parts: dict[str, Path], architecture: Mapping[str, Any], interpolator: bool) -> dict[str, Any]:
+def _model_index(
+    parts: dict[str, Path], architecture: Mapping[str, Any], scheduler: str, interpolator: bool
+) -> dict[str, Any]:
     name = "WanPipeline" if image_input(architecture) is None else "WanImageToVideoPipeline"
     index: dict[str, Any] = {"_class_name": name, "_diffusers_version": diffusers.__version__}
     for name, usual in parts_of(architecture).items():
         index[name] = _class_of(parts[name], name) or usual if name in parts else (None, None)
-    index["scheduler"] = ("diffusers", "FlowMatchLCMScheduler")
+    index["scheduler"] = ("diffusers", scheduler)
     index["transformer"] = ("diffusers", "WanTransformer3DModel")
     if interpolator:
         index[INTERPOLATOR] = ("avd_integrations.diffusers", "LatentFrameInterpolatorModel")

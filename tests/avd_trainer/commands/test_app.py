@@ -73,12 +73,14 @@ def test_train_saves_its_configuration_and_its_metrics(tmp_path: Path) -> None:
     assert all(0 < weight < 0.25 for weight in steps[0]["regression/weights"])
 
 
-def test_methods_are_listed_with_what_they_do_and_their_papers() -> None:
+def test_methods_are_listed_with_what_they_do_need_and_cost_and_their_papers() -> None:
     status, printed = run("methods")
     assert status == 0
     for method in list_methods():
         assert method.kind in printed
-        assert set(method.summary.split()) | set(method.paper.split()) <= set(printed.replace("│", " ").split())
+        words = {*method.summary.split(), *method.paper.split(), *", ".join(method.needs[:-1]).split()}
+        assert words <= set(printed.replace("│", " ").split())
+    assert "teacher, clips, prompts; 35.5 forwards" in printed
 
 
 def test_train_never_overwrites(tmp_path: Path) -> None:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from avd_trainer.models.condition import Condition
-from avd_trainer.models.samplers import EulerSampler, few_step_rollout, guided_velocity, sample_teacher
+from avd_trainer.models.samplers import (
+    EulerSampler,
+    FewStepSampler,
+    few_step_rollout,
+    guided_velocity,
+    sample_teacher,
+)
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 SHAPE = (2, 3, 2, 2)
@@ -67,6 +73,22 @@ def test_each_step_starts_from_the_noised_prediction_of_the_one_before() -> None
 
     few_step_rollout(Zero(), TOLD, SHAPE, (1000.0, 750.0), remembered)
     torch.testing.assert_close(seen[1], 0.25 * seen[0] + 0.75 * draws[1])
+
+
+def test_straight_on_a_step_keeps_the_noise_and_draws_none() -> None:
+    draws: list[Tensor] = []
+
+    class Half(torch.nn.Module):
+        def forward(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+            return 0.5 * x_t
+
+    def remembered(shape: Sequence[int]) -> Tensor:
+        draws.append(draw(shape))
+        return draws[-1]
+
+    found = FewStepSampler((1000.0, 600.0), "ode")(Half(), TOLD, NOTHING, SHAPE, remembered)
+    (noise,) = draws
+    torch.testing.assert_close(found, noise * (1 - 0.4 * 0.5) * (1 - 0.6 * 0.5))
 
 
 def test_the_teacher_sampler_follows_the_path_to_x_0() -> None:

@@ -18,7 +18,7 @@ from avd_trainer.studies.definition import (
     parse_seeds,
 )
 from avd_trainer.training.config import TrainConfig
-from small_study import write_study
+from small_study import FILES, write_study
 
 
 @pytest.fixture
@@ -61,6 +61,19 @@ def test_a_variant_brings_what_it_refers_to(tmp_path: Path) -> None:
     name = write_study(tmp_path / "small")
     assert list(load_study(name, variants=["half-rate"]).variants) == ["avd", "half-rate", "interpolator"]
     assert list(load_study(name, variants=["avd"]).variants) == ["avd"]
+
+
+def test_a_run_may_start_from_the_student_of_another_one(tmp_path: Path) -> None:
+    avd = "# Goes on.\nextends: dmd\nmax_steps: 1\nstudent_weights: variant:dmd"
+    again = "# Goes on, too.\nextends: avd\nbatch_size: 4"
+    listed = FILES["study"].replace("half-rate,", "again,")
+    files = {"study": listed, "avd": avd, "again": again, "half-rate": None}
+    study = load_study(write_study(tmp_path / "small", **files), variants=["again"])
+    assert list(study.variants) == ["dmd", "again"]
+    assert study.needs(Unit("again", 2)) == [Unit("dmd", 2)]
+    wrong = avd.replace("variant:dmd", "variant:interpolator")
+    with pytest.raises(UserError, match="student_weights must be of a variant that trains a student, got interpolator"):
+        load_study(write_study(tmp_path / "wrong", avd=wrong))
 
 
 def test_a_teacher_brings_the_values_of_its_run_and_no_work(tmp_path: Path) -> None:

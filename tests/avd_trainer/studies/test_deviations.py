@@ -53,7 +53,8 @@ def test_the_figure_has_a_panel_for_each_variant_with_a_regression(tmp_path: Pat
     }
     save_deviations(tmp_path / "no.png", {"variants": {"dmd": without}})
     assert not (tmp_path / "no.png").exists()
-    save_deviations(tmp_path / "yes.png", {"variants": {"dmd": without, "avd": with_}})
+    on_top = with_ | {"values": {"method": {"kind": "dmd", "avd": with_["values"]["method"]}}}
+    save_deviations(tmp_path / "yes.png", {"variants": {"dmd": without, "avd": with_, "dmd-avd": on_top}})
     assert (tmp_path / "yes.png").stat().st_size > 5_000
 
 

@@ -55,6 +55,23 @@ def test_defaults_are_the_papers() -> None:
             "micro_batch_size=1 method.regression.order=update_first",
             r"micro_batch_size and method\.regression\.order=update_first exclude each other",
         ),
+        (
+            "dmd",
+            "micro_batch_size=1 method.avd.regression.order=update_first",
+            r"micro_batch_size and method\.avd\.regression\.order=update_first exclude each other",
+        ),
+        (
+            "dmd",
+            "method.avd.regression=null method.avd.motion=null",
+            r"  method\.avd: .*left out, which adds nothing\. Leave method\.avd out",
+        ),
+        ("dmd", "method.avd.motion.frame_dim=1", r"  method\.avd: motion\.frame_dim must be 2"),
+        (
+            "avd",
+            "method.avd.motion.floor=1",
+            r"  method\.avd: method avd has the terms itself\. Set method\.regression",
+        ),
+        ("vpae", "method.avd.motion.floor=1 method.motion.floor=1", r"  method: .*the same term: it would count twice"),
         ("dmd", "prompts.path=prompts", r"prompts need data of kind shards"),
     ],
 )

@@ -6,11 +6,8 @@ is by rCM's finite differences (``fd_type=2``), as its kernel needs a GPU. rCM's
 """
 
 import importlib
-import importlib.abc
-import importlib.machinery
 import json
 import math
-import os
 import shlex
 import sys
 import types
@@ -21,67 +18,19 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state  # noqa: F401 - before transformer_engine seems to be there
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from by_hand import RegressionByHand, noting
 from page_lines import code_blocks
-from without_gpu import declare_torchvision_operators, free_port, stand_in_for_wandb
+from rcm_on_cpu import CPU, stand_in
 
 scratch = Path(sys.argv[1])
-os.environ["IMAGINAIRE_OUTPUT_ROOT"] = str(scratch)
 SHAPE = (2, 3, 5, 4, 4)
 VALUES = math.prod(SHAPE[1:])
 FLOOR, SHARPNESS = 0.5, 2.0
 
 
-class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Third parties that need a GPU: they can be imported, and that is all."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.split(".")[0] in ("flash_attn", "triton", "transformer_engine", "transformer_engine_torch"):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: _missing(name)
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-def _missing(name: str) -> mock.MagicMock:
-    if name.startswith("__"):
-        raise AttributeError(name)
-    return mock.MagicMock()
-
-
-class CPU(TorchFunctionMode):
-    """Whatever is asked of CUDA is done on the CPU."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if "device" in kwargs:
-            kwargs["device"] = _cpu(kwargs["device"])
-        if function is not torch.device:
-            args = tuple(map(_cpu, args))
-        return function(*args, **kwargs)
-
-
-def _cpu(value: Any) -> Any:
-    is_cuda = (isinstance(value, str) and value == "cuda") or (isinstance(value, torch.device) and value.type == "cuda")
-    return torch.device("cpu") if is_cuda else value
-
-
-declare_torchvision_operators()
-stand_in_for_wandb(scratch)
-sys.meta_path.insert(0, Absent())
-torch.cuda.current_device = lambda: 0
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+stand_in(scratch)
 
 import rcm.models.t2v_model_distill_rcm as host  # noqa: E402
 from imaginaire.lazy_config import LazyCall, instantiate  # noqa: E402

@@ -1,0 +1,179 @@
+"""What LCM, PCM and DCM have in common: two points of a teacher's trajectory are to lead to the same place.
+
+A clip is noised to a point of the trajectory. The teacher takes an Euler step to the point below. From the upper point
+the student goes straight to the end of the phase, from the lower one its target does, and the two are to agree. Models
+predict velocities of rectified flow, in which the end is ``x_t + (sigma_end - sigma_t) v``: an ``x_0`` where the phase
+ends at 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from avd_core import LossOutput, shift_timesteps
+from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn, prefixed
+from avd_trainer.methods.distillation import describe_samples
+from avd_trainer.methods.watching import Watched, WatchedConfig
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.roles import Average, Model, Roles
+from avd_trainer.models.samplers import (
+    FewStepSampler,
+    Rollout,
+    VelocityPredictor,
+    guided,
+    predict,
+    schedule,
+)
+from avd_trainer.runtime.draws import Draws
+
+
+class ConsistencyConfig(WatchedConfig):
+    """Options of consistency distillation."""
+
+    points: int = Field(default=50, ge=1)
+    """Points of a trajectory above its end, evenly spaced before the shift. The student is trained at them, and the
+    teacher steps from each to the one below."""
+    shift: float = Field(default=3.0, gt=0)
+    """Shift of these points; above 1, more of them are at high noise."""
+    lowest: float = Field(default=0.0, ge=0)
+    """Where trajectories end, in timesteps before the shift."""
+    guidance_scale: float = Field(default=5.0, ge=1)
+    """Classifier-free guidance of the teacher's step, standard form. The authors' ``w`` is one less."""
+    target: Literal["average", "student"] = "student"
+    """Who goes on from the lower point: the average of the student, or the student itself without gradient."""
+    huber: float | None = Field(default=0.001, gt=0)
+    """``c`` of the pseudo-Huber distance ``sqrt(d^2 + c^2) - c``, in units of the latents; None is the squared one."""
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Where phases end, as points of the trajectory, rising; point 0 is its end."""
+        return (0,)
+
+    def trajectory(self) -> Tensor:
+        """``[points + 1]`` float32 timesteps of the points, rising from the trajectory's end to 1000."""
+        even = torch.linspace(0, schedule.num_train_timesteps, self.points + 1, dtype=torch.float64)
+        even[0] = self.lowest
+        return shift_timesteps(even, self.shift).float()
+
+    def roles(self, student_weights: str | None = None) -> Roles:
+        asked = Average("student", self.ema_decay, asked=self.target == "average")
+        return {**super().roles(student_weights), "ema": asked}
+
+    def own_calls(self, max_steps: int) -> Sequence[Call]:
+        return (*self.pair_calls(), *self.watching_calls(max_steps))
+
+    def pair_calls(self) -> Sequence[Call]:
+        """What a pair of points costs."""
+        return (
+            Call("teacher", 1, guidance_scale=self.guidance_scale),
+            Call("ema" if self.target == "average" else "student", 1),
+            Call("student", 1, backward=True),
+        )
+
+    @model_validator(mode="after")
+    def _check_lowest(self) -> Self:
+        first = schedule.num_train_timesteps / self.points
+        if not self.lowest < first:
+            raise ValueError(f"lowest must be below the first of {self.points} points, {first:g}, got {self.lowest:g}")
+        return self
+
+
+class Pair(NamedTuple):
+    """Where two neighbouring points of a trajectory lead.
+
+    Attributes:
+        rollout: The student's answer at the upper point.
+        cut: Of the velocity in it.
+        prediction: ``[B, C, F, H, W]`` the end of the phase, from the upper point; with gradient at ``cut``.
+        target: ``[B, C, F, H, W]`` the same end from the lower point, without gradient.
+    """
+
+    rollout: Rollout
+    cut: Cut
+    prediction: Tensor
+    target: Tensor
+
+    @property
+    def x_0(self) -> Tensor:
+        """``[B, C, F, H, W]`` the student's clean prediction, with gradient at ``cut``; whatever the phase's end."""
+        return self.rollout._replace(velocity=self.cut.output).x_0
+
+
+def consistency_pair(
+    student: VelocityPredictor,
+    target: VelocityPredictor,
+    teacher: VelocityPredictor,
+    x_t: Tensor,
+    condition: Condition,
+    *,
+    upper: Tensor,
+    lower: Tensor,
+    end: Tensor,
+) -> Pair:
+    """Take ``x_t`` ``[B, C, F, H, W]`` at ``upper``, and where the teacher leads from it at ``lower``, to ``end``.
+
+    The three are timesteps ``[B]``.
+    """
+    with torch.no_grad():
+        x_lower = schedule.euler_step(x_t, teacher(x_t, upper, condition), upper, lower)
+        target_BCFHW = predict(target, x_lower, lower, condition, finished=False).at(end)
+    rollout = predict(student, x_t, upper, condition, finished=False)
+    cut = Cut(rollout.velocity)
+    return Pair(rollout, cut, rollout._replace(velocity=cut.output).at(end), target_BCFHW)
+
+
+class Consistency(Watched):
+    """Consistency distillation; see :class:`ConsistencyConfig`."""
+
+    Config: ClassVar[type[ConsistencyConfig]]
+
+    def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
+        super().__init__(config, models, setting)
+        self.sampler: FewStepSampler = FewStepSampler(config.few_steps, config.sampled_by)
+        self._target = models["ema" if config.target == "average" else "student"]
+        self._trajectory = config.trajectory().to(setting.device)
+        self._edges = torch.tensor(config.edges, device=setting.device)
+
+    def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+        pair = self.pair(batch, draws, above=0, upto=self.config.points)
+        loss, metrics = prefixed("consistency", self.distance(pair))
+        yield Loss(loss, metrics | self.describe(pair, turn, batch, draws), pair.cut, samples=pair.x_0)
+
+    def pair(self, batch: Batches, draws: Draws, *, above: int, upto: int) -> Pair:
+        """Clips noised to points that are drawn from those above one and up to another, each with its phase's end."""
+        clips_BCFHW, condition = batch["clips"]
+        n_B = above + 1 + (draws.uniform("points") * (upto - above)).long()
+        end_B = self._edges[torch.searchsorted(self._edges, n_B) - 1]  # the next edge below
+        noise_BCFHW = draws.normal("points_noise", clips_BCFHW.shape[1:])
+        t_B = self._trajectory[n_B]
+        return consistency_pair(
+            self.student,
+            self._target,
+            guided(self.teacher, self.setting.unconditional, self.config.guidance_scale),
+            schedule.add_noise(clips_BCFHW, noise_BCFHW, t_B),
+            condition,
+            upper=t_B,
+            lower=self._trajectory[n_B - 1],
+            end=self._trajectory[end_B],
+        )
+
+    def distance(self, pair: Pair) -> LossOutput:
+        """Mean distance of prediction and target."""
+        return LossOutput(mean_distance(pair.prediction, pair.target, huber=self.config.huber), {})
+
+    def describe(self, pair: Pair, turn: Turn, batch: Batches, draws: Draws) -> dict[str, Tensor]:
+        """Metrics of the clean predictions, and in a watched turn samples of the clips' captions for the monitors."""
+        return describe_samples(pair.x_0.detach(), pair.rollout) | self.watch(turn, batch, draws)
+
+
+def mean_distance(prediction: Tensor, target: Tensor, *, huber: float | None = None) -> Tensor:
+    """Mean pseudo-Huber distance ``sqrt(d^2 + c^2) - c`` with ``c = huber``, or mean squared distance without it."""
+    if huber is None:
+        return F.mse_loss(prediction, target)
+    return ((prediction - target).square() + huber**2).sqrt().sub(huber).mean()

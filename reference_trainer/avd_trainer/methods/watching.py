@@ -1,0 +1,46 @@
+"""Samples for the monitors, of methods whose training makes none: the student is sampled every so many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from avd_trainer.methods.base import Batches, Call, Turn
+from avd_trainer.methods.distillation import Distillation, DistillationConfig
+from avd_trainer.runtime.draws import Draws
+
+WATCHED = "watched"
+"""The part of a student's turn that also makes samples for the monitors."""
+
+
+class WatchedConfig(DistillationConfig):
+    """Options of a method that is watched."""
+
+    watch_every: int = Field(default=10, ge=1)
+    """Steps between two at which the student is sampled for the monitors. Training itself makes no samples."""
+
+    def watching_calls(self, max_steps: int) -> Sequence[Call]:
+        """What that costs."""
+        watched = (max_steps // self.watch_every) / max_steps
+        return [Call("student", watched * len(self.few_steps))] if watched else []
+
+
+class Watched(Distillation):
+    """A method that learns from clips, and is sampled for the monitors."""
+
+    def own_turns(self, step: int) -> Sequence[Turn]:
+        part = WATCHED if step % self.config.watch_every == 0 else ""
+        return [Turn("student", ("clips",), part)]
+
+    def watch(self, turn: Turn, batch: Batches, draws: Draws) -> dict[str, Tensor]:
+        """In a watched turn samples of the clips' captions, as a metric for the monitors."""
+        if turn.part != WATCHED:
+            return {}
+        assert self.sampler is not None, "who makes students can sample them"
+        condition, unconditional_LD = batch["clips"].condition, self.setting.unconditional
+        noise, shape = draws.named("trajectory"), self.setting.latent_shape
+        with torch.no_grad():
+            return {"x_0": self.sampler(self.student, condition, unconditional_LD, shape, noise)}

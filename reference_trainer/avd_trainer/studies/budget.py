@@ -1,0 +1,101 @@
+"""Students that cost the same: as many forward equivalents, and once more as many seconds.
+
+A study whose ``budget_of`` names a variant gives all students what that one's own ``max_steps`` cost. Each variant is
+then trained twice: for as many steps as come to the same number of forward equivalents, under its own name, and for as
+many as take the same time, as ``NAME-seconds``. Seconds are measured once, where the study begins, and kept in
+``study.json`` with the steps that follow from them.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from statistics import fmean
+
+from avd_trainer.data.sources import TrainingData
+from avd_trainer.methods.base import forward_equivalents
+from avd_trainer.planning.plan import make_plan
+from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.studies.definition import SECONDS, Cost, Study, Variant, start_of
+from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.trainer import Trainer
+
+MB = 2**20
+LOOKS = 6
+"""Steps that are timed of each variant, spread evenly over its run, since phases of a method may cost differently."""
+
+
+Measure = Callable[[TrainConfig], float]
+"""From a run to the seconds that a step of it takes."""
+
+
+def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> Study:
+    """A study in which each student may cost the same, in forwards and in seconds; one without ``budget_of`` as it is.
+
+    Args:
+        study: As it was loaded.
+        known: Costs that were measured before, by variant.
+        measure: Times the others.
+    """
+    of = study.config.budget_of
+    if of is None or study.costs:
+        return study
+    runs = students(study)
+    budget = _forwards(runs[of], runs[of].max_steps)
+    equal = {name: _for_forwards(run, budget) for name, run in runs.items()}
+    costs = {name: known[name] if name in known else _cost(run, measure) for name, run in equal.items()}
+    seconds = runs[of].max_steps * costs[of].seconds
+    as_long = {name: _lasting(run, max(1, round(seconds / costs[name].seconds))) for name, run in equal.items()}
+    variants: dict[str, Variant] = {}
+    for name, variant in study.variants.items():
+        variants[name] = equal.get(name, variant)
+        if name in as_long and name != of:  # whose two runs are one
+            variants[name + SECONDS] = as_long[name]
+    worked_on = {each for name in study.worked_on for each in (name, name + SECONDS) if each in variants}
+    return replace(study, variants=variants, worked_on=worked_on, costs=costs)
+
+
+def students(study: Study) -> dict[str, TrainConfig]:
+    """The runs of a study that train a student from the teacher, by variant.
+
+    One that goes on from another student comes on top of what that one cost, so it has its own steps.
+    """
+    return {
+        name: variant
+        for name, variant in study.variants.items()
+        if isinstance(variant, TrainConfig) and study.is_measured(name) and start_of(variant) is None
+    }
+
+
+def time_step(config: TrainConfig, data: TrainingData, ranks: Ranks) -> float:
+    """Seconds of a step, the mean of several over the run; the first one, which is slower, is left out."""
+    trainer = Trainer(config, data, ranks)
+    seconds = []
+    for look in range(LOOKS + 1):
+        trainer.step = (config.max_steps - 1) * look // LOOKS
+        start = time.perf_counter()
+        next(trainer.run())
+        seconds.append(time.perf_counter() - start)
+    return fmean(seconds[1:])
+
+
+def _cost(run: TrainConfig, measure: Measure) -> Cost:
+    memory = max(phase.allocated for phase in make_plan(run).memory)
+    return Cost(_forwards(run, run.max_steps) / run.max_steps, round(measure(run), 4), round(memory / MB, 1))
+
+
+def _forwards(run: TrainConfig, steps: int) -> float:
+    """Forward equivalents of a run of so many steps."""
+    return steps * run.batch_size * forward_equivalents(run.method.calls(steps))
+
+
+def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
+    """A run for the most steps that cost no more; at least one. A step's mean cost may depend on their number."""
+    most = bisect_right(range(1, int(budget) + 2), budget, key=lambda steps: _forwards(run, steps))
+    return _lasting(run, max(1, most))
+
+
+def _lasting(run: TrainConfig, steps: int) -> TrainConfig:
+    return run.model_copy(update={"max_steps": steps})

@@ -1,0 +1,86 @@
+"""What :class:`avd_core.CollapseMonitor` says of a student, and whether it is right.
+
+The monitor sees latents alone. Whether it is right is judged in pixels, where it does not look: a student counts as
+frozen, jittering, oversaturated or washed out if it is more than half as far from real clips as real clips that were
+spoiled so.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from avd_core import CollapseMonitor, LatentStatistics
+from avd_trainer.runtime.files import read_json
+
+SIGNS: Mapping[str, tuple[str, str, float]] = {
+    "frozen": ("temporal_frequency", "frozen", 0.5),
+    "jitter": ("temporal_frequency", "shuffled", 0.5),
+    "oversaturated": ("saturation", "saturated", 0.5),
+    "washed_out": ("saturation", "saturated", -0.5),
+}
+"""By kind of finding: the measure that shows it, the control that has it, and the share of the way from real clips to
+the control beyond which a student has it. Washed out is the way from saturated clips to real ones, gone on."""
+
+
+def judge_samples(samples: Tensor, real: Tensor) -> list[str]:
+    """Kinds of what the monitor finds in samples ``[N, C, F, h, w]``, given real clips, in latents."""
+    monitor = CollapseMonitor(LatentStatistics.measure(real), every=1, grace=0)
+    monitor.after_step(1, {"x_0": samples})
+    return _kinds([finding.kind for finding in monitor.findings])
+
+
+def read_findings(path: Path) -> list[str]:
+    """Kinds of what the monitor found while a student was trained, as its run's ``findings.json`` says."""
+    return _kinds([finding["kind"] for finding in read_json(path)]) if path.exists() else []
+
+
+def true_kinds(values: Mapping[str, float], real: Mapping[str, float], controls: Mapping[str, Any]) -> list[str]:
+    """Which of them a student has.
+
+    Args:
+        values: Its measures.
+        real: Those of real clips.
+        controls: Those of spoiled real clips, by control.
+    """
+    found = []
+    for kind, (measure, control, share) in SIGNS.items():
+        way = (values[measure] - real[measure]) / (controls[control][measure] - real[measure])
+        if way > share if share > 0 else way < share:
+            found.append(kind)
+    return found
+
+
+def monitor_table(variants: Mapping[str, Any], real: Mapping[str, float], controls: Mapping[str, Any]) -> list[str]:
+    """Lines of a table in Markdown: what the monitor says of each variant's students, and how often it is right."""
+    lines = [
+        "| | while training | of samples | is so | right while training | right of samples |",
+        "| --- | --- | --- | --- | --: | --: |",
+    ]
+    for name, variant in variants.items():
+        judged = [unit for unit in variant["seeds"].values() if "monitor" in unit]
+        if not judged:
+            continue
+        truth = [true_kinds(unit["values"], real, controls) for unit in judged]
+        cells = []
+        for key in ("while_training", "of_samples"):
+            said = [unit["monitor"][key] for unit in judged if key in unit["monitor"]]  # a teacher was not trained
+            right = sum(one == other for one, other in zip(said, truth, strict=False))
+            cells.append((_count(said), f"{right} of {len(said)}") if said else ("", ""))
+        (training, right_training), (samples, right_samples) = cells
+        lines.append(f"| {name} | {training} | {samples} | {_count(truth)} | {right_training} | {right_samples} |")
+    return lines if len(lines) > 2 else []
+
+
+def _kinds(found: Sequence[str]) -> list[str]:
+    """Those that clips can show, each once, in the order of ``SIGNS``."""
+    return [kind for kind in SIGNS if kind in found]
+
+
+def _count(said: Sequence[Sequence[str]]) -> str:
+    counts = Counter(kind for each in said for kind in each)
+    return ", ".join(f"{kind} {counts[kind]}" for kind in SIGNS if counts[kind]) or "nothing"

@@ -1,0 +1,211 @@
+"""What LCM, PCM and DCM compute; tests/hosts holds it against their authors' code."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor
+
+from avd_core import shift_timesteps
+from avd_trainer.data.batches import Batch
+from avd_trainer.methods.base import Setting, Turn
+from avd_trainer.methods.consistency import Consistency, Pair, mean_distance
+from avd_trainer.methods.dcm import DCMMethodConfig
+from avd_trainer.methods.lcm import LCMMethodConfig
+from avd_trainer.methods.pcm import PCMMethodConfig
+from avd_trainer.methods.registry import load_method
+from avd_trainer.methods.watching import WATCHED
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.roles import Average
+from avd_trainer.models.samplers import FewStepSampler
+from avd_trainer.runtime.draws import Draws
+from avd_trainer.training.trainer import Trainer
+from runs import MakeTrainer, first_step
+
+SHAPE = (2, 5, 2, 2)
+STUDENT = Turn("student", ("clips",))
+
+
+class Towards:
+    """A model whose trajectories are straight lines to a clip; its answers can be off."""
+
+    def __init__(self, clip: Tensor, off: float = 0.0) -> None:
+        self.clip, self.off = clip, torch.tensor(off, requires_grad=True)
+        self.times: list[Tensor] = []
+
+    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        self.times.append(timesteps)
+        return (x_t - self.clip) / (timesteps / 1000).clamp(min=1e-6).view(-1, 1, 1, 1, 1) + self.off
+
+
+def method_of(kind: str, models: dict[str, Any], **options: Any) -> Consistency:
+    method: Any = load_method(kind)
+    setting = Setting(SHAPE, torch.empty(0), torch.device("cpu"))
+    alone = {"detail": None} if kind == "dcm" else {}
+    found: Consistency = method(method.Config(**{"guidance_scale": 1.0, **alone, **options}), models, setting)
+    return found
+
+
+def batch_and_draws(count: int = 64) -> tuple[dict[str, Batch], Draws]:
+    clips = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+    return {"clips": Batch(clips, Condition(torch.zeros(count, 1, 1)))}, Draws((0,), range(count), torch.device("cpu"))
+
+
+def pair_of(kind: str, above: int = 0, upto: int | None = None, **options: Any) -> tuple[Pair, dict[str, Towards]]:
+    off = {"student": 0.3, "ema": 0.2, "teacher": 0.0}
+    models = {name: Towards(torch.zeros(SHAPE), by) for name, by in off.items()}
+    method = method_of(kind, models, **options)
+    upto = method.config.points if upto is None else upto
+    return method.pair(*batch_and_draws(), above=above, upto=upto), models
+
+
+# --- Points, phases, ends
+
+
+def test_points_are_even_before_the_shift() -> None:
+    config = LCMMethodConfig(points=4, shift=3.0, lowest=10.0)
+    even = torch.tensor([10.0, 250.0, 500.0, 750.0, 1000.0])
+    torch.testing.assert_close(config.trajectory(), shift_timesteps(even, 3.0))
+
+
+def test_the_teacher_steps_from_a_point_to_the_one_below() -> None:
+    for kind, who in (("lcm", "ema"), ("pcm", "student")):
+        _, models = pair_of(kind)
+        points = method_of(kind, models).config.trajectory()
+        upper, lower = models["teacher"].times[0], models[who].times[0]
+        assert torch.equal(models["student"].times[-1], upper)
+        place = torch.searchsorted(points, upper)
+        assert torch.equal(points[place], upper)
+        assert torch.equal(points[place - 1], lower)
+        assert len(set(place.tolist())) > 20
+        assert 1 <= place.min() <= 3
+        assert place.max() >= len(points) - 3
+
+
+def test_phases_end_where_the_next_step_begins() -> None:
+    """Each prediction goes on along the student's velocity to the greatest of the few steps below, or to the lowest."""
+    few_steps = [1000.0, 900.0, 750.0, 500.0]
+    pair, models = pair_of("pcm", few_steps=few_steps)
+    lowest = PCMMethodConfig().trajectory()[0].item()
+    for row, t in enumerate(models["student"].times[-1].tolist()):
+        end = max(edge for edge in (*few_steps, lowest) if edge < t - 0.1)
+        along = (end - t) / 1000 * pair.rollout.velocity[row]
+        torch.testing.assert_close(pair.prediction[row], pair.rollout.x_t[row] + along)
+
+
+def test_at_the_lowest_point_of_a_phase_the_target_is_the_teachers() -> None:
+    pair, models = pair_of("dcm", above=35, upto=36)
+    t, end = DCMMethodConfig().trajectory()[[36, 35]].tolist()
+    assert set(models["student"].times[-1].tolist()) == {t}
+    teacher = models["teacher"](pair.rollout.x_t, models["student"].times[-1], Condition(torch.empty(0)))
+    torch.testing.assert_close(pair.target, (pair.rollout.x_t + (end - t) / 1000 * teacher).detach())
+
+
+def test_lcm_predicts_the_clean_clip() -> None:
+    pair, _ = pair_of("lcm")
+    torch.testing.assert_close(pair.prediction, pair.x_0)
+    pair, _ = pair_of("pcm")
+    assert (pair.prediction - pair.x_0).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["lcm", "pcm", "dcm"])
+def test_on_straight_lines_there_is_nothing_to_learn(kind: str) -> None:
+    clip = torch.randn(SHAPE)
+    for off, most in ((0.0, 1e-5), (0.5, None)):
+        models = {"student": Towards(clip, off), "ema": Towards(clip), "teacher": Towards(clip)}
+        method = method_of(kind, models)
+        (loss,) = method.losses(STUDENT, *batch_and_draws())
+        assert loss.value < most if most else loss.value > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            lambda: PCMMethodConfig(few_steps=(1000.0, 898.0, 750.0)),
+            "few_steps must be points.* nearest are .*900.0",
+        ),
+        (lambda: PCMMethodConfig(few_steps=(900.0, 750.0)), "few_steps must begin at 1000"),
+        (lambda: LCMMethodConfig(lowest=20.0), "lowest must be below the first of 50 points, 20, got 20"),
+        (lambda: DCMMethodConfig(boundary=50), "boundary must be below points, 50, got 50"),
+    ],
+)
+def test_what_does_not_fit_is_refused(config: Any, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config()
+
+
+# --- Losses
+
+
+def test_the_distance_is_pseudo_huber_or_squared() -> None:
+    prediction, target = torch.tensor([3.0, 0.0, -4.0]), torch.zeros(3)
+    assert mean_distance(prediction, target).item() == pytest.approx(25 / 3)
+    by_hand = sum((d * d + 0.04) ** 0.5 - 0.2 for d in (3.0, 0.0, -4.0)) / 3
+    assert mean_distance(prediction, target, huber=0.2).item() == pytest.approx(by_hand)
+
+
+def test_the_semantic_expert_learns_at_high_noise_how_frames_change() -> None:
+    pair, models = pair_of("dcm", above=35)
+    method = method_of("dcm", models, coherence_weight=2.0)
+    (loss,) = method.losses(STUDENT, *batch_and_draws())
+    assert (models["student"].times[-1] > DCMMethodConfig().trajectory()[35]).all()
+    changes = [x[:, :, 3:] - x[:, :, :-3] for x in (pair.prediction, pair.target)]
+    expected = mean_distance(pair.prediction, pair.target, huber=0.001) + 2.0 * F.mse_loss(*changes)
+    torch.testing.assert_close(loss.value, expected)
+    assert loss.metrics["coherence/loss"] > 0
+    (loss,) = method_of("dcm", models, coherence_stride=5).losses(STUDENT, *batch_and_draws())
+    assert loss.metrics["coherence/loss"] == 0
+
+
+def test_lcm_follows_its_average_and_the_others_themselves() -> None:
+    assert LCMMethodConfig().roles()["ema"] == Average("student", 0.95, asked=True)
+    assert PCMMethodConfig().roles()["ema"] == Average("student", 0.99, asked=False)
+
+
+# --- In a run
+
+
+def test_phased_students_are_sampled_straight_on(make_trainer: MakeTrainer) -> None:
+    for kind, sampler in (("lcm", "re-noise"), ("pcm", "ode"), ("dcm", "ode")):
+        trainer = make_trainer(kind, max_steps=1)
+        assert trainer.method.sampler == FewStepSampler(trainer.config.few_steps, sampler)  # type: ignore[arg-type]
+        assert trainer.config.sampled_by == sampler
+
+
+def test_the_monitors_see_samples_of_the_students_own(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("pcm", max_steps=4, method={"watch_every": 2})
+    assert [turn.part for step in range(1, 5) for turn in trainer.method.turns(step)] == ["", WATCHED] * 2
+    seen: list[Tensor] = []
+    monitor: Any = trainer.monitor
+    signals = monitor._signals
+    monitor._signals = lambda metrics: (seen.append(metrics.get("x_0")), signals(metrics))[1]
+    assert all("x_0" not in metrics for metrics in trainer.run())
+    assert [x_0 is None for x_0 in seen] == [True, False, True, False]
+    assert seen[1].shape == (2, *trainer.latent_shape)
+
+
+def turns(trainer: Trainer, step: int) -> list[tuple[str, str]]:
+    return [(turn.role, turn.part) for turn in trainer.method.turns(step)]
+
+
+def test_details_are_trained_after_the_semantic_part_which_goes_on(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("dcm", max_steps=3, method={"detail": {"after": 1}})
+    assert turns(trainer, 1) == [("student", "")]
+    assert turns(trainer, 2) == [("student", "detail"), ("discriminator", ""), ("student", "")]
+    metrics = list(trainer.run())
+    assert [("detail/loss" in step, "discriminator/loss" in step) for step in metrics] == [
+        (False, False), (True, True), (True, True),
+    ]  # fmt: skip
+    own, added = (float(metrics[1][f"detail/{name}"]) for name in ("adversarial", "feature"))
+    assert float(metrics[1]["detail/loss"]) == pytest.approx(0.5 * own + 1.0 * added)
+    assert 0 < metrics[1]["discriminator/loss"] < 4
+
+
+def test_without_details_nobody_judges(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("dcm", max_steps=1, method={"detail": None})
+    assert "discriminator" not in trainer.models
+    assert turns(trainer, 5000) == [("student", WATCHED)]
+    assert "coherence/loss" in first_step(trainer)
