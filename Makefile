@@ -2,20 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 READY := $(VENV)/.ready
 HOSTS ?= runs/hosts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types check format docs bench hosts clean
+.PHONY: help demo test test-lowest lint types check format pages docs docs-serve bench hosts clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY) ## distil two small students and compare them, in runs/demo
 	$(BIN)/avd demo --output runs/demo
 
 test: $(READY) ## run all tests, as many at a time as there are cores
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+test-lowest: $(LOWEST)/.ready ## run the tests of avd_core with the lowest versions that it allows, in .venv-lowest
+	$(LOWEST)/bin/python -m pytest tests/avd_core
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
@@ -30,8 +34,14 @@ format: $(READY) ## format the code and sort its imports
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## check the pages: commands, links, names, code blocks
+pages: $(READY) ## check the pages: commands, links, names, code blocks
 	$(BIN)/python -m pytest tests/test_pages.py tests/test_readme.py tests/test_recipe.py tests/test_architecture.py tests/avd_core/test_callbacks_page.py tests/avd_integrations/test_docs.py
+
+docs: $(READY) ## build the site in build/site; a dead link or a name that is not there is an error
+	$(BIN)/python -m sphinx -W --keep-going --quiet -c docs . build/site
+
+docs-serve: docs ## show the site at http://127.0.0.1:8000
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site 8000
 
 bench: $(READY) ## measure the speed of losses and training
 	$(BIN)/python -m pytest benchmarks --benchmark-only
@@ -41,7 +51,7 @@ hosts: $(READY) ## bring the other projects into HOSTS (1 GB) and run the adapte
 	AVD_HOSTS="$(abspath $(HOSTS))" $(BIN)/python -m pytest -m hosts tests/hosts
 
 clean: ## remove .venv and builds
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) $(LOWEST) dist build
 
 # Written last, so that an interrupted set-up is taken up again.
 $(READY): pyproject.toml constraints.txt
@@ -50,3 +60,9 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
+
+$(LOWEST)/.ready: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt '.[ema]' hypothesis pytest pytest-timeout
+	touch $@

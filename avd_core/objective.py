@@ -117,7 +117,8 @@ class AVDObjective(nn.Module):
         self._check_inputs(x_0, prediction, target, timesteps, **on_clips)
         parts = []
         if self.regression is not None:
-            parts.append(self.on_clips(prediction, target, timesteps, **on_clips))
+            regression = self.on_clips(prediction, target, timesteps, **on_clips)  # may break a compiled graph
+            parts.append(regression)
         if self.motion is not None:
             parts.append(self.on_samples(x_0))
         metrics = {name: value for part in parts for name, value in part.metrics.items()}
@@ -166,7 +167,7 @@ class AVDObjective(nn.Module):
             loss, balance_metrics = self.balance(loss, prediction, matching_loss, matching_output)
             balance = {f"balance/{name}": value for name, value in balance_metrics.items()}
         output = _prefixed("regression", LossOutput(loss, metrics))
-        return LossOutput(output.loss, balance | output.metrics)
+        return LossOutput(output.loss, {**balance, **output.metrics})
 
     def update(self) -> None:
         """End an optimizer step. Call it once per step, on every rank (a collective if ranks are synchronised).
@@ -245,4 +246,5 @@ def _check_matching(matching_loss: Tensor | None, matching_output: Tensor | None
 
 def _prefixed(part: str, output: LossOutput) -> LossOutput:
     metrics = {f"{part}/{name}": value for name, value in output.metrics.items()}
-    return LossOutput(output.loss, metrics | {f"{part}/loss": output.loss.detach()})
+    metrics[f"{part}/loss"] = output.loss.detach()  # not by |, which the compiler of PyTorch 2.6 does not know
+    return LossOutput(output.loss, metrics)

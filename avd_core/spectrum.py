@@ -21,7 +21,7 @@ def spectral_rolloff(x: Tensor, *, share: float = 0.85, pool_dim: int | None = N
     r"""The radial frequency below which a share of a map's energy lies.
 
     .. math::
-        r = \min\Big\{\rho : \sum_{|f| \le \rho} |\hat{x}(f)|^2 \ge \mathrm{share} \sum_f |\hat{x}(f)|^2\Big\}
+        r = \min\Bigl\{\rho : \sum_{|f| \le \rho} |\hat{x}(f)|^2 \ge \mathrm{share} \sum_f |\hat{x}(f)|^2\Bigr\}
 
     over the frequencies ``f`` of the two-dimensional discrete Fourier transform, without the mean, which is ``f = 0``.
     A low value means that the map is smooth, a high one that it is rough. It does not change when a map is turned by a

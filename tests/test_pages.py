@@ -33,7 +33,7 @@ def read(page: str) -> str:
 
 
 def blocks(page: str) -> list[str]:
-    return re.findall(r"^ *```\w*\n(.*?)^ *```", read(page), re.DOTALL | re.MULTILINE)
+    return re.findall(r"^ *```[\w{}]*\n(.*?)^ *```", read(page), re.DOTALL | re.MULTILINE)
 
 
 def prose(page: str) -> str:

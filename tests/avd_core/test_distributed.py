@@ -513,6 +513,10 @@ def test_every_reduction_is_within_its_process_group(monkeypatch: pytest.MonkeyP
 
 # --- Compiler and FSDP2
 
+needs_fsdp2_on_a_cpu = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason=f"FSDP2 of PyTorch {torch.__version__} does not run on a CPU"
+)
+
 
 def test_reductions_over_ranks_compile_into_the_graph(ask: Ask) -> None:
     for eager, compiled in ask("compiled"):
@@ -522,6 +526,7 @@ def test_reductions_over_ranks_compile_into_the_graph(ask: Ask) -> None:
     assert first[0][1] == second[0][1]
 
 
+@needs_fsdp2_on_a_cpu
 def test_the_objective_on_a_sharded_student_is_one_process_with_both_batches(ask: Ask) -> None:
     ranks = [answer["steps"] for answer in ask("FSDP2")]
     assert_same_state(ranks[1], ranks[0])
@@ -540,6 +545,7 @@ def test_the_objective_on_a_sharded_student_is_one_process_with_both_batches(ask
         optimizer.step()
 
 
+@needs_fsdp2_on_a_cpu
 def test_a_sharded_student_has_an_average(ask: Ask) -> None:
     first, second = (answer["averaged"] for answer in ask("FSDP2"))
     assert_same_state(first, second)
@@ -548,6 +554,7 @@ def test_a_sharded_student_has_an_average(ask: Ask) -> None:
     )
 
 
+@needs_fsdp2_on_a_cpu
 def test_the_guard_reads_the_gradient_norm_of_a_sharded_student(ask: Ask) -> None:
     # As in the example of Callback: clip_grad_norm_ returns a DTensor there.
     for answer in ask("FSDP2"):

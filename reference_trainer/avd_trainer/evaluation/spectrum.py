@@ -164,8 +164,8 @@ def separation(products: Tensor) -> float:
     r"""How far real and generated clips are apart, in standard deviations of single clips, over all channels.
 
     .. math::
-        \sqrt{\max\Big(0, \frac{\sum_{i \ne j} \sum_c d_{ic} d_{jc}}
-        {N (N - 1) \sum_c (\mathrm{Var}(r_c) + \mathrm{Var}(g_c)) / 2}\Big)}
+        \sqrt{\max\Bigl(0, \frac{\sum_{i \ne j} \sum_c d_{ic} d_{jc}}
+        {N (N - 1) \sum_c (\mathrm{Var}(r_c) + \mathrm{Var}(g_c)) / 2}\Bigr)}
 
     with the differences ``d = r - g`` of pairs that share caption and noise. Without the diagonal, under the root two
     sets of clips of one kind have 0 on average, however few they are.

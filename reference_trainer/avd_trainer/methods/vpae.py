@@ -1,6 +1,6 @@
 """One step in two phases: distribution matching, then a discriminator that is the student's own average.
 
-V-PAE, arXiv 2508.21019. Where the paper is silent, a reading of ours is an option; docs/vpae.md lists them.
+V-PAE, arXiv 2508.21019. Where the paper is silent, a reading of ours is an option; docs/methods/vpae.md lists them.
 """
 
 from __future__ import annotations
