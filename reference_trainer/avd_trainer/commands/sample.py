@@ -33,7 +33,7 @@ ComputeDtype = Annotated[
 
 
 def sample(
-    folder: Annotated[Path, typer.Argument(help="The --output folder of avd export.")],
+    folder: Annotated[Path, typer.Argument(help="The --output folder of avd export, of any --format.")],
     output: Annotated[
         Path,
         typer.Option(
@@ -77,6 +77,14 @@ def sample(
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
     ] = None,
     fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
+            "them. Default: what the run was trained with.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -91,7 +99,7 @@ def sample(
         from avd_trainer.inference.students import open_student
         from avd_trainer.runtime.files import claim_folder
 
-        student = open_student(folder)
+        student = open_student(folder, pipeline)
         plans = _plans(student, half_rate, half_rate_steps, rates, side_by_side)
         shape = choose_shape(student, size, max(plans.values()))
         where = choose_device(device)

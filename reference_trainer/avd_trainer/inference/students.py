@@ -14,6 +14,7 @@ from avd_core import (
     LatentFrameInterpolator,
 )
 from avd_trainer.data.encode import WAN_FORMAT
+from avd_trainer.models.adapters import holds_adapters
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps
@@ -21,17 +22,20 @@ from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.export import ABOUT
 from avd_trainer.training.folder import method_of_run
-from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of
+from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of, source_with
 
 Shape = tuple[int, int, int, int]
 """``(C, F, H, W)`` of latents."""
 
 
 class Student(NamedTuple):
-    """A few-step pipeline on disk; of its weights only the interpolator's are loaded.
+    """A few-step student on disk; of its weights only the interpolator's are loaded.
 
     Attributes:
-        folder: The pipeline's.
+        folder: Where it was exported to.
+        transformer: Source of its transformer, or of the one that ``adapters`` belong to.
+        adapters: File of adapters to be merged into that; None for a whole model.
+        pipeline: Source of text encoder, VAE and image encoder: folder or hub id. Not looked at for the block DCT's.
         timesteps: Its few steps, falling.
         latent_space: Whose latents it makes.
         clip: ``(C, F, H, W)`` of the latents that it was trained on, where that is known.
@@ -41,6 +45,9 @@ class Student(NamedTuple):
     """
 
     folder: Path
+    transformer: str
+    adapters: Path | None
+    pipeline: str
     timesteps: tuple[float, ...]
     latent_space: LatentSpace
     clip: Shape | None
@@ -68,15 +75,22 @@ class About(NamedTuple):
     fps: float = WAN_FORMAT.fps
 
 
-def open_student(folder: Path) -> Student:
-    """Look at what ``avd export`` wrote, or at a Wan pipeline of diffusers with a few-step scheduler.
+def open_student(folder: Path, pipeline: str | None = None) -> Student:
+    """Look at what ``avd export`` wrote in any format, or at a Wan pipeline of diffusers with a few-step scheduler.
+
+    Args:
+        folder: The export's, or the pipeline's.
+        pipeline: Of a student in another program's files: a Wan pipeline, folder or hub id, that has text encoder and
+            VAE, and for adapters the transformer. None for those that the run had.
 
     Raises:
         UserError: If it is neither, or something is missing or damaged.
     """
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
-        raise _no_pipeline(folder)
+        return _open_alone(folder, pipeline)
+    if pipeline is not None:
+        raise UserError(f"--pipeline {pipeline}: {folder} is a whole pipeline. Leave --pipeline out.")
     timesteps = read_timesteps(scheduler)
     if timesteps is None:
         raise UserError(
@@ -99,12 +113,49 @@ def open_student(folder: Path) -> Student:
         interpolator = load_interpolator(folder / INTERPOLATOR, latent_channels(architecture))
     return Student(
         folder=folder,
+        transformer=str(folder),
+        adapters=None,
+        pipeline=str(folder),
         timesteps=timesteps,
         latent_space=latent_space,
         clip=about.clip,
         fps=about.fps,
         architecture=architecture,
         interpolator=interpolator,
+    )
+
+
+def _open_alone(folder: Path, pipeline: str | None) -> Student:
+    """A student in another program's files: one with weights, which say what it is by their names."""
+    told = _read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    files = sorted(folder.rglob("*.safetensors"))
+    if "pipelines" not in told or len(files) != 1:
+        raise _no_student(folder)
+    about = read_about(folder)
+    assert about.latent_space == "wan"  # no other is exported so
+    adapters = files[0] if holds_adapters(files[0]) else None
+    transformer = str(files[0]) if adapters is None else pipeline or told.get("base", "")
+    with open_weights(transformer) as weights:
+        architecture = weights.config
+    parts = parts_of(architecture)
+    source = source_with([pipeline] if pipeline is not None else told["pipelines"], parts)
+    if source is None:
+        raise UserError(
+            f"{folder} has the transformer alone, and {', '.join(parts)} are not all in "
+            f"{pipeline or ' or in '.join(told['pipelines']) or 'what the run was trained from'}. Pass --pipeline "
+            "SOURCE, a Wan pipeline in diffusers' layout such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    return Student(
+        folder=folder,
+        transformer=transformer,
+        adapters=adapters,
+        pipeline=source,
+        timesteps=_check_timesteps(told.get("timesteps"), folder / ABOUT),
+        latent_space=about.latent_space,
+        clip=about.clip,
+        fps=about.fps,
+        architecture=architecture,
+        interpolator=None,
     )
 
 
@@ -136,13 +187,15 @@ def read_timesteps(scheduler: Path) -> tuple[float, ...] | None:
         UserError: If it cannot be read, or what it names cannot be sampled with.
     """
     found = few_steps(_read_json(scheduler))
-    if found is None:
-        return None
+    return None if found is None else _check_timesteps(found, scheduler)
+
+
+def _check_timesteps(found: Any, file: Path) -> tuple[float, ...]:
     try:
         timesteps = tuple(float(timestep) for timestep in found)
         HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{scheduler} has no timesteps to sample with: {error}. Export the run again.") from error
+        raise UserError(f"{file} has no timesteps to sample with: {error}. Export the run again.") from error
     return timesteps
 
 
@@ -150,7 +203,7 @@ def _never(*_: object) -> Tensor:
     raise AssertionError
 
 
-def _no_pipeline(folder: Path) -> UserError:
+def _no_student(folder: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"{folder}: there is no such folder. Pass the --output folder of `avd export`.")
     method = method_of_run(folder)

@@ -1,6 +1,6 @@
 import pytest
 
-from avd_trainer.models.schedulers import GRID, closest_scheduler, few_steps, grid_error
+from avd_trainer.models.schedulers import GRID, closest_even_shift, closest_scheduler, few_steps, grid_error
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,22 @@ def test_the_grid_of_an_export_comes_before_that_of_a_scheduler_class() -> None:
     assert few_steps({GRID: [1000.0, 500.0], "timesteps": [1000]}) == [1000.0, 500.0]
     assert few_steps({"timesteps": [1000]}) == [1000]
     assert few_steps(closest_scheduler((1000, 500)).config) is None
+
+
+@pytest.mark.parametrize(
+    ("grid", "shift", "off"),
+    [
+        ((1000, 750, 500, 250), 1.0, 0.0),
+        ((1000, 938, 833, 625), 5.0, 0.5),
+        ((1000, 900, 757, 522), 3.2, 5.9),  # 3.2 / 1.65 of 500 is 762
+        ((1000,), 1.0, 0.0),
+        ((1000, 667, 334), 1.0, 0.0),
+    ],
+)
+def test_the_shift_of_even_steps_that_comes_close_to_a_grid(grid: tuple[float, ...], shift: float, off: float) -> None:
+    found, error = closest_even_shift(grid)
+    assert found == shift
+    assert error == pytest.approx(off, abs=0.05)
+    even = [1 - int(1000 * step / len(grid)) / 1000 for step in range(len(grid))]
+    timesteps = [1000 * shift * sigma / (1 + (shift - 1) * sigma) for sigma in even]
+    assert error == pytest.approx(max(abs(a - b) for a, b in zip(timesteps, grid, strict=True)), abs=1e-3)
