@@ -173,7 +173,7 @@ def test_lightx2v(
     whole, lora = (export(made, name, "lightx2v", tmp_path / name) for name in ("full", "lora"))
     shutil.copytree(whole.parent, tmp_path / "model" / whole.parent.name)
     report = run_in_host(
-        "LightX2V", "lightx2v.py", str(made), str(tmp_path / "model"), str(whole.parents[1]), str(lora)
+        "LightX2V", "lightx2v_wan.py", str(made), str(tmp_path / "model"), str(whole.parents[1]), str(lora)
     )
     assert report["timesteps"] == pytest.approx(GRID, abs=1e-3)
     assert report["adapters"] == 2 * 10

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from avd_core import HalfRateInterpolationSampler, SamplingStep, interpolate_linearly
@@ -149,6 +150,18 @@ def encode_image(student: Student, image: Path | None, shape: Shape, device: tor
     return Condition(nothing, latents, embedding)
 
 
+def load_student(student: Student, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A student's transformer; adapters are merged into theirs.
+
+    Raises:
+        UserError: If weights are missing or damaged, or do not fit each other.
+    """
+    transformer = load_transformer(student.transformer, device, dtype)
+    if student.adapters is not None:
+        merge_adapters(transformer, read_adapters(student.adapters))
+    return transformer
+
+
 def decode_clips(
     student: Student, latents: Iterable[Tensor], *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
@@ -179,10 +192,7 @@ def _sample_all(
     dtype: torch.dtype,
     on_step: Callable[[], None],
 ) -> Iterator[list[Sample]]:
-    transformer = load_transformer(student.transformer, device, dtype)
-    if student.adapters is not None:
-        merge_adapters(transformer, read_adapters(student.adapters))
-    model = VelocityModel(transformer, dtype=dtype)
+    model = VelocityModel(load_student(student, device, dtype), dtype=dtype)
 
     def count(_: SamplingStep) -> None:
         on_step()

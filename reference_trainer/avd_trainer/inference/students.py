@@ -20,9 +20,9 @@ from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.training.export import ABOUT
+from avd_trainer.training.export import ABOUT, open_run
 from avd_trainer.training.folder import method_of_run
-from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of, source_with
+from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of, source_with, sources_of
 
 Shape = tuple[int, int, int, int]
 """``(C, F, H, W)`` of latents."""
@@ -122,6 +122,45 @@ def open_student(folder: Path, pipeline: str | None = None) -> Student:
         fps=about.fps,
         architecture=architecture,
         interpolator=interpolator,
+    )
+
+
+def open_student_or_run(folder: Path) -> Student:
+    """As :func:`open_student`, and of a finished run of all weights what it leaves as ``student``.
+
+    Raises:
+        UserError: Also if the run is not finished, has no student, or trained adapters.
+    """
+    if method_of_run(folder) is None:
+        return open_student(folder)
+    saved = open_run(folder)
+    student = folder / "student"
+    if saved.config.few_steps is None or saved.lora is not None or not student.is_dir():
+        raise UserError(
+            f"{folder} is a run without a whole student: it is not finished, or trains something else or adapters. "
+            f"Export it first: `avd export {folder} --output DIR`, and pass DIR."
+        )
+    source = folder.name
+    if saved.encoding.latent_space == "wan":
+        found = source_with(sources_of(saved.config, saved.encoding), parts_of(saved.architecture))
+        if found is None:
+            raise UserError(
+                f"{folder} does not know of a pipeline with text encoder and VAE. Export it first: "
+                f"`avd export {folder} --output DIR --pipeline SOURCE`, and pass DIR."
+            )
+        source = found
+    about = saved.about_clips()
+    return Student(
+        folder=folder,
+        transformer=str(student),
+        adapters=None,
+        pipeline=source,
+        timesteps=tuple(saved.timesteps),
+        latent_space=saved.encoding.latent_space,
+        clip=tuple(about["clip"]),
+        fps=about["fps"],
+        architecture=saved.architecture,
+        interpolator=None,
     )
 
 
