@@ -32,12 +32,14 @@ def evaluate(
         from avd_trainer.inference.choices import choose_device
         from avd_trainer.inference.students import open_student_or_run
         from avd_trainer.runtime.files import claim_folder
+        from avd_trainer.studies.definition import StudyEvaluationConfig
         from avd_trainer.studies.students import evaluate_students, save_evaluation
 
         opened = dict(zip(titles_of(students), map(open_student_or_run, students), strict=True))
         where = choose_device(device)
         claim_folder(output)
-        evaluated = evaluate_students(opened, captions=captions, noises=noises, seed=seed, device=where)
+        options = StudyEvaluationConfig(captions=captions, noises=noises)
+        evaluated = evaluate_students(opened, options, seed=seed, device=where)
         save_evaluation(evaluated, output)
         Console().print(rich_table(evaluated.rows, evaluated.reference, evaluated.controls))
         say(f"Table, figure and values are in {output}.")

@@ -28,11 +28,11 @@ from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import write_json, write_text
 from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.studies.definition import StudyEvaluationConfig
 from avd_trainer.studies.dots import save_figure
 from avd_trainer.studies.units import batches_of, few_step_sample, sample_captions
 
 TABLE, FIGURE, RESULTS = "measures.md", "measures.png", "measures.json"
-BATCH = 64
 
 
 class Evaluated(NamedTuple):
@@ -53,15 +53,14 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_students(
-    students: Mapping[str, Student], *, captions: int, noises: int, seed: int, device: torch.device
+    students: Mapping[str, Student], options: StudyEvaluationConfig, *, seed: int, device: torch.device
 ) -> Evaluated:
     """Sample held-out captions of moving shapes with each student, from the same noise, and measure the clips.
 
     Args:
         students: By title.
-        captions: How many; the first of those that no run trains on.
-        noises: How many clips of each caption.
-        seed: Of the noises.
+        options: How many captions and noises, as in a study.
+        seed: Of the noises; a study has that of the run.
         device: Where to sample.
 
     Raises:
@@ -74,19 +73,19 @@ def evaluate_students(
                 "captioned clips whose every shape is known. Only students of the tiny preset can be measured on them."
             )
     codec = BlockDCTCodec()
-    shapes = held_out_shapes(ShapesData(), captions)
-    with ProgressBar("real clips", 20) as bar:
-        reference = reference_of_shapes(shapes, codec, sets=20, on_set=bar.advance)
+    shapes = held_out_shapes(ShapesData(), options.captions, options.caption_seed)
+    with ProgressBar("real clips", options.renderings) as bar:
+        reference = reference_of_shapes(shapes, codec, sets=options.renderings, on_set=bar.advance)
     clips = encode_shapes(shapes, codec)
-    batches = batches_of(captions, BATCH)
+    batches = batches_of(options.captions, options.batch_size)
     values: dict[str, list[dict[str, float]]] = {}
-    with ProgressBar("samples", len(students) * noises * len(batches)) as bar:
+    with ProgressBar("samples", len(students) * options.noises * len(batches)) as bar:
         for title, student in students.items():
             sample = few_step_sample(VelocityModel(load_student(student, device, torch.float32)), student.timesteps)
             embed = HashTextEmbedding(TEXT_LENGTH, student.architecture["text_dim"])
             asked = InMemoryData(clips, embed, image=student.image is not None)
             values[title] = []
-            for noise in range(noises):
+            for noise in range(options.noises):
                 latents = sample_captions(sample, asked, batches, (seed, noise), device, bar.advance)
                 if not latents.isfinite().all():
                     raise UserError(f"{student.folder} makes clips with NaN or infinity: it has diverged.")
@@ -103,7 +102,7 @@ def evaluate_students(
         rows,
         [Row(CONTROLS[name].title, own) for name, own in spoiled.items()],
         reference,
-        _plain(rows, values, spoiled, reference, captions, seed),
+        _plain(rows, values, spoiled, reference, options, seed),
     )
 
 
@@ -122,12 +121,12 @@ def _plain(
     values: Mapping[str, list[dict[str, float]]],
     spoiled: Mapping[str, dict[str, float]],
     reference: Reference,
-    captions: int,
+    options: StudyEvaluationConfig,
     seed: int,
 ) -> dict[str, Any]:
     return {
-        "title": f"{' and '.join(values)} on {captions} held-out captions",
-        "captions": captions,
+        "title": f"{' and '.join(values)} on {options.captions} held-out captions",
+        "evaluation": options.model_dump(),
         "seed": seed,
         "reference": {
             "sets": reference.sets,

@@ -19,7 +19,7 @@ from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
 from avd_trainer.runtime.ranks import join_ranks
-from avd_trainer.studies.definition import Unit, load_study
+from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_study
 from avd_trainer.studies.students import evaluate_students
 from avd_trainer.studies.units import Workplace
 from small_study import write_study
@@ -109,10 +109,10 @@ def test_titles_tell_folders_apart() -> None:
 def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path, tmp_path: Path) -> None:
     status, printed = command(
         "evaluate", folders / "run", folders / "average", folders / "last", "--output", tmp_path / "out",
-        "--captions", 4, "--noises", 2,
+        "--captions", 2, "--noises", 2,
     )  # fmt: skip
     assert status == 0, printed
-    assert "average" in printed
+    assert f"Table, figure and values are in {tmp_path}/out." in printed
     assert sorted(os.listdir(tmp_path / "out")) == ["measures.json", "measures.md", "measures.png"]
     found = read_json(tmp_path / "out" / "measures.json")
     run, average, last = (found["variants"][name] for name in ("run", "average", "last"))
@@ -124,9 +124,9 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
     assert one != other
     assert run["measures"]["kind"]["mean"] == pytest.approx((one["kind"] + other["kind"]) / 2)
     table = (tmp_path / "out" / "measures.md").read_text()
-    assert table.startswith("# run and average and last on 4 held-out captions\n")
+    assert table.startswith("# run and average and last on 2 held-out captions\n")
     assert "| *white noise* |" in table
-    assert "real: mean ± standard deviation of 20 sets of 4 real clips." in table
+    assert "real: mean ± standard deviation of 20 sets of 2 real clips." in table
     with Image.open(tmp_path / "out" / "measures.png") as figure:
         assert figure.width > 1000
 
@@ -138,7 +138,7 @@ def test_a_student_has_the_values_that_its_study_gives_it(tmp_path: Path) -> Non
         place = Workplace(study, tmp_path / "work", ranks)
         expected = place.do(unit)["noises"]
         student = student_of(place.run_folder(unit) / "student")
-        evaluated = evaluate_students({"dmd": student}, captions=4, noises=2, seed=1, device=CPU)
+        evaluated = evaluate_students({"dmd": student}, study.config.evaluation, seed=1, device=CPU)
     found = evaluated.results["variants"]["dmd"]["seeds"]
     for noise, values in enumerate(expected):
         assert found[str(noise)]["values"] == pytest.approx(values, rel=1e-4, abs=1e-5)
@@ -156,4 +156,4 @@ def student_of(folder: Path) -> Student:
 def test_students_of_wan_have_no_ground_truth(folders: Path) -> None:
     student = open_student_or_run(folders / "average")._replace(latent_space="wan")
     with pytest.raises(UserError, match=r"Wan's VAE, of which there are no captioned clips whose every shape is known"):
-        evaluate_students({"wan": student}, captions=4, noises=1, seed=0, device=CPU)
+        evaluate_students({"wan": student}, StudyEvaluationConfig(), seed=0, device=CPU)
