@@ -84,15 +84,9 @@ def export_for_program(
 ) -> None:
     """Write the student of a run as a program reads it, with ``README.md`` that says how, and ``export.json``.
 
-    ============  ===========================================  ===================================
-    program       a whole model                                adapters of a LoRA run
-    ============  ===========================================  ===================================
-    ``comfyui``   ``NAME.safetensors``                         ``NAME-lora.safetensors``
-    ``lightx2v``  ``distill_models/distill_model.safetensors``  ``NAME-lora.safetensors``
-                  and ``lightx2v.json``                        and ``lightx2v.json``
-    ``wan``       ``diffusion_pytorch_model.safetensors`` and  never: it reads none, so they are
-                  ``config.json``                              merged into their base
-    ============  ===========================================  ===================================
+    - ``comfyui``: ``NAME.safetensors``, or of a LoRA run its adapters, ``NAME-lora.safetensors``.
+    - ``lightx2v``: ``distill_models/distill_model.safetensors``, or ``NAME-lora.safetensors``; and ``lightx2v.json``.
+    - ``wan``: ``diffusion_pytorch_model.safetensors`` and ``config.json``. It reads no adapters: they are merged.
 
     NAME is that of ``output``. Holds one model in memory, on the CPU.
 

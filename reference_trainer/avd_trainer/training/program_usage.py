@@ -102,9 +102,8 @@ def lightx2v_usage(saved: SavedRun, written: Written) -> str:
         else f"Put `{Path(file).parent}/` into a folder MODEL with the original model (`{base}` in the layout of "
         "Wan2.1's first release), whose `config.json`, text encoder and VAE are read."
     )
-    rounded = (
-        "" if all(t == round(t) for t in saved.timesteps) else " Its timesteps are whole numbers, so they are rounded."
-    )
+    whole = all(timestep == round(timestep) for timestep in saved.timesteps)
+    rounded = "" if whole else " LightX2V takes whole timesteps, so they are rounded."
     text = f"""
 ## In LightX2V
 
@@ -153,5 +152,5 @@ for now, following in zip(timesteps, timesteps[1:]):
     x = (1 - following / 1000) * x_0 + following / 1000 * torch.randn_like(x_0)
 ```
 
-`x` are the latents that `WanVAE.decode` takes.
+`WanVAE.decode([x])` makes the clip of it.
 """
