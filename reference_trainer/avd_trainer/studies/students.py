@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.sources import held_out_shapes
@@ -31,6 +32,7 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.studies.definition import StudyEvaluationConfig
 from avd_trainer.studies.dots import save_figure
 from avd_trainer.studies.units import batches_of, few_step_sample, sample_captions
+from avd_trainer.training.config import TrainConfig
 
 TABLE, FIGURE, RESULTS = "measures.md", "measures.png", "measures.json"
 
@@ -73,7 +75,9 @@ def evaluate_students(
                 "captioned clips whose every shape is known. Only students of the tiny preset can be measured on them."
             )
     codec = BlockDCTCodec()
-    shapes = held_out_shapes(ShapesData(), options.captions, options.caption_seed)
+    data = load_config(TrainConfig, "tiny").data  # which the studies have, too
+    assert isinstance(data, ShapesData)
+    shapes = held_out_shapes(data, options.captions, options.caption_seed)
     with ProgressBar("real clips", options.renderings) as bar:
         reference = reference_of_shapes(shapes, codec, sets=options.renderings, on_set=bar.advance)
     clips = encode_shapes(shapes, codec)
