@@ -33,6 +33,7 @@ def build(
     layers: int = 2,
     heads: int = 2,
     head_dim: int = 12,
+    freq_dim: int = 16,
     image_dim: int | None = None,
 ) -> Path:
     """Save a pipeline; the same arguments give the same bytes of weights.
@@ -47,6 +48,7 @@ def build(
         layers: Blocks of the transformer.
         heads: Its attention heads.
         head_dim: Their width.
+        freq_dim: Width of its timestep embedding.
         image_dim: Makes it one of image to video, in the layout of Wan2.1: width of the image encoder's tokens; an
             image has 5.
 
@@ -65,7 +67,7 @@ def build(
             attention_head_dim=head_dim,
             ffn_dim=32,
             num_layers=layers,
-            freq_dim=16,
+            freq_dim=freq_dim,
             text_dim=text_dim,
             rope_max_seq_len=64,
             **({} if image_dim is None else _image_options(image_dim, heads * head_dim)),

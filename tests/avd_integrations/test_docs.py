@@ -210,11 +210,19 @@ def test_a_row_its_page_and_its_adapter_name_what_was_proven(
 
 def test_the_table_has_every_host_that_is_tested() -> None:
     expected = [
-        host["commit"][:7] if "commit" in host else host["release"].partition("==")[2] for host in HOSTS.values()
+        host["commit"][:7] if "commit" in host else host["release"].partition("==")[2]
+        for host in HOSTS.values()
+        if "program" not in host
     ]
     constraints = (ROOT / "constraints.txt").read_text()
     (accelerates,) = re.findall(r"^accelerate==(.*)$", constraints, re.MULTILINE)
     assert sorted(row[3] for row in rows()) == sorted([*expected, accelerates])
+
+
+def test_the_page_of_exports_names_the_programs_that_are_tested() -> None:
+    expected = {(name, host["commit"][:7]) for name, host in HOSTS.items() if "program" in host}
+    page = (ROOT / "docs" / "export.md").read_text()
+    assert set(re.findall(r"^\| (\S+) \| `(\w{7})`", page, re.MULTILINE)) == expected
 
 
 def test_nothing_of_a_host_is_imported_with_its_adapter() -> None:

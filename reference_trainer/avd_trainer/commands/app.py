@@ -10,8 +10,10 @@ import typer
 
 from avd_trainer.commands.analyze import analyze_app
 from avd_trainer.commands.calibrate import calibrate
+from avd_trainer.commands.compare import compare
 from avd_trainer.commands.data import data_app
 from avd_trainer.commands.demo import demo
+from avd_trainer.commands.evaluate import evaluate
 from avd_trainer.commands.export import export
 from avd_trainer.commands.methods import methods
 from avd_trainer.commands.plan import plan
@@ -31,7 +33,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(analyze_app, name="analyze")
 
-for _command in (train, export, sample, plan, calibrate, demo, study, methods, presets):
+for _command in (train, export, sample, compare, evaluate, plan, calibrate, demo, study, methods, presets):
     app.command()(_command)
 app.command(context_settings=SETTINGS)(torchrun)
 

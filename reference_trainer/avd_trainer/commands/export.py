@@ -1,4 +1,4 @@
-"""``avd export``: a run's student, for diffusers and ``avd sample``."""
+"""``avd export``: a run's student, for diffusers, ``avd sample`` and other programs."""
 
 from __future__ import annotations
 
@@ -49,16 +49,39 @@ def export(
     transformer_only: Annotated[
         bool, typer.Option("--transformer-only", help="Only the transformer, or of a LoRA run its adapters.")
     ] = False,
+    format_: Annotated[
+        Literal["diffusers", "comfyui", "lightx2v", "wan"],
+        typer.Option(
+            "--format",
+            help="For which program: a pipeline of diffusers, or the transformer, of a LoRA run its adapters, for "
+            "ComfyUI, LightX2V or Wan2.1's own code (which reads no adapters: they are merged). avd sample reads all.",
+        ),
+    ] = "diffusers",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA run a whole model for --format; a pipeline always is one.")
+    ] = False,
 ) -> None:
-    """Write a run's student as a pipeline for diffusers and avd sample."""
+    """Write a run's student, as a pipeline for diffusers or in the files of another program."""
     with readable_errors():
         import torch
 
         from avd_trainer.training.export import export_student
+        from avd_trainer.training.model_card import CARD
         from avd_trainer.training.pipeline_export import export_pipeline
+        from avd_trainer.training.program_export import export_for_program
 
         precision = getattr(torch, dtype)
-        if transformer_only:
+        if format_ != "diffusers":
+            if pipeline is not None or interpolator is not None or transformer_only:
+                raise UserError(
+                    f"--format {format_} is the transformer alone: leave --pipeline, --interpolator and "
+                    "--transformer-only out."
+                )
+            export_for_program(run, output, format_, weights=weights, step=step, dtype=precision, merge=merge)
+            say(f"{output / CARD} says how to use it.")
+        elif merge:
+            raise UserError("--merge is for --format comfyui or lightx2v: a pipeline is merged without it.")
+        elif transformer_only:
             if pipeline is not None or interpolator is not None:
                 raise UserError("--transformer-only excludes --pipeline and --interpolator: leave it out, or them.")
             export_student(run, output, weights=weights, step=step, dtype=precision)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from avd_trainer.commands.clip_files import (
+    MOST_SEED,
+    check_output,
+    clip_files,
+    read_asked_prompts,
+    write_clips,
+    write_list,
+)
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from avd_trainer.inference.generation import Sample
     from avd_trainer.inference.students import Student
-
-ENDINGS = (".mp4", ".gif")
-MOST_SEED = 2**63 - 1
-"""torch takes twice as much: so the seeds of later prompts fit too."""
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")]
 ComputeDtype = Annotated[
@@ -33,7 +35,7 @@ ComputeDtype = Annotated[
 
 
 def sample(
-    folder: Annotated[Path, typer.Argument(help="The --output folder of avd export.")],
+    folder: Annotated[Path, typer.Argument(help="The --output folder of avd export, of any --format.")],
     output: Annotated[
         Path,
         typer.Option(
@@ -77,21 +79,29 @@ def sample(
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
     ] = None,
     fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
+            "them. Default: what the run was trained with.",
+        ),
+    ] = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
     """Sample clips of an exported student, at full or half rate."""
     with readable_errors():
         # All that a person can get wrong comes before the models.
-        prompts = _prompts(prompt, prompts_file)
+        prompts = read_asked_prompts(prompt, prompts_file)
         alone = prompts_file is None and len(prompts) == 1
-        _check_output(output, alone)
+        check_output(output, alone)
         from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
         from avd_trainer.inference.generation import decode_clips, sample_clips
         from avd_trainer.inference.students import open_student
         from avd_trainer.runtime.files import claim_folder
 
-        student = open_student(folder)
+        student = open_student(folder, pipeline)
         plans = _plans(student, half_rate, half_rate_steps, rates, side_by_side)
         shape = choose_shape(student, size, max(plans.values()))
         where = choose_device(device)
@@ -108,56 +118,19 @@ def sample(
             say(f"Cut short: {len(samples)} of {len(prompts)} prompts are sampled, and are written before this ends.")
         done = prompts[: len(samples)]
         videos = decode_clips(student, (each.latents for row in samples for each in row), device=where, dtype=kind)
-        files = [output] if alone else _files(output, done)
+        files = [output] if alone else clip_files(output, done)
 
         def list_files(written: int) -> None:
             if not alone:
-                _write_list(output / "prompts.json", done[:written], files[:written], seed)
+                write_list(output / "prompts.json", done[:written], files[:written], seed)
 
-        _write_clips(videos, list(plans), files, fps or student.fps, list_files)
+        write_clips(videos, list(plans), files, fps or student.fps, list_files)
         say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
         for (name, each), column in zip(plans.items(), zip(*samples, strict=True), strict=True):
             seconds = median(sampled.seconds for sampled in column)
             say(f"{name} ({describe_rates(each)}): {seconds:.3g} s a clip")
         if cut is not None:
             raise cut
-
-
-def _finished(rows: Iterator[list[Sample]]) -> tuple[list[list[Sample]], BaseException | None]:
-    """All rows, or those before an error or Ctrl-C, and that; raises it if there are none."""
-    found: list[list[Sample]] = []
-    try:
-        for row in rows:
-            found.append(row)
-    except (Exception, KeyboardInterrupt) as error:
-        if not found:
-            raise
-        clear_frames(error.__traceback__)  # they hold the transformer, in whose place the VAE comes
-        return found, error
-    return found, None
-
-
-def _prompts(given: list[str] | None, file: Path | None) -> list[str]:
-    from avd_trainer.data.encode import read_prompts
-
-    prompts = [*(given or []), *([] if file is None else (text for _, text in read_prompts(file)))]
-    if not prompts:
-        raise UserError("There is nothing to show. Pass --prompt TEXT or --prompts-file FILE.")
-    return prompts
-
-
-def _check_output(output: Path, alone: bool) -> None:
-    if not alone and output.suffix in ENDINGS:
-        raise UserError(
-            f"--output {output} is one clip, which is for one --prompt alone. Pass a folder for the clips of several "
-            "prompts or of a --prompts-file."
-        )
-    if alone and output.suffix not in ENDINGS:
-        raise UserError(
-            f"--output {output} has an unknown ending: of one prompt it is a file that ends in {' or '.join(ENDINGS)}."
-        )
-    if alone and output.is_dir():
-        raise UserError(f"--output {output} is a folder. Pass the name of a file.")
 
 
 def _plans(
@@ -197,49 +170,15 @@ def _read_rates(rates: str) -> list[int]:
         raise UserError(f"--rates {rates}: expected a whole number for each step, such as 4,2,1,1.") from error
 
 
-def _files(output: Path, prompts: Sequence[str]) -> list[Path]:
-    from avd_trainer.inference.generation import clip_name
-
-    return [output / f"{clip_name(number, prompt)}.mp4" for number, prompt in enumerate(prompts)]
-
-
-def _write_clips(
-    videos: Iterator[Tensor], names: Sequence[str], files: Sequence[Path], fps: float, on_file: Callable[[int], None]
-) -> None:
-    """Decode and write file by file: each has the next videos under ``names``; ``on_file`` is told how many there are.
-
-    A large clip takes long to decode and long to write, so the bar counts both.
-    """
-    with ProgressBar("decode and write", len(files) * (len(names) + 1)) as bar:
-        for number, file in enumerate(files, 1):
-            versions = {}
-            for name in names:
-                versions[name] = next(videos)
-                bar.advance()
-            _save(versions, file, fps)
-            on_file(number)
-            bar.advance()
-
-
-def _save(versions: Mapping[str, Tensor], file: Path, fps: float) -> None:
-    """Write one clip, or several next to each other below their labels."""
-    import torch
-
-    from avd_trainer.data.video_files import save_clip, save_grid
-
-    path, formats = file.with_suffix(""), [file.suffix.removeprefix(".")]
-    labels, videos = list(versions), list(versions.values())
-    if len(videos) == 1:
-        save_clip(videos[0], path, fps, formats)
-    else:
-        save_grid(torch.stack(videos), labels, path, fps, formats)
-
-
-def _write_list(file: Path, prompts: Sequence[str], files: Sequence[Path], seed: int) -> None:
-    from avd_trainer.runtime.files import write_json
-
-    rows = [
-        {"file": path.name, "prompt": prompt, "seed": seed + number}
-        for number, (path, prompt) in enumerate(zip(files, prompts, strict=True))
-    ]
-    write_json(file, rows)
+def _finished(rows: Iterator[list[Sample]]) -> tuple[list[list[Sample]], BaseException | None]:
+    """All rows, or those before an error or Ctrl-C, and that; raises it if there are none."""
+    found: list[list[Sample]] = []
+    try:
+        for row in rows:
+            found.append(row)
+    except (Exception, KeyboardInterrupt) as error:
+        if not found:
+            raise
+        clear_frames(error.__traceback__)  # they hold the transformer, in whose place the VAE comes
+        return found, error
+    return found, None

@@ -65,7 +65,7 @@ def train(
             _show(config, folder)
             return
         from avd_trainer.runtime.ranks import join_ranks
-        from avd_trainer.training.run import EVALUATION
+        from avd_trainer.training.folder import EVALUATION
         from avd_trainer.training.run import train as run
 
         options = config.parallel

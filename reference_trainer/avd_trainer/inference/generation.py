@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from avd_core import HalfRateInterpolationSampler, SamplingStep, interpolate_linearly
@@ -20,6 +21,7 @@ from avd_trainer.data.encode import BATCH, HashTextEncoder, TextEncoder
 from avd_trainer.data.videos import read_picture
 from avd_trainer.inference.choices import Rates
 from avd_trainer.inference.students import Shape, Student
+from avd_trainer.models.adapters import merge_adapters, read_adapters
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.first_frame import encode_first_frame
 from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE, LatentSpace
@@ -83,7 +85,7 @@ def sample_clips(
     """
     seen = encode_image(student, image, shape, device)
     width = student.architecture["text_dim"]
-    texts = embed_prompts(str(student.folder), student.latent_space, width, prompts, device=device, dtype=dtype)
+    texts = embed_prompts(student.pipeline, student.latent_space, width, prompts, device=device, dtype=dtype)
     conditions = [replace(seen, text=text.unsqueeze(0)) for text in texts]
     yield from _sample_all(student, conditions, rates, shape, seed, device, dtype, on_step)
 
@@ -138,7 +140,7 @@ def encode_image(student: Student, image: Path | None, shape: Shape, device: tor
     picture = read_picture(image, stride * shape[2], stride * shape[3])
     embedding = None
     if student.image.embedding_dim is not None:
-        embedding = WanImageEncoder.from_pretrained(str(student.folder), device)(picture).unsqueeze(0)
+        embedding = WanImageEncoder.from_pretrained(student.pipeline, device)(picture).unsqueeze(0)
         _free_memory(device)
     codec = _load_codec(student, device, torch.float32)  # as training data was, and as in diffusers
     frames = 1 + TEMPORAL_STRIDE * (shape[1] - 1)
@@ -146,6 +148,18 @@ def encode_image(student: Student, image: Path | None, shape: Shape, device: tor
     del codec
     _free_memory(device)
     return Condition(nothing, latents, embedding)
+
+
+def load_student(student: Student, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A student's transformer; adapters are merged into theirs.
+
+    Raises:
+        UserError: If weights are missing or damaged, or do not fit each other.
+    """
+    transformer = load_transformer(student.transformer, device, dtype)
+    if student.adapters is not None:
+        merge_adapters(transformer, read_adapters(student.adapters))
+    return transformer
 
 
 def decode_clips(
@@ -178,7 +192,7 @@ def _sample_all(
     dtype: torch.dtype,
     on_step: Callable[[], None],
 ) -> Iterator[list[Sample]]:
-    model = VelocityModel(load_transformer(str(student.folder), device, dtype), dtype=dtype)
+    model = VelocityModel(load_student(student, device, dtype), dtype=dtype)
 
     def count(_: SamplingStep) -> None:
         on_step()
@@ -198,7 +212,7 @@ def _load_codec(student: Student, device: torch.device, dtype: torch.dtype) -> B
     """What encodes and decodes a student's clips; the tiny preset's runs on the CPU."""
     if student.latent_space == "block-dct-4":
         return BlockDCTCodec()
-    return WanCodec.from_pretrained(str(student.folder), device, dtype)
+    return WanCodec.from_pretrained(student.pipeline, device, dtype)
 
 
 def _sample(sampler: HalfRateInterpolationSampler, condition: Condition, shape: Shape, seed: int) -> Sample:

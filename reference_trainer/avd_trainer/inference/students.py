@@ -15,24 +15,28 @@ from avd_core import (
 )
 from avd_core.sampling import SamplerKind
 from avd_trainer.data.encode import WAN_FORMAT
+from avd_trainer.models.adapters import holds_adapters
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps, sampler_kind
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.training.export import ABOUT
+from avd_trainer.training.export import ABOUT, open_run
 from avd_trainer.training.folder import method_of_run
-from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of
+from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of, source_with, sources_of
 
 Shape = tuple[int, int, int, int]
 """``(C, F, H, W)`` of latents."""
 
 
 class Student(NamedTuple):
-    """A few-step pipeline on disk; of its weights only the interpolator's are loaded.
+    """A few-step student on disk; of its weights only the interpolator's are loaded.
 
     Attributes:
-        folder: The pipeline's.
+        folder: Where it was exported to.
+        transformer: Source of its transformer, or of the one that ``adapters`` belong to.
+        adapters: File of adapters to be merged into that; None for a whole model.
+        pipeline: Source of text encoder, VAE and image encoder: folder or hub id. Not looked at for the block DCT's.
         timesteps: Its few steps, falling.
         sampler: How it goes from one to the next.
         latent_space: Whose latents it makes.
@@ -43,6 +47,9 @@ class Student(NamedTuple):
     """
 
     folder: Path
+    transformer: str
+    adapters: Path | None
+    pipeline: str
     timesteps: tuple[float, ...]
     sampler: SamplerKind
     latent_space: LatentSpace
@@ -71,15 +78,22 @@ class About(NamedTuple):
     fps: float = WAN_FORMAT.fps
 
 
-def open_student(folder: Path) -> Student:
-    """Look at what ``avd export`` wrote, or at a Wan pipeline of diffusers with a few-step scheduler.
+def open_student(folder: Path, pipeline: str | None = None) -> Student:
+    """Look at what ``avd export`` wrote in any format, or at a Wan pipeline of diffusers with a few-step scheduler.
+
+    Args:
+        folder: The export's, or the pipeline's.
+        pipeline: Of a student in another program's files: a Wan pipeline, folder or hub id, that has text encoder and
+            VAE, and for adapters the transformer. None for those that the run had.
 
     Raises:
         UserError: If it is neither, or something is missing or damaged.
     """
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
-        raise _no_pipeline(folder)
+        return _open_alone(folder, pipeline)
+    if pipeline is not None:
+        raise UserError(f"--pipeline {pipeline}: {folder} is a whole pipeline. Leave --pipeline out.")
     steps = read_few_steps(scheduler)
     if steps is None:
         raise UserError(
@@ -102,6 +116,9 @@ def open_student(folder: Path) -> Student:
         interpolator = load_interpolator(folder / INTERPOLATOR, latent_channels(architecture))
     return Student(
         folder=folder,
+        transformer=str(folder),
+        adapters=None,
+        pipeline=str(folder),
         timesteps=steps.timesteps,
         sampler=steps.sampler,
         latent_space=latent_space,
@@ -109,6 +126,82 @@ def open_student(folder: Path) -> Student:
         fps=about.fps,
         architecture=architecture,
         interpolator=interpolator,
+    )
+
+
+def open_student_or_run(folder: Path) -> Student:
+    """As :func:`open_student`, and of a finished run of all weights what it leaves as ``student``.
+
+    Raises:
+        UserError: Also if the run is not finished, has no student, or trained adapters.
+    """
+    if method_of_run(folder) is None:
+        return open_student(folder)
+    saved = open_run(folder)
+    student = folder / "student"
+    if saved.config.few_steps is None or saved.lora is not None or not student.is_dir():
+        raise UserError(
+            f"{folder} is a run without a whole student: it is not finished, or trains something else or adapters. "
+            f"Export it first: `avd export {folder} --output DIR`, and pass DIR."
+        )
+    source = folder.name
+    if saved.encoding.latent_space == "wan":
+        found = source_with(sources_of(saved.config, saved.encoding), parts_of(saved.architecture))
+        if found is None:
+            raise UserError(
+                f"{folder} does not know of a pipeline with text encoder and VAE. Export it first: "
+                f"`avd export {folder} --output DIR --pipeline SOURCE`, and pass DIR."
+            )
+        source = found
+    about = saved.about_clips()
+    return Student(
+        folder=folder,
+        transformer=str(student),
+        adapters=None,
+        pipeline=source,
+        timesteps=tuple(saved.timesteps),
+        sampler=saved.config.sampled_by,
+        latent_space=saved.encoding.latent_space,
+        clip=tuple(about["clip"]),
+        fps=about["fps"],
+        architecture=saved.architecture,
+        interpolator=None,
+    )
+
+
+def _open_alone(folder: Path, pipeline: str | None) -> Student:
+    """A student in another program's files: one with weights, which say what it is by their names."""
+    told = _read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    files = sorted(folder.rglob("*.safetensors"))
+    if "pipelines" not in told or len(files) != 1:
+        raise _no_student(folder)
+    about = read_about(folder)
+    assert about.latent_space == "wan"  # no other is exported so
+    adapters = files[0] if holds_adapters(files[0]) else None
+    transformer = str(files[0]) if adapters is None else pipeline or told.get("base", "")
+    with open_weights(transformer) as weights:
+        architecture = weights.config
+    parts = parts_of(architecture)
+    source = source_with([pipeline] if pipeline is not None else told["pipelines"], parts)
+    if source is None:
+        raise UserError(
+            f"{folder} has the transformer alone, and {', '.join(parts)} are not all in "
+            f"{pipeline or ' or in '.join(told['pipelines']) or 'what the run was trained from'}. Pass --pipeline "
+            "SOURCE, a Wan pipeline in diffusers' layout such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    steps = _check_few_steps(told.get("timesteps"), told.get("sampler", "re-noise"), folder / ABOUT)
+    return Student(
+        folder=folder,
+        transformer=transformer,
+        adapters=adapters,
+        pipeline=source,
+        timesteps=steps.timesteps,
+        sampler=steps.sampler,
+        latent_space=about.latent_space,
+        clip=about.clip,
+        fps=about.fps,
+        architecture=architecture,
+        interpolator=None,
     )
 
 
@@ -153,13 +246,15 @@ def read_few_steps(scheduler: Path) -> FewSteps | None:
     """
     content = _read_json(scheduler)
     found, sampler = few_steps(content), sampler_kind(content)
-    if found is None:
-        return None
+    return None if found is None else _check_few_steps(found, sampler, scheduler)
+
+
+def _check_few_steps(found: Any, sampler: Any, file: Path) -> FewSteps:
     try:
         timesteps = tuple(float(timestep) for timestep in found)
         HalfRateInterpolationSampler(_never, _never, timesteps, half_rate_steps=0, sampler=sampler)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{scheduler} has no timesteps to sample with: {error}. Export the run again.") from error
+        raise UserError(f"{file} has no timesteps to sample with: {error}. Export the run again.") from error
     return FewSteps(timesteps, sampler)
 
 
@@ -167,7 +262,7 @@ def _never(*_: object) -> Tensor:
     raise AssertionError
 
 
-def _no_pipeline(folder: Path) -> UserError:
+def _no_student(folder: Path) -> UserError:
     if not folder.is_dir():
         return UserError(f"{folder}: there is no such folder. Pass the --output folder of `avd export`.")
     method = method_of_run(folder)

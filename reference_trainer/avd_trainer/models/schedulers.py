@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler
 
-from avd_core import FlowMatchingSchedule
+from avd_core import FlowMatchingSchedule, shift_timesteps
 from avd_core.sampling import SamplerKind
 
 GRID = "_timesteps"
@@ -47,14 +48,26 @@ def closest_scheduler(timesteps: Sequence[float], sampler: SamplerKind = "re-noi
         return kind()
     end = timesteps[-1] / FlowMatchingSchedule().num_train_timesteps
 
-    def scheduler(log_shift: float) -> DiffusersScheduler:
-        return kind(shift=round(math.exp(log_shift), 4), shift_terminal=end)
+    def scheduler(shift: float) -> DiffusersScheduler:
+        return kind(shift=round(shift, 4), shift_terminal=end)
 
-    best = 0.0
-    for width in (4.0, 0.1, 0.0025):  # a coarse look at shifts of 1/55 to 55, then closer ones
-        tried = [best + width * place / 40 for place in range(-40, 41)]
-        best = min(tried, key=lambda log_shift: grid_error(scheduler(log_shift), timesteps))
-    return scheduler(best)
+    return scheduler(_best_shift(lambda shift: grid_error(scheduler(shift), timesteps)))
+
+
+def closest_even_shift(timesteps: Sequence[float]) -> tuple[float, float]:
+    """The shift of even steps from 1000 that comes closest to a student's grid, as for ComfyUI's ``simple`` schedule.
+
+    Returns:
+        The shift, to two decimals as that program takes it, and the most by which a timestep is off.
+    """
+    steps, last = len(timesteps), FlowMatchingSchedule().num_train_timesteps
+    even = torch.tensor([last - int(step * last / steps) for step in range(steps)], dtype=torch.float64)
+
+    def error(shift: float) -> float:
+        return float((shift_timesteps(even, round(shift, 2)) - torch.tensor(timesteps)).abs().max())
+
+    best = round(_best_shift(error), 2)
+    return best, error(best)
 
 
 def grid_error(scheduler: DiffusersScheduler, timesteps: Sequence[float]) -> float:
@@ -62,3 +75,12 @@ def grid_error(scheduler: DiffusersScheduler, timesteps: Sequence[float]) -> flo
     scheduler.set_timesteps(len(timesteps))
     found: list[float] = scheduler.timesteps.tolist()
     return max(abs(own - wanted) for own, wanted in zip(found, timesteps, strict=True))
+
+
+def _best_shift(error: Callable[[float], float]) -> float:
+    """Where an error that has one minimum is least, of shifts from 1/55 to 55; the mildest of equals."""
+    best = 0.0
+    for width in (4.0, 0.1, 0.0025):  # a coarse look at the logarithm, then closer ones
+        tried = [best + width * place / 40 for place in range(-40, 41)]
+        best = min(tried, key=lambda log_shift: (error(math.exp(log_shift)), abs(log_shift)))
+    return math.exp(best)

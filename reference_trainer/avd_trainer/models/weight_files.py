@@ -61,9 +61,16 @@ def locate(source: str) -> tuple[Path, str]:
     file, _, part = source.rpartition("#")
     if Path(file).suffix in _PICKLES and Path(file).is_file():
         return Path(file), part
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and path.suffix not in (*_PICKLES, ".safetensors"):
+    if is_on_hub(source):
         return _download(source), ""
     raise UserError(f"{source}: there is no such file or folder. {UNDERSTOOD}")
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether a source is a name on the hub: in the form of one, and no file or folder here."""
+    path = Path(source)
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
+    return named and path.suffix not in (*_PICKLES, ".safetensors") and not path.exists()
 
 
 def _download(repository: str) -> Path:

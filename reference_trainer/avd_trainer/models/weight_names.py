@@ -58,6 +58,15 @@ def diffusers_names(names: Iterable[str], source: str) -> dict[str, str]:
     return {new: bare[old] for new, old in convert_wan_transformer_to_diffusers({name: name for name in bare}).items()}
 
 
+def original_names(names: Iterable[str]) -> dict[str, str]:
+    """Wan2.1's own name for each of diffusers' names, the inverse of :func:`diffusers_names`.
+
+    Args:
+        names: Of weights and biases of a ``WanTransformer3DModel``, such as ``blocks.0.attn1.to_q.weight``.
+    """
+    return {name: _original_name(name) for name in names}
+
+
 def infer_config(source: str, original: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The configuration by the tensors' shapes, which Wan2.1's own config.json leaves out in part, and its heads."""
     try:
@@ -89,6 +98,38 @@ def infer_config(source: str, original: Mapping[str, Any], tensors: Mapping[str,
         "eps": original.get("eps", 1e-6),
         **_image_config(tensors),
     }
+
+
+# diffusers' name and Wan2.1's, the first that fits at each place; only a block's norm of cross-attention has weights.
+_ORIGINAL = (
+    (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+    (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+    (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+    (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+    (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+    (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+    (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+    (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+    (r"^proj_out\.", "head.head."),
+    (r"^scale_shift_table$", "head.modulation"),
+    (r"\.scale_shift_table$", ".modulation"),
+    (r"\.norm2\.", ".norm3."),
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_([qkv])\.", r".\1."),
+    (r"\.to_out\.0\.", ".o."),
+    (r"\.add_([kv])_proj\.", r".\1_img."),
+    (r"\.norm_added_k\.", ".norm_k_img."),
+    (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+    (r"\.ffn\.net\.2\.", ".ffn.2."),
+)
+
+
+def _original_name(name: str) -> str:
+    for pattern, original in _ORIGINAL:
+        name = re.sub(pattern, original, name)
+    return name
 
 
 def _image_config(tensors: Mapping[str, StoredTensor]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from avd_core import (
     NonFiniteError,
     interpolate_linearly,
 )
-from avd_core.sampling import Interpolator
+from avd_core.sampling import Interpolator, SamplerKind
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -162,23 +162,18 @@ class Workplace:
                 raise StoppedError
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
-    @torch.no_grad()
     def _sample(self, unit: Unit, noise: int, bar: ProgressBar) -> Tensor:
         """``[N, C, F, h, w]``: a clip for each held-out caption."""
         variant = self.study.variants[unit.variant]
         sample = self._teacher(variant) if isinstance(variant, TeacherVariant) else self._student(unit)
-        device, shape = self.ranks.device, self._held_out.latents.shape[1:]
-        parts = []
-        for places in self._batches:
-            self._check_stop()
-            # A stream for each sample, so that neither the batches nor the variant change its noise.
-            seeds = [seed_of("study", unit.seed, noise, place) for place in places]
-            streams = [torch.Generator().manual_seed(seed) for seed in seeds]
-            start = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
-            condition = condition_of([self._asked[place] for place in places])
-            parts.append(sample(start.to(device), streams, condition.to(device)).cpu())
+
+        def advance() -> None:
             bar.advance()
-        return torch.cat(parts)
+            self._check_stop()
+
+        self._check_stop()
+        seeds = (unit.seed, noise)
+        return sample_captions(sample, self._asked, self._batches, seeds, self.ranks.device, advance)
 
     def _teacher(self, variant: TeacherVariant) -> Sample:
         config = self.study.run(variant.teacher_of)
@@ -213,10 +208,7 @@ class Workplace:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
         model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
-        sampler = HalfRateInterpolationSampler(
-            clean_predictor(model), interpolator, method.few_steps, half_rate_steps, sampler=method.sampled_by
-        )
-        return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
+        return few_step_sample(model, method.few_steps, interpolator, half_rate_steps, method.sampled_by)
 
     def _product(self, unit: Unit) -> Path:
         """The folder of what a unit has trained."""
@@ -272,9 +264,58 @@ class Workplace:
 
     @property
     def _batches(self) -> list[range]:
-        """Places of captions that are sampled at once."""
-        count, size = len(self._shapes), self.study.config.evaluation.batch_size
-        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+        return batches_of(len(self._shapes), self.study.config.evaluation.batch_size)
+
+
+def few_step_sample(
+    model: VelocityModel,
+    timesteps: Sequence[float],
+    interpolator: Interpolator = interpolate_linearly,
+    half_rate_steps: int = 0,
+    kind: SamplerKind = "re-noise",
+) -> Sample:
+    """How a student is sampled; ``kind`` says how it goes from one step to the next."""
+    denoiser = clean_predictor(model)
+    sampler = HalfRateInterpolationSampler(denoiser, interpolator, timesteps, half_rate_steps, sampler=kind)
+    return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
+
+
+@torch.no_grad()
+def sample_captions(
+    sample: Sample,
+    asked: InMemoryData,
+    batches: Sequence[range],
+    seeds: tuple[int, int],
+    device: torch.device,
+    on_batch: Callable[[], None],
+) -> Tensor:
+    """A clip for each of a data set's rows.
+
+    Args:
+        sample: The model's way from noise to clips.
+        asked: What clips are to show.
+        batches: Rows that are sampled at once.
+        seeds: Of the model and of the noise. Each row has a stream of its own, so that neither batches nor models
+            change its noise.
+        device: Where the model is.
+        on_batch: Called after each.
+
+    Returns:
+        ``[N, C, F, h, w]`` on the CPU.
+    """
+    shape, parts = asked.clips.latents.shape[1:], []
+    for places in batches:
+        streams = [torch.Generator().manual_seed(seed_of("study", *seeds, place)) for place in places]
+        start = torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+        condition = condition_of([asked[place] for place in places])
+        parts.append(sample(start.to(device), streams, condition.to(device)).cpu())
+        on_batch()
+    return torch.cat(parts)
+
+
+def batches_of(count: int, size: int) -> list[range]:
+    """Places of captions that are sampled at once."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 @contextmanager

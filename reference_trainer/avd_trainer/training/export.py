@@ -19,6 +19,7 @@ from avd_trainer.config.sections import LoRAConfig
 from avd_trainer.data.schema import Encoding
 from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.registry import load_method
+from avd_trainer.models.adapters import Adapters, merge_adapters
 from avd_trainer.models.roles import Average, Built, Trained, build_whole
 from avd_trainer.models.transformer import adapter_names, empty_transformer
 from avd_trainer.models.weights import load_into, open_weights
@@ -26,10 +27,13 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.checkpoint import list_checkpoints, read_state, read_tensors
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS, method_of_run
+from avd_trainer.training.sample_clips import frames_per_second
 
 Result = TypeVar("Result")
 
 Weights = Literal["ema", "student"]
+
+_DOWN, _UP = ".lora_A.student.weight", ".lora_B.student.weight"
 
 ABOUT = "export.json"
 """In an export: of which run, step and weights it is; in a pipeline's also what it was trained on."""
@@ -146,9 +150,24 @@ class SavedRun(NamedTuple):
         assert isinstance(role, Trained)
         return role.lora
 
+    @property
+    def timesteps(self) -> list[float]:
+        """The student's few steps, falling."""
+        return [float(timestep) for timestep in self.config.few_steps or ()]
+
     def about(self, run: Path, weights: Weights) -> dict[str, Any]:
         """Where an export came from."""
         return {"run": str(run), "step": self.state["step"], "weights": weights, "version": self.state["version"]}
+
+    def about_clips(self) -> dict[str, Any]:
+        """What the student makes: what sampling has to know."""
+        return {
+            "latent_space": self.encoding.latent_space,
+            "clip": self.state["latent_shape"],
+            "fps": frames_per_second(self.config.samples, self.encoding),
+            "timesteps": self.timesteps,
+            "sampler": self.config.sampled_by,
+        }
 
 
 def replace_export(run: Path, output: Path, step: int | None, write: Callable[[SavedRun, Path], Result]) -> Result:
@@ -185,29 +204,35 @@ def replace_export(run: Path, output: Path, step: int | None, write: Callable[[S
 
 def write_transformer(checkpoint: SavedRun, output: Path, weights: Weights, dtype: torch.dtype) -> None:
     """Write the student as a whole transformer; adapters are merged into their base."""
-    lora, teacher = checkpoint.lora, checkpoint.config.teacher
+    student_transformer(checkpoint, weights, dtype).save_pretrained(output, safe_serialization=True)
+
+
+def student_transformer(checkpoint: SavedRun, weights: Weights, dtype: torch.dtype) -> WanTransformer3DModel:
+    """The student as a whole transformer, on the CPU; adapters are merged into their base."""
+    teacher = checkpoint.config.teacher
     model: WanTransformer3DModel = empty_transformer(checkpoint.architecture, torch.device("cpu"))
-    if lora is None:
+    if checkpoint.lora is None:
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
         read_tensors(checkpoint.folder, {weights: parameters}, distributed=False)
     else:
         assert teacher is not None
         with open_weights(teacher) as base:
             load_into(model, base)
-        _merge_adapter(model, _read_adapter(checkpoint, lora, weights), lora)
+        merge_adapters(model, student_adapters(checkpoint, checkpoint.lora, weights))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(output, safe_serialization=True)
+    return model
 
 
-@torch.no_grad()
-def _merge_adapter(model: WanTransformer3DModel, adapter: dict[str, Tensor], lora: LoRAConfig) -> None:
-    """``W + alpha / rank * B A`` for each weight with an adapter."""
-    for name, matrix_a in adapter.items():
-        layer, found, _ = name.partition(".lora_A.")
-        if found:
-            matrix_b = adapter[name.replace(".lora_A.", ".lora_B.")]
-            model.get_parameter(f"{layer}.weight").addmm_(matrix_b, matrix_a, alpha=lora.alpha / lora.rank)
+def student_adapters(checkpoint: SavedRun, lora: LoRAConfig, weights: Weights) -> Adapters:
+    """A LoRA student's adapters, in float32."""
+    tensors = _read_adapter(checkpoint, lora, weights)
+    matrices = {
+        name.removesuffix(_DOWN): (matrix, tensors[name.removesuffix(_DOWN) + _UP])
+        for name, matrix in tensors.items()
+        if name.endswith(_DOWN)
+    }
+    return Adapters(matrices, lora.alpha / lora.rank)
 
 
 def _export_adapter(checkpoint: SavedRun, lora: LoRAConfig, output: Path, weights: Weights, dtype: torch.dtype) -> None:

@@ -23,6 +23,7 @@ from avd_trainer.training.config import TrainConfig
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation.json"
 LOCK = ".lock"
 TRAIN = "avd train"
 """The command that writes runs."""

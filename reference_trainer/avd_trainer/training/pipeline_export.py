@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +16,13 @@ from avd_trainer.data.schema import Encoding
 from avd_trainer.models.architecture import image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import GRID, SAMPLER, closest_scheduler, grid_error
+from avd_trainer.models.weight_files import is_on_hub
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import ABOUT, SavedRun, Weights, replace_export, write_json_in, write_transformer
 from avd_trainer.training.folder import method_of_run
-from avd_trainer.training.sample_clips import frames_per_second
+from avd_trainer.training.model_card import CARD, model_card
+from avd_trainer.training.program_usage import diffusers_usage
 
 INTERPOLATOR = "interpolator"
 MODEL_INDEX = "model_index.json"
@@ -91,10 +92,13 @@ def export_pipeline(
             cannot be written or holds something else.
     """
 
+    title = output.resolve().name
+
     def write(checkpoint: SavedRun, folder: Path) -> ExportedPipeline:
         config, architecture = checkpoint.config, checkpoint.architecture
         encoding = checkpoint.encoding
-        sources = _sources(config, encoding, pipeline)
+        _check_pipeline(encoding, pipeline)
+        sources = [*([] if pipeline is None else [pipeline]), *sources_of(config, encoding)]
         if interpolator is not None:
             load_interpolator(interpolator, latent_channels(architecture)).save_pretrained(folder / INTERPOLATOR)
         wanted = parts_of(architecture)
@@ -102,7 +106,7 @@ def export_pipeline(
         for name, source in parts.items():
             _copy(source / name, folder / name)
         write_transformer(checkpoint, folder / "transformer", weights, dtype)
-        timesteps, sampler = [float(timestep) for timestep in config.few_steps or ()], config.sampled_by
+        timesteps, sampler = checkpoint.timesteps, config.sampled_by
         scheduler = closest_scheduler(timesteps, sampler)
         write_json_in(
             folder / "scheduler" / "scheduler_config.json",
@@ -110,13 +114,9 @@ def export_pipeline(
         )
         index = _model_index(parts, architecture, type(scheduler).__name__, interpolator is not None)
         write_json_in(folder / MODEL_INDEX, index)
-        about = {
-            "latent_space": encoding.latent_space,
-            "clip": checkpoint.state["latent_shape"],
-            "fps": frames_per_second(config.samples, encoding),
-            "timesteps": timesteps,
-        }
-        write_json_in(folder / ABOUT, checkpoint.about(run, weights) | about)
+        write_json_in(folder / ABOUT, checkpoint.about(run, weights) | checkpoint.about_clips())
+        card = model_card(checkpoint, run, weights, title, diffusers_usage(checkpoint), library="diffusers")
+        (folder / CARD).write_text(card, encoding="utf-8")
         missing = tuple(name for name in wanted if name not in parts)
         return ExportedPipeline(encoding.latent_space, missing, grid_error(scheduler, timesteps))
 
@@ -152,16 +152,32 @@ def load_interpolator(source: Path, channels: int) -> LatentFrameInterpolator:
     return interpolator
 
 
-def _sources(config: TrainConfig, encoding: Encoding, pipeline: str | None) -> list[str]:
-    """Where the parts of the pipeline may be, best first."""
+def sources_of(config: TrainConfig, encoding: Encoding) -> list[str]:
+    """Where the parts of a run's pipeline may be, best first."""
     if encoding.latent_space == "block-dct-4":
-        if pipeline is not None:
-            raise UserError(
-                f"--pipeline {pipeline} has the parts for Wan2.1's latents, but this run was trained on those of the "
-                "tiny preset, which need none. Leave --pipeline out."
-            )
         return []
-    return [source for source in (pipeline, config.codec, encoding.codec, config.teacher) if source is not None]
+    return [source for source in (config.codec, encoding.codec, config.teacher) if source is not None]
+
+
+def _check_pipeline(encoding: Encoding, pipeline: str | None) -> None:
+    if encoding.latent_space == "block-dct-4" and pipeline is not None:
+        raise UserError(
+            f"--pipeline {pipeline} has the parts for Wan2.1's latents, but this run was trained on those of the tiny "
+            "preset, which need none. Leave --pipeline out."
+        )
+
+
+def source_with(sources: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first source that has all parts, or is on the hub and therefore not looked into; None if there is none.
+
+    Raises:
+        UserError: If files of a part are missing.
+    """
+    wanted = list(names)
+    for source in sources:
+        if is_on_hub(source) or (Path(source).is_dir() and all(_has_part(Path(source), name) for name in wanted)):
+            return source
+    return None
 
 
 def _find_parts(sources: Sequence[str], names: Iterable[str]) -> dict[str, Path]:
@@ -180,7 +196,7 @@ def _open_source(source: str, parts: Sequence[str]) -> Path | None:
     path = Path(source)
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or path.suffix in (".pt", ".pth", ".safetensors"):
+    if not is_on_hub(source):
         return None
     from huggingface_hub import snapshot_download
 

@@ -23,12 +23,11 @@ from avd_trainer.runtime.terminal import say
 from avd_trainer.training.checkpoint import Checkpoints, list_checkpoints, read_state, read_tensors
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import export_product
-from avd_trainer.training.folder import CHECKPOINTS, CONFIG, LOCK, TRAIN, claim_run, locked
+from avd_trainer.training.folder import CHECKPOINTS, CONFIG, EVALUATION, LOCK, TRAIN, claim_run, locked
 from avd_trainer.training.metrics_log import MetricsLog
 from avd_trainer.training.sample_clips import SampleWriter
 from avd_trainer.training.trainer import Trainer
 
-EVALUATION = "evaluation.json"
 FINDINGS = "findings.json"
 
 

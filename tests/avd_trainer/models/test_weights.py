@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from avd_trainer.models.weight_names import diffusers_names
+from avd_trainer.models.weight_names import diffusers_names, original_names
 from avd_trainer.models.weights import TransformerWeights, load_into, open_weights
 from avd_trainer.runtime.errors import UserError
 from launches import in_group
@@ -187,6 +187,14 @@ def bare_student_file(model: WanTransformer3DModel, folder: Path) -> str:
 
 FOLDERS = [diffusers_folder, pipeline_folder, sharded_diffusers_folder, original_folder, sharded_original_folder]
 FILES = [diffusers_file, original_file, student_file, wrapped_student_file, bare_student_file]
+
+
+@pytest.mark.parametrize("changes", [{}, {"in_channels": 36, "image_dim": 14, "added_kv_proj_dim": 24}])
+def test_wans_own_names_and_back(changes: dict[str, Any]) -> None:
+    names = [name for name, _ in make(**changes).named_parameters()]
+    found = original_names(names)
+    assert found == {name: original_name(name) for name in names}
+    assert diffusers_names(found.values(), "a model") == {name: found[name] for name in names}
 
 
 @pytest.mark.parametrize("write", FOLDERS + FILES)

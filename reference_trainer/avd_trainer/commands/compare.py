@@ -1,0 +1,120 @@
+"""``avd compare``: clips of several students from the same noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from avd_trainer.commands.clip_files import (
+    MOST_SEED,
+    check_output,
+    clip_files,
+    read_asked_prompts,
+    write_clips,
+    write_list,
+)
+from avd_trainer.commands.sample import ComputeDtype, Device
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.progress import ProgressBar
+from avd_trainer.runtime.terminal import readable_errors, say
+
+if TYPE_CHECKING:
+    from avd_trainer.inference.students import Shape, Student
+
+
+def compare(
+    students: Annotated[
+        list[Path], typer.Argument(help="Two or more: --output folders of avd export, or finished runs.")
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
+        ),
+    ],
+    prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")] = None,
+    prompts_file: Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What the clips begin with, for students of image to video.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
+    ] = 0,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the first was trained on."),
+    ] = None,
+    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
+) -> None:
+    """Sample the same prompts and the same noise with several students, and show their clips side by side."""
+    with readable_errors():
+        prompts = read_asked_prompts(prompt, prompts_file)
+        alone = prompts_file is None and len(prompts) == 1
+        check_output(output, alone)
+        from avd_trainer.inference.choices import choose_device, choose_dtype
+        from avd_trainer.inference.generation import decode_clips, sample_clips
+        from avd_trainer.inference.students import open_student_or_run
+        from avd_trainer.runtime.files import claim_folder
+
+        opened = [open_student_or_run(folder) for folder in students]
+        shape = _common_shape(opened, size)
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where)
+        claim_folder(output.parent if alone else output)
+        columns = []
+        with ProgressBar("sample", len(prompts) * sum(len(student.timesteps) for student in opened)) as bar:
+            for student in opened:
+                rates = [(1,) * len(student.timesteps)]
+                samples = sample_clips(
+                    student, prompts, rates, shape, image=image, seed=seed, device=where, dtype=kind,
+                    on_step=bar.advance,
+                )  # fmt: skip
+                columns.append([row[0].latents for row in samples])
+        # All by the first one's codec: they make latents of one space.
+        latents = (each for row in zip(*columns, strict=True) for each in row)
+        videos = decode_clips(opened[0], latents, device=where, dtype=kind)
+        files = [output] if alone else clip_files(output, prompts)
+
+        def list_files(written: int) -> None:
+            if not alone:
+                write_list(output / "prompts.json", prompts[:written], files[:written], seed)
+
+        write_clips(videos, titles_of(students), files, fps or opened[0].fps, list_files)
+        say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
+
+
+def titles_of(folders: Sequence[Path]) -> list[str]:
+    """The names of folders, or their whole paths where names are the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _common_shape(students: Sequence[Student], size: str | None) -> Shape:
+    """The latent shape for all of them.
+
+    Raises:
+        UserError: If there is but one, they have no common latents, or one cannot take the size.
+    """
+    from avd_trainer.inference.choices import choose_shape
+    from avd_trainer.models.architecture import latent_channels
+    from avd_trainer.models.codecs.latent_space import LATENT_SPACES
+
+    first, *others = students
+    if not others:
+        raise UserError(f"{first.folder} alone cannot be compared. Pass two students or more, or use avd sample.")
+    shape = choose_shape(first, size, (1,))
+    for other in others:
+        if (other.latent_space, latent_channels(other.architecture)) != (first.latent_space, shape[0]):
+            raise UserError(
+                f"{first.folder} makes latents of {LATENT_SPACES[first.latent_space]}, and {other.folder} of "
+                f"{LATENT_SPACES[other.latent_space]}: no noise is for both. Compare students of one latent space."
+            )
+        choose_shape(other._replace(clip=shape), None, (1,))
+    return shape

@@ -1,0 +1,161 @@
+"""How a person uses an exported student in another program: a section of its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from avd_trainer.models.architecture import image_input
+from avd_trainer.models.schedulers import closest_even_shift
+from avd_trainer.training.export import SavedRun
+from avd_trainer.training.model_card import clip_size, numbers, public_name
+
+LIGHTX2V = "lightx2v.json"
+"""In an export for LightX2V: its configuration of a run."""
+
+
+class Written(NamedTuple):
+    """What lies in an export's folder.
+
+    Attributes:
+        name: The folder's.
+        file: With the weights, within it.
+        adapters: Whether it has adapters, and not a whole model.
+    """
+
+    name: str
+    file: str
+    adapters: bool
+
+
+def diffusers_usage(saved: SavedRun) -> str:
+    """Of a whole pipeline."""
+    width, height, frames = clip_size(saved)
+    image = image_input(saved.architecture) is not None
+    size = f"height={height}, width={width}, num_frames={frames}, num_inference_steps={len(saved.timesteps)}"
+    return f"""
+## In diffusers
+
+```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype=torch.bfloat16).to("cuda")
+torch.manual_seed(0)
+frames = pipeline({"image=image, " if image else ""}prompt="...", {size}, guidance_scale=1.0).frames[0]
+```
+
+The scheduler of the folder is as close to the student's timesteps as one of diffusers' own can be. The exact ones, with
+`avd-core` installed: `pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)`, of
+`avd_integrations.diffusers`. And `avd sample FOLDER --prompt "..."{" --image FILE" if image else ""} -o clip.mp4`.
+"""
+
+
+def comfyui_usage(saved: SavedRun, written: Written) -> str:
+    """Nodes and settings."""
+    file, adapters = written.file, written.adapters
+    steps, (width, height, frames) = len(saved.timesteps), clip_size(saved)
+    shift, error = closest_even_shift(saved.timesteps)
+    image = image_input(saved.architecture) is not None
+    folder = "loras" if adapters else "diffusion_models"
+    base = public_name(saved.config.teacher or "")
+    load = (
+        f"*Load Diffusion Model* with the model that the LoRA was trained on (`{base}`, in ComfyUI's files), then "
+        f"*LoraLoaderModelOnly* with `{file}`, `strength_model` 1.0"
+        if adapters
+        else f"*Load Diffusion Model* with `{file}`, `weight_dtype` default"
+    )
+    latents = (
+        f"*WanImageToVideo* (with *CLIP Vision Encode* of the image where the model reads one) of {width} x {height}, "
+        f"length {frames}; positive, negative and latent come from it"
+        if image
+        else f"*EmptyHunyuanLatentVideo* of {width} x {height}, length {frames}"
+    )
+    sampler = {"re-noise": "lcm", "ode": "euler"}[saved.config.sampled_by]
+    off = f"timesteps are off by up to {error:.0f} of 1000" if error >= 0.5 else "the timesteps are the student's"
+    text = f"""
+## In ComfyUI
+
+Copy `{file}` to `ComfyUI/models/{folder}/`. Text encoder (umt5_xxl), VAE (wan_2.1_vae) and, for image to video, CLIP
+vision (clip_vision_h) are those of Wan2.1. Then connect:
+
+1. {load}.
+2. *CLIP Text Encode* of the prompt as positive; the same node as negative, which is not used at cfg 1.
+3. {latents}.
+4. *SamplerCustom*: `add_noise` on, `cfg` 1.0, with *KSamplerSelect* `{sampler}` and *ManualSigmas*
+   `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
+
+With *KSampler* in place of step 4: *ModelSamplingSD3* with `shift` {shift:g} behind the model, then `steps` {steps},
+`cfg` 1.0, `sampler_name` {sampler}, `scheduler` simple, `denoise` 1.0: {off}.
+"""
+    return text + (_lora_elsewhere(file) if adapters else "")
+
+
+def lightx2v_usage(saved: SavedRun, written: Written) -> str:
+    """Where files go, and the command."""
+    file, adapters = written.file, written.adapters
+    task = "t2v" if image_input(saved.architecture) is None else "i2v --image_path IMAGE"
+    base = public_name(saved.config.teacher or "")
+    place = (
+        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Write the full path of `{file}` "
+        f"into `lora_configs` of `{LIGHTX2V}`."
+        if adapters
+        else f"Put `{Path(file).parent}/` into a folder MODEL with the original model (`{base}` in the layout of "
+        "Wan2.1's first release), whose `config.json`, text encoder and VAE are read."
+    )
+    whole = all(timestep == round(timestep) for timestep in saved.timesteps)
+    rounded = "" if whole else " LightX2V takes whole timesteps, so they are rounded."
+    text = f"""
+## In LightX2V
+
+{place}
+
+```
+DTYPE=BF16 python -m lightx2v.infer --model_cls wan2.1_distill --task {task} \\
+    --model_path MODEL --config_json {LIGHTX2V} --prompt "..." --save_video_path clip.mp4
+```
+
+`{LIGHTX2V}` has the student's steps. `sample_shift` stays 1, and `enable_cfg` false.{rounded} Change the types of
+attention to what is installed.
+"""
+    return text + (_lora_elsewhere(file) if adapters else "")
+
+
+def _lora_elsewhere(file: str) -> str:
+    return f"""
+ComfyUI, LightX2V and diffusers read the same file; in diffusers:
+`pipeline.load_lora_weights(FOLDER, weight_name="{file}")`. `B` contains alpha / rank, so the strength is 1 everywhere.
+"""
+
+
+def wan_usage(saved: SavedRun, written: Written) -> str:
+    """A loop, since its own sampler has many steps."""
+    image = image_input(saved.architecture) is not None
+    given = ", clip_fea=clip_fea, y=[y]" if image else ""
+    images = ", `clip_fea` and `y` are the image's" if image else ""
+    following = {
+        "re-noise": """x_0 = x - now / 1000 * velocity
+    x = (1 - following / 1000) * x_0 + following / 1000 * torch.randn_like(x_0)""",
+        "ode": "x = x + (following - now) / 1000 * velocity",
+    }[saved.config.sampled_by]
+    return f"""
+## In Wan2.1's code
+
+The files replace those of the same names in a checkpoint of the first release. Its `generate.py` has no few-step
+sampler: this loop takes its place. `context` holds the text encoder's output of the prompt{images}.
+
+```python
+import torch
+from wan.modules.model import WanModel
+
+model = WanModel.from_pretrained("{written.name}").eval().to("cuda")
+timesteps = [{numbers(saved.timesteps)}, 0]
+x = torch.randn({", ".join(map(str, saved.state["latent_shape"]))}, device="cuda")
+for now, following in zip(timesteps, timesteps[1:]):
+    t = torch.tensor([now], device="cuda")
+    velocity = model([x], t=t, context=context, seq_len=x[0].numel() // 4{given})[0]
+    {following}
+```
+
+`WanVAE.decode([x])` makes the clip of it.
+"""

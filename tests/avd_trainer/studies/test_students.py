@@ -1,0 +1,159 @@
+"""Students that are there already: measured as a study measures its own, and shown side by side."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageSequence
+from torch import Tensor
+from typer.testing import CliRunner
+
+from avd_trainer.commands.app import app
+from avd_trainer.commands.compare import _common_shape, titles_of
+from avd_trainer.evaluation.controls import CONTROLS
+from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.inference.students import Student, open_student_or_run
+from avd_trainer.models.weights import open_weights
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json
+from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_study
+from avd_trainer.studies.students import evaluate_students
+from avd_trainer.studies.units import Workplace
+from small_study import write_study
+
+CPU = torch.device("cpu")
+RED = "a red circle moves left"
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``run`` of the tiny preset, its export ``average``, and ``last`` of its last weights."""
+    folder = tmp_path_factory.mktemp("students")
+    for arguments in (
+        ["train", "tiny", "--method", "dmd", "--output", folder / "run", "--max-steps", 2, "--set", "batch_size=2",
+         "--set", "data.clips=4", "--set", "samples.every=null", "--set", "method.student.optimizer.lr=1e-3"],
+        ["export", folder / "run", "--output", folder / "average"],
+        ["export", folder / "run", "--output", folder / "last", "--weights", "student"],
+    ):  # fmt: skip
+        status, printed = command(*arguments)
+        assert status == 0, printed
+    return folder
+
+
+def read_gif(path: Path) -> Tensor:
+    """``[F, H, W, 3]`` in [0, 255]."""
+    with Image.open(path) as gif:
+        frames = [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(gif)]
+    return torch.from_numpy(np.stack(frames)).float()
+
+
+def test_clips_of_one_noise_side_by_side(folders: Path, tmp_path: Path) -> None:
+    clip = tmp_path / "clip.gif"
+    status, printed = command(
+        "compare", *(folders / name for name in ("run", "average", "last")), "--prompt", RED, "--output", clip
+    )
+    assert status == 0, printed
+    assert "sample: 12/12" in printed
+    run, average, last = (part[:, -96:] for part in read_gif(clip).chunk(3, dim=2))  # below the names
+    assert (run - average).abs().mean() < 1  # the run's student is its average
+    assert (run - last).abs().mean() > 3
+
+
+def test_several_prompts_go_to_a_folder(folders: Path, tmp_path: Path) -> None:
+    status, printed = command(
+        "compare", folders / "average", folders / "last", "--prompt", RED, "--prompt", "a blue square", "--seed", 3,
+        "--output", tmp_path / "clips", "--size", "16x16x5",
+    )  # fmt: skip
+    assert status == 0, printed
+    names = ["000-a-red-circle-moves-left.mp4", "001-a-blue-square.mp4"]
+    assert sorted(os.listdir(tmp_path / "clips")) == [*names, "prompts.json"]
+    assert [row["seed"] for row in read_json(tmp_path / "clips" / "prompts.json")] == [3, 4]
+
+
+def test_students_without_a_common_noise_are_refused(folders: Path, tmp_path: Path) -> None:
+    student = open_student_or_run(folders / "average")
+    with pytest.raises(UserError, match=r"Wan's VAE: no noise is for both\. Compare students of one latent space"):
+        _common_shape([student, student._replace(latent_space="wan")], None)
+    output = ["--prompt", "a", "--output", tmp_path / "clip.mp4"]
+    for arguments, message in (
+        ([folders / "average"], "alone cannot be compared. Pass two students or more"),
+        ([folders / "average", tmp_path], "is no pipeline. Pass a folder that `avd export` wrote"),
+    ):
+        status, printed = command("compare", *arguments, *output)
+        assert status == 2
+        assert message in printed
+    (folders / "run" / "student").rename(folders / "run" / "away")
+    try:
+        with pytest.raises(UserError, match=r"run is a run without a whole student: it is not finished.*Export it"):
+            open_student_or_run(folders / "run")
+    finally:
+        (folders / "run" / "away").rename(folders / "run" / "student")
+
+
+def test_titles_tell_folders_apart() -> None:
+    assert titles_of([Path("a/x"), Path("b/y")]) == ["x", "y"]
+    assert titles_of([Path("a/x"), Path("b/x")]) == ["a/x", "b/x"]
+
+
+def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path, tmp_path: Path) -> None:
+    status, printed = command(
+        "evaluate", folders / "run", folders / "average", folders / "last", "--output", tmp_path / "out",
+        "--captions", 2, "--noises", 2,
+    )  # fmt: skip
+    assert status == 0, printed
+    assert f"Table, figure and values are in {tmp_path}/out." in printed
+    assert sorted(os.listdir(tmp_path / "out")) == ["measures.json", "measures.md", "measures.png"]
+    found = read_json(tmp_path / "out" / "measures.json")
+    run, average, last = (found["variants"][name] for name in ("run", "average", "last"))
+    assert run["measures"] == average["measures"]
+    assert run["measures"] != last["measures"]
+    assert run["measures"].keys() == found["reference"]["spreads"].keys() == MEASURES.keys()
+    assert found["controls"]["controls"].keys() == CONTROLS.keys()
+    one, other = (run["seeds"][noise]["values"] for noise in ("0", "1"))
+    assert one != other
+    assert run["measures"]["kind"]["mean"] == pytest.approx((one["kind"] + other["kind"]) / 2)
+    table = (tmp_path / "out" / "measures.md").read_text()
+    assert table.startswith("# run and average and last on 2 held-out captions\n")
+    assert "| *white noise* |" in table
+    assert "real: mean ± standard deviation of 20 sets of 2 real clips." in table
+    with Image.open(tmp_path / "out" / "measures.png") as figure:
+        assert figure.width > 1000
+
+
+def test_a_student_has_the_values_that_its_study_gives_it(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path / "small"))
+    unit = Unit("dmd", 1)
+    with join_ranks() as ranks:
+        place = Workplace(study, tmp_path / "work", ranks)
+        expected = place.do(unit)["noises"]
+        student = student_of(place.run_folder(unit) / "student")
+        evaluated = evaluate_students({"dmd": student}, study.config.evaluation, seed=1, device=CPU)
+    found = evaluated.results["variants"]["dmd"]["seeds"]
+    for noise, values in enumerate(expected):
+        assert found[str(noise)]["values"] == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+def student_of(folder: Path) -> Student:
+    """Of the small study, whose runs leave no checkpoint that would say all this."""
+    with open_weights(str(folder)) as weights:
+        architecture = weights.config
+    return Student(
+        folder, str(folder), None, "", (1000.0, 500.0), "block-dct-4", (16, 5, 8, 8), 16.0, architecture, None
+    )
+
+
+def test_students_of_wan_have_no_ground_truth(folders: Path) -> None:
+    student = open_student_or_run(folders / "average")._replace(latent_space="wan")
+    with pytest.raises(UserError, match=r"Wan's VAE, of which there are no captioned clips whose every shape is known"):
+        evaluate_students({"wan": student}, StudyEvaluationConfig(), seed=0, device=CPU)

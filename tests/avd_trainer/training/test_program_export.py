@@ -1,0 +1,347 @@
+"""A student in the files of other programs, as far as they are not asked: tests/hosts/test_programs.py asks them."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+import tiny_pipeline
+from avd_trainer.commands.app import app
+from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.inference.generation import sample_clips
+from avd_trainer.inference.students import open_student
+from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.adapters import Adapters, merge_adapters, read_adapters
+from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
+from avd_trainer.models.transformer import VelocityModel
+from avd_trainer.models.weights import open_weights
+from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.training.pipeline_export import export_pipeline
+from avd_trainer.training.program_export import ProgramName, export_for_program
+from avd_trainer.training.run import train
+from runs import LATENT_SHAPE, both, exported, in_memory, model_inputs, tiny_config
+
+TEXT_DIM = 4096
+SIZE = {"text_dim": TEXT_DIM, "layers": 1, "heads": 1, "head_dim": 128, "freq_dim": 256}
+LORA = {"rank": 2, "alpha": 6.0, "target_modules": ["to_q", "to_out.0", "ffn.net.2"]}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan pipeline with those of Wan2.1's sizes that programs do not read."""
+    return tiny_pipeline.build(tmp_path_factory.mktemp("wan") / "Tiny-Wan", **SIZE)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, wan: Path) -> Path:
+    """``full`` and ``lora``, of one step each, in Wan's latents."""
+    folder = tmp_path_factory.mktemp("runs")
+    latents = torch.randn(2, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    data = both(in_memory(CaptionedLatents(latents, ["one", "two"]), HashTextEmbedding(4, TEXT_DIM)))
+    for name, lora in (("full", None), ("lora", LORA)):
+        trained = {"optimizer": {"lr": 0.05}, **({} if lora is None else {"lora": lora})}
+        config = tiny_config(
+            wan,
+            method={"student": trained, "online": trained, "online_updates": 1},
+            data={"kind": "shards", "path": str(folder / "my-clips")},
+            max_steps=2,
+            logging={"tensorboard": False},
+        )
+        with join_ranks() as ranks:
+            train(config, folder / name, ranks, data=data)
+    return folder
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+@torch.no_grad()
+def velocity(model: VelocityModel) -> Tensor:
+    found: Tensor = model(*model_inputs(TEXT_DIM))
+    return found
+
+
+FILES = {
+    "comfyui": ["README.md", "export.json", "out.safetensors"],
+    "lightx2v": ["README.md", "distill_models", "export.json", "lightx2v.json"],
+    "wan": ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "export.json"],
+}
+
+
+@pytest.mark.parametrize("program", FILES)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_whole_model_has_the_students_weights_in_wans_names(
+    runs: Path, tmp_path: Path, program: ProgramName, kind: str
+) -> None:
+    export_for_program(runs / kind, tmp_path / "out", program, merge=True)
+    assert sorted(os.listdir(tmp_path / "out")) == FILES[program]
+    (file,) = (tmp_path / "out").rglob("*.safetensors")
+    tensors = load_file(file)
+    assert {"blocks.0.self_attn.q.weight", "blocks.0.norm3.weight", "blocks.0.modulation", "head.head.bias"} <= set(
+        tensors
+    )
+    export_pipeline(runs / kind, tmp_path / "pipeline")
+    expected = exported(tmp_path / "pipeline" / "transformer")
+    with open_weights(str(file)) as weights:
+        assert weights.names() == sorted(expected)
+        assert all(torch.equal(weights.read(name), value) for name, value in expected.items())
+
+
+def test_types_weights_and_steps_are_chosen_as_for_a_pipeline(runs: Path, tmp_path: Path) -> None:
+    for name in ("ema", "student"):
+        status, printed = command(
+            "export", runs / "full", "--output", tmp_path / name, "--format", "comfyui", "--weights", name, "--dtype",
+            "bfloat16",
+        )  # fmt: skip
+        assert status == 0, printed
+    ema, student = (load_file(tmp_path / name / f"{name}.safetensors") for name in ("ema", "student"))
+    assert {tensor.dtype for tensor in ema.values()} == {torch.bfloat16}
+    assert not torch.equal(ema["blocks.0.ffn.0.weight"], student["blocks.0.ffn.0.weight"])
+    with pytest.raises(UserError, match=r"has no checkpoint of step 7; there are \[2\]"):
+        export_for_program(runs / "full", tmp_path / "out", "wan", step=7)
+
+
+@pytest.mark.parametrize("program", ["comfyui", "lightx2v"])
+def test_adapters_have_their_scale_in_them_and_load_in_diffusers_too(
+    runs: Path, wan: Path, tmp_path: Path, program: ProgramName
+) -> None:
+    export_for_program(runs / "lora", tmp_path / "out", program)
+    file = tmp_path / "out" / "out-lora.safetensors"
+    tensors = load_file(file)
+    assert len(tensors) == 2 * 5
+    assert {name.removeprefix("diffusion_model.blocks.0.") for name in tensors} >= {
+        "self_attn.q.lora_A.weight", "cross_attn.o.lora_B.weight", "ffn.2.lora_A.weight"
+    }  # fmt: skip
+    export_pipeline(runs / "lora", tmp_path / "pipeline")
+    expected = velocity(VelocityModel(WanTransformer3DModel.from_pretrained(tmp_path / "pipeline" / "transformer")))
+    pipeline = WanPipeline.from_pretrained(wan, vae=None, text_encoder=None, tokenizer=None)
+    base = VelocityModel(pipeline.transformer)
+    before = velocity(base)
+    merged = WanTransformer3DModel.from_pretrained(wan / "transformer")
+    merge_adapters(merged, read_adapters(file))
+    torch.testing.assert_close(velocity(VelocityModel(merged)), expected, rtol=0, atol=1e-5)
+    pipeline.load_lora_weights(tmp_path / "out", weight_name=file.name)
+    torch.testing.assert_close(velocity(base), expected, rtol=0, atol=1e-5)
+    assert (expected - before).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "program"), [("full", "comfyui"), ("full", "lightx2v"), ("full", "wan"), ("lora", "comfyui")]
+)
+def test_clips_of_any_format_are_those_of_the_pipeline(
+    runs: Path, tmp_path: Path, kind: str, program: ProgramName
+) -> None:
+    export_pipeline(runs / kind, tmp_path / "pipeline")
+    export_for_program(runs / kind, tmp_path / "out", program)
+
+    def sample(folder: Path) -> tuple[Any, Tensor]:
+        student = open_student(folder)
+        ((made,),) = sample_clips(student, ["a red circle"], [(1,) * 4], LATENT_SHAPE, device=CPU, dtype=torch.float32)
+        return student, made.latents
+
+    (student, found), (other, expected) = sample(tmp_path / "out"), sample(tmp_path / "pipeline")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (student.adapters is not None) is (kind == "lora")
+    assert student[4:8] == other[4:8]  # timesteps, latent space, size and frame rate
+    assert student.interpolator is None
+
+
+def test_avd_sample_takes_what_is_missing_from_another_pipeline(runs: Path, wan: Path, tmp_path: Path) -> None:
+    export_for_program(runs / "lora", tmp_path / "out", "lightx2v")
+    about = read_json(tmp_path / "out" / "export.json")
+    assert (about["base"], about["pipelines"]) == (str(wan), [str(wan)])
+    about["base"] = about["pipelines"] = [str(tmp_path / "gone")]
+    (tmp_path / "out" / "export.json").write_text(json.dumps({**about, "base": str(tmp_path / "gone")}))
+    clip = tmp_path / "clip.mp4"
+    sample = ["sample", tmp_path / "out", "--prompt", "a", "--output", clip, "--size", "32x32x5"]
+    status, printed = command(*sample)
+    assert status == 2
+    assert "gone: there is no such file or folder" in printed
+    status, printed = command(*sample, "--pipeline", wan)
+    assert status == 0, printed
+    assert clip.exists()
+    transformer = wan / "transformer"
+    status, printed = command(*sample, "--pipeline", transformer)
+    assert status == 2
+    assert f"vae, text_encoder, tokenizer are not all in {transformer}. Pass --pipeline SOURCE" in printed
+    status, printed = command("sample", wan, "--prompt", "a", "--output", clip, "--pipeline", wan)
+    assert status == 2
+    export_pipeline(runs / "lora", tmp_path / "pipeline")
+    status, printed = command("sample", tmp_path / "pipeline", *sample[2:], "--pipeline", wan)
+    assert status == 2
+    assert "is a whole pipeline. Leave --pipeline out" in printed
+
+
+def card(folder: Path) -> tuple[dict[str, Any], str]:
+    """Metadata and text."""
+    _, metadata, text = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    return yaml.safe_load(metadata), text
+
+
+def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wan: Path, tmp_path: Path) -> None:
+    (runs / "full" / "evaluation.json").write_text(json.dumps({"flow": 0.25}))
+    export_for_program(runs / "full", tmp_path / "my-student", "comfyui")
+    (runs / "full" / "evaluation.json").unlink()
+    metadata, text = card(tmp_path / "my-student")
+    assert metadata == {
+        "license": "other", "license_name": "to-be-stated", "pipeline_tag": "text-to-video",
+        "tags": ["distillation", "few-step", "avd"],
+    }  # fmt: skip
+    for expected in (
+        "\n# my-student\n",
+        "A student of `Tiny-Wan` that makes a clip in 4 steps, distilled by `avd` (You et al., CVPR 2026)",
+        "| few steps | 4, at timesteps 1000, 900, 757, 522 of 1000 |",
+        "| guidance | none: scale 1",
+        "| clips | 32 x 32 pixels, 9 frames, 16 frames per second |",
+        "| weights | averaged weights after step 2 of 2 |",
+        "Copy `my-student.safetensors` to `ComfyUI/models/diffusion_models/`",
+        "*ManualSigmas*\n   `1, 0.9, 0.757, 0.522, 0`",
+        "`shift` 3.2 behind the model, then `steps` 4",
+        "off by up to 6 of 1000",
+        "few_steps:\n  - 1000.0",
+        "| flow | 0.25 |",
+        "the teacher, `Tiny-Wan`, and the data, `my-clips`.",
+    ):
+        assert expected in text
+    assert str(runs) not in text
+    assert str(wan.parent) not in text
+
+
+def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
+    export_for_program(runs / "lora", tmp_path / "out", "lightx2v", weights="student")
+    metadata, text = card(tmp_path / "out")
+    assert metadata["tags"][-1] == "lora"
+    assert "| LoRA | rank 2, alpha 6 |" in text
+    assert "| weights | last weights after step 2 of 2 |" in text
+    assert "Write the full path of `out-lora.safetensors` into `lora_configs` of `lightx2v.json`" in text
+    assert 'pipeline.load_lora_weights(FOLDER, weight_name="out-lora.safetensors")' in text
+    assert "## Measures" not in text
+    config = read_json(tmp_path / "out" / "lightx2v.json")
+    assert config["denoising_step_list"] == [1000, 900, 757, 522]
+    assert (config["sample_shift"], config["enable_cfg"], config["infer_steps"]) == (1, False, 4)
+    assert (config["target_width"], config["target_height"], config["target_video_length"]) == (32, 32, 9)
+    assert config["lora_configs"] == [{"path": "out-lora.safetensors", "strength": 1.0}]
+    export_for_program(runs / "full", tmp_path / "out", "lightx2v")
+    assert "lora_configs" not in read_json(tmp_path / "out" / "lightx2v.json")
+    export_for_program(runs / "full", tmp_path / "out", "wan")
+    assert "timesteps = [1000, 900, 757, 522, 0]" in card(tmp_path / "out")[1]
+    export_pipeline(runs / "full", tmp_path / "out")
+    metadata, text = card(tmp_path / "out")
+    assert metadata["library_name"] == "diffusers"
+    assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
+
+
+def test_a_student_that_follows_its_velocity_is_sampled_so_everywhere(
+    runs: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DMDMethodConfig, "sampled_by", "ode")  # as of pcm and dcm
+    for program, said in (("comfyui", "*KSamplerSelect* `euler`"), ("wan", "x = x + (following - now)")):
+        export_for_program(runs / "full", tmp_path / program, program)
+        text = card(tmp_path / program)[1]
+        assert said in text
+        assert "lcm" not in text
+        assert "follow the predicted velocity" in text
+        assert open_student(tmp_path / program, str(wan)).sampler == "ode"
+    with pytest.raises(UserError, match="LightX2V noises a few-step student's clip anew at each step"):
+        export_for_program(runs / "full", tmp_path / "lightx2v", "lightx2v")
+
+
+def change_state(run: Path, change: Any) -> Iterator[None]:
+    """What a checkpoint says of its run, changed for a while."""
+    (state,) = run.glob("checkpoints/*/state.json")
+    before = state.read_text()
+    content = json.loads(before)
+    change(content)
+    state.write_text(json.dumps(content))
+    yield
+    state.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("program", "change", "message"),
+    [
+        ("comfyui", {"encoding": {"latent_space": "block-dct-4"}}, "ComfyUI decodes latents of Wan's VAE and has no"),
+        ("lightx2v", {"encoding": {"latent_space": "block-dct-4"}}, "no counterpart of the tiny preset's block DCT"),
+        ("comfyui", {"architecture": {"text_dim": 16}}, "ComfyUI cannot run this student: .* text_dim 16 and not 4096"),
+        ("comfyui", {"architecture": {"freq_dim": 16, "eps": 1e-5}}, "eps 1e-05 and not 1e-06, freq_dim 16 and not"),
+        ("wan", {"architecture": {"attention_head_dim": 64}}, "attention_head_dim 64 and not 128"),
+        ("wan", {"architecture": {"in_channels": 36}}, "image to video without an image embedding. Leave --format"),
+        ("comfyui", {"architecture": {"in_channels": 36, "image_dim": 12}}, "image_dim 12 and not 1280"),
+    ],
+)
+def test_a_student_that_a_program_cannot_run_is_refused(
+    runs: Path, tmp_path: Path, program: ProgramName, change: dict[str, dict[str, Any]], message: str
+) -> None:
+    def apply(state: dict[str, Any]) -> None:
+        for key, values in change.items():
+            state[key] = {**state[key], **values}
+
+    changed = change_state(runs / "full", apply)
+    next(changed)
+    try:
+        with pytest.raises(UserError, match=message):
+            export_for_program(runs / "full", tmp_path / "out", program)
+    finally:
+        next(changed, None)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "gguf"], "'gguf' is not one of 'diffusers', 'comfyui', 'lightx2v', 'wan'"),
+        (["--format", "wan", "--transformer-only"], "--format wan is the transformer alone: leave --pipeline"),
+        (["--format", "comfyui", "--pipeline", "a/b"], "--format comfyui is the transformer alone"),
+        (["--merge"], "--merge is for --format comfyui or lightx2v"),
+    ],
+)
+def test_options_that_do_not_go_together(runs: Path, tmp_path: Path, options: list[str], message: str) -> None:
+    status, printed = command("export", runs / "lora", "--output", tmp_path / "out", *options)
+    assert status == 2
+    assert message in printed
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_run_without_a_checkpoint_is_said_to_have_none(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text((runs / "full" / "config.yaml").read_text())
+    with pytest.raises(UserError, match="holds no checkpoint yet"):
+        export_for_program(tmp_path / "run", tmp_path / "out", "comfyui")
+
+
+def test_adapters_that_fit_nothing_are_named(tmp_path: Path) -> None:
+    model = WanTransformer3DModel(
+        num_attention_heads=1, attention_head_dim=12, ffn_dim=16, num_layers=1, freq_dim=8, text_dim=6
+    )
+    for layer in ("blocks.1.attn1.to_q", "blocks.0.ffn.net.2"):
+        with pytest.raises(UserError, match=f"The adapters do not fit the model: it has no {layer} of their size"):
+            merge_adapters(model, Adapters({layer: (torch.ones(2, 12), torch.ones(12, 2))}, 1.0))
+    save_file({"lora_unet_blocks_0_self_attn_q.lora_down.weight": torch.ones(2, 12)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"a\.safetensors has adapters in other names than `avd export` writes"):
+        read_adapters(tmp_path / "a.safetensors")
+    pair = {f"diffusion_model.blocks.0.self_attn.q.lora_{end}.weight": torch.ones(2, 2) for end in "AB"}
+    del pair["diffusion_model.blocks.0.self_attn.q.lora_B.weight"]
+    save_file(pair, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"missing: diffusion_model\.blocks\.0\.self_attn\.q\.lora_B\.weight\."):
+        read_adapters(tmp_path / "a.safetensors")
