@@ -35,8 +35,8 @@ def detail(frames: Frames) -> list[float]:
 
 
 def _luma(frames: Frames) -> list[NDArray[np.uint8]]:
-    """As :func:`~avd_trainer.data.preparation.frames.luma`, to the digit, without OpenCV, which ``avd data encode`` does
-    not need."""
+    """As :func:`~avd_trainer.data.preparation.frames.luma`, to the digit, without OpenCV, which ``avd data encode``
+    does not need."""
     # Whole numbers below 2^24, which float32 holds exactly.
     return [((frame.astype(np.float32) @ _WEIGHTS + 2**14) / 2**15).astype(np.uint8) for frame in frames]
 
