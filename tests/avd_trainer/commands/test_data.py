@@ -99,6 +99,20 @@ def test_prompts_are_embedded_with_the_negative_prompt_given(tmp_path: Path) -> 
     assert "none: prompts only" in run("inspect", tmp_path / "data")[1]
 
 
+def test_data_sets_are_joined(tmp_path: Path) -> None:
+    for name, prompts in (("one", "a red circle\na blue square\n"), ("two", "a blue square\na green star\n")):
+        (tmp_path / f"{name}.txt").write_text(prompts)
+        run("encode-prompts", tmp_path / f"{name}.txt", "--output", tmp_path / name, "--model", "tiny")
+    status, said = run("merge", tmp_path / "one", tmp_path / "two", "--output", tmp_path / "both")
+    assert status == 0, said
+    assert "1 rows are there more than once, and were kept once: two.txt, line 1" in said
+    assert "1 shards were linked, 1 copied. 3 rows are in" in said
+    assert list(ShardDataset(tmp_path / "both").column("caption")) == ["a red circle", "a blue square", "a green star"]
+    status, said = run("merge", tmp_path / "one", "--output", tmp_path / "again")
+    assert status == 2
+    assert "two data sets or more" in said
+
+
 def dataset_text(dataset: ShardDataset, caption: str) -> torch.Tensor:
     text = torch.zeros(dataset.text_length, dataset.text_dim)
     tokens = HashTextEncoder(dataset.text_length, dataset.text_dim)([caption])[0]
