@@ -6,7 +6,7 @@ The parts, for a training loop of your own:
 - :class:`ClippedTemporalVarianceLoss`: keeps generated clips moving. :func:`derive_floor` fits it to a latent space.
 - :class:`DistributionMatchingLoss`: the DMD term, for loops that have none.
 - :class:`HingeLoss`, :class:`SpatioTemporalR1Loss` and :class:`ConditionalScoreDistillationLoss`: the terms of V-PAE's
-  adversarial phase.
+  adversarial phase; :class:`LogisticLoss`: DMD2's in place of the first.
 - :class:`AVDObjective`: the first two in one module, configured by :class:`AVDConfig`.
 - :class:`GradientBalance`: measures or holds the ratio of the regression's gradient to distribution matching's.
 - :func:`gradient_shares`: which of several terms trains the student.
@@ -24,7 +24,7 @@ After You et al., "Adaptive Video Distillation: Mitigating Oversaturation and Te
 (CVPR 2026), whose equation numbers the docstrings use.
 """
 
-from avd_core.adversarial import HingeLoss, SpatioTemporalR1Loss, spatio_temporal_r1_loss
+from avd_core.adversarial import HingeLoss, LogisticLoss, SpatioTemporalR1Loss, spatio_temporal_r1_loss
 from avd_core.balance import GradientBalance, gradient_shares
 from avd_core.cache import LossMeanCache, LossStatistics
 from avd_core.callbacks import (
@@ -88,6 +88,7 @@ __all__ = [
     "HingeLoss",
     "LatentFrameInterpolator",
     "LatentStatistics",
+    "LogisticLoss",
     "LossMeanCache",
     "LossOutput",
     "LossStatistics",

@@ -1,4 +1,5 @@
-"""The adversarial terms of V-PAE: the hinge loss of both sides, and what keeps the discriminator smooth."""
+"""Adversarial terms: the hinge loss (V-PAE) and the logistic one (DMD2) of both sides, and what keeps a discriminator
+smooth."""
 
 from __future__ import annotations
 
@@ -66,22 +67,9 @@ class HingeLoss(nn.Module):
             ValueError: For logits that are not ``[B]`` or empty, or on different devices; in training mode, if one of
                 them has no gradient.
         """
-        _check_logits("clip_logits", clip_logits)
-        _check_logits("sample_logits", sample_logits)
-        check_same_device("clip_logits", clip_logits, "sample_logits", sample_logits)
-        check_gradient("clip_logits", clip_logits, self.training)
-        check_gradient("sample_logits", sample_logits, self.training)
-        clips, samples = _float32_at_least(clip_logits), _float32_at_least(sample_logits)
+        clips, samples = _check_sides(clip_logits, sample_logits, self.training)
         loss = _shortfall(clips).mean() + _shortfall(-samples).mean()
-        clips, samples = clips.detach(), samples.detach()
-        metrics = {
-            "hinge_loss": loss.detach(),
-            "clip_logit": clips.mean(),
-            "sample_logit": samples.mean(),
-            "logit_gap": clips.mean() - samples.mean(),
-            "accuracy": 0.5 + 0.25 * (clips.sign().mean() - samples.sign().mean()),
-        }
-        return LossOutput(loss, metrics)
+        return LossOutput(loss, {"hinge_loss": loss.detach(), **_telling_apart(clips, samples)})
 
     def generator(self, sample_logits: Tensor) -> LossOutput:
         r"""The generator's side, :math:`\mathcal{L}_G`.
@@ -96,10 +84,50 @@ class HingeLoss(nn.Module):
             TypeError: If ``sample_logits`` is not floating.
             ValueError: If it is not ``[B]`` or empty; in training mode, if it has no gradient.
         """
-        _check_logits("sample_logits", sample_logits)
-        check_gradient("sample_logits", sample_logits, self.training)
-        loss = -_float32_at_least(sample_logits).mean()
-        return LossOutput(loss, {"sample_logit": -loss.detach()})
+        samples = _check_samples(sample_logits, self.training)
+        return LossOutput(-samples.mean(), {"sample_logit": samples.detach().mean()})
+
+
+class LogisticLoss(nn.Module):
+    r"""The logistic loss of a discriminator, and the non-saturating one of the generator that it judges.
+
+    .. math::
+        \mathcal{L}_D = \mathbb{E}\,\mathrm{sp}(-D(\mathrm{clip})) + \mathbb{E}\,\mathrm{sp}(D(\mathrm{sample})), \quad
+        \mathcal{L}_G = \mathbb{E}\,\mathrm{sp}(-D(\mathrm{sample})), \quad \mathrm{sp}(x) = \log(1 + e^x)
+
+    A logit is the log odds that the discriminator gives for a real clip. A discriminator that tells nothing apart and
+    says so has :math:`\mathcal{L}_D = 2 \log 2`. Unlike :class:`HingeLoss` it has something to gain at any logit, and a
+    generator's gradient vanishes where its samples pass for clips. This is the GAN of DMD2 (arXiv 2405.14867,
+    Sec. 4.3), both sides as in its released code. Weigh them outside.
+
+    Example:
+        >>> logistic = LogisticLoss()
+        >>> logits = torch.zeros(2, requires_grad=True)
+        >>> round(logistic.discriminator(logits, logits).loss.item(), 4)
+        1.3863
+        >>> round(logistic.generator(logits).loss.item(), 4)
+        0.6931
+    """
+
+    def discriminator(self, clip_logits: Tensor, sample_logits: Tensor) -> LossOutput:
+        r"""The discriminator's side, :math:`\mathcal{L}_D`.
+
+        Arguments and errors are those of :meth:`HingeLoss.discriminator`.
+
+        Returns:
+            LossOutput: ``loss`` scalar; metrics as there, with ``logistic_loss`` in place of ``hinge_loss``.
+        """
+        clips, samples = _check_sides(clip_logits, sample_logits, self.training)
+        loss = _softplus(-clips).mean() + _softplus(samples).mean()
+        return LossOutput(loss, {"logistic_loss": loss.detach(), **_telling_apart(clips, samples)})
+
+    def generator(self, sample_logits: Tensor) -> LossOutput:
+        r"""The generator's side, :math:`\mathcal{L}_G`.
+
+        Arguments, metrics and errors are those of :meth:`HingeLoss.generator`.
+        """
+        samples = _check_samples(sample_logits, self.training)
+        return LossOutput(_softplus(-samples).mean(), {"sample_logit": samples.detach().mean()})
 
 
 class SpatioTemporalR1Loss(nn.Module):
@@ -250,6 +278,38 @@ def _squared_change(discriminator: Discriminator, perturbed: Tensor, logits: Ten
 def _shortfall(logits: Tensor) -> Tensor:
     """``max(0, 1 - logits)``; an infinite logit is infinite, since it must reach whoever guards against it."""
     return torch.where(logits.isinf(), logits.abs(), F.relu(1 - logits))
+
+
+def _softplus(logits: Tensor) -> Tensor:
+    """``log(1 + exp(logits))``; an infinite logit is infinite, likewise."""
+    return torch.where(logits.isinf(), logits.abs(), F.softplus(logits))
+
+
+def _check_samples(sample_logits: Tensor, training: bool) -> Tensor:
+    """The logits of samples, in float32 at least."""
+    _check_logits("sample_logits", sample_logits)
+    check_gradient("sample_logits", sample_logits, training)
+    return _float32_at_least(sample_logits)
+
+
+def _check_sides(clip_logits: Tensor, sample_logits: Tensor, training: bool) -> tuple[Tensor, Tensor]:
+    """The logits of both sides, in float32 at least."""
+    _check_logits("clip_logits", clip_logits)
+    _check_logits("sample_logits", sample_logits)
+    check_same_device("clip_logits", clip_logits, "sample_logits", sample_logits)
+    check_gradient("clip_logits", clip_logits, training)
+    return _float32_at_least(clip_logits), _check_samples(sample_logits, training)
+
+
+@torch.no_grad()
+def _telling_apart(clips: Tensor, samples: Tensor) -> dict[str, Tensor]:
+    """How well logits tell clips from samples."""
+    return {
+        "clip_logit": clips.mean(),
+        "sample_logit": samples.mean(),
+        "logit_gap": clips.mean() - samples.mean(),
+        "accuracy": 0.5 + 0.25 * (clips.sign().mean() - samples.sign().mean()),
+    }
 
 
 def _float32_at_least(tensor: Tensor) -> Tensor:

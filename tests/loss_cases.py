@@ -16,6 +16,7 @@ from avd_core import (
     ConditionalScoreDistillationLoss,
     DistributionMatchingLoss,
     HingeLoss,
+    LogisticLoss,
     LossMeanCache,
     LossOutput,
     SpatioTemporalR1Loss,
@@ -50,6 +51,20 @@ class Discriminator(HingeLoss):
 
 class Generator(HingeLoss):
     """The hinge loss of this side alone."""
+
+    def forward(self, sample_logits: Tensor) -> LossOutput:
+        return self.generator(sample_logits)
+
+
+class LogisticDiscriminator(LogisticLoss):
+    """The logistic loss of this side alone."""
+
+    def forward(self, clip_logits: Tensor, sample_logits: Tensor) -> LossOutput:
+        return self.discriminator(clip_logits, sample_logits)
+
+
+class LogisticGenerator(LogisticLoss):
+    """The logistic loss of this side alone."""
 
     def forward(self, sample_logits: Tensor) -> LossOutput:
         return self.generator(sample_logits)
@@ -115,6 +130,10 @@ LOSSES = {
         Discriminator, lambda seed: [2 * randn(seed, 5), 2 * randn(seed + 1, 4)], (0, 1)
     ),
     "hinge of the generator": Case(Generator, lambda seed: [randn(seed, 5)], (0,)),
+    "logistic loss of the discriminator": Case(
+        LogisticDiscriminator, lambda seed: [2 * randn(seed, 5), 2 * randn(seed + 1, 4)], (0, 1)
+    ),
+    "logistic loss of the generator": Case(LogisticGenerator, lambda seed: [randn(seed, 5)], (0,)),
     "spatio-temporal R1": Case(
         SmoothDiscriminator,
         lambda seed: [

@@ -46,6 +46,9 @@ _METHODS: dict[str, dict[str, Any]] = {
     "lcm": {"student": _DISTILLATION["student"]},
     "pcm": {"student": _DISTILLATION["student"]},
     "dcm": {"student": _DISTILLATION["student"], "detail": {"head": {**_HEAD, "kind": "light"}}},
+    "dmd2": {**_DISTILLATION, "head": _HEAD},
+    "data_forcing": _DISTILLATION,
+    "regression": {"student": _DISTILLATION["student"]},
     "flow_matching": {"architecture": ARCHITECTURE.model_dump()},
     "frame_interpolation": {"widths": [8, 8, 8], "optimizer": {"lr": 1e-2}},
 }

@@ -7,7 +7,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from avd_core import FlowMatchingSchedule, HingeLoss, LossOutput, SpatioTemporalR1Loss, spatio_temporal_r1_loss
+from avd_core import (
+    FlowMatchingSchedule,
+    HingeLoss,
+    LogisticLoss,
+    LossOutput,
+    SpatioTemporalR1Loss,
+    spatio_temporal_r1_loss,
+)
 from references import central_differences, flatten, mean
 from tensors import randn
 from watchers import NoArithmetic
@@ -85,18 +92,24 @@ def test_beyond_the_margins_the_discriminator_has_nothing_to_gain() -> None:
     assert not samples.grad.any()
 
 
+@pytest.mark.parametrize("loss", [HingeLoss, LogisticLoss])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_logit_that_is_not_finite_shows_in_the_loss_also_on_the_right_side(bad: float, side: int) -> None:
+def test_a_logit_that_is_not_finite_shows_in_the_loss_also_on_the_right_side(
+    loss: type[HingeLoss | LogisticLoss], bad: float, side: int
+) -> None:
     sides = [[0.5, 2.0], [-0.5, 1.0]]
     sides[side][0] = bad
     tensors = [with_gradient(values) for values in sides]
-    assert not HingeLoss().discriminator(*tensors).loss.isfinite()
-    assert not HingeLoss().generator(tensors[side]).loss.isfinite()
+    assert not loss().discriminator(*tensors).loss.isfinite()
+    assert not loss().generator(tensors[side]).loss.isfinite()
 
 
-def test_logits_without_gradient_are_refused_in_training_only() -> None:
-    hinge, given_logits = HingeLoss(), with_gradient([0.5])
+@pytest.mark.parametrize(("loss", "values"), [(HingeLoss, [2.0, 2.0, -0.5]), (LogisticLoss, [1.4482, 1.4482, 0.4741])])
+def test_logits_without_gradient_are_refused_in_training_only(
+    loss: type[HingeLoss | LogisticLoss], values: list[float]
+) -> None:
+    hinge, given_logits = loss(), with_gradient([0.5])
     refused = {
         "clip_logits": lambda: hinge.discriminator(given_logits.detach(), given_logits),
         "sample_logits": lambda: hinge.discriminator(given_logits, given_logits.detach()),
@@ -106,7 +119,7 @@ def test_logits_without_gradient_are_refused_in_training_only() -> None:
         with pytest.raises(ValueError, match=f"{name.strip()} has no gradient, so its term could change nothing"):
             call()
     hinge.eval()
-    assert [call().loss.item() for call in refused.values()] == [2.0, 2.0, -0.5]
+    assert [call().loss.item() for call in refused.values()] == pytest.approx(values, abs=1e-4)
 
 
 two = torch.zeros(2, requires_grad=True)
@@ -124,9 +137,12 @@ WRONG_LOGITS = {
 }
 
 
+@pytest.mark.parametrize("loss", [HingeLoss, LogisticLoss])
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG_LOGITS.values(), ids=WRONG_LOGITS)
-def test_wrong_logits_are_refused_before_anything_happens(wrong: Any, error: type[Exception], message: str) -> None:
-    hinge = HingeLoss()
+def test_wrong_logits_are_refused_before_anything_happens(
+    wrong: Any, error: type[Exception], message: str, loss: type[HingeLoss | LogisticLoss]
+) -> None:
+    hinge = loss()
     for call in (
         lambda: hinge.discriminator(wrong, two),
         lambda: hinge.discriminator(two, wrong),
@@ -140,6 +156,42 @@ def test_sides_on_different_devices_are_refused() -> None:
     elsewhere = two.to("meta")
     with pytest.raises(ValueError, match="clip_logits is on cpu and sample_logits on meta"), NoArithmetic():
         HingeLoss().discriminator(two, elsewhere)
+
+
+# --- The logistic loss
+
+
+def reference_softplus(x: float) -> float:
+    return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
+
+
+def reference_logistic(clips: list[float], samples: list[float]) -> float:
+    return mean([reference_softplus(-x) for x in clips]) + mean([reference_softplus(x) for x in samples])
+
+
+@given(logits, logits)
+def test_the_logistic_loss_is_the_references_on_both_sides(clips: list[float], samples: list[float]) -> None:
+    tensors = with_gradient(clips), with_gradient(samples)
+    loss, metrics = LogisticLoss().discriminator(*tensors)
+    assert loss.item() == pytest.approx(reference_logistic(clips, samples), abs=1e-12)
+    told_apart = HingeLoss().discriminator(*tensors).metrics
+    told_apart["logistic_loss"] = told_apart.pop("hinge_loss") * 0 + loss.detach()
+    assert {k: v.item() for k, v in metrics.items()} == {k: v.item() for k, v in told_apart.items()}
+    count = len(clips)
+    expected = central_differences(lambda x: reference_logistic(x[:count], x[count:]), clips + samples)
+    gradients = torch.autograd.grad(loss, tensors)
+    assert [*gradients[0].tolist(), *gradients[1].tolist()] == pytest.approx(expected, abs=1e-8)
+
+    generator, metrics = LogisticLoss().generator(tensors[1])
+    (gradient,) = torch.autograd.grad(generator, tensors[1])
+    assert generator.item() == pytest.approx(mean([reference_softplus(-x) for x in samples]), abs=1e-12)
+    assert gradient.tolist() == pytest.approx([-1 / (1 + math.exp(x)) / len(samples) for x in samples])
+    assert metrics["sample_logit"].item() == pytest.approx(mean(samples), abs=1e-12)
+
+
+def test_a_discriminator_that_guesses_has_twice_the_logarithm_of_two() -> None:
+    guessing = with_gradient([0.0, 0.0])
+    assert LogisticLoss().discriminator(guessing, guessing).loss.item() == pytest.approx(2 * math.log(2))
 
 
 # --- The regularization of the discriminator

@@ -50,7 +50,8 @@ def run_in_host(checkout: Callable[[str], Path], tmp_path: Path) -> RunInHost:
         folder = checkout(host)
         packages = packages_of(folder)
         hint = "" if packages.is_dir() else f"\nThere is no {packages}, which tests/hosts/prepare.py makes."
-        paths = [folder, packages, ROOT, ROOT / "integrations", ROOT / "reference_trainer", ROOT / "tests"]
+        ours = (ROOT / name for name in ("integrations", "reference_trainer", "tests"))
+        paths = [folder, packages, ROOT, *ours]
         result = subprocess.run(
             [sys.executable, str(PROGRAMS / program), str(tmp_path), *arguments],
             cwd=folder,

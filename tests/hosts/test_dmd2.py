@@ -1,9 +1,12 @@
 import ast
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from avd_trainer.methods.dmd2 import DMD2MethodConfig
 
 pytestmark = pytest.mark.hosts
 
@@ -38,3 +41,22 @@ def test_the_model_draws_the_first_of_its_steps(checkout: Callable[[str], Path])
     assert "self.denoising_step_list.to(noise.device)[indices]" in methods["prepare_denoising_data"]
     assert "torch.randint(low=0, high=self.num_denoising_step, " in methods["sample_backward"]
     assert "self.denoising_step_list[selected_step]" in methods["sample_backward"]
+
+
+def test_the_losses_of_method_dmd2_are_its_own(run_in_host: Callable[..., dict[str, Any]]) -> None:
+    """Values and gradients on the same tensors, weights and draws; what is compared is named in the program."""
+    report = run_in_host("DMD2", "dmd2_losses.py")
+    assert len(report) == 9
+    assert {name: value for name, value in report.items() if not value <= 1e-5} == {}
+
+
+def test_the_weights_of_method_dmd2_are_those_of_its_script_for_four_steps(
+    checkout: Callable[[str], Path],
+) -> None:
+    (script,) = (checkout("DMD2") / "experiments" / "sdxl").glob("*lr5e-7_denoising4step*")
+    options = dict(re.findall(r"--(\w+) ([\d.e-]+)", script.read_text()))
+    config = DMD2MethodConfig()
+    assert float(options["gen_cls_loss_weight"]) == config.gan_weight
+    assert float(options["guidance_cls_loss_weight"]) == config.discriminator_weight
+    assert float(options["diffusion_gan_max_timestep"]) == config.gan_timesteps.high
+    assert int(options["dfake_gen_update_ratio"]) == config.online_updates

@@ -78,17 +78,14 @@ class DMD(Distillation):
 
     def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         if turn.role == "online":
-            if turn.data:
-                with torch.no_grad():
-                    self._generated.append((self.generate(batch, draws).x_0, batch[self.made_from].condition))
-            yield self._denoise(*self._generated.pop(0), draws)  # Eq. 2
+            yield self.denoise(*self.take_sample(turn, batch, draws), draws)  # Eq. 2
             return
         condition = batch[self.made_from].condition
         rollout = self.generate(batch, draws)  # Algorithm 1: x = G(...)
         cut = Cut(rollout.velocity)
         x_BCFHW = rollout._replace(velocity=cut.output).x_0
         self._generated.append((x_BCFHW.detach(), condition))
-        loss, metrics = self._match(x_BCFHW, condition, draws)  # Eq. 4
+        loss, metrics = self.match(x_BCFHW, batch, draws)  # Eq. 4
         yield Loss(loss, metrics | describe_samples(x_BCFHW.detach(), rollout), cut, samples=x_BCFHW)
 
     def generate(self, batch: Batches, draws: Draws) -> Rollout:
@@ -99,18 +96,31 @@ class DMD(Distillation):
         condition, shape = batch[self.made_from].condition, self.setting.latent_shape
         return few_step_rollout(self.student, condition, shape, few_steps, noise, last=last)
 
-    def _match(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> LossOutput:
+    def take_sample(self, turn: Turn, batch: Batches, draws: Draws) -> tuple[Tensor, Condition]:
+        """What the online model learns from: a new sample if the turn reads what it is made from, or the student's."""
+        if self.made_from in turn.data:
+            with torch.no_grad():
+                self._generated.append((self.generate(batch, draws).x_0, batch[self.made_from].condition))
+        return self._generated.pop(0)
+
+    def match(self, x_BCFHW: Tensor, batch: Batches, draws: Draws) -> LossOutput:
         """Eq. 4: both models' clean predictions of the noised sample."""
+        condition = batch[self.made_from].condition
         with torch.no_grad():
             t_B, x_t_BCFHW, _ = draw_noised(x_BCFHW.detach(), draws, "score", self.config.score_timesteps)
+            seen_BCFHW = self.show_teacher(x_BCFHW.detach(), x_t_BCFHW, t_B, batch, draws)
             scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
-            real_BCFHW = guided_velocity(self.teacher, x_t_BCFHW, t_B, condition, unconditional_LD, scale)
+            real_BCFHW = guided_velocity(self.teacher, seen_BCFHW, t_B, condition, unconditional_LD, scale)
             online_BCFHW = self.online(x_t_BCFHW, t_B, condition)
-            real_x_0 = schedule.velocity_to_x_0(real_BCFHW, x_t_BCFHW, t_B)
+            real_x_0 = schedule.velocity_to_x_0(real_BCFHW, seen_BCFHW, t_B)
             online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
         return prefixed("matching", self.matching(x_BCFHW, real_x_0, online_x_0))
 
-    def _denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
+    def show_teacher(self, x_BCFHW: Tensor, x_t_BCFHW: Tensor, t_B: Tensor, batch: Batches, draws: Draws) -> Tensor:
+        """What the teacher sees in Eq. 4: what the online model sees, the noised sample."""
+        return x_t_BCFHW
+
+    def denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""
         t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
         return Loss(F.mse_loss(self.online(x_t_BCFHW, t_B, condition), target_BCFHW), {})
