@@ -37,7 +37,9 @@ class Towards:
 
     def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         self.times.append(timesteps)
-        return (x_t - self.clip) / (timesteps / 1000).clamp(min=1e-6).view(-1, 1, 1, 1, 1) + self.off
+        frames = torch.arange(x_t.shape[2]).view(-1, 1, 1)
+        velocity = (x_t - self.clip) / (timesteps / 1000).clamp(min=1e-6).view(-1, 1, 1, 1, 1)
+        return velocity + self.off * (1 + frames**2)
 
 
 def method_of(kind: str, models: dict[str, Any], **options: Any) -> Consistency:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
 from torch import Tensor
 from typer.testing import CliRunner
@@ -22,6 +22,7 @@ from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.data.schema import Encoding
+from avd_trainer.inference.students import open_student
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
@@ -61,14 +62,17 @@ WanRun = Callable[..., Path]
 def wan_run(make_config: MakeConfig, clips: CaptionedLatents, tmp_path: Path, ranks: Ranks, wan: Path) -> WanRun:
     """Two steps on clips in Wan's latents, whose shards are gone by the time of the export."""
 
-    def make(method: dict[str, Any] | None = None, encoding: Encoding | None = None, **changes: Any) -> Path:
+    def make(
+        method: dict[str, Any] | None = None, encoding: Encoding | None = None, kind: str = "avd", **changes: Any
+    ) -> Path:
         values = {
             "teacher": str(wan),
             "data": {"kind": "shards", "path": str(tmp_path / "gone")},
             "max_steps": 2,
             "logging": {"tensorboard": False},
         }
-        config = make_config(method={"online_updates": 1, **(method or {})}, **values | changes)
+        shorter = {"online_updates": 1} if kind == "avd" else {}
+        config = make_config(kind, method={**shorter, **(method or {})}, **values | changes)
         data = both(in_memory(clips, EMBED_WAN))
         train(config, tmp_path / "run", ranks, data=data._replace(encoding=encoding))
         return tmp_path / "run"
@@ -110,6 +114,36 @@ def test_a_pipeline_samples_in_diffusers_what_the_trainer_samples(wan_run: WanRu
     with torch.no_grad():
         expected = few_step_rollout(student, Condition(text), noise.shape[1:], grid, draw).x_0
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_a_student_that_goes_straight_on_does_so_in_diffusers(wan_run: WanRun, wan: Path, tmp_path: Path) -> None:
+    run = wan_run(kind="pcm")
+    grid = [1000.0, 900.0, 750.0, 500.0]
+    assert export_pipeline(run, tmp_path / "out").grid_error < 0.1
+    assert (student := open_student(tmp_path / "out")).timesteps == tuple(grid)
+    assert student.sampler == "ode"
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipeline.scheduler) is FlowMatchEulerDiscreteScheduler
+    noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(3))
+
+    def sampled() -> Tensor:
+        latents: Tensor = pipeline(
+            "a red circle", height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=1.0,
+            latents=noise, output_type="latent",
+        ).frames  # fmt: skip
+        return latents
+
+    near = sampled()
+    pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)
+    exact = sampled()
+    (tokens,) = WanTextEncoder.from_pretrained(str(wan), dtype=torch.float32)(["a red circle"])
+    text = torch.nn.functional.pad(tokens, (0, 0, 0, 512 - len(tokens))).unsqueeze(0)
+    model = VelocityModel(load_transformer(str(run / "student")))
+    with torch.no_grad():
+        expected = few_step_rollout(model, Condition(text), noise.shape[1:], grid, lambda _: noise, sampler="ode").x_0
+    torch.testing.assert_close(exact, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(near, expected, rtol=0, atol=1e-2)
     assert expected.std() > 0.1
 
 
