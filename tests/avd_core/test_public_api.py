@@ -100,7 +100,8 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
         ("conditional_score_distillation_loss", "x_0 real_x_0 * weight"),
         (
             "spatio_temporal_r1_loss",
-            "discriminator x_t logits * spatial_noise temporal_noise weight sigma_spatial sigma_temporal frame_dim",
+            "discriminator x_t logits * spatial_noise temporal_noise weight sigma_spatial sigma_temporal step_spatial "
+            "frame_dim",
         ),
         ("derive_floor", "x_0 * margin frame_dim eps"),
         ("temporal_variance", "x_0 * frame_dim"),
@@ -111,7 +112,7 @@ def test_every_public_name_is_documented_where_it_is_defined(name: str) -> None:
         ("ClippedTemporalVarianceLoss", "* weight floor eps frame_dim channels sync_ranks process_group"),
         ("DistributionMatchingLoss", "* weight eps"),
         ("ConditionalScoreDistillationLoss", "* weight"),
-        ("SpatioTemporalR1Loss", "* weight sigma_spatial sigma_temporal frame_dim"),
+        ("SpatioTemporalR1Loss", "* weight sigma_spatial sigma_temporal step_spatial frame_dim"),
         ("LossMeanCache", "timesteps * decay order auto_update sync_ranks process_group"),
         ("GradientBalance", "* target decay sync_ranks process_group"),
         ("EMACallback", "parameters decay * warmup held_in"),
