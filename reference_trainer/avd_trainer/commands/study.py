@@ -28,6 +28,9 @@ def study(
         typer.Option(min=0, help="Processes, each with one thread. 0 only makes the tables again of what is there."),
     ] = 1,
     variants: Annotated[str | None, typer.Option(help="Which variants, such as dmd,teacher; all without it.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The variant that the others are compared with; without it, that of the study.")
+    ] = None,
     reuse: Annotated[
         list[Path] | None,
         typer.Option(help="Folder of another study: what it has done with the same values is copied. Repeatable."),
@@ -47,7 +50,7 @@ def study(
         from avd_trainer.studies.runner import SAVED, FailedProcessError, run_study
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
 
-        found = load_study(name, set_ or [], None if variants is None else variants.split(","))
+        found = load_study(name, set_ or [], None if variants is None else variants.split(","), baseline)
         chosen = parse_seeds(found.config.seeds if seeds is None else seeds)
         if jobs == 0 and not (output / SAVED).exists():
             raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")

@@ -144,6 +144,7 @@ class Study:
         source: The name or path that it was asked for by.
         overrides: What ``--set`` has changed.
         costs: What a step of each student costs, where all share a budget and it is known.
+        asked_baseline: What tables compare with in place of the study's own baseline; None for that.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Study:
     source: str
     overrides: Sequence[str]
     costs: Mapping[str, Cost] = field(default_factory=dict)
+    asked_baseline: str | None = None
 
     @property
     def data(self) -> ShapesData:
@@ -213,6 +215,11 @@ class Study:
             needed.append(Unit(variant.interpolator, self.run(variant.interpolator).seed))
         return needed
 
+    @property
+    def baseline(self) -> str:
+        """The variant that tables compare the others with."""
+        return self.asked_baseline or self.config.baseline
+
     def values(self) -> dict[str, Any]:
         """All values that results depend on, for the study's folder."""
         variants = {name: variant.model_dump(mode="json") for name, variant in self.variants.items()}
@@ -228,7 +235,12 @@ class Study:
         }
 
 
-def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str] | None = None) -> Study:
+def load_study(
+    name: str,
+    overrides: Sequence[str] = (),
+    variants: Sequence[str] | None = None,
+    baseline: str | None = None,
+) -> Study:
     """Read a study.
 
     Args:
@@ -236,6 +248,7 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
         overrides: ``key=value``: of the evaluation where the key begins with ``evaluation.``, otherwise of the run of
             every variant that is trained.
         variants: Which ones; None for all. What they refer to comes along.
+        baseline: What the tables compare with; None for the study's own.
 
     Raises:
         UserError: If anything in it does not fit, before any work.
@@ -258,13 +271,23 @@ def load_study(name: str, overrides: Sequence[str] = (), variants: Sequence[str]
             f"Got {', '.join(config.variants)}."
         )
     budget_of = [] if config.budget_of is None else [config.budget_of]
-    if unknown := [each for each in [config.baseline, *budget_of, *(variants or ())] if each not in files]:
+    if unknown := [each for each in [baseline or config.baseline, *budget_of, *(variants or ())] if each not in files]:
         raise UserError(f"Study {name} has no variant {unknown[0]!r}. It has {', '.join(config.variants)}.")
     worked_on = _with_needs(folder, variants or config.variants, NEEDS)
     named = _with_needs(folder, [*worked_on, *budget_of], (*NEEDS, "teacher_of"))
     chosen = {each: _load_variant(files[each], of_runs) for each in config.variants if each in named}
     titles = {each: describe(files[each]) for each in config.variants}
-    study = Study(folder.name, describe(folder / STUDY), titles, config, chosen, worked_on, name, overrides)
+    study = Study(
+        folder.name,
+        describe(folder / STUDY),
+        titles,
+        config,
+        chosen,
+        worked_on,
+        name,
+        overrides,
+        asked_baseline=baseline,
+    )
     _check(study, folder)
     return study
 

@@ -83,11 +83,11 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
             if not of_seeds:
                 continue
             measures[measure] = _told(estimate(list(of_seeds.values())), units[name])
-            baseline = _column(values.get(study.config.baseline, {}), measure)
-            if real and name != study.config.baseline:
+            baseline = _column(values.get(study.baseline, {}), measure)
+            if real and name != study.baseline:
                 distance = partial(ALL_MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
                 found = compare(of_seeds, baseline, distance)
-                compared = units[name], units.get(study.config.baseline, {})
+                compared = units[name], units.get(study.baseline, {})
                 measures[measure]["against_baseline"] = None if found is None else _told(found, *compared)
         variants[name] = {
             "title": _title(study, name),
@@ -103,7 +103,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
         "study": study.name,
         "title": study.title,
         "command": _command(study, saved, seeds, {name for name, own in units.items() if own} | study.worked_on),
-        "baseline": study.config.baseline,
+        "baseline": study.baseline,
         "evaluation": saved["evaluation"],
         "seeds": list(seeds),
         "statistics": f"{LEVEL:.0%} intervals (bootstrap, expanded percentile) from {LEAST_SEEDS} seeds on; none where "
@@ -206,6 +206,8 @@ def _command(study: Study, saved: Mapping[str, Any], seeds: Sequence[int], varia
         words += ["--variants", ",".join(name for name in study.config.variants if name in variants)]
     for override in saved[OVERRIDES]:
         words += ["--set", override]
+    if study.asked_baseline is not None:
+        words += ["--baseline", study.asked_baseline]
     return shlex.join(words)
 
 

@@ -367,6 +367,18 @@ def test_the_summary_says_everything(study: Study, finished: Path) -> None:
     assert "interpolator" not in (finished / "table.md").read_text().split("## ")[1]
 
 
+def test_tables_are_made_against_any_variant(study: Study, copy: Path) -> None:
+    found = write_summary(study, copy, SEEDS)
+    other = write_summary(load_study(study.source, baseline="avd"), copy, SEEDS)
+    assert (found["baseline"], other["baseline"]) == ("dmd", "avd")
+    assert other["command"] == f"{found['command']} --baseline avd"
+    there, back = found["variants"]["avd"]["measures"], other["variants"]["dmd"]["measures"]
+    for name, measure in there.items():
+        assert back[name]["against_baseline"]["mean"] == pytest.approx(-measure["against_baseline"]["mean"])
+    with pytest.raises(UserError, match="has no variant 'adv'"):
+        load_study(study.source, baseline="adv")
+
+
 def test_the_summary_of_nothing_says_so(study: Study, tmp_path: Path) -> None:
     runner.claim_study(study, tmp_path)
     found = write_summary(study, tmp_path, SEEDS)
