@@ -66,6 +66,7 @@ class DMD(Distillation):
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
+        self.online: Any = models.get("online")
         self.sampler = FewStepSampler(config.few_steps)
         self.matching = DistributionMatchingLoss(weight=config.matching_weight)
         self._generated: list[tuple[Tensor, Condition]] = []  # samples and what they show, by micro-batch
@@ -110,7 +111,7 @@ class DMD(Distillation):
             seen_BCFHW = self.show_teacher(x_BCFHW.detach(), x_t_BCFHW, t_B, batch, draws)
             scale, unconditional_LD = self.config.guidance_scale, self.setting.unconditional
             real_BCFHW = guided_velocity(self.teacher, seen_BCFHW, t_B, condition, unconditional_LD, scale)
-            online_BCFHW = self.models["online"](x_t_BCFHW, t_B, condition)
+            online_BCFHW = self.online(x_t_BCFHW, t_B, condition)
             real_x_0 = schedule.velocity_to_x_0(real_BCFHW, seen_BCFHW, t_B)
             online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
         return prefixed("matching", self.matching(x_BCFHW, real_x_0, online_x_0))
@@ -122,7 +123,7 @@ class DMD(Distillation):
     def denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""
         t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
-        return Loss(F.mse_loss(self.models["online"](x_t_BCFHW, t_B, condition), target_BCFHW), {})
+        return Loss(F.mse_loss(self.online(x_t_BCFHW, t_B, condition), target_BCFHW), {})
 
 
 METHOD = DMD

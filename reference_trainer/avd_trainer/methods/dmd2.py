@@ -62,7 +62,7 @@ class DMD2(DMD):
 
     def __init__(self, config: Any, models: Mapping[str, Model], setting: Setting) -> None:
         super().__init__(config, models, setting)
-        backbone: Any = self.models["online"]
+        backbone: Any = self.online
         blocks = config.head.tapped(len(backbone.module.blocks))
         self.discriminator = Discriminator(backbone, models["discriminator"], blocks)
         self.gan = LogisticLoss()

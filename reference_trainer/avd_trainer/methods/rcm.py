@@ -95,7 +95,7 @@ class RCM(DMD):
     def denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """The online model's velocity F of TrigFlow on a noised sample: flow's, times ``1 / (cos + sin)``."""
         t_B, x_t_BCFHW, target_BCFHW = draw_noised(x_BCFHW, draws, "score", self.config.score_timesteps)
-        error = self.models["online"](x_t_BCFHW, t_B, condition) - target_BCFHW
+        error = self.online(x_t_BCFHW, t_B, condition) - target_BCFHW
         sigma = schedule.sigma(t_B, error)
         return Loss(((sigma.square() + (1 - sigma).square()) * error.square()).mean(), {})
 

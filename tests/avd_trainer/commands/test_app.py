@@ -99,7 +99,10 @@ def test_train_never_overwrites(tmp_path: Path) -> None:
         (["train", "tiny", "--set", "teacher=/nowhere"], "/nowhere: there is no such file or folder. Pass"),
         (["train", "tiny", "--max-steps", "0"], "max_steps: Input should be greater than or equal to 1, got 0"),
         (["demo", "--videos", "/nowhere"], "/nowhere is not a folder"),
-        (["train", "tiny", "--method", "lcm"], "Preset tiny has no values for method 'lcm'. It has avd, dmd, flow_ma"),
+        (
+            ["train", "tiny-i2v", "--method", "lcm"],
+            "Preset tiny-i2v has no values for method 'lcm'. It has avd, dmd, f",
+        ),
         (["train", "tiny", "--method", "flow_matching", "--set", "data.kind=videos"], "data.path: Field required"),
     ],
 )

@@ -272,7 +272,13 @@ def test_a_teacher_is_sampled_in_many_steps_with_guidance(tmp_path: Path) -> Non
     assert status == 0
     written = json.loads((tmp_path / "similarity.json").read_text())
     assert [round(step["timestep"]) for step in written["steps"]] == [1000, 909, 714]
-    assert written["sampling"] == {"timesteps": None, "steps": 3, "guidance_scale": 2.0, "shift": 5.0}
+    assert written["sampling"] == {
+        "timesteps": None,
+        "steps": 3,
+        "guidance_scale": 2.0,
+        "shift": 5.0,
+        "sampler": "re-noise",
+    }
     # Guidance has an effect.
     run("bundled:tiny", "-o", tmp_path, "--steps", 3, "--guidance-scale", 1, "--count", 2, "--size", "32x32x9")
     assert json.loads((tmp_path / "similarity.json").read_text())["steps"] != written["steps"]

@@ -149,7 +149,17 @@ def student_of(folder: Path) -> Student:
     with open_weights(str(folder)) as weights:
         architecture = weights.config
     return Student(
-        folder, str(folder), None, "", (1000.0, 500.0), "block-dct-4", (16, 5, 8, 8), 16.0, architecture, None
+        folder,
+        str(folder),
+        None,
+        "",
+        (1000.0, 500.0),
+        "re-noise",
+        "block-dct-4",
+        (16, 5, 8, 8),
+        16.0,
+        architecture,
+        None,
     )
 
 

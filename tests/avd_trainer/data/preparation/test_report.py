@@ -82,7 +82,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("latents", {}),
                 ("text", {}),
             ):
-                record(stage, clip, values)
+                record(stage, recipe.stages[stage].key(clip, ""), values)
     return output
 
 
