@@ -163,8 +163,8 @@ def test_the_semantic_expert_learns_at_high_noise_how_frames_change() -> None:
 
 
 def test_lcm_follows_its_average_and_the_others_themselves() -> None:
-    assert LCMMethodConfig().roles()["ema"] == Average("student", 0.95, asked=True)
-    assert PCMMethodConfig().roles()["ema"] == Average("student", 0.99, asked=False)
+    assert LCMMethodConfig().roles()["ema"] == Average("student", 0.95, asked=True, warmup=False)
+    assert PCMMethodConfig().roles()["ema"] == Average("student", 0.99, asked=False, warmup=True)
 
 
 # --- In a run
