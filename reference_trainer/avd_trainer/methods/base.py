@@ -175,6 +175,9 @@ class MethodConfig(Section):
     def check_accumulation(self) -> None:
         """Raise ValueError if gradients cannot be accumulated over micro-batches."""
 
+    def check_precision(self, precision: str) -> None:
+        """Raise ValueError where transformers that compute in ``float32`` or ``bfloat16`` are of no use."""
+
 
 class Method(ABC):
     """A training method.
