@@ -34,9 +34,11 @@ class Turn(NamedTuple):
     Attributes:
         role: Whose optimizer steps.
         data: What is read for it: ``prompts``, ``clips``, both or neither.
-        part: Which of the method's losses, where a role has turns of several kinds.
+        part: Which of the method's losses, where a role has turns of several kinds. In a step with several of them, the
+            metrics of a part are called ``PART/NAME``.
         together: Further roles whose optimizers step on the same losses.
         rate: Share of the learning rate that the role's configuration says.
+        watched: Whether the method also makes samples for the monitors.
     """
 
     role: str
@@ -44,6 +46,7 @@ class Turn(NamedTuple):
     part: str = ""
     together: tuple[str, ...] = ()
     rate: float = 1.0
+    watched: bool = False
 
 
 class Call(NamedTuple):
