@@ -172,6 +172,10 @@ class MethodConfig(Section):
         with open_weights(teacher) as weights:
             return weights.config
 
+    def warnings(self, student_weights: str | None) -> Sequence[str]:
+        """What a person should know before a run that starts its student so; sentences."""
+        return ()
+
     def check_student_weights(self) -> None:
         """Raise ValueError where the student cannot start from weights of its own."""
 
