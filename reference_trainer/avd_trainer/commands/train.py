@@ -64,6 +64,8 @@ def train(
         if dry_run:
             _show(config, folder)
             return
+        for warning in config.method.warnings(config.student_weights):
+            say(f"warning: {warning}")
         from avd_trainer.runtime.ranks import join_ranks
         from avd_trainer.training.folder import EVALUATION
         from avd_trainer.training.run import train as run

@@ -34,9 +34,11 @@ class Turn(NamedTuple):
     Attributes:
         role: Whose optimizer steps.
         data: What is read for it: ``prompts``, ``clips``, both or neither.
-        part: Which of the method's losses, where a role has turns of several kinds.
+        part: Which of the method's losses, where a role has turns of several kinds. In a step with several of them, the
+            metrics of a part are called ``PART/NAME``.
         together: Further roles whose optimizers step on the same losses.
         rate: Share of the learning rate that the role's configuration says.
+        watched: Whether the method also makes samples for the monitors.
     """
 
     role: str
@@ -44,6 +46,7 @@ class Turn(NamedTuple):
     part: str = ""
     together: tuple[str, ...] = ()
     rate: float = 1.0
+    watched: bool = False
 
 
 class Call(NamedTuple):
@@ -169,11 +172,18 @@ class MethodConfig(Section):
         with open_weights(teacher) as weights:
             return weights.config
 
+    def warnings(self, student_weights: str | None) -> Sequence[str]:
+        """What a person should know before a run that starts its student so; sentences."""
+        return ()
+
     def check_student_weights(self) -> None:
         """Raise ValueError where the student cannot start from weights of its own."""
 
     def check_accumulation(self) -> None:
         """Raise ValueError if gradients cannot be accumulated over micro-batches."""
+
+    def check_precision(self, precision: str) -> None:
+        """Raise ValueError where transformers that compute in ``float32`` or ``bfloat16`` are of no use."""
 
 
 class Method(ABC):

@@ -62,8 +62,9 @@ class ConsistencyConfig(WatchedConfig):
         return shift_timesteps(even, self.shift).float()
 
     def roles(self, student_weights: str | None = None) -> Roles:
-        asked = Average("student", self.ema_decay, asked=self.target == "average")
-        return {**super().roles(student_weights), "ema": asked}
+        asked = self.target == "average"
+        # A target has its decay from the first update on: a warm-up would keep it beside the student.
+        return {**super().roles(student_weights), "ema": Average("student", self.ema_decay, asked, warmup=not asked)}
 
     def own_calls(self, max_steps: int) -> Sequence[Call]:
         return (*self.pair_calls(), *self.watching_calls(max_steps))

@@ -55,6 +55,13 @@ class ContinuousConfig(DistillationConfig):
     tangent_warmup: int = Field(default=0, ge=0)
     """Steps over which the tangent's less stable part comes in. Theirs: 1000, for 14B none."""
 
+    def check_precision(self, precision: str) -> None:
+        if precision == "bfloat16" and self.derivative == "differences":
+            raise ValueError(
+                "precision=bfloat16 and method.derivative=differences exclude each other: the difference of two "
+                f"predictions {self.derivative_step:g} radians apart is lost in rounding. Set method.derivative=forward"
+            )
+
     def consistency_calls(self) -> Sequence[Call]:
         """What the loss costs."""
         return (

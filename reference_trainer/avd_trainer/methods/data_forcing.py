@@ -7,6 +7,7 @@ docs/methods/data_forcing.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -32,6 +33,14 @@ class DataForcingMethodConfig(DMDMethodConfig):
     captions of clips. Paper: 1/2."""
     forcing_noise: Literal["shared", "own"] = "shared"
     """Noise of that clip: the sample's, or drawn for it. Both are noised to the same time. Ours: shared."""
+
+    def warnings(self, student_weights: str | None) -> Sequence[str]:
+        if student_weights is not None:
+            return ()
+        return (
+            "data_forcing starts from the teacher itself, from where it is reported to diverge. Set student_weights to "
+            "a student that dmd2 has distilled.",
+        )
 
 
 class DataForcing(DMD):

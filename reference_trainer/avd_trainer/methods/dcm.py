@@ -93,7 +93,7 @@ class DCM(Consistency):
         return [Turn("student", ("clips",), "detail"), Turn("discriminator"), *semantic]
 
     def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
-        if turn.part != "detail" and turn.role == "student":
+        if turn.part == "" and turn.role == "student":
             pair = self.pair(batch, draws, above=self.config.boundary, upto=self.config.points)
             loss, metrics = weighted_sum(
                 prefixed("consistency", self.distance(pair)), prefixed("coherence", self._coherence(pair))
@@ -106,7 +106,7 @@ class DCM(Consistency):
             return
         pair = self.pair(batch, draws, above=0, upto=self.config.boundary)
         judged = self._details.be_judged(pair.prediction, pair.target, batch["clips"].condition, draws)
-        loss, metrics = weighted_sum(self.distance(pair), prefixed("detail", judged))
+        loss, metrics = weighted_sum(prefixed("consistency", self.distance(pair)), judged)
         # Not handed to AVD's terms: they act on what decides about motion, in the semantic turn.
         yield Loss(loss, metrics, pair.cut)
 

@@ -36,7 +36,8 @@ class DetailConfig(Section):
     adversarial_weight: float = Field(default=0.5, ge=0)
     """Weight of ``max(0, 1 - D)`` of predictions. Code: 0.1 times 5."""
     feature_weight: float = Field(default=1.0, ge=0)
-    """Weight of the squared distance of the features of prediction and target. Code: 0.1 times 10."""
+    """Weight of the squared distance of the features of prediction and target. Ours: the code has 0.1 times 10 for
+    another quantity, the distance behind the teacher's output layers."""
 
     @property
     def discriminator(self) -> Built:

@@ -26,7 +26,7 @@ FORWARDS = 65.5
 
 
 class DMD2MethodConfig(DMDMethodConfig):
-    """DMD2 with its GAN: the values of its released code for four steps are the defaults."""
+    """DMD2 with its GAN. The GAN's values are those of the released code for four steps, all else is as in ``dmd``."""
 
     kind: Literal["dmd2"] = "dmd2"  # type: ignore[assignment]
     head: HeadConfig = HeadConfig(kind="light", optimizer=OptimizerConfig(lr=2e-6))

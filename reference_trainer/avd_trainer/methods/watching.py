@@ -12,9 +12,6 @@ from avd_trainer.methods.base import Batches, Call, Turn
 from avd_trainer.methods.distillation import Distillation, DistillationConfig
 from avd_trainer.runtime.draws import Draws
 
-WATCHED = "watched"
-"""The part of a student's turn that also makes samples for the monitors."""
-
 
 class WatchedConfig(DistillationConfig):
     """Options of a method that is watched."""
@@ -32,12 +29,11 @@ class Watched(Distillation):
     """A method that learns from clips, and is sampled for the monitors."""
 
     def own_turns(self, step: int) -> Sequence[Turn]:
-        part = WATCHED if step % self.config.watch_every == 0 else ""
-        return [Turn("student", ("clips",), part)]
+        return [Turn("student", ("clips",), watched=step % self.config.watch_every == 0)]
 
     def watch(self, turn: Turn, batch: Batches, draws: Draws) -> dict[str, Tensor]:
         """In a watched turn samples of the clips' captions, as a metric for the monitors."""
-        if turn.part != WATCHED:
+        if not turn.watched:
             return {}
         assert self.sampler is not None, "who makes students can sample them"
         condition, unconditional_LD = batch["clips"].condition, self.setting.unconditional

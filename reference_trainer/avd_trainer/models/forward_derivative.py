@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 QUERIES = 1024
 """Queries of which attention is computed at once: for 32,760 tokens and 12 heads, weights of 1.5 GiB in float32."""
 
+_PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+"""Of PyTorch's attention, in order."""
+
 
 def directional_derivative(
     function: Callable[..., Tensor], inputs: tuple[Tensor, ...], directions: tuple[Tensor, ...]
@@ -30,6 +33,9 @@ def directional_derivative(
 
     Returns:
         ``d/dh function(inputs + h directions)`` at 0, shaped as what the function returns.
+
+    Raises:
+        ValueError: If attention has a mask or is causal.
     """
     with torch.no_grad(), _AttentionByParts():
         derivative: Tensor = torch.func.jvp(function, inputs, directions)[1]
@@ -45,8 +51,12 @@ class _AttentionByParts(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        values = {**dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)), **kwargs}
+        values = {**dict(zip(_PARAMETERS, args, strict=False)), **kwargs}
         query = values.pop("query")
-        assert values.get("attn_mask") is None, "Wan's attention has no mask"
+        if values.get("attn_mask") is not None or values.get("is_causal"):
+            raise ValueError(
+                "attention with a mask or is_causal has no derivative by parts here, since a mask is of all queries. "
+                "Differentiate a transformer without masks, or set method.derivative=differences."
+            )
         with sdpa_kernel(SDPBackend.MATH):
             return torch.cat([func(part, **values) for part in query.split(QUERIES, dim=-2)], dim=-2)

@@ -95,11 +95,11 @@ def make_plan(
     memory = plan_memory(run)
     fits = worst(memory).needed <= gpu_memory * GB
     speed = assumed_speed(run.precision, peak_tflops=peak_tflops, utilisation=utilisation)
-    notes: tuple[str, ...] = ()
+    notes = [f"warning: {warning}" for warning in config.method.warnings(config.student_weights)]
     if measure and torch.cuda.is_available():
         speed = measure_speed(run, torch.device("cuda"))
     elif measure:
-        notes = ("There is no GPU here to measure: times are computed.",)
+        notes.append("There is no GPU here to measure: times are computed.")
     return Plan(
         run=run,
         gpu_memory=gpu_memory,
@@ -107,5 +107,5 @@ def make_plan(
         changes=() if fits else tuple(find_changes(run, gpu_memory)),
         time=plan_time(run, speed),
         disk=plan_disk(run, clips),
-        notes=notes,
+        notes=tuple(notes),
     )

@@ -82,6 +82,7 @@ class TrainConfig(Section):
             method.check_student_weights()
         if self.micro_batch_size is not None:
             method.check_accumulation()
+        method.check_precision(self.precision)
         if self.prompts is not None and not isinstance(self.data, ShardsData):
             raise ValueError("prompts need data of kind shards, whose text embeddings are of the same encoder")
         return self

@@ -69,6 +69,8 @@ class Trainer:
         models: By role, sharded over ``ranks``.
         optimizers: By trained role.
         averages: By name, for example ``averages["ema"].average_parameters()`` gives a student's averaged weights.
+        guards: By trained role and part, of turns that are not finite.
+        callbacks: By trained role, all that have a state to save.
         monitor: Watches samples and weights; on the first rank, where the method has one.
         spectrum: Watches the samples' roll-off points beside it, in the same runs.
 
@@ -112,11 +114,8 @@ class Trainer:
         setting = Setting(self.latent_shape, unconditional.to(ranks.device), ranks.device)
         self.method = load_method(config.method.kind)(config.method, self.models, setting)
 
-        # The guard comes first: what it skips, the others never see.
-        callbacks: dict[str, dict[str, Callback]] = {name: {"guard": self._guard(name)} for name in self._rules}
-        for name, role in roles.items():
-            if isinstance(role, Average):
-                callbacks[role.of][name] = self.averages[name]
+        self.guards = self._guards()
+        self._monitors: dict[str, Callback] = {}
         self.monitor: CollapseMonitor | None = None
         options = self.method.monitor_options()
         self.spectrum: SpectralRolloffMonitor | None = None
@@ -124,7 +123,11 @@ class Trainer:
             latents = _reference_latents(data.clips)
             self.monitor = CollapseMonitor(LatentStatistics.measure(latents), **options)
             self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents))
-            callbacks[self.main_role] |= {"monitor": self.monitor, "spectrum": self.spectrum}
+            self._monitors = {"monitor": self.monitor, "spectrum": self.spectrum}
+        callbacks: dict[str, dict[str, Callback]] = {name: {**self._averages_of(name)} for name in self._rules}
+        for (role_name, part), guard in self.guards.items():
+            callbacks[role_name][f"{part}_guard" if part else "guard"] = guard
+        callbacks[self.main_role] |= self._monitors
         self.callbacks = {name: NamedCallbacks(named) for name, named in callbacks.items()}
 
     @property
@@ -136,9 +139,10 @@ class Trainer:
     def run(self) -> Iterator[Metrics]:
         """Train from the current step to ``max_steps``; yields the metrics of each step, which are those of all ranks.
 
-        They are detached tensors: scalars ``loss``, ``gradient_norm`` and ``skipped`` (0 or 1) of the main role;
-        ``ROLE/loss`` and ``ROLE/gradient_norm`` of another role's last turn; and the metrics of the method's losses,
-        scalars or ``[batch_size]``.
+        They are detached tensors. The main role has the scalars ``loss``, ``gradient_norm`` and ``skipped``, which is 1
+        if any of its turns was skipped and else 0, and the metrics of the method's losses, scalars or ``[batch_size]``.
+        Those of another role are called ``ROLE/NAME``. Where a role has turns of several parts in a step, those of each
+        part that has a name are called ``PART/NAME``. Of several turns of one part the last one's are given.
         """
         streams = self._streams()
         while self.step < self.config.max_steps:
@@ -193,37 +197,47 @@ class Trainer:
     def _train_step(self, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
         self.step += 1
         metrics: Metrics = {}
-        taken: Counter[str] = Counter()
-        for turn in self.method.turns(self.step):
-            metrics |= self._take_turn(turn, taken[turn.role], streams, metrics)
-            taken[turn.role] += 1
+        turns = self.method.turns(self.step)
+        for place in range(len(turns)):
+            metrics |= self._take_turn(turns, place, streams, metrics)
         return self.method.summarise(mean_over_ranks(metrics, self.ranks))
 
     def _take_turn(
-        self, turn: Turn, number: int, streams: Mapping[str, Iterator[Batch]], before: Mapping[str, Tensor]
+        self, turns: Sequence[Turn], place: int, streams: Mapping[str, Iterator[Batch]], before: Mapping[str, Tensor]
     ) -> Metrics:
-        """One optimizer step.
+        """One optimizer step: the one in this place of the step's turns.
 
-        ``number`` counts the turns of this role within the step; the metrics of turns ``before`` this one, under their
-        roles' names, are shown to its callbacks too.
+        The metrics of turns ``before`` this one, as they are logged, are shown to its callbacks too.
         """
-        parts = [self._accumulate(turn, number, places, streams) for places in self.micro_batches]
-        metrics = mean_over_micro_batches(parts)
+        turn = turns[place]
+        number = sum(other.role == turn.role for other in turns[:place])
+        last = all(other.role != turn.role for other in turns[place + 1 :])
+        metrics = mean_over_micro_batches(
+            [self._accumulate(turn, number, places, streams) for places in self.micro_batches]
+        )
         stepping = (turn.role, *turn.together)
         metrics["gradient_norm"] = self._clip_gradients(stepping)
-        accepted = self.callbacks[turn.role].before_step(self.step, metrics)
+        accepted = self.guards[turn.role, turn.part].before_step(self.step, metrics)
         for role in stepping:
             optimizer = self.optimizers[role]
             if accepted:
                 set_rates(optimizer, self._rules[role], self.step, self.config.max_steps, turn.rate)
                 optimizer.step()
-                self.callbacks[role].after_step(self.step, {**before, **metrics})
+                for average in self._averages_of(role).values():
+                    average.after_step(self.step, metrics)
             optimizer.zero_grad(set_to_none=True)
+        if accepted and last and turn.role == self.main_role:  # monitors count steps of the run
+            for monitor in self._monitors.values():
+                monitor.after_step(self.step, {**before, **metrics})
         self.method.after(turn, accepted=accepted)
         metrics.pop("x_0", None)
+        parts = {other.part for other in turns if other.role == turn.role}
+        if turn.part and len(parts) > 1:
+            metrics = {f"{turn.part}/{name}": value for name, value in metrics.items()}
         if turn.role != self.main_role:
             return {f"{turn.role}/{name}": value for name, value in metrics.items()}
-        return metrics | {"skipped": torch.tensor(float(not accepted), device=self.ranks.device)}
+        skipped = torch.tensor(float(not accepted), device=self.ranks.device)
+        return metrics | {"skipped": torch.maximum(skipped, before.get("skipped", skipped))}
 
     def _accumulate(self, turn: Turn, number: int, places: range, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
         """The losses of one micro-batch, each with its backward pass; ``places`` are those of its samples."""
@@ -261,15 +275,23 @@ class Trainer:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         return gather_full(nn.utils.get_total_norm(gradients))
 
-    def _guard(self, role: str) -> NonFiniteGuard:
-        # A role may have several turns in a step; its guard stops the run after the same number of steps.
-        steps = range(1, self.config.max_steps + 1)
-        turns = max(sum(turn.role == role for turn in self.method.turns(step)) for step in steps)
-        return NonFiniteGuard(self.config.max_skipped_steps * max(1, turns), name=_spoken(role))
+    def _averages_of(self, role: str) -> dict[str, EMACallback]:
+        roles = self.config.method.roles().items()
+        return {name: self.averages[name] for name, each in roles if isinstance(each, Average) and each.of == role}
+
+    def _guards(self) -> dict[tuple[str, str], NonFiniteGuard]:
+        # One for each part: turns of another part that are finite say nothing of it. There may be several turns of a
+        # part in a step; its guard stops the run after the same number of steps.
+        turns: Counter[tuple[str, str]] = Counter()
+        for step in range(1, self.config.max_steps + 1):
+            turns |= Counter((turn.role, turn.part) for turn in self.method.turns(step))  # the maximum of each
+        most = self.config.max_skipped_steps
+        return {(role, part): NonFiniteGuard(most * n, name=_spoken(role, part)) for (role, part), n in turns.items()}
 
 
-def _spoken(role: str) -> str:
-    return "online model" if role == "online" else role
+def _spoken(role: str, part: str) -> str:
+    name = "online model" if role == "online" else role
+    return f"{name}'s part {part}" if part else name
 
 
 def _reference_latents(clips: CaptionedExamples) -> Tensor:

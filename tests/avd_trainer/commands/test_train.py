@@ -90,3 +90,14 @@ def test_a_dry_run_says_that_a_run_would_go_on(finished: tuple[Path, str]) -> No
     assert status == 2
     assert "max_steps is 1, and the run in" in printed
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("weights", "warned"), [("null", True), ("runs/dmd2/student", False)])
+def test_data_forcing_from_the_teacher_itself_is_warned_of(
+    weights: str, warned: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avd_trainer.training.run.train", lambda *_: False)
+    start = ("--set", f"student_weights={weights}")
+    _, printed = run("train", "tiny", "--method", "data_forcing", "--output", tmp_path / "run", *start)
+    assert ("warning: data_forcing starts from the teacher itself" in printed) == warned
+    assert "Stopped on request" in printed

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from avd_core import shift_timesteps
+from avd_core import NonFiniteError, shift_timesteps
 from avd_trainer.data.batches import Batch
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.consistency import Consistency, Pair, mean_distance
@@ -16,7 +16,6 @@ from avd_trainer.methods.dcm import DCMMethodConfig
 from avd_trainer.methods.lcm import LCMMethodConfig
 from avd_trainer.methods.pcm import PCMMethodConfig
 from avd_trainer.methods.registry import load_method
-from avd_trainer.methods.watching import WATCHED
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Average
 from avd_trainer.models.samplers import FewStepSampler
@@ -163,8 +162,8 @@ def test_the_semantic_expert_learns_at_high_noise_how_frames_change() -> None:
 
 
 def test_lcm_follows_its_average_and_the_others_themselves() -> None:
-    assert LCMMethodConfig().roles()["ema"] == Average("student", 0.95, asked=True)
-    assert PCMMethodConfig().roles()["ema"] == Average("student", 0.99, asked=False)
+    assert LCMMethodConfig().roles()["ema"] == Average("student", 0.95, asked=True, warmup=False)
+    assert PCMMethodConfig().roles()["ema"] == Average("student", 0.99, asked=False, warmup=True)
 
 
 # --- In a run
@@ -179,7 +178,7 @@ def test_phased_students_are_sampled_straight_on(make_trainer: MakeTrainer) -> N
 
 def test_the_monitors_see_samples_of_the_students_own(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("pcm", max_steps=4, method={"watch_every": 2})
-    assert [turn.part for step in range(1, 5) for turn in trainer.method.turns(step)] == ["", WATCHED] * 2
+    assert [turn.watched for step in range(1, 5) for turn in trainer.method.turns(step)] == [False, True] * 2
     seen: list[Tensor] = []
     monitor: Any = trainer.monitor
     signals = monitor._signals
@@ -201,13 +200,49 @@ def test_details_are_trained_after_the_semantic_part_which_goes_on(make_trainer:
     assert [("detail/loss" in step, "discriminator/loss" in step) for step in metrics] == [
         (False, False), (True, True), (True, True),
     ]  # fmt: skip
-    own, added = (float(metrics[1][f"detail/{name}"]) for name in ("adversarial", "feature"))
-    assert float(metrics[1]["detail/loss"]) == pytest.approx(0.5 * own + 1.0 * added)
+    pair, own, added = (float(metrics[1][f"detail/{name}"]) for name in ("consistency/loss", "adversarial", "feature"))
+    assert float(metrics[1]["detail/loss"]) == pytest.approx(pair + 0.5 * own + 1.0 * added)
+    assert metrics[1]["detail/gradient_norm"] > 0
+    semantic = (float(metrics[1][f"{name}/loss"]) for name in ("consistency", "coherence"))
+    assert float(metrics[1]["loss"]) == pytest.approx(sum(semantic))
     assert 0 < metrics[1]["discriminator/loss"] < 4
+
+
+def with_bad_turns(trainer: Trainer, part: str) -> Trainer:
+    """Whose student's turns of this part have a loss that is not finite."""
+    losses = trainer.method.losses
+
+    def spoiled(turn: Turn, batch: Any, draws: Draws) -> Any:
+        for loss in losses(turn, batch, draws):
+            bad = turn.role == "student" and turn.part == part
+            yield loss._replace(value=loss.value * torch.nan) if bad else loss
+
+    trainer.method.losses = spoiled  # type: ignore[method-assign]
+    return trainer
+
+
+@pytest.mark.parametrize(("part", "told"), [("detail", "student's part detail"), ("", "student")])
+def test_turns_of_one_part_that_stay_non_finite_stop_the_run(part: str, told: str, make_trainer: MakeTrainer) -> None:
+    options = {"max_steps": 5, "max_skipped_steps": 2, "method": {"detail": {"after": 1}}}
+    run = with_bad_turns(make_trainer("dcm", **options), part).run()
+    skipped = [float(next(run)["skipped"])]
+    with pytest.raises(NonFiniteError, match=f"of the {told} is not finite.*2 in a row"):
+        skipped.extend(float(metrics["skipped"]) for metrics in run)
+    assert skipped == ([0.0, 1.0] if part else [1.0])
+
+
+def test_a_step_of_two_turns_is_one_to_the_monitors(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer("dcm", max_steps=2, method={"detail": {"after": 0}})
+    looked: list[int] = []
+    monitor: Any = trainer.monitor
+    monitor.after_step = lambda step, metrics: looked.append(step)
+    list(trainer.run())
+    assert looked == [1, 2]
+    assert trainer.averages["ema"].state_dict()["num_updates"] == 4  # each optimizer step
 
 
 def test_without_details_nobody_judges(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer("dcm", max_steps=1, method={"detail": None})
     assert "discriminator" not in trainer.models
-    assert turns(trainer, 5000) == [("student", WATCHED)]
+    assert turns(trainer, 5000) == [("student", "")]
     assert "coherence/loss" in first_step(trainer)

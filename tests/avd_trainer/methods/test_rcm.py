@@ -19,6 +19,7 @@ from avd_trainer.methods.trigflow import cos_sin, to_angles, trig_velocity
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, schedule
 from avd_trainer.runtime.draws import Draws
+from runs import MakeTrainer, first_step
 from tensors import randn
 
 SHAPE = (2, 3, 2, 2)
@@ -65,6 +66,16 @@ def test_both_derivatives_lead_to_the_same_gradient() -> None:
         assert [with_graph for *_, with_graph in method.student.asked] == [False, True]
     assert gradients[0] != 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-2, atol=0)
+
+
+def test_in_bfloat16_forward_differentiation_finds_the_tangent_of_float32(make_trainer: MakeTrainer) -> None:
+    found, expected = (
+        first_step(make_trainer("scm", method={"derivative": "forward"}, precision=precision))
+        for precision in ("bfloat16", "float32")
+    )
+    norms = [float(metrics["consistency/tangent_norm"]) for metrics in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
+    assert norms[0] != norms[1]
 
 
 def test_what_is_shown_is_the_clean_prediction() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,17 @@ def test_the_loss_moves_each_sample_by_a_step_of_the_same_size() -> None:
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+
+@pytest.mark.parametrize("options", [(torch.ones(5, 5, dtype=torch.bool),), (None, 0.0, True)], ids=["mask", "causal"])
+def test_attention_that_does_not_see_all_is_not_taken_apart(options: tuple[Any, ...]) -> None:
+    inputs = tuple(randn(seed, 1, 2, 5, 8, dtype=torch.float32) for seed in range(3))
+
+    def masked(*inputs: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(*inputs, *options)
+
+    with pytest.raises(ValueError, match=r"mask or is_causal.*method\.derivative=differences"):
+        directional_derivative(masked, inputs, inputs)
 
 
 @pytest.mark.parametrize("at_once", [2, 100])

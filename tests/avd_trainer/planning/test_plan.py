@@ -57,6 +57,14 @@ def test_the_plan_shows_parts_verdict_changes_time_and_disk() -> None:
     assert "It fits" in rendered(tiny_plan())
 
 
+def test_a_plan_warns_of_data_forcing_from_the_teacher_itself() -> None:
+    plans = [
+        make_plan(load_config(TrainConfig, "tiny", overrides, method="data_forcing"))
+        for overrides in ([], ["student_weights=runs/dmd2/student"])
+    ]
+    assert ["warning: data_forcing starts from the teacher itself" in rendered(plan) for plan in plans] == [True, False]
+
+
 def plan_command(*arguments: str) -> str:
     result = CliRunner().invoke(app, ["plan", "tiny", *arguments])
     assert result.exit_code == 0, result.output

@@ -72,6 +72,12 @@ def test_defaults_are_the_papers() -> None:
             r"  method\.avd: method avd has the terms itself\. Set method\.regression",
         ),
         ("vpae", "method.avd.motion.floor=1 method.motion.floor=1", r"  method: .*the same term: it would count twice"),
+        (
+            "scm",
+            "precision=bfloat16",
+            r"precision=bfloat16 and method\.derivative=differences .* Set method\.derivative=forward",
+        ),
+        ("rcm", "precision=bfloat16", r"Set method\.derivative=forward"),
         ("dmd", "prompts.path=prompts", r"prompts need data of kind shards"),
     ],
 )
