@@ -48,6 +48,8 @@ from avd_trainer.training.optimizers import (
 
 # Real latents that the monitors' references are measured on.
 REFERENCE_CLIPS = 64
+# Steps at its start that the monitors leave unjudged; of a run that is shorter than four times as many, a quarter.
+GRACE = 100
 
 
 class Trainer:
@@ -122,8 +124,9 @@ class Trainer:
         self.spectrum: SpectralRolloffMonitor | None = None
         if ranks.first and options is not None:
             latents = _reference_latents(data.clips)
-            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), **options)
-            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents))
+            grace = min(GRACE, config.max_steps // 4)
+            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), grace=grace, **options)
+            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents), grace=grace)
             callbacks[self.main_role] |= {"monitor": self.monitor, "spectrum": self.spectrum}
         self.callbacks = {name: NamedCallbacks(named) for name, named in callbacks.items()}
 
