@@ -7,7 +7,7 @@ Lu and Song 2024, arXiv 2410.11081, as the authors of rCM (arXiv 2510.08431) hav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -54,6 +54,9 @@ class ContinuousConfig(DistillationConfig):
     """Angle of the finite difference, in radians. Theirs: 1e-4."""
     tangent_warmup: int = Field(default=0, ge=0)
     """Steps over which the tangent's less stable part comes in. Theirs: 1000, for 14B none."""
+
+    def scaled(self, by: float) -> Self:
+        return self.model_copy(update={"tangent_warmup": round(by * self.tangent_warmup)})
 
     def consistency_calls(self) -> Sequence[Call]:
         """What the loss costs."""

@@ -143,9 +143,7 @@ class Trainer:
         ``ROLE/loss`` and ``ROLE/gradient_norm`` of another role's last turn; and the metrics of the method's losses,
         scalars or ``[batch_size]``.
         """
-        streams = self._streams()
-        while self.step < self.config.max_steps:
-            yield self._train_step(streams)
+        return self._steps(self._streams())
 
     @torch.no_grad()
     def sample(self, condition: Condition, key: str) -> Tensor:
@@ -192,6 +190,10 @@ class Trainer:
             # What came to be since the checkpoint was written starts anew.
             own.load_state_dict(own.state_dict() | saved)
         self.step = int(state["step"])
+
+    def _steps(self, streams: Mapping[str, Iterator[Batch]]) -> Iterator[Metrics]:
+        while self.step < self.config.max_steps:
+            yield self._train_step(streams)
 
     def _train_step(self, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
         self.step += 1
