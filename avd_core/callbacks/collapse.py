@@ -215,6 +215,12 @@ class CollapseMonitor(Callback):
             self._judge.look(step, signals, counted=self._steps)
 
     @property
+    def samples_judged(self) -> bool:
+        """Whether samples have been judged at least once: without, "no finding" says nothing about them."""
+        last_look = self._steps - self._steps % self.every
+        return "variance" in self._before and last_look - self._before["variance"] > self.grace
+
+    @property
     def findings(self) -> list[CollapseFinding]:
         """All findings so far, oldest first."""
         return self._judge.findings

@@ -771,6 +771,19 @@ def test_a_restart_does_not_forget_how_long_a_gap_was_closed() -> None:
     assert [(finding.kind, finding.step) for finding in restarted.findings] == [("discriminator_blind", 5)]
 
 
+def test_samples_count_as_judged_from_the_first_look_beyond_their_grace() -> None:
+    monitor, judged = prompt_monitor(every=3, grace=4), []
+    for step in range(12):
+        samples = {"x_0": clips(0, shape=(2, 3, 4, 2, 2))} if step >= 3 else {}
+        monitor.after_step(step, samples)
+        judged.append(monitor.samples_judged)
+    assert judged == [False] * 8 + [True] * 4  # the look at the ninth step, the sixth with samples
+    later = prompt_monitor(every=3, grace=4)
+    assert not later.samples_judged
+    later.load_state_dict(monitor.state_dict())
+    assert later.samples_judged
+
+
 def test_looks_are_every_so_many_steps_and_not_before_the_grace_ends() -> None:
     monitor = prompt_monitor(every=3, grace=6)
     watch(monitor, ratios(*[2.0] * 6))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel
@@ -155,6 +155,10 @@ class MethodConfig(Section):
         """
         raise NotImplementedError
 
+    def scaled(self, by: float) -> Self:
+        """The same method for a run of ``by`` times as many steps: its phases keep their shares of the run."""
+        return self
+
     @property
     def main_role(self) -> str:
         """The role whose model is the result of the run: it is averaged, sampled and exported."""
@@ -226,7 +230,7 @@ class Method(ABC):
 
     def monitor_options(self) -> dict[str, Any] | None:
         """Options of the :class:`avd_core.CollapseMonitor` that watches the samples, beside which a
-        :class:`avd_core.SpectralRolloffMonitor` does; None for no monitor."""
+        :class:`avd_core.SpectralRolloffMonitor` does; None for no monitor. The trainer sets the ``grace`` of both."""
         return None
 
     def evaluate(self, module: nn.Module, held_out: Examples) -> BaseModel | None:

@@ -7,7 +7,7 @@ Lu and Song 2024, arXiv 2410.11081, as the authors of rCM (arXiv 2510.08431) hav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from pydantic import Field
@@ -61,6 +61,9 @@ class ContinuousConfig(DistillationConfig):
                 "precision=bfloat16 and method.derivative=differences exclude each other: the difference of two "
                 f"predictions {self.derivative_step:g} radians apart is lost in rounding. Set method.derivative=forward"
             )
+
+    def scaled(self, by: float) -> Self:
+        return self.model_copy(update={"tangent_warmup": round(by * self.tangent_warmup)})
 
     def consistency_calls(self) -> Sequence[Call]:
         """What the loss costs."""

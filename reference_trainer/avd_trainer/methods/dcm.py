@@ -60,6 +60,12 @@ class DCMMethodConfig(ConsistencyConfig):
         judging = {} if self.detail is None else {"discriminator": self.detail.discriminator}
         return {**super().roles(student_weights), **judging}
 
+    def scaled(self, by: float) -> Self:
+        if self.detail is None:
+            return self
+        after = round(by * self.detail.after)
+        return self.model_copy(update={"detail": self.detail.model_copy(update={"after": after})})
+
     def own_calls(self, max_steps: int) -> Sequence[Call]:
         semantic = super().own_calls(max_steps)
         if self.detail is None or self.detail.after >= max_steps:

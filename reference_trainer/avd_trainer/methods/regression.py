@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn
-from avd_trainer.methods.distillation import Distillation, DistillationConfig, describe_samples
+from avd_trainer.methods.distillation import describe_samples
+from avd_trainer.methods.watching import Watched, WatchedConfig
 from avd_trainer.models.roles import Model
 from avd_trainer.models.samplers import FewStepSampler, predict, schedule
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "You et al., CVPR 2026 (the regression of Table 2, alone)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 3.0
+FORWARDS = 3.4
 
 
-class RegressionMethodConfig(DistillationConfig):
+class RegressionMethodConfig(WatchedConfig):
     """Naive regression at the few steps."""
 
     kind: Literal["regression"] = "regression"
@@ -31,10 +32,10 @@ class RegressionMethodConfig(DistillationConfig):
     own_losses_ask_teacher: ClassVar[bool] = False
 
     def own_calls(self, max_steps: int) -> Sequence[Call]:
-        return (Call("student", 1, backward=True),)
+        return (Call("student", 1, backward=True), *self.watching_calls(max_steps))
 
 
-class Regression(Distillation):
+class Regression(Watched):
     """Naive regression; see :class:`RegressionMethodConfig`."""
 
     Config = RegressionMethodConfig
@@ -43,9 +44,6 @@ class Regression(Distillation):
         super().__init__(config, models, setting)
         self.sampler = FewStepSampler(config.few_steps)
         self.few_steps = torch.tensor(config.few_steps, device=setting.device)
-
-    def own_turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", ("clips",))]
 
     def own_losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
         """L = E ||v(x_t, t, c) - (noise - clip)||^2, Eq. 5 with all weights equal; t is one of the few steps."""
@@ -57,7 +55,8 @@ class Regression(Distillation):
         cut = Cut(rollout.velocity)
         x_BCFHW = rollout._replace(velocity=cut.output).x_0
         loss = F.mse_loss(cut.output, schedule.velocity(clips_BCFHW, noise_BCFHW))
-        yield Loss(loss, describe_samples(x_BCFHW.detach(), rollout), cut, samples=x_BCFHW)
+        metrics = describe_samples(x_BCFHW.detach(), rollout) | self.watch(turn, batch, draws)
+        yield Loss(loss, metrics, cut, samples=x_BCFHW)
 
 
 METHOD = Regression

@@ -56,6 +56,9 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
             del roles["online"]  # nothing is matched
         return roles
 
+    def scaled(self, by: float) -> Self:
+        return self.model_copy(update={"priming_steps": round(by * self.priming_steps)})
+
     def own_calls(self, max_steps: int) -> Sequence[Call]:
         priming = super().own_calls(max_steps)
         if self.priming == "consistency":

@@ -4,6 +4,9 @@ A study whose ``budget_of`` names a variant gives all students what that one's o
 then trained twice: for as many steps as come to the same number of forward equivalents, under its own name, and for as
 many as take the same time, as ``NAME-seconds``. Seconds are measured once, where the study begins, and kept in
 ``study.json`` with the steps that follow from them.
+
+A run of another length has phases of another length: each keeps the share of the run that it has of its file's own
+``max_steps``. So the mean cost of a step hardly depends on their number.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from dataclasses import replace
 from statistics import fmean
 
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.methods.base import forward_equivalents
+from avd_trainer.methods.base import Turn, forward_equivalents
 from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies.definition import SECONDS, Cost, Study, Variant, start_of
@@ -24,11 +27,11 @@ from avd_trainer.training.trainer import Trainer
 
 MB = 2**20
 LOOKS = 6
-"""Steps that are timed of each variant, spread evenly over its run, since phases of a method may cost differently."""
+"""Steps that are timed of each kind that a run has, spread evenly over those of that kind."""
 
 
 Measure = Callable[[TrainConfig], float]
-"""From a run to the seconds that a step of it takes."""
+"""From a run to the seconds that a step of it takes, the mean over the run."""
 
 
 def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> Study:
@@ -47,7 +50,7 @@ def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> S
     equal = {name: _for_forwards(run, budget) for name, run in runs.items()}
     costs = {name: known[name] if name in known else _cost(run, measure) for name, run in equal.items()}
     seconds = runs[of].max_steps * costs[of].seconds
-    as_long = {name: _lasting(run, max(1, round(seconds / costs[name].seconds))) for name, run in equal.items()}
+    as_long = {name: _lasting(run, max(1, round(seconds / costs[name].seconds))) for name, run in runs.items()}
     variants: dict[str, Variant] = {}
     for name, variant in study.variants.items():
         variants[name] = equal.get(name, variant)
@@ -70,15 +73,31 @@ def students(study: Study) -> dict[str, TrainConfig]:
 
 
 def time_step(config: TrainConfig, data: TrainingData, ranks: Ranks) -> float:
-    """Seconds of a step, the mean of several over the run; the first one, which is slower, is left out."""
+    """Seconds of a step, the mean over the run.
+
+    Steps of each kind, that is with the same turns, are timed by themselves and count as often as the run has them: a
+    phase, or a step in which the student is sampled for the monitors, may cost several times another. The first step
+    of a kind, which is slower, is left out.
+    """
     trainer = Trainer(config, data, ranks)
-    seconds = []
-    for look in range(LOOKS + 1):
-        trainer.step = (config.max_steps - 1) * look // LOOKS
-        start = time.perf_counter()
-        next(trainer.run())
-        seconds.append(time.perf_counter() - start)
-    return fmean(seconds[1:])
+    kinds: dict[tuple[Turn, ...], list[int]] = {}
+    for step in range(1, config.max_steps + 1):
+        kinds.setdefault(tuple(trainer.method.turns(step)), []).append(step)
+    whole = 0.0
+    for steps in kinds.values():
+        looks = [steps[(len(steps) - 1) * look // LOOKS] for look in range(LOOKS + 1)]
+        seconds = [_time(trainer, step) for step in looks]
+        whole += len(steps) * fmean(seconds[1:])
+    return whole / config.max_steps
+
+
+def _time(trainer: Trainer, step: int) -> float:
+    """Seconds of this step, without those of opening the data at it."""
+    trainer.step = step - 1
+    steps = trainer.run()
+    start = time.perf_counter()
+    next(steps)
+    return time.perf_counter() - start
 
 
 def _cost(run: TrainConfig, measure: Measure) -> Cost:
@@ -87,8 +106,8 @@ def _cost(run: TrainConfig, measure: Measure) -> Cost:
 
 
 def _forwards(run: TrainConfig, steps: int) -> float:
-    """Forward equivalents of a run of so many steps."""
-    return steps * run.batch_size * forward_equivalents(run.method.calls(steps))
+    """Forward equivalents of a run, if it had so many steps."""
+    return steps * run.batch_size * forward_equivalents(_lasting(run, steps).method.calls(steps))
 
 
 def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
@@ -98,4 +117,5 @@ def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
 
 
 def _lasting(run: TrainConfig, steps: int) -> TrainConfig:
-    return run.model_copy(update={"max_steps": steps})
+    """The run with so many steps, of which its phases have the same shares."""
+    return run.model_copy(update={"max_steps": steps, "method": run.method.scaled(steps / run.max_steps)})

@@ -34,9 +34,15 @@ def judge_samples(samples: Tensor, real: Tensor) -> list[str]:
     return _kinds([finding.kind for finding in monitor.findings])
 
 
-def read_findings(path: Path) -> list[str]:
-    """Kinds of what the monitor found while a student was trained, as its run's ``findings.json`` says."""
-    return _kinds([finding["kind"] for finding in read_json(path)]) if path.exists() else []
+def read_findings(path: Path) -> list[str] | None:
+    """Kinds of what the monitor found while a student was trained, as its run's ``findings.json`` says.
+
+    None where it judged no samples: there finding nothing is no verdict.
+    """
+    if not path.exists():
+        return None
+    said = read_json(path)
+    return _kinds([finding["kind"] for finding in said["findings"]]) if said["samples_judged"] else None
 
 
 def true_kinds(values: Mapping[str, float], real: Mapping[str, float], controls: Mapping[str, Any]) -> list[str]:
@@ -68,7 +74,7 @@ def monitor_table(variants: Mapping[str, Any], real: Mapping[str, float], contro
         truth = [true_kinds(unit["values"], real, controls) for unit in judged]
         cells = []
         for key in ("while_training", "of_samples"):
-            said = [unit["monitor"][key] for unit in judged if key in unit["monitor"]]  # a teacher was not trained
+            said = [unit["monitor"][key] for unit in judged if key in unit["monitor"]]  # else nobody looked
             right = sum(one == other for one, other in zip(said, truth, strict=False))
             cells.append((_count(said), f"{right} of {len(said)}") if said else ("", ""))
         (training, right_training), (samples, right_samples) = cells

@@ -136,8 +136,8 @@ class Workplace:
             measured = [self._measure(Encoded(each, self._codec.decode(each)), images) for each in samples]
         trained = isinstance(variant, TrainConfig)
         found = {"of_samples": judge_samples(torch.cat(samples), self._real.latents)}
-        if trained:
-            found["while_training"] = read_findings(self.run_folder(unit) / FINDINGS)
+        if trained and (said := read_findings(self.run_folder(unit) / FINDINGS)) is not None:
+            found["while_training"] = said
         return {
             "noises": measured,
             "monitor": found,

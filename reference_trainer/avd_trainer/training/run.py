@@ -38,8 +38,8 @@ def train(
 
     Leaves in ``folder``: ``config.yaml``, ``metrics.jsonl`` (one step a line), ``checkpoints``, at the end what was
     trained under its role's name (``student``: what :func:`export_product` makes of the averaged weights), and, where
-    the method has them, ``findings.json`` (what the monitors noticed) and ``evaluation.json``. All ranks
-    call.
+    the method has them, ``findings.json`` (what the monitors noticed, and whether they judged samples) and
+    ``evaluation.json``. All ranks call.
 
     Args:
         config: The run.
@@ -213,8 +213,9 @@ class _Run:
         self.ranks.barrier()
 
     def _write_findings(self) -> None:
-        if self.trainer.monitor is not None:
-            write_json(self.folder / FINDINGS, [asdict(finding) for finding in self.trainer.findings])
+        if (monitor := self.trainer.monitor) is not None:
+            findings = [asdict(finding) for finding in self.trainer.findings]
+            write_json(self.folder / FINDINGS, {"samples_judged": monitor.samples_judged, "findings": findings})
 
 
 def _shown(values: dict[str, Any]) -> dict[str, float]:

@@ -48,6 +48,8 @@ from avd_trainer.training.optimizers import (
 
 # Real latents that the monitors' references are measured on.
 REFERENCE_CLIPS = 64
+# Steps at its start that the monitors leave unjudged; of a run that is shorter than twice as many, half.
+GRACE = 100
 
 
 class Trainer:
@@ -121,8 +123,9 @@ class Trainer:
         self.spectrum: SpectralRolloffMonitor | None = None
         if ranks.first and options is not None:
             latents = _reference_latents(data.clips)
-            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), **options)
-            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents))
+            grace = min(GRACE, config.max_steps // 2)
+            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), grace=grace, **options)
+            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents), grace=grace)
             self._monitors = {"monitor": self.monitor, "spectrum": self.spectrum}
         callbacks: dict[str, dict[str, Callback]] = {name: {**self._averages_of(name)} for name in self._rules}
         for (role_name, part), guard in self.guards.items():
@@ -144,9 +147,7 @@ class Trainer:
         Those of another role are called ``ROLE/NAME``. Where a role has turns of several parts in a step, those of each
         part that has a name are called ``PART/NAME``. Of several turns of one part the last one's are given.
         """
-        streams = self._streams()
-        while self.step < self.config.max_steps:
-            yield self._train_step(streams)
+        return self._steps(self._streams())
 
     @torch.no_grad()
     def sample(self, condition: Condition, key: str) -> Tensor:
@@ -193,6 +194,10 @@ class Trainer:
             # What came to be since the checkpoint was written starts anew.
             own.load_state_dict(own.state_dict() | saved)
         self.step = int(state["step"])
+
+    def _steps(self, streams: Mapping[str, Iterator[Batch]]) -> Iterator[Metrics]:
+        while self.step < self.config.max_steps:
+            yield self._train_step(streams)
 
     def _train_step(self, streams: Mapping[str, Iterator[Batch]]) -> Metrics:
         self.step += 1

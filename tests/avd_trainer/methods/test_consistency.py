@@ -176,8 +176,9 @@ def test_phased_students_are_sampled_straight_on(make_trainer: MakeTrainer) -> N
         assert trainer.config.sampled_by == sampler
 
 
-def test_the_monitors_see_samples_of_the_students_own(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer("pcm", max_steps=4, method={"watch_every": 2})
+@pytest.mark.parametrize("kind", ["pcm", "regression"])
+def test_the_monitors_see_samples_of_the_students_own(make_trainer: MakeTrainer, kind: str) -> None:
+    trainer = make_trainer(kind, max_steps=4, method={"watch_every": 2})
     assert [turn.watched for step in range(1, 5) for turn in trainer.method.turns(step)] == [False, True] * 2
     seen: list[Tensor] = []
     monitor: Any = trainer.monitor

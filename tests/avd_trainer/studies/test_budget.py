@@ -1,21 +1,23 @@
 """Students that may cost the same: how many steps that comes to, and that it stays so."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from avd_trainer.config.loading import load_config
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.methods.base import forward_equivalents
+from avd_trainer.methods.base import Turn, forward_equivalents
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
 from avd_trainer.runtime.ranks import Ranks
-from avd_trainer.studies import units
+from avd_trainer.studies import budget, units
 from avd_trainer.studies.budget import share_budget, time_step
 from avd_trainer.studies.definition import Cost, Study, load_study
 from avd_trainer.studies.runner import claim_study, run_study
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.config import TrainConfig
-from runs import MakeConfig
+from runs import MakeConfig, MakeTrainer
 from small_study import write_study
 
 BUDGET = """
@@ -70,11 +72,26 @@ def test_a_cost_that_changes_over_a_run_is_that_of_the_whole(tmp_path: Path) -> 
         method: {priming_steps: 4}"""
     study = BUDGET.replace("[teacher, dmd, avd, half-rate, interpolator]", "[dmd, vpae]")
     files = {"study": study, "vpae": vpae, **dict.fromkeys(("teacher", "avd", "half-rate", "interpolator"))}
-    run = shared(write_study(tmp_path / "phases", **files), 40).run("vpae")
-    cost = [steps * forward_equivalents(run.method.calls(steps)) for steps in (4, run.max_steps, run.max_steps + 1)]
-    assert cost[0] / 4 > 12  # priming is the dearer phase
-    assert cost[1] <= 40 * FORWARDS["dmd"] < cost[2]
-    assert cost[1] == pytest.approx(cost[0] + 12 * (run.max_steps - 4))
+    study = shared(write_study(tmp_path / "phases", **files), 40)
+    run = study.run("vpae")
+    primed = run.method.priming_steps
+    cost = [steps * forward_equivalents(run.method.calls(steps)) for steps in (primed, run.max_steps)]
+    assert cost[0] / primed > 12  # priming is the dearer phase
+    assert cost[1] == pytest.approx(cost[0] + 12 * (run.max_steps - primed))
+    assert cost[1] <= 40 * FORWARDS["dmd"] < cost[1] + 12
+    assert (primed, study.run("vpae-seconds").method.priming_steps) == (round(run.max_steps / 10), 8)  # 4 of 40
+
+
+@pytest.mark.parametrize(
+    ("preset", "section", "wanted"),
+    [("vpae", "priming_steps", 150), ("dcm", "detail", 150), ("rcm", "tangent_warmup", 30), ("dmd", "few_steps", None)],
+)
+def test_a_phase_keeps_its_share_of_the_run(preset: str, section: str, wanted: int | None) -> None:
+    method = load_config(TrainConfig, "tiny", method=preset).method
+    scaled = method.scaled(1.5)
+    assert method.model_dump(exclude={section}) == scaled.model_dump(exclude={section})
+    found = getattr(scaled, section)
+    assert wanted is None or getattr(found, "after", found) == wanted
 
 
 def test_one_step_is_the_least(name: str) -> None:
@@ -127,6 +144,44 @@ def test_the_table_says_what_a_step_costs(name: str, tmp_path: Path, timed: list
     assert study.costs["avd"].forwards == found["costs"]["avd"]["forwards"]
 
 
+def test_steps_of_each_kind_count_as_often_as_the_run_has_them(
+    monkeypatch: pytest.MonkeyPatch, data: TrainingData, make_config: MakeConfig, ranks: Ranks
+) -> None:
+    clock = [0.0]
+
+    class Stub:
+        """Of every ten steps the tenth takes 5 seconds, of the rest those after step 80 take 3, and the others 1."""
+
+        def __init__(self, *_: object) -> None:
+            self.method, self.step, self.first = self, 0, True
+
+        def turns(self, step: int) -> list[Turn]:
+            return [Turn("student", part="watched" if step % 10 == 0 else "late" if step > 80 else "")]
+
+        def run(self) -> Iterator[None]:
+            clock[0] += 1000  # opening the data, which a run does once
+            return self.steps()
+
+        def steps(self) -> Iterator[None]:
+            clock[0] += {"watched": 5, "late": 3, "": 1}[self.turns(self.step + 1)[0].part] + 50 * self.first
+            self.first = False
+            yield
+
+    monkeypatch.setattr(budget, "Trainer", Stub)
+    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
+    seconds = time_step(make_config("dmd", max_steps=100), data, ranks)
+    assert seconds == pytest.approx((72 * 1 + 18 * 3 + 10 * 5) / 100)
+
+
+def test_the_data_of_a_run_is_open_before_its_first_step(
+    monkeypatch: pytest.MonkeyPatch, make_trainer: MakeTrainer
+) -> None:
+    trainer, opened = make_trainer("dmd"), []
+    monkeypatch.setattr(trainer, "_streams", lambda: opened.append("data"))
+    trainer.run()
+    assert opened == ["data"]
+
+
 def test_a_step_is_timed_all_over_the_run(data: TrainingData, make_config: MakeConfig, ranks: Ranks) -> None:
     assert 0 < time_step(make_config("dmd", max_steps=50), data, ranks) < 60
 
@@ -159,7 +214,7 @@ def test_a_study_from_start_to_end(tmp_path: Path) -> None:
     run = folder / "units" / "again-1" / "run" / "config.yaml"
     assert "units/dmd-1/run/student" in run.read_text()
     found = write_summary(small, folder, [1])
-    assert found["variants"]["dmd"]["seeds"]["1"]["monitor"].keys() == {"of_samples", "while_training"}
+    assert found["variants"]["dmd"]["seeds"]["1"]["monitor"].keys() == {"of_samples"}  # too short for more
     assert found["costs"].keys() == {"dmd", "avd"}
     table = (folder / "table.md").read_text()
     steps = [found["variants"][name]["values"]["max_steps"] for name in ("avd", "avd-seconds")]

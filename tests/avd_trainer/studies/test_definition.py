@@ -195,3 +195,11 @@ def test_every_study_of_the_package_is_valid(name: str) -> None:
 
 def test_there_are_studies() -> None:
     assert {"table2", "tuning", "floors", "sharpness", "balance", "style"} <= list_studies().keys()
+
+
+def test_avds_terms_are_the_same_on_top_of_every_method() -> None:
+    files = {path.stem: read_values(path) for path in find_study("methods").glob("*-avd.yaml")}
+    assert len(files) == 10
+    terms = files["dmd-avd"]["method"]["avd"]
+    for name, values in files.items():
+        assert values == {"extends": name.removesuffix("-avd"), "method": {"avd": terms}}

@@ -47,10 +47,16 @@ def test_samples_are_judged_in_latents() -> None:
 
 
 def test_of_what_was_found_while_training_what_clips_can_show_counts_once(tmp_path: Path) -> None:
-    assert read_findings(tmp_path / "none.json") == []
     found = [{"kind": kind} for kind in ("oversaturated", "weights_switch", "frozen", "oversaturated")]
-    write_json(tmp_path / "findings.json", found)
+    write_json(tmp_path / "findings.json", {"samples_judged": True, "findings": found})
     assert read_findings(tmp_path / "findings.json") == ["frozen", "oversaturated"]
+
+
+def test_who_judged_no_samples_said_nothing_of_them(tmp_path: Path) -> None:
+    assert read_findings(tmp_path / "none.json") is None
+    for judged, said in ((False, None), (True, [])):
+        write_json(tmp_path / "findings.json", {"samples_judged": judged, "findings": [{"kind": "regression_silent"}]})
+        assert read_findings(tmp_path / "findings.json") == said
 
 
 def test_the_table_counts_what_was_said_and_what_was_right() -> None:
