@@ -62,9 +62,7 @@ def test_the_monitor_names_a_student_that_jitters(make_trainer: MakeTrainer, cli
 
 
 @pytest.mark.parametrize(("max_steps", "grace"), [(3, 1), (99, 49), (200, 100), (1000, 100)])
-def test_the_monitors_grace_is_at_most_half_of_the_run(
-    make_trainer: MakeTrainer, max_steps: int, grace: int
-) -> None:
+def test_the_monitors_grace_is_at_most_half_of_the_run(make_trainer: MakeTrainer, max_steps: int, grace: int) -> None:
     trainer = make_trainer("dmd", max_steps=max_steps)
     assert trainer.monitor is not None
     assert trainer.spectrum is not None
