@@ -135,7 +135,7 @@ def wan_usage(saved: SavedRun, written: Written) -> str:
     images = ", `clip_fea` and `y` are the image's" if image else ""
     following = {
         "re-noise": """x_0 = x - now / 1000 * velocity
-    x = (1 - following / 1000) * x_0 + following / 1000 * torch.randn_like(x_0)""",
+        x = (1 - following / 1000) * x_0 + following / 1000 * torch.randn_like(x_0)""",
         "ode": "x = x + (following - now) / 1000 * velocity",
     }[saved.config.sampled_by]
     return f"""
@@ -151,10 +151,11 @@ from wan.modules.model import WanModel
 model = WanModel.from_pretrained("{written.name}").eval().to("cuda")
 timesteps = [{numbers(saved.timesteps)}, 0]
 x = torch.randn({", ".join(map(str, saved.state["latent_shape"]))}, device="cuda")
-for now, following in zip(timesteps, timesteps[1:]):
-    t = torch.tensor([now], device="cuda")
-    velocity = model([x], t=t, context=context, seq_len=x[0].numel() // 4{given})[0]
-    {following}
+with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+    for now, following in zip(timesteps, timesteps[1:]):
+        t = torch.tensor([now], device="cuda")
+        velocity = model([x], t=t, context=context, seq_len=x[0].numel() // 4{given})[0]
+        {following}
 ```
 
 `WanVAE.decode([x])` makes the clip of it.

@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -250,6 +254,37 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     metadata, text = card(tmp_path / "out")
     assert metadata["library_name"] == "diffusers"
     assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
+
+
+def test_the_loop_for_wans_code_keeps_no_graph_and_computes_in_bfloat16(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_for_program(runs / "full", tmp_path / "student", "wan")
+    (loop,) = re.findall(r"```python\n(.*?)```", card(tmp_path / "student")[1], re.DOTALL)
+    asked: list[tuple[object, ...]] = []
+
+    class WanModel(torch.nn.Linear):
+        @classmethod
+        def from_pretrained(cls, _: str) -> "WanModel":
+            return cls(4, 4)
+
+        def forward(self, x: list[Tensor], t: Tensor, context: list[Tensor], seq_len: int) -> list[Tensor]:
+            asked.append((t.item(), seq_len))
+            return [super().forward(x[0])]
+
+    def autocast(*arguments: object) -> nullcontext[None]:
+        asked.append(arguments)
+        return nullcontext()
+
+    monkeypatch.setitem(sys.modules, "wan", ModuleType("wan"))
+    monkeypatch.setitem(sys.modules, "wan.modules", ModuleType("wan.modules"))
+    monkeypatch.setitem(sys.modules, "wan.modules.model", model := ModuleType("wan.modules.model"))
+    model.WanModel = WanModel  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch, "autocast", autocast)
+    names: dict[str, Any] = {"context": []}
+    exec(loop.replace(', device="cuda"', "").replace('.to("cuda")', ""), names)
+    assert asked == [("cuda", torch.bfloat16), *((timestep, 12) for timestep in (1000, 900, 757, 522))]
+    assert not names["x"].requires_grad
 
 
 def test_a_student_that_follows_its_velocity_is_sampled_so_everywhere(
