@@ -30,6 +30,7 @@ from avd_trainer.models.transformer import VelocityModel
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.training import model_card
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.program_export import ProgramName, export_for_program
 from avd_trainer.training.run import train
@@ -204,9 +205,7 @@ def card(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wan: Path, tmp_path: Path) -> None:
-    (runs / "full" / "evaluation.json").write_text(json.dumps({"flow": 0.25}))
     export_for_program(runs / "full", tmp_path / "my-student", "comfyui")
-    (runs / "full" / "evaluation.json").unlink()
     metadata, text = card(tmp_path / "my-student")
     assert metadata == {
         "license": "other", "license_name": "to-be-stated", "pipeline_tag": "text-to-video",
@@ -224,7 +223,6 @@ def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wa
         "`shift` 3.2 behind the model, then `steps` 4",
         "off by up to 6 of 1000",
         "few_steps:\n  - 1000.0",
-        "| flow | 0.25 |",
         "the teacher, `Tiny-Wan`, and the data, `my-clips`.",
     ):
         assert expected in text
@@ -240,7 +238,6 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     assert "| weights | last weights after step 2 of 2 |" in text
     assert "Write the full path of `out-lora.safetensors` into `lora_configs` of `lightx2v.json`" in text
     assert 'pipeline.load_lora_weights(FOLDER, weight_name="out-lora.safetensors")' in text
-    assert "## Measures" not in text
     config = read_json(tmp_path / "out" / "lightx2v.json")
     assert config["denoising_step_list"] == [1000, 900, 757, 522]
     assert (config["sample_shift"], config["enable_cfg"], config["infer_steps"]) == (1, False, 4)
@@ -254,6 +251,18 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     metadata, text = card(tmp_path / "out")
     assert metadata["library_name"] == "diffusers"
     assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
+
+
+def test_merged_adapters_are_a_whole_model_to_the_hub(
+    runs: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_card, "is_on_hub", lambda source: source == str(wan))
+    for merge, relation in ((True, "finetune"), (False, "adapter")):
+        export_for_program(runs / "lora", tmp_path / "out", "comfyui", merge=merge)
+        metadata, text = card(tmp_path / "out")
+        assert metadata["base_model_relation"] == relation
+        assert ("lora" in metadata["tags"]) is not merge
+        assert ("| LoRA | rank 2, alpha 6, merged into these weights |" in text) is merge
 
 
 def test_the_loop_for_wans_code_keeps_no_graph_and_computes_in_bfloat16(
