@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,26 +29,42 @@ class Written(NamedTuple):
     adapters: bool
 
 
-def diffusers_usage(saved: SavedRun) -> str:
-    """Of a whole pipeline."""
+def diffusers_usage(saved: SavedRun, missing: Collection[str]) -> str:
+    """Of a whole pipeline, or of one without the parts in ``missing``."""
     width, height, frames = clip_size(saved)
     image = image_input(saved.architecture) is not None
+    sample = f'`avd sample FOLDER --prompt "..."{" --image FILE" if image else ""} --output clip.mp4`'
+    if saved.encoding.latent_space != "wan":
+        return f"""
+## Clips
+
+{sample}. Its text encoder and codec are in `avd-core[trainer]`, and diffusers has no such parts.
+"""
+    if missing:
+        return f"""
+## Clips
+
+This folder lacks {", ".join(missing)}, which clips need. Whoever has the run exports it again, with a Wan pipeline in
+diffusers' layout: `avd export RUN --output FOLDER --pipeline SOURCE`. Then: {sample}.
+"""
     size = f"height={height}, width={width}, num_frames={frames}, num_inference_steps={len(saved.timesteps)}"
+    load_image = "from diffusers.utils import load_image\n" if image else ""
+    open_image = 'image = load_image("FILE")\n' if image else ""
     return f"""
 ## In diffusers
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype=torch.bfloat16).to("cuda")
-torch.manual_seed(0)
+{load_image}
+pipeline = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16).to("cuda")
+{open_image}torch.manual_seed(0)
 frames = pipeline({"image=image, " if image else ""}prompt="...", {size}, guidance_scale=1.0).frames[0]
 ```
 
 The scheduler of the folder is as close to the student's timesteps as one of diffusers' own can be. The exact ones, with
 `avd-core` installed: `pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)`, of
-`avd_integrations.diffusers`. And `avd sample FOLDER --prompt "..."{" --image FILE" if image else ""} -o clip.mp4`.
+`avd_integrations.diffusers`. And {sample}.
 """
 
 

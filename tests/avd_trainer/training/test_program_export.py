@@ -31,8 +31,10 @@ from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.training import model_card
+from avd_trainer.training.export import open_run
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.program_export import ProgramName, export_for_program
+from avd_trainer.training.program_usage import diffusers_usage
 from avd_trainer.training.run import train
 from runs import LATENT_SHAPE, both, exported, in_memory, model_inputs, tiny_config
 
@@ -263,6 +265,35 @@ def test_merged_adapters_are_a_whole_model_to_the_hub(
         assert metadata["base_model_relation"] == relation
         assert ("lora" in metadata["tags"]) is not merge
         assert ("| LoRA | rank 2, alpha 6, merged into these weights |" in text) is merge
+
+
+@pytest.mark.parametrize(
+    ("space", "missing", "expected"),
+    [
+        ("block-dct-4", (), "--output clip.mp4`. Its text encoder and codec are in `avd-core[trainer]`"),
+        ("wan", ("vae",), "This folder lacks vae, which clips need"),
+    ],
+)
+def test_a_pipeline_that_diffusers_cannot_run_is_not_said_to(
+    runs: Path, space: str, missing: tuple[str, ...], expected: str
+) -> None:
+    saved = open_run(runs / "full")
+    saved.state["encoding"] = {**saved.state["encoding"], "latent_space": space}
+    usage = diffusers_usage(saved, missing)
+    assert expected in usage
+    assert 'avd sample FOLDER --prompt "..." --output clip.mp4' in usage
+    assert "from_pretrained" not in usage
+
+
+def test_the_snippet_of_image_to_video_defines_its_image(runs: Path) -> None:
+    saved = open_run(runs / "full")
+    assert "load_image" not in diffusers_usage(saved, ())
+    saved.state["architecture"] = {**saved.architecture, "in_channels": 36}
+    usage = diffusers_usage(saved, ())
+    (code,) = re.findall(r"```python\n(.*?)```", usage, re.DOTALL)
+    assert code.index("import load_image") < code.index('image = load_image("FILE")') < code.index("(image=image")
+    compile(code, "card", "exec")
+    assert "torch_dtype=torch.bfloat16" in code
 
 
 def test_the_loop_for_wans_code_keeps_no_graph_and_computes_in_bfloat16(
