@@ -42,6 +42,8 @@ def model_card(saved: SavedRun, weights: Weights, name: str, usage: str, *, adap
     config = saved.config
     metadata = {key: value for key, value in _metadata(saved, adapters, library).items() if value is not None}
     recipe = {key: value for key, value in config.model_dump(mode="json").items() if key in _RECIPE}
+    if config.student_weights is not None:
+        recipe["student_weights"] = public_name(config.student_weights)
     parts = [
         f"---\n{to_yaml(metadata)}---",
         f"# {name}",
@@ -87,11 +89,13 @@ def _about(saved: SavedRun, weights: Weights, adapters: bool) -> str:
     fps = frames_per_second(config.samples, saved.encoding)
     kind = "averaged weights" if weights == "ema" else "last weights"
     step, steps = saved.state["step"], saved.timesteps
+    guided = getattr(config.method, "guidance_scale", 1.0) > 1
+    learned = ". The student has learned the teacher's guided prediction" if guided else ""
     rows = {
         "few steps": f"{len(steps)}, at timesteps {numbers(steps)} of 1000",
         "from step to step": _STEP_TO_STEP[config.sampled_by],
         "timestep shift": "none beside these timesteps",
-        "guidance": "none: scale 1, no negative prompt. The student has learned the teacher's guided prediction",
+        "guidance": f"none: scale 1, no negative prompt{learned}",
         "clips": f"{width} x {height} pixels, {frames} frames, {fps:g} frames per second",
         "latents": LATENT_SPACES[saved.encoding.latent_space],
         "weights": f"{kind} after step {step} of {config.max_steps}",
