@@ -77,32 +77,41 @@ def comfyui_usage(saved: SavedRun, written: Written) -> str:
     folder = "loras" if adapters else "diffusion_models"
     base = public_name(saved.config.teacher or "")
     load = (
-        f"*Load Diffusion Model* with the model that the LoRA was trained on (`{base}`, in ComfyUI's files), then "
-        f"*LoraLoaderModelOnly* with `{file}`, `strength_model` 1.0"
+        f"*Load Diffusion Model* (`UNETLoader`) with the model that the LoRA was trained on (`{base}`, in ComfyUI's "
+        f"files), then `LoraLoaderModelOnly` with `{file}`, `strength_model` 1.0"
         if adapters
-        else f"*Load Diffusion Model* with `{file}`, `weight_dtype` default"
+        else f"*Load Diffusion Model* (`UNETLoader`) with `{file}`, `weight_dtype` default"
     )
     latents = (
-        f"*WanImageToVideo* (with *CLIP Vision Encode* of the image where the model reads one) of {width} x {height}, "
-        f"length {frames}; positive, negative and latent come from it"
+        "*WanImageToVideo* (`WanImageToVideo`), with *CLIP Vision Encode* (`CLIPVisionEncode`) of the image where the "
+        f"model reads one, of {width} x {height}, length {frames}; positive, negative and latent come from it"
         if image
-        else f"*EmptyHunyuanLatentVideo* of {width} x {height}, length {frames}"
+        else f"*Empty HunyuanVideo 1.0 Latent* (`EmptyHunyuanLatentVideo`) of {width} x {height}, length {frames}"
     )
     sampler = {"re-noise": "lcm", "ode": "euler"}[saved.config.sampled_by]
     off = f"timesteps are off by up to {error:.0f} of 1000" if error >= 0.5 else "the timesteps are the student's"
+    first = saved.timesteps[0]
+    weaker = (
+        ""
+        if first == 1000
+        else f"\nThe student's first step is at {first:g} and takes noise of full strength. ComfyUI multiplies "
+        f"the noise by\n{first / 1000:g} there, so clips differ from those of `avd sample`.\n"
+    )
     text = f"""
 ## In ComfyUI
 
 Copy `{file}` to `ComfyUI/models/{folder}/`. Text encoder (umt5_xxl), VAE (wan_2.1_vae) and, for image to video, CLIP
-vision (clip_vision_h) are those of Wan2.1. Then connect:
+vision (clip_vision_h) are those of Wan2.1. Then connect these nodes, found in the menu by title or, in brackets, id:
 
 1. {load}.
-2. *CLIP Text Encode* of the prompt as positive; the same node as negative, which is not used at cfg 1.
+2. *CLIP Text Encode (Prompt)* (`CLIPTextEncode`) of the prompt as positive; the same node as negative, which is not
+   used at cfg 1.
 3. {latents}.
-4. *SamplerCustom*: `add_noise` on, `cfg` 1.0, with *KSamplerSelect* `{sampler}` and *ManualSigmas*
-   `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
-
-With *KSampler* in place of step 4: *ModelSamplingSD3* with `shift` {shift:g} behind the model, then `steps` {steps},
+4. `SamplerCustom`: `add_noise` on, `cfg` 1.0, with `KSamplerSelect` `{sampler}` and `ManualSigmas` (in
+   `_for_testing/custom_sampling`) `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
+5. *VAE Decode* (`VAEDecode`) of its output, with the VAE.
+{weaker}
+With *KSampler* in place of step 4: `ModelSamplingSD3` with `shift` {shift:g} behind the model, then `steps` {steps},
 `cfg` 1.0, `sampler_name` {sampler}, `scheduler` simple, `denoise` 1.0: {off}.
 """
     return text + (_lora_elsewhere(file) if adapters else "")
@@ -114,8 +123,8 @@ def lightx2v_usage(saved: SavedRun, written: Written) -> str:
     task = "t2v" if image_input(saved.architecture) is None else "i2v --image_path IMAGE"
     base = public_name(saved.config.teacher or "")
     place = (
-        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Write the full path of `{file}` "
-        f"into `lora_configs` of `{LIGHTX2V}`."
+        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Run the command inside this folder: "
+        f"`{LIGHTX2V}` names `{file}` without a path."
         if adapters
         else f"Put `{Path(file).parent}/` into a folder MODEL with the original model (`{base}` in the layout of "
         "Wan2.1's first release), whose `config.json`, text encoder and VAE are read."

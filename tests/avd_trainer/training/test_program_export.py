@@ -34,7 +34,7 @@ from avd_trainer.training import model_card
 from avd_trainer.training.export import open_run
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.program_export import ProgramName, export_for_program
-from avd_trainer.training.program_usage import diffusers_usage
+from avd_trainer.training.program_usage import Written, comfyui_usage, diffusers_usage
 from avd_trainer.training.run import train
 from runs import LATENT_SHAPE, both, exported, in_memory, model_inputs, tiny_config
 
@@ -221,15 +221,19 @@ def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wa
         "| clips | 32 x 32 pixels, 9 frames, 16 frames per second |",
         "| weights | averaged weights after step 2 of 2 |",
         "Copy `my-student.safetensors` to `ComfyUI/models/diffusion_models/`",
-        "*ManualSigmas*\n   `1, 0.9, 0.757, 0.522, 0`",
+        "`ManualSigmas` (in\n   `_for_testing/custom_sampling`) `1, 0.9, 0.757, 0.522, 0`",
         "`shift` 3.2 behind the model, then `steps` 4",
         "off by up to 6 of 1000",
+        "*Empty HunyuanVideo 1.0 Latent* (`EmptyHunyuanLatentVideo`) of 32 x 32, length 9",
+        "*CLIP Text Encode (Prompt)* (`CLIPTextEncode`)",
+        "5. *VAE Decode* (`VAEDecode`)",
         "few_steps:\n  - 1000.0",
         "the teacher, `Tiny-Wan`, and the data, `my-clips`.",
     ):
         assert expected in text
     assert str(runs) not in text
     assert str(wan.parent) not in text
+    assert "noise of full strength" not in text
 
 
 def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
@@ -238,7 +242,8 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     assert metadata["tags"][-1] == "lora"
     assert "| LoRA | rank 2, alpha 6 |" in text
     assert "| weights | last weights after step 2 of 2 |" in text
-    assert "Write the full path of `out-lora.safetensors` into `lora_configs` of `lightx2v.json`" in text
+    assert "Run the command inside this folder" in text
+    assert "in PYTHONPATH: `lightx2v.json` names `out-lora.safetensors` without a path" in text
     assert 'pipeline.load_lora_weights(FOLDER, weight_name="out-lora.safetensors")' in text
     config = read_json(tmp_path / "out" / "lightx2v.json")
     assert config["denoising_step_list"] == [1000, 900, 757, 522]
@@ -265,6 +270,25 @@ def test_merged_adapters_are_a_whole_model_to_the_hub(
         assert metadata["base_model_relation"] == relation
         assert ("lora" in metadata["tags"]) is not merge
         assert ("| LoRA | rank 2, alpha 6, merged into these weights |" in text) is merge
+
+
+def test_the_card_claims_guidance_only_where_there_was_some_and_names_the_first_weights(runs: Path) -> None:
+    saved = open_run(runs / "full")
+    text = model_card.model_card(saved, "ema", "out", "", adapters=False, library=None)
+    assert "The student has learned the teacher's guided prediction" in text
+    assert "student_weights" not in text
+    others = tiny_config("bundled:tiny", "regression", student_weights="/home/me/first/student")
+    text = model_card.model_card(saved._replace(config=others), "ema", "out", "", adapters=False, library=None)
+    assert "| guidance | none: scale 1, no negative prompt |" in text
+    assert "student_weights: student\n" in text
+
+
+def test_a_grid_that_begins_below_1000_is_mentioned_for_comfyui(runs: Path) -> None:
+    saved = open_run(runs / "full")
+    method = saved.config.method.model_copy(update={"few_steps": (950.0, 500.0)})
+    saved = saved._replace(config=saved.config.model_copy(update={"method": method}))
+    usage = comfyui_usage(saved, Written("out", "out.safetensors", False))
+    assert "first step is at 950 and takes noise of full strength. ComfyUI multiplies the noise by\n0.95 there" in usage
 
 
 @pytest.mark.parametrize(
@@ -331,7 +355,7 @@ def test_a_student_that_follows_its_velocity_is_sampled_so_everywhere(
     runs: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DMDMethodConfig, "sampled_by", "ode")  # as of pcm and dcm
-    for program, said in (("comfyui", "*KSamplerSelect* `euler`"), ("wan", "x = x + (following - now)")):
+    for program, said in (("comfyui", "`KSamplerSelect` `euler`"), ("wan", "x = x + (following - now)")):
         export_for_program(runs / "full", tmp_path / program, program)
         text = card(tmp_path / program)[1]
         assert said in text
