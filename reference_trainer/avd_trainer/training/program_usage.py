@@ -123,8 +123,8 @@ def lightx2v_usage(saved: SavedRun, written: Written) -> str:
     task = "t2v" if image_input(saved.architecture) is None else "i2v --image_path IMAGE"
     base = public_name(saved.config.teacher or "")
     place = (
-        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Run the command inside this folder: "
-        f"`{LIGHTX2V}` names `{file}` without a path."
+        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Run the command inside this folder, "
+        f"with LightX2V's in PYTHONPATH: `{LIGHTX2V}` names `{file}` without a path."
         if adapters
         else f"Put `{Path(file).parent}/` into a folder MODEL with the original model (`{base}` in the layout of "
         "Wan2.1's first release), whose `config.json`, text encoder and VAE are read."
