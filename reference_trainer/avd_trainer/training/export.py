@@ -116,7 +116,8 @@ def open_run(run: Path, step: int | None = None) -> SavedRun:
         raise UserError(f"{run} has no checkpoint of step {step}; there are {sorted(found)}.")
     checkpoint = found[max(found) if step is None else step]
     state = read_state(checkpoint)
-    return SavedRun(checkpoint, state, validate(TrainConfig, state["config"], f"{checkpoint}"))
+    config = {**state["config"], **state.get("local_sources", {})}  # checkpoints from before have none
+    return SavedRun(checkpoint, state, validate(TrainConfig, config, f"{checkpoint}"))
 
 
 class SavedRun(NamedTuple):

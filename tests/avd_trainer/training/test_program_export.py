@@ -320,6 +320,26 @@ def test_the_snippet_of_image_to_video_defines_its_image(runs: Path) -> None:
     assert "torch_dtype=torch.bfloat16" in code
 
 
+def test_a_local_teacher_is_no_name_on_the_hub_from_another_folder(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(wan.parents[1])
+    teacher = str(wan.relative_to(wan.parents[1]))  # in the form of a name on the hub
+    latents = torch.randn(2, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    config = tiny_config(
+        teacher, "regression", data={"kind": "shards", "path": "my-clips"}, max_steps=1, logging={"tensorboard": False}
+    )
+    data = both(in_memory(CaptionedLatents(latents, ["one", "two"]), HashTextEmbedding(4, TEXT_DIM)))
+    with join_ranks() as ranks:
+        train(config, tmp_path / "run", ranks, data=data)
+    monkeypatch.chdir(tmp_path)
+    export_for_program(tmp_path / "run", tmp_path / "out", "comfyui")
+    metadata, text = card(tmp_path / "out")
+    assert "base_model" not in metadata
+    assert "A student of `Tiny-Wan`" in text
+    assert read_json(tmp_path / "out" / "export.json")["pipelines"] == [str(wan)]
+
+
 def test_the_loop_for_wans_code_keeps_no_graph_and_computes_in_bfloat16(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
