@@ -131,6 +131,19 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
         assert figure.width > 1000
 
 
+def test_measures_of_the_same_student_twice_or_in_a_students_folder_are_refused(folders: Path, tmp_path: Path) -> None:
+    average = folders / "average"
+    for arguments, message in (
+        ([average, folders / "run" / ".." / "average", "--output", tmp_path / "out"], "is given twice. Pass each"),
+        ([average, "--output", average], "holds an export or a run"),
+        ([average, "--output", folders / "run"], "holds an export or a run"),
+    ):
+        status, printed = command("evaluate", *arguments, "--captions", 2, "--noises", 1)
+        assert status == 2
+        assert message in printed.replace("│ ", "")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_student_has_the_values_that_its_study_gives_it(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "small"))
     unit = Unit("dmd", 1)
