@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from avd_trainer.commands.compare import titles_of
 from avd_trainer.commands.sample import Device
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.terminal import readable_errors, say
 
 
@@ -35,11 +37,30 @@ def evaluate(
         from avd_trainer.studies.definition import StudyEvaluationConfig
         from avd_trainer.studies.students import evaluate_students, save_evaluation
 
+        _check_folders(students, output)
         opened = dict(zip(titles_of(students), map(open_student_or_run, students), strict=True))
         where = choose_device(device)
         claim_folder(output)
         options = StudyEvaluationConfig(captions=captions, noises=noises)
         evaluated = evaluate_students(opened, options, seed=seed, device=where)
         save_evaluation(evaluated, output)
-        Console().print(rich_table(evaluated.rows, evaluated.reference, evaluated.controls))
+        Console().print(rich_table(evaluated.rows, evaluated.reference))
         say(f"Table, figure and values are in {output}.")
+
+
+def _check_folders(students: Sequence[Path], output: Path) -> None:
+    """See that each student is given once, and that ``output`` is no student itself.
+
+    Raises:
+        UserError: If it is not so.
+    """
+    from avd_trainer.training.export import ABOUT
+    from avd_trainer.training.folder import method_of_run
+
+    for place, student in enumerate(students):
+        if student.resolve() in {other.resolve() for other in students[:place]}:
+            raise UserError(f"{student} is given twice. Pass each student once.")
+    if (output / ABOUT).is_file() or method_of_run(output) is not None:
+        raise UserError(
+            f"--output {output} holds an export or a run, which this would mix with its table. Choose another folder."
+        )

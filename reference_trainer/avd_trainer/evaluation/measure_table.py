@@ -53,23 +53,20 @@ def markdown_table(
 
 
 def rich_table(
-    rows: Sequence[Row],
-    reference: Reference,
-    controls: Sequence[Row] = (),
-    *,
-    names: Sequence[str] | None = None,
-    title: str | None = None,
+    rows: Sequence[Row], reference: Reference, *, names: Sequence[str] | None = None, title: str | None = None
 ) -> Table:
-    """The same for a terminal; the arguments are those of :func:`markdown_table`."""
+    """The same for a terminal, a measure a line, without controls, which would not fit beside a few rows' columns.
+
+    Arguments are those of :func:`markdown_table`.
+    """
     names = _names(reference, names)
     table = Table(title=title, caption=_caption(reference), caption_justify="left")
     table.add_column("")
-    for name in names:
-        table.add_column(_heading(name), justify="right")
-    table.add_row("real", *_reference_cells(reference, names), end_section=True)
-    for group in (rows, controls):
-        for row in group:
-            table.add_row(row.title, *_cells(row, reference, names), end_section=row is group[-1])
+    for heading in ("real", *(row.title for row in rows)):
+        table.add_column(heading, justify="right")
+    columns = [_reference_cells(reference, names), *(_cells(row, reference, names) for row in rows)]
+    for name, *cells in zip(names, *columns, strict=True):
+        table.add_row(_heading(name), *cells)
     return table
 
 

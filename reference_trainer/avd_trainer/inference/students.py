@@ -21,8 +21,9 @@ from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps, sampler_kind
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.export import ABOUT, open_run
-from avd_trainer.training.folder import method_of_run
+from avd_trainer.training.folder import CHECKPOINTS, method_of_run
 from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of, source_with, sources_of
 
 Shape = tuple[int, int, int, int]
@@ -137,8 +138,10 @@ def open_student_or_run(folder: Path) -> Student:
     """
     if method_of_run(folder) is None:
         return open_student(folder)
-    saved = open_run(folder)
     student = folder / "student"
+    if (student / ABOUT).is_file() and not list_checkpoints(folder / CHECKPOINTS):
+        return _open_kept(folder, student)
+    saved = open_run(folder)
     if saved.config.few_steps is None or saved.lora is not None or not student.is_dir():
         raise UserError(
             f"{folder} is a run without a whole student: it is not finished, or trains something else or adapters. "
@@ -165,6 +168,33 @@ def open_student_or_run(folder: Path) -> Student:
         clip=tuple(about["clip"]),
         fps=about["fps"],
         architecture=saved.architecture,
+        interpolator=None,
+    )
+
+
+def _open_kept(folder: Path, student: Path) -> Student:
+    """Of a finished run whose checkpoints were deleted, as a study's are: by what was written beside its student."""
+    told, about = _read_json(student / ABOUT), read_about(student)
+    if "timesteps" not in told or about.latent_space != "block-dct-4" or not (student / "config.json").is_file():
+        raise UserError(
+            f"{folder} has no checkpoint any more, and {student} alone does not say how to make clips: it is of a run "
+            "by an earlier version, has adapters, or makes other latents than the tiny preset's. Load it as a "
+            "transformer in diffusers, or run it again and keep its checkpoints."
+        )
+    with open_weights(str(student)) as weights:
+        architecture = weights.config
+    steps = _check_few_steps(told["timesteps"], told.get("sampler", "re-noise"), student / ABOUT)
+    return Student(
+        folder=folder,
+        transformer=str(student),
+        adapters=None,
+        pipeline=folder.name,
+        timesteps=steps.timesteps,
+        sampler=steps.sampler,
+        latent_space=about.latent_space,
+        clip=about.clip,
+        fps=about.fps,
+        architecture=architecture,
         interpolator=None,
     )
 

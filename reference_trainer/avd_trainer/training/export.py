@@ -36,7 +36,7 @@ Weights = Literal["ema", "student"]
 _DOWN, _UP = ".lora_A.student.weight", ".lora_B.student.weight"
 
 ABOUT = "export.json"
-"""In an export: of which run, step and weights it is; in a pipeline's also what it was trained on."""
+"""In an export: of which run, step and weights it is; and how the student's clips are made."""
 
 
 def export_student(
@@ -60,7 +60,7 @@ def export_student(
             write_transformer(checkpoint, folder, weights, dtype)
         else:
             _export_adapter(checkpoint, lora, folder, weights, dtype)
-        write_json_in(folder / ABOUT, checkpoint.about(run, weights))
+        write_json_in(folder / ABOUT, checkpoint.about(run, weights) | checkpoint.about_clips())
 
     replace_export(run, output, step, write)
 
@@ -110,13 +110,20 @@ def open_run(run: Path, step: int | None = None) -> SavedRun:
         UserError: If there is no such checkpoint, or it is damaged.
     """
     found = dict(list_checkpoints(run / CHECKPOINTS))
+    if not found and (run / "student").is_dir():
+        raise UserError(
+            f"{run} is finished and has no checkpoint any more, as in a study. Its student's weights are in "
+            f"{run / 'student'}: load them as a transformer; of the tiny preset, `avd evaluate` and `avd compare` take "
+            "the run itself."
+        )
     if not found:
         raise UserError(f"{run} holds no checkpoint yet. Pass the --output folder of an `avd train` run.")
     if step is not None and step not in found:
         raise UserError(f"{run} has no checkpoint of step {step}; there are {sorted(found)}.")
     checkpoint = found[max(found) if step is None else step]
     state = read_state(checkpoint)
-    return SavedRun(checkpoint, state, validate(TrainConfig, state["config"], f"{checkpoint}"))
+    config = {**state["config"], **state.get("local_sources", {})}  # checkpoints from before have none
+    return SavedRun(checkpoint, state, validate(TrainConfig, config, f"{checkpoint}"))
 
 
 class SavedRun(NamedTuple):

@@ -58,6 +58,19 @@ def method_of_run(folder: Path) -> str | None:
     return str(method.get("kind")) if isinstance(method, dict) else None
 
 
+def local_sources(config: TrainConfig) -> dict[str, str]:
+    """By key, the whole paths of a run's models that are files or folders here.
+
+    A run keeps what was asked for; from another folder ``my/teacher`` would look like a name on the hub.
+    """
+    sources = {"teacher": config.teacher, "student_weights": config.student_weights, "codec": config.codec}
+    return {
+        key: str(Path(source).resolve())
+        for key, source in sources.items()
+        if source is not None and Path(source).exists()
+    }
+
+
 def claim_run(folder: Path, config: TrainConfig) -> None:
     """Make the output folder of a run, or check that it holds this run, before any work starts.
 

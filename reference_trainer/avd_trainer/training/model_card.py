@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from avd_trainer.models.codecs.latent_space import LATENT_SPACES, SPATIAL_STRIDE
 from avd_trainer.models.weight_files import is_on_hub
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import SavedRun, Weights
-from avd_trainer.training.folder import EVALUATION
 from avd_trainer.training.sample_clips import frames_per_second
 
 CARD = "README.md"
@@ -30,31 +28,31 @@ _STEP_TO_STEP: Mapping[SamplerKind, str] = {
 }
 
 
-def model_card(saved: SavedRun, run: Path, weights: Weights, name: str, usage: str, *, library: str | None) -> str:
-    """Write it: metadata for the Hub, facts, how to use the files, recipe, measures, licence.
+def model_card(saved: SavedRun, weights: Weights, name: str, usage: str, *, adapters: bool, library: str | None) -> str:
+    """Write it: metadata for the Hub, facts, how to use the files, recipe, licence.
 
     Args:
         saved: The checkpoint that was exported.
-        run: The run's folder.
         weights: Which of its weights.
         name: The title.
         usage: Markdown: how programs use the very files beside the card.
+        adapters: Whether those files are adapters, and not a whole model.
         library: The Hub's name of the library that loads them, if it has one.
     """
     config = saved.config
-    metadata = {key: value for key, value in _metadata(saved, library).items() if value is not None}
-    measures = _measures(run)
+    metadata = {key: value for key, value in _metadata(saved, adapters, library).items() if value is not None}
     recipe = {key: value for key, value in config.model_dump(mode="json").items() if key in _RECIPE}
+    if config.student_weights is not None:
+        recipe["student_weights"] = public_name(config.student_weights)
     parts = [
         f"---\n{to_yaml(metadata)}---",
         f"# {name}",
-        _about(saved, weights),
+        _about(saved, weights, adapters),
         usage.strip(),
         f"## Recipe\n\n```yaml\n{to_yaml(recipe)}```",
-        f"## Measures\n\n{measures}" if measures else "",
         _licence(config),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def clip_size(saved: SavedRun) -> tuple[int, int, int]:
@@ -69,7 +67,7 @@ def public_name(source: str) -> str:
     return source if is_on_hub(source) else Path(source).name
 
 
-def _metadata(saved: SavedRun, library: str | None) -> dict[str, Any]:
+def _metadata(saved: SavedRun, adapters: bool, library: str | None) -> dict[str, Any]:
     teacher = saved.config.teacher
     on_hub = teacher is not None and is_on_hub(teacher)
     image = image_input(saved.architecture) is not None
@@ -79,29 +77,32 @@ def _metadata(saved: SavedRun, library: str | None) -> dict[str, Any]:
         "library_name": library,
         "pipeline_tag": "image-to-video" if image else "text-to-video",
         "base_model": teacher if on_hub else None,
-        "base_model_relation": None if not on_hub else "finetune" if saved.lora is None else "adapter",
-        "tags": ["distillation", "few-step", saved.config.method.kind, *(["lora"] if saved.lora is not None else [])],
+        "base_model_relation": None if not on_hub else "adapter" if adapters else "finetune",
+        "tags": ["distillation", "few-step", saved.config.method.kind, *(["lora"] if adapters else [])],
     }
 
 
-def _about(saved: SavedRun, weights: Weights) -> str:
+def _about(saved: SavedRun, weights: Weights, adapters: bool) -> str:
     config = saved.config
     (method,) = (each for each in list_methods() if each.kind == config.method.kind)
     width, height, frames = clip_size(saved)
     fps = frames_per_second(config.samples, saved.encoding)
     kind = "averaged weights" if weights == "ema" else "last weights"
     step, steps = saved.state["step"], saved.timesteps
+    guided = getattr(config.method, "guidance_scale", 1.0) > 1
+    learned = ". The student has learned the teacher's guided prediction" if guided else ""
     rows = {
         "few steps": f"{len(steps)}, at timesteps {numbers(steps)} of 1000",
         "from step to step": _STEP_TO_STEP[config.sampled_by],
         "timestep shift": "none beside these timesteps",
-        "guidance": "none: scale 1, no negative prompt. The student has learned the teacher's guided prediction",
+        "guidance": f"none: scale 1, no negative prompt{learned}",
         "clips": f"{width} x {height} pixels, {frames} frames, {fps:g} frames per second",
         "latents": LATENT_SPACES[saved.encoding.latent_space],
         "weights": f"{kind} after step {step} of {config.max_steps}",
     }
     if saved.lora is not None:
-        rows["LoRA"] = f"rank {saved.lora.rank}, alpha {saved.lora.alpha:g}"
+        merged = "" if adapters else ", merged into these weights"
+        rows["LoRA"] = f"rank {saved.lora.rank}, alpha {saved.lora.alpha:g}{merged}"
     teacher = public_name(config.teacher or "")
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return (
@@ -113,15 +114,6 @@ def _about(saved: SavedRun, weights: Weights) -> str:
 def numbers(values: list[float], scale: float = 1.0) -> str:
     """Values with commas, as short as they are exact."""
     return ", ".join(f"{scale * value:g}" for value in values)
-
-
-def _measures(run: Path) -> str:
-    try:
-        found = json.loads((run / EVALUATION).read_text())
-    except (OSError, ValueError):
-        return ""
-    rows = [f"| {name} | {value:.4g} |" for name, value in found.items() if isinstance(value, int | float)]
-    return "\n".join(["On held-out clips:", "", "| | |", "|---|---|", *rows]) if rows else ""
 
 
 def _licence(config: TrainConfig) -> str:

@@ -115,9 +115,10 @@ def export_pipeline(
         index = _model_index(parts, architecture, type(scheduler).__name__, interpolator is not None)
         write_json_in(folder / MODEL_INDEX, index)
         write_json_in(folder / ABOUT, checkpoint.about(run, weights) | checkpoint.about_clips())
-        card = model_card(checkpoint, run, weights, title, diffusers_usage(checkpoint), library="diffusers")
-        (folder / CARD).write_text(card, encoding="utf-8")
         missing = tuple(name for name in wanted if name not in parts)
+        usage = diffusers_usage(checkpoint, missing)
+        card = model_card(checkpoint, weights, title, usage, adapters=False, library="diffusers")
+        (folder / CARD).write_text(card, encoding="utf-8")
         return ExportedPipeline(encoding.latent_space, missing, grid_error(scheduler, timesteps))
 
     return replace_export(run, output, step, write)

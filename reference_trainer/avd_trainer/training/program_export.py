@@ -126,7 +126,8 @@ def export_for_program(
         base = {"base": _found_again([saved.config.teacher])[0]} if alone and saved.config.teacher is not None else {}
         write_json_in(folder / ABOUT, saved.about(run, weights) | saved.about_clips() | lacking | base)
         usage = reader.usage(saved, Written(name, file, alone))
-        (folder / CARD).write_text(model_card(saved, run, weights, name, usage, library=None), encoding="utf-8")
+        card = model_card(saved, weights, name, usage, adapters=alone, library=None)
+        (folder / CARD).write_text(card, encoding="utf-8")
 
     replace_export(run, output, step, write)
 

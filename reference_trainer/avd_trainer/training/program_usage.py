@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,26 +29,42 @@ class Written(NamedTuple):
     adapters: bool
 
 
-def diffusers_usage(saved: SavedRun) -> str:
-    """Of a whole pipeline."""
+def diffusers_usage(saved: SavedRun, missing: Collection[str]) -> str:
+    """Of a whole pipeline, or of one without the parts in ``missing``."""
     width, height, frames = clip_size(saved)
     image = image_input(saved.architecture) is not None
+    sample = f'`avd sample FOLDER --prompt "..."{" --image FILE" if image else ""} --output clip.mp4`'
+    if saved.encoding.latent_space != "wan":
+        return f"""
+## Clips
+
+{sample}. Its text encoder and codec are in `avd-core[trainer]`, and diffusers has no such parts.
+"""
+    if missing:
+        return f"""
+## Clips
+
+This folder lacks {", ".join(missing)}, which clips need. Whoever has the run exports it again, with a Wan pipeline in
+diffusers' layout: `avd export RUN --output FOLDER --pipeline SOURCE`. Then: {sample}.
+"""
     size = f"height={height}, width={width}, num_frames={frames}, num_inference_steps={len(saved.timesteps)}"
+    load_image = "from diffusers.utils import load_image\n" if image else ""
+    open_image = 'image = load_image("FILE")\n' if image else ""
     return f"""
 ## In diffusers
 
 ```python
 import torch
 from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("FOLDER", dtype=torch.bfloat16).to("cuda")
-torch.manual_seed(0)
+{load_image}
+pipeline = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.bfloat16).to("cuda")
+{open_image}torch.manual_seed(0)
 frames = pipeline({"image=image, " if image else ""}prompt="...", {size}, guidance_scale=1.0).frames[0]
 ```
 
 The scheduler of the folder is as close to the student's timesteps as one of diffusers' own can be. The exact ones, with
 `avd-core` installed: `pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)`, of
-`avd_integrations.diffusers`. And `avd sample FOLDER --prompt "..."{" --image FILE" if image else ""} -o clip.mp4`.
+`avd_integrations.diffusers`. And {sample}.
 """
 
 
@@ -60,32 +77,41 @@ def comfyui_usage(saved: SavedRun, written: Written) -> str:
     folder = "loras" if adapters else "diffusion_models"
     base = public_name(saved.config.teacher or "")
     load = (
-        f"*Load Diffusion Model* with the model that the LoRA was trained on (`{base}`, in ComfyUI's files), then "
-        f"*LoraLoaderModelOnly* with `{file}`, `strength_model` 1.0"
+        f"*Load Diffusion Model* (`UNETLoader`) with the model that the LoRA was trained on (`{base}`, in ComfyUI's "
+        f"files), then `LoraLoaderModelOnly` with `{file}`, `strength_model` 1.0"
         if adapters
-        else f"*Load Diffusion Model* with `{file}`, `weight_dtype` default"
+        else f"*Load Diffusion Model* (`UNETLoader`) with `{file}`, `weight_dtype` default"
     )
     latents = (
-        f"*WanImageToVideo* (with *CLIP Vision Encode* of the image where the model reads one) of {width} x {height}, "
-        f"length {frames}; positive, negative and latent come from it"
+        "*WanImageToVideo* (`WanImageToVideo`), with *CLIP Vision Encode* (`CLIPVisionEncode`) of the image where the "
+        f"model reads one, of {width} x {height}, length {frames}; positive, negative and latent come from it"
         if image
-        else f"*EmptyHunyuanLatentVideo* of {width} x {height}, length {frames}"
+        else f"*Empty HunyuanVideo 1.0 Latent* (`EmptyHunyuanLatentVideo`) of {width} x {height}, length {frames}"
     )
     sampler = {"re-noise": "lcm", "ode": "euler"}[saved.config.sampled_by]
     off = f"timesteps are off by up to {error:.0f} of 1000" if error >= 0.5 else "the timesteps are the student's"
+    first = saved.timesteps[0]
+    weaker = (
+        ""
+        if first == 1000
+        else f"\nThe student's first step is at {first:g} and takes noise of full strength. ComfyUI multiplies "
+        f"the noise by\n{first / 1000:g} there, so clips differ from those of `avd sample`.\n"
+    )
     text = f"""
 ## In ComfyUI
 
 Copy `{file}` to `ComfyUI/models/{folder}/`. Text encoder (umt5_xxl), VAE (wan_2.1_vae) and, for image to video, CLIP
-vision (clip_vision_h) are those of Wan2.1. Then connect:
+vision (clip_vision_h) are those of Wan2.1. Then connect these nodes, found in the menu by title or, in brackets, id:
 
 1. {load}.
-2. *CLIP Text Encode* of the prompt as positive; the same node as negative, which is not used at cfg 1.
+2. *CLIP Text Encode (Prompt)* (`CLIPTextEncode`) of the prompt as positive; the same node as negative, which is not
+   used at cfg 1.
 3. {latents}.
-4. *SamplerCustom*: `add_noise` on, `cfg` 1.0, with *KSamplerSelect* `{sampler}` and *ManualSigmas*
-   `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
-
-With *KSampler* in place of step 4: *ModelSamplingSD3* with `shift` {shift:g} behind the model, then `steps` {steps},
+4. `SamplerCustom`: `add_noise` on, `cfg` 1.0, with `KSamplerSelect` `{sampler}` and `ManualSigmas` (in
+   `_for_testing/custom_sampling`) `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
+5. *VAE Decode* (`VAEDecode`) of its output, with the VAE.
+{weaker}
+With *KSampler* in place of step 4: `ModelSamplingSD3` with `shift` {shift:g} behind the model, then `steps` {steps},
 `cfg` 1.0, `sampler_name` {sampler}, `scheduler` simple, `denoise` 1.0: {off}.
 """
     return text + (_lora_elsewhere(file) if adapters else "")
@@ -97,8 +123,8 @@ def lightx2v_usage(saved: SavedRun, written: Written) -> str:
     task = "t2v" if image_input(saved.architecture) is None else "i2v --image_path IMAGE"
     base = public_name(saved.config.teacher or "")
     place = (
-        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Write the full path of `{file}` "
-        f"into `lora_configs` of `{LIGHTX2V}`."
+        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Run the command inside this folder, "
+        f"with LightX2V's in PYTHONPATH: `{LIGHTX2V}` names `{file}` without a path."
         if adapters
         else f"Put `{Path(file).parent}/` into a folder MODEL with the original model (`{base}` in the layout of "
         "Wan2.1's first release), whose `config.json`, text encoder and VAE are read."
@@ -135,7 +161,7 @@ def wan_usage(saved: SavedRun, written: Written) -> str:
     images = ", `clip_fea` and `y` are the image's" if image else ""
     following = {
         "re-noise": """x_0 = x - now / 1000 * velocity
-    x = (1 - following / 1000) * x_0 + following / 1000 * torch.randn_like(x_0)""",
+        x = (1 - following / 1000) * x_0 + following / 1000 * torch.randn_like(x_0)""",
         "ode": "x = x + (following - now) / 1000 * velocity",
     }[saved.config.sampled_by]
     return f"""
@@ -151,10 +177,11 @@ from wan.modules.model import WanModel
 model = WanModel.from_pretrained("{written.name}").eval().to("cuda")
 timesteps = [{numbers(saved.timesteps)}, 0]
 x = torch.randn({", ".join(map(str, saved.state["latent_shape"]))}, device="cuda")
-for now, following in zip(timesteps, timesteps[1:]):
-    t = torch.tensor([now], device="cuda")
-    velocity = model([x], t=t, context=context, seq_len=x[0].numel() // 4{given})[0]
-    {following}
+with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+    for now, following in zip(timesteps, timesteps[1:]):
+        t = torch.tensor([now], device="cuda")
+        velocity = model([x], t=t, context=context, seq_len=x[0].numel() // 4{given})[0]
+        {following}
 ```
 
 `WanVAE.decode([x])` makes the clip of it.

@@ -23,7 +23,7 @@ from avd_trainer.runtime.terminal import say
 from avd_trainer.training.checkpoint import Checkpoints, list_checkpoints, read_state, read_tensors
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import export_product
-from avd_trainer.training.folder import CHECKPOINTS, CONFIG, EVALUATION, LOCK, TRAIN, claim_run, locked
+from avd_trainer.training.folder import CHECKPOINTS, CONFIG, EVALUATION, LOCK, TRAIN, claim_run, local_sources, locked
 from avd_trainer.training.metrics_log import MetricsLog
 from avd_trainer.training.sample_clips import SampleWriter
 from avd_trainer.training.trainer import Trainer
@@ -164,6 +164,7 @@ class _Run:
             "ranks": ranks.size,
             "device": ranks.device.type,
             "config": self.config.model_dump(mode="json"),
+            "local_sources": local_sources(self.config),
             "architecture": self.architecture,
             "latent_shape": trainer.latent_shape,
             "encoding": self.encoding._asdict(),

@@ -1,6 +1,7 @@
 """Students that are there already: measured as a study measures its own, and shown side by side."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,9 @@ from avd_trainer.commands.app import app
 from avd_trainer.commands.compare import _common_shape, titles_of
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
-from avd_trainer.inference.students import Student, open_student_or_run
-from avd_trainer.models.weights import open_weights
+from avd_trainer.inference.students import open_student_or_run
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json
+from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_study
 from avd_trainer.studies.students import evaluate_students
@@ -131,36 +131,49 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
         assert figure.width > 1000
 
 
+def test_measures_of_the_same_student_twice_or_in_a_students_folder_are_refused(folders: Path, tmp_path: Path) -> None:
+    average = folders / "average"
+    for arguments, message in (
+        ([average, folders / "run" / ".." / "average", "--output", tmp_path / "out"], "is given twice. Pass each"),
+        ([average, "--output", average], "holds an export or a run"),
+        ([average, "--output", folders / "run"], "holds an export or a run"),
+    ):
+        status, printed = command("evaluate", *arguments, "--captions", 2, "--noises", 1)
+        assert status == 2
+        assert message in printed.replace("│ ", "")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_student_has_the_values_that_its_study_gives_it(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "small"))
     unit = Unit("dmd", 1)
     with join_ranks() as ranks:
         place = Workplace(study, tmp_path / "work", ranks)
         expected = place.do(unit)["noises"]
-        student = student_of(place.run_folder(unit) / "student")
+        student = open_student_or_run(place.run_folder(unit))  # its checkpoints are gone
         evaluated = evaluate_students({"dmd": student}, study.config.evaluation, seed=1, device=CPU)
     found = evaluated.results["variants"]["dmd"]["seeds"]
     for noise, values in enumerate(expected):
         assert found[str(noise)]["values"] == pytest.approx(values, rel=1e-4, abs=1e-5)
 
 
-def student_of(folder: Path) -> Student:
-    """Of the small study, whose runs leave no checkpoint that would say all this."""
-    with open_weights(str(folder)) as weights:
-        architecture = weights.config
-    return Student(
-        folder,
-        str(folder),
-        None,
-        "",
-        (1000.0, 500.0),
-        "re-noise",
-        "block-dct-4",
-        (16, 5, 8, 8),
-        16.0,
-        architecture,
-        None,
-    )
+def test_a_run_without_checkpoints_is_opened_by_its_student_and_not_called_unfinished(
+    folders: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folders / "run", run)
+    expected = open_student_or_run(run)
+    shutil.rmtree(run / "checkpoints")
+    found = open_student_or_run(run)
+    assert found.architecture.items() >= {"num_layers": expected.architecture["num_layers"]}.items()
+    assert found._replace(architecture={}) == expected._replace(architecture={})
+    status, printed = command("export", run, "--output", tmp_path / "out")
+    assert status == 2
+    assert "is finished and has no checkpoint any more" in printed.replace("│ ", "")
+    about = run / "student" / "export.json"
+    write_json(about, {key: value for key, value in read_json(about).items() if key != "timesteps"})
+    with pytest.raises(UserError, match="it is of a run by an earlier version"):
+        open_student_or_run(run)
 
 
 def test_students_of_wan_have_no_ground_truth(folders: Path) -> None:

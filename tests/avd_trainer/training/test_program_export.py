@@ -2,8 +2,12 @@
 
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,8 +30,11 @@ from avd_trainer.models.transformer import VelocityModel
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.training import model_card
+from avd_trainer.training.export import open_run
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.program_export import ProgramName, export_for_program
+from avd_trainer.training.program_usage import Written, comfyui_usage, diffusers_usage
 from avd_trainer.training.run import train
 from runs import LATENT_SHAPE, both, exported, in_memory, model_inputs, tiny_config
 
@@ -200,9 +207,7 @@ def card(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wan: Path, tmp_path: Path) -> None:
-    (runs / "full" / "evaluation.json").write_text(json.dumps({"flow": 0.25}))
     export_for_program(runs / "full", tmp_path / "my-student", "comfyui")
-    (runs / "full" / "evaluation.json").unlink()
     metadata, text = card(tmp_path / "my-student")
     assert metadata == {
         "license": "other", "license_name": "to-be-stated", "pipeline_tag": "text-to-video",
@@ -216,16 +221,19 @@ def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wa
         "| clips | 32 x 32 pixels, 9 frames, 16 frames per second |",
         "| weights | averaged weights after step 2 of 2 |",
         "Copy `my-student.safetensors` to `ComfyUI/models/diffusion_models/`",
-        "*ManualSigmas*\n   `1, 0.9, 0.757, 0.522, 0`",
+        "`ManualSigmas` (in\n   `_for_testing/custom_sampling`) `1, 0.9, 0.757, 0.522, 0`",
         "`shift` 3.2 behind the model, then `steps` 4",
         "off by up to 6 of 1000",
+        "*Empty HunyuanVideo 1.0 Latent* (`EmptyHunyuanLatentVideo`) of 32 x 32, length 9",
+        "*CLIP Text Encode (Prompt)* (`CLIPTextEncode`)",
+        "5. *VAE Decode* (`VAEDecode`)",
         "few_steps:\n  - 1000.0",
-        "| flow | 0.25 |",
         "the teacher, `Tiny-Wan`, and the data, `my-clips`.",
     ):
         assert expected in text
     assert str(runs) not in text
     assert str(wan.parent) not in text
+    assert "noise of full strength" not in text
 
 
 def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
@@ -234,9 +242,9 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     assert metadata["tags"][-1] == "lora"
     assert "| LoRA | rank 2, alpha 6 |" in text
     assert "| weights | last weights after step 2 of 2 |" in text
-    assert "Write the full path of `out-lora.safetensors` into `lora_configs` of `lightx2v.json`" in text
+    assert "Run the command inside this folder" in text
+    assert "in PYTHONPATH: `lightx2v.json` names `out-lora.safetensors` without a path" in text
     assert 'pipeline.load_lora_weights(FOLDER, weight_name="out-lora.safetensors")' in text
-    assert "## Measures" not in text
     config = read_json(tmp_path / "out" / "lightx2v.json")
     assert config["denoising_step_list"] == [1000, 900, 757, 522]
     assert (config["sample_shift"], config["enable_cfg"], config["infer_steps"]) == (1, False, 4)
@@ -252,11 +260,122 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
 
 
+def test_merged_adapters_are_a_whole_model_to_the_hub(
+    runs: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_card, "is_on_hub", lambda source: source == str(wan))
+    for merge, relation in ((True, "finetune"), (False, "adapter")):
+        export_for_program(runs / "lora", tmp_path / "out", "comfyui", merge=merge)
+        metadata, text = card(tmp_path / "out")
+        assert metadata["base_model_relation"] == relation
+        assert ("lora" in metadata["tags"]) is not merge
+        assert ("| LoRA | rank 2, alpha 6, merged into these weights |" in text) is merge
+
+
+def test_the_card_claims_guidance_only_where_there_was_some_and_names_the_first_weights(runs: Path) -> None:
+    saved = open_run(runs / "full")
+    text = model_card.model_card(saved, "ema", "out", "", adapters=False, library=None)
+    assert "The student has learned the teacher's guided prediction" in text
+    assert "student_weights" not in text
+    others = tiny_config("bundled:tiny", "regression", student_weights="/home/me/first/student")
+    text = model_card.model_card(saved._replace(config=others), "ema", "out", "", adapters=False, library=None)
+    assert "| guidance | none: scale 1, no negative prompt |" in text
+    assert "student_weights: student\n" in text
+
+
+def test_a_grid_that_begins_below_1000_is_mentioned_for_comfyui(runs: Path) -> None:
+    saved = open_run(runs / "full")
+    method = saved.config.method.model_copy(update={"few_steps": (950.0, 500.0)})
+    saved = saved._replace(config=saved.config.model_copy(update={"method": method}))
+    usage = comfyui_usage(saved, Written("out", "out.safetensors", False))
+    assert "first step is at 950 and takes noise of full strength. ComfyUI multiplies the noise by\n0.95 there" in usage
+
+
+@pytest.mark.parametrize(
+    ("space", "missing", "expected"),
+    [
+        ("block-dct-4", (), "--output clip.mp4`. Its text encoder and codec are in `avd-core[trainer]`"),
+        ("wan", ("vae",), "This folder lacks vae, which clips need"),
+    ],
+)
+def test_a_pipeline_that_diffusers_cannot_run_is_not_said_to(
+    runs: Path, space: str, missing: tuple[str, ...], expected: str
+) -> None:
+    saved = open_run(runs / "full")
+    saved.state["encoding"] = {**saved.state["encoding"], "latent_space": space}
+    usage = diffusers_usage(saved, missing)
+    assert expected in usage
+    assert 'avd sample FOLDER --prompt "..." --output clip.mp4' in usage
+    assert "from_pretrained" not in usage
+
+
+def test_the_snippet_of_image_to_video_defines_its_image(runs: Path) -> None:
+    saved = open_run(runs / "full")
+    assert "load_image" not in diffusers_usage(saved, ())
+    saved.state["architecture"] = {**saved.architecture, "in_channels": 36}
+    usage = diffusers_usage(saved, ())
+    (code,) = re.findall(r"```python\n(.*?)```", usage, re.DOTALL)
+    assert code.index("import load_image") < code.index('image = load_image("FILE")') < code.index("(image=image")
+    compile(code, "card", "exec")
+    assert "torch_dtype=torch.bfloat16" in code
+
+
+def test_a_local_teacher_is_no_name_on_the_hub_from_another_folder(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(wan.parents[1])
+    teacher = str(wan.relative_to(wan.parents[1]))  # in the form of a name on the hub
+    latents = torch.randn(2, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    config = tiny_config(
+        teacher, "regression", data={"kind": "shards", "path": "my-clips"}, max_steps=1, logging={"tensorboard": False}
+    )
+    data = both(in_memory(CaptionedLatents(latents, ["one", "two"]), HashTextEmbedding(4, TEXT_DIM)))
+    with join_ranks() as ranks:
+        train(config, tmp_path / "run", ranks, data=data)
+    monkeypatch.chdir(tmp_path)
+    export_for_program(tmp_path / "run", tmp_path / "out", "comfyui")
+    metadata, text = card(tmp_path / "out")
+    assert "base_model" not in metadata
+    assert "A student of `Tiny-Wan`" in text
+    assert read_json(tmp_path / "out" / "export.json")["pipelines"] == [str(wan)]
+
+
+def test_the_loop_for_wans_code_keeps_no_graph_and_computes_in_bfloat16(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_for_program(runs / "full", tmp_path / "student", "wan")
+    (loop,) = re.findall(r"```python\n(.*?)```", card(tmp_path / "student")[1], re.DOTALL)
+    asked: list[tuple[object, ...]] = []
+
+    class WanModel(torch.nn.Linear):
+        @classmethod
+        def from_pretrained(cls, _: str) -> "WanModel":
+            return cls(4, 4)
+
+        def forward(self, x: list[Tensor], t: Tensor, context: list[Tensor], seq_len: int) -> list[Tensor]:
+            asked.append((t.item(), seq_len))
+            return [super().forward(x[0])]
+
+    def autocast(*arguments: object) -> nullcontext[None]:
+        asked.append(arguments)
+        return nullcontext()
+
+    monkeypatch.setitem(sys.modules, "wan", ModuleType("wan"))
+    monkeypatch.setitem(sys.modules, "wan.modules", ModuleType("wan.modules"))
+    monkeypatch.setitem(sys.modules, "wan.modules.model", model := ModuleType("wan.modules.model"))
+    model.WanModel = WanModel  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch, "autocast", autocast)
+    names: dict[str, Any] = {"context": []}
+    exec(loop.replace(', device="cuda"', "").replace('.to("cuda")', ""), names)
+    assert asked == [("cuda", torch.bfloat16), *((timestep, 12) for timestep in (1000, 900, 757, 522))]
+    assert not names["x"].requires_grad
+
+
 def test_a_student_that_follows_its_velocity_is_sampled_so_everywhere(
     runs: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DMDMethodConfig, "sampled_by", "ode")  # as of pcm and dcm
-    for program, said in (("comfyui", "*KSamplerSelect* `euler`"), ("wan", "x = x + (following - now)")):
+    for program, said in (("comfyui", "`KSamplerSelect` `euler`"), ("wan", "x = x + (following - now)")):
         export_for_program(runs / "full", tmp_path / program, program)
         text = card(tmp_path / program)[1]
         assert said in text

@@ -76,7 +76,7 @@ def check_velocity(patcher: ModelPatcher, name: str) -> None:
 @torch.no_grad()
 def check_clip(patcher: ModelPatcher, name: str) -> None:
     """*SamplerCustom* with the card's sigmas, and the noise that our sampler had."""
-    (listed,) = re.findall(r"\*ManualSigmas\*\s+`([^`]+)`", card)
+    (listed,) = re.findall(r"`ManualSigmas` \(in\s+`[^`]+`\)\s+`([^`]+)`", card)
     (sigmas,) = ManualSigmas.execute(listed).result
     first, *others = inputs["noise"]
     sampler = comfy.samplers.ksampler("lcm", {"noise_sampler": lambda sigma, following: others.pop(0)})
@@ -108,7 +108,7 @@ assert not complaints(), complaints()
 comfy.sd.load_lora_for_models(base, None, {"diffusion_model.blocks.9.self_attn.q.lora_A.weight": torch.ones(1)}, 1.0, 0)
 assert complaints() == ["lora key not loaded: diffusion_model.blocks.9.self_attn.q.lora_A.weight"]
 
-(shift,) = re.findall(r"\*ModelSamplingSD3\* with `shift` ([\d.]+)", card)
+(shift,) = re.findall(r"`ModelSamplingSD3` with `shift` ([\d.]+)", card)
 (shifted,) = ModelSamplingSD3().patch(patcher, float(shift))
 sampling = shifted.get_model_object("model_sampling")
 simple = comfy.samplers.calculate_sigmas(sampling, "simple", 4)
