@@ -146,7 +146,8 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
     """
     from avd_trainer.data.shard_writing import expect_no_shards
 
-    expect_no_shards(output)
+    for folder in (output, *(path for path in output.glob("*") if path.is_dir())):  # clips of each size have their own
+        expect_no_shards(folder)
     with Journal(prepared, write=False):
         pass  # says what to do if there is none, and makes none
     recipe = load_recipe(prepared / RECIPE, overrides)

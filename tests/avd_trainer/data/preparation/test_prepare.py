@@ -326,6 +326,17 @@ def test_selecting_again_needs_no_videos_for_clips_that_were_kept_before(toy: To
 
 
 @pytest.mark.usefixtures("by_name")
+def test_selecting_again_into_shards_of_several_sizes_is_refused_before_any_work(toy: ToyRun) -> None:
+    toy.add("a.mp4", "wide.mp4")
+    toy.prepare()
+    assert set(select(toy).data) == {toy.output.with_name("again") / size for size in ("8x16", "8x8")}
+    toy.begun()
+    with pytest.raises(UserError, match=r"8x\d+ holds shards already"):
+        select(toy, "contrast.gain=2.0")
+    assert toy.begun() == {}
+
+
+@pytest.mark.usefixtures("by_name")
 def test_clips_that_are_newly_kept_and_whose_videos_are_gone_are_left_out(
     toy: ToyRun, caplog: pytest.LogCaptureFixture
 ) -> None:
