@@ -204,12 +204,28 @@ def test_arrays_are_on_the_disk_before_the_journal_says_so(toy: ToyRun, monkeypa
     assert isinstance(told[found].outcome, Done)  # type: ignore[attr-defined]
 
 
-def test_files_that_are_gone_give_no_clips(toy: ToyRun) -> None:
+def test_files_that_are_gone_give_no_clips_and_are_counted(toy: ToyRun, caplog: pytest.LogCaptureFixture) -> None:
     toy.add("a.mp4", "b.mp4")
     toy.prepare()
+    assert "no longer" not in caplog.text
     (toy.videos / "a.mp4").unlink()
     done = toy.prepare()
     assert {clip.path for clip in done.selection.kept} == {"b.mp4"}
+    assert f"1 files that were prepared before are no longer in {toy.videos} (a.mp4)" in caplog.text
+
+
+def test_other_videos_do_not_replace_what_a_folder_holds(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    toy.prepare()
+    before = files_of(toy.output / "data")
+    other = toy._replace(videos=toy.videos.with_name("other"))
+    other.add("b.mp4")
+    with pytest.raises(
+        UserError, match=r"was prepared from .*, not from .*other.*Choose another --output; if .* moved"
+    ):
+        other.prepare()
+    assert files_of(toy.output / "data") == before
+    assert toy._replace(videos=other.videos / ".." / toy.videos.name).prepare().unchanged
 
 
 def test_arrays_that_are_gone_are_made_again(toy: ToyRun) -> None:
