@@ -23,6 +23,8 @@ from avd_trainer.runtime.files import write_json
 
 WORK = f"encoding{UNFINISHED}"
 """Folder within that of the data set, with what is done already; removed when the shards are there."""
+REMOVED = "encoding.removed"
+"""The name under which it is removed: whatever a kill leaves of it is never taken for what can be gone on with."""
 LEFT_OUT = "left_out.json"
 """Beside the shards: every file and clip that was left out, with its reason."""
 DETAIL = 0.4
@@ -99,7 +101,8 @@ def encode_videos(videos: Path, output: Path, recipe: Recipe, workers: Workers) 
             the model cannot be loaded.
         StoppedError: On Ctrl-C.
     """
-    work = output / WORK
+    work, removed = output / WORK, output / REMOVED
+    shutil.rmtree(removed, ignore_errors=True)
     if not _is_moving(output, recipe):
         expect_no_shards(output)
         _fetch_weights(recipe)
@@ -112,14 +115,17 @@ def encode_videos(videos: Path, output: Path, recipe: Recipe, workers: Workers) 
         for path in sorted((work / DATA).iterdir()):
             if path.suffix == ".parquet" or path.name == UNCONDITIONAL:
                 path.replace(output / path.name)
-        shutil.rmtree(work)
+        work.replace(removed)
+        shutil.rmtree(removed)
     return Prepared(selection, summary, {output: summary.kept})
 
 
 def _is_moving(output: Path, recipe: Recipe) -> bool:
     """Whether an earlier call with this recipe had written all shards, and was killed while it moved them."""
-    whole = output / WORK / DATA / RECIPE
-    return any(output.glob("*.parquet")) and whole.is_file() and whole.read_text(encoding="utf-8") == recipe.to_yaml()
+    whole, journal = output / WORK / DATA / RECIPE, Journal(output / WORK).path
+    # Without the journal nobody knows what was left out, and an empty one would say that nothing was.
+    there = any(output.glob("*.parquet")) and whole.is_file() and journal.is_file()
+    return there and whole.read_text(encoding="utf-8") == recipe.to_yaml()
 
 
 def _fetch_weights(recipe: Recipe) -> None:

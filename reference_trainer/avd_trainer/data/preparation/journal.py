@@ -35,6 +35,12 @@ CREATE TABLE IF NOT EXISTS parts (
     name TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
+_TAKE_OVER = """
+INSERT INTO main.outcomes SELECT * FROM part.outcomes WHERE true
+ON CONFLICT DO UPDATE SET outcome = excluded.outcome, seconds = excluded.seconds
+WHERE outcome NOT LIKE '{"values":%' AND excluded.outcome LIKE '{"values":%'
+"""
+"""What a part found, beside what is there: what a stage has done, wherever, is in place of its failures."""
 
 
 class FileState(NamedTuple):
@@ -218,7 +224,7 @@ class Journal:
                         raise sqlite3.DatabaseError(found)
                 with self._readable_errors(), self.transaction():
                     self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
-                    self._database.execute("INSERT OR IGNORE INTO main.outcomes SELECT * FROM part.outcomes")
+                    self._database.execute(_TAKE_OVER)
                     self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from avd_trainer.data.preparation.local_engine import LocalEngine, cores
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.schedule import Schedule, list_videos, part_of, sample_of
 from avd_trainer.data.preparation.selection import Selection, select
-from avd_trainer.data.preparation.summary import Advice, Summary, summarise
+from avd_trainer.data.preparation.summary import Advice, Summary, list_names, summarise
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json, write_text
 from avd_trainer.runtime.progress import ProgressBar
+
+logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.yaml"
 SOURCE = "prepared.json"
@@ -111,10 +114,11 @@ def prepare(
     paths = paths if sample is None else sample_of(paths, sample)
     _expect_all_at_hand(recipe, survivors=part is None)
     with Journal(output, part) as journal:
+        _expect_same_videos(videos, output)
         write_text(output / RECIPE, recipe.to_yaml())
         write_json(output / SOURCE, {"videos": str(videos.absolute())})
         if sample is None:
-            _forget_others(journal, paths)
+            _forget_others(journal, paths, videos)
         work = _Work(journal, recipe, videos, paths, workers, look=True, retry=retry, tried=set())
         _score(work)
         selection = _finish(work) if part is None else select(journal, recipe, finished=False)
@@ -146,7 +150,8 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
     """
     from avd_trainer.data.shard_writing import expect_no_shards
 
-    expect_no_shards(output)
+    for folder in (output, *(path for path in output.glob("*") if path.is_dir())):  # clips of each size have their own
+        expect_no_shards(folder)
     with Journal(prepared, write=False):
         pass  # says what to do if there is none, and makes none
     recipe = load_recipe(prepared / RECIPE, overrides)
@@ -268,11 +273,31 @@ def _expect_all_at_hand(recipe: Recipe, *, survivors: bool) -> None:
         expect_encodable(recipe)
 
 
-def _forget_others(journal: Journal, paths: Sequence[str]) -> None:
+def _expect_same_videos(videos: Path, output: Path) -> None:
+    """See that a folder is not filled from other videos, which would replace what it holds."""
+    if not (output / SOURCE).is_file():
+        return
+    before = Path(read_json(output / SOURCE)["videos"])
+    if before.resolve() != videos.resolve():
+        raise UserError(
+            f"{output} was prepared from {before}, not from {videos}, whose clips would replace those that it holds. "
+            f"Choose another --output; if the videos were moved, write their new folder into {output / SOURCE}."
+        )
+
+
+def _forget_others(journal: Journal, paths: Sequence[str], videos: Path) -> None:
     """Files that are no longer there; what was found in them stays, by their bytes."""
     there = set(paths)
-    for gone in [file.path for file in journal.files() if file.path not in there]:
-        journal.remove_file(gone)
+    gone = [file.path for file in journal.files() if file.path not in there]
+    for path in gone:
+        journal.remove_file(path)
+    if gone:
+        logger.warning(
+            "%d files that were prepared before are no longer in %s (%s): their clips are left out.",
+            len(gone),
+            videos,
+            list_names(tuple(gone)),
+        )
 
 
 def _forecast(journal: Journal, recipe: Recipe, videos: Path, paths: Sequence[str], every: Sequence[str]) -> Forecast:

@@ -44,10 +44,12 @@ class Dropped(NamedTuple):
     Attributes:
         stage: That decided, or failed.
         reason: In words.
+        scored: Whether its score decided; if not, it failed.
     """
 
     stage: str
     reason: str
+    scored: bool = False
 
 
 class Step(NamedTuple):
@@ -164,7 +166,7 @@ def _decide(journal: Journal, chosen: Chosen, clips: Mapping[str, Clip]) -> dict
         elif score is not None:
             scores[clip.id] = outcome.values[score.key]
     rejected = chosen.settings.reject(scores) if score is not None else {}
-    return dropped | {clip: Dropped(name, reason) for clip, reason in rejected.items()}
+    return dropped | {clip: Dropped(name, reason, scored=True) for clip, reason in rejected.items()}
 
 
 def _outcomes(journal: Journal, chosen: Chosen) -> Iterator[tuple[str, Outcome]]:

@@ -17,7 +17,7 @@ from avd_trainer.runtime.errors import UserError
 MOST_NAMES = 3
 """Names that stand beside a reason; the rest is counted."""
 _PARTICULARS = re.compile(r"\s*\([^()]*\)")
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?!\w)")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
 
 
 class LeftOut(NamedTuple):
@@ -25,7 +25,7 @@ class LeftOut(NamedTuple):
 
     Attributes:
         stage: That decided, or failed.
-        reason: In words, without what differs among them; numbers that do are given as a range.
+        reason: In words, without what differs among them in brackets; numbers that do are given as a range.
         names: Of all of them, in order.
     """
 
@@ -124,13 +124,14 @@ def summarise(journal: Journal, recipe: Recipe, selection: Selection, videos: Pa
         selection: Made of them.
         videos: Folder of the files, whose captions are counted.
     """
+    meanings = {name: chosen.stage.score.meaning for name, chosen in recipe.stages.items() if chosen.stage.score}
     dropped = [(_place(selection.clips[id_]), why) for id_, why in selection.dropped.items()]
     return Summary(
         files=selection.files,
         clips=len(selection.clips),
         kept=len(selection.kept),
-        without_clips=_group((path, why) for path, why in selection.dropped_files.items()),
-        dropped=tuple(_with_meaning(group, recipe) for group in _group(dropped)),
+        without_clips=_group(selection.dropped_files.items(), meanings),
+        dropped=_group(dropped, meanings),
         shorter=_shorter(journal, recipe, [path for path, why in selection.dropped_files.items() if why.stage == SPAN]),
         captions=_captions(recipe, selection, videos),
     )
@@ -160,21 +161,26 @@ def _place(clip: Clip) -> str:
     return f"{clip.path} at {clip.span.start / 1000:g} s"
 
 
-def _group(left_out: Iterable[tuple[str, Dropped]]) -> tuple[LeftOut, ...]:
-    """By reason, the most frequent first. Reasons that differ in numbers, or in what stands in brackets, are one."""
-    groups: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for name, (stage, reason) in left_out:
-        plain = _PARTICULARS.sub("", reason)
-        groups.setdefault((stage, _NUMBER.sub("#", plain)), []).append((name, plain))
-    found = [
-        LeftOut(stage, _common([reason for _, reason in members]), tuple(sorted(name for name, _ in members)))
-        for (stage, _), members in groups.items()
-    ]
+def _group(left_out: Iterable[tuple[str, Dropped]], meanings: Mapping[str, str]) -> tuple[LeftOut, ...]:
+    """By reason, the most frequent first. Reasons that differ in numbers, or in what stands in brackets, are one.
+    Beside the numbers of a score stands its meaning, by stage."""
+    groups: dict[tuple[str, bool, str], list[tuple[str, str]]] = {}
+    for name, (stage, reason, scored) in left_out:
+        kind = _NUMBER.sub("#", _PARTICULARS.sub("", reason))
+        groups.setdefault((stage, scored, kind), []).append((name, reason))
+    found = []
+    for (stage, scored, _), members in groups.items():
+        meaning = f" ({meanings[stage]})" if scored else ""
+        reason = _common([reason for _, reason in members]) + meaning
+        found.append(LeftOut(stage, reason, tuple(sorted(name for name, _ in members))))
     return tuple(sorted(found, key=lambda group: (-len(group.names), group.stage, group.reason)))
 
 
 def _common(reasons: list[str]) -> str:
-    """One sentence for several that differ in numbers alone."""
+    """One sentence for several that differ in numbers, or in what stands in brackets, alone."""
+    if len(set(reasons)) == 1:
+        return reasons[0]
+    reasons = [_PARTICULARS.sub("", reason) for reason in reasons]
     columns = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
     ranges = iter([(min(column, key=float), max(column, key=float)) for column in columns])
 
@@ -183,14 +189,6 @@ def _common(reasons: list[str]) -> str:
         return low if float(low) == float(high) else f"{low} to {high}"
 
     return _NUMBER.sub(fill, reasons[0])
-
-
-def _with_meaning(group: LeftOut, recipe: Recipe) -> LeftOut:
-    """A score's name beside its numbers."""
-    chosen = recipe.stages.get(group.stage)
-    if chosen is None or chosen.stage.score is None:
-        return group
-    return group._replace(reason=f"{group.reason} ({chosen.stage.score.meaning})")
 
 
 def _shorter(journal: Journal, recipe: Recipe, short: list[str]) -> ShorterLength | None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from avd_trainer.data.encode import ClipFormat
 from avd_trainer.data.encoders import load_text_encoder
 from avd_trainer.data.inspection import inspect
-from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, WORK, encode_recipe, encode_videos
-from avd_trainer.data.preparation.prepare import Prepared, Workers
-from avd_trainer.data.preparation.stage import ClipSettings, Failed, Row
+from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, REMOVED, WORK, encode_recipe, encode_videos
+from avd_trainer.data.preparation.journal import Journal
+from avd_trainer.data.preparation.prepare import DATA, RECIPE, Prepared, Workers
+from avd_trainer.data.preparation.stage import ClipSettings, Failed, Frames, Outcome, Row
 from avd_trainer.data.preparation.stages.latents import Latents
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
@@ -235,19 +236,21 @@ def test_a_full_disk_is_not_taken_for_a_broken_video(folder: Path) -> None:
     assert encode(folder).summary.kept == 5
 
 
+class Killed(BaseException):
+    pass
+
+
 def test_what_was_killed_while_it_moved_its_shards_is_ended_by_the_same_command_alone(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def killed(path: Path, ignore_errors: bool = False) -> None:
-        if not ignore_errors:
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == WORK:  # the last that is moved
             raise Killed
+        return path.rename(target)
 
     write_video(folder / "clip.mp4", 18)
     with monkeypatch.context() as patch:
-        patch.setattr("avd_trainer.data.preparation.encoding.shutil.rmtree", killed)
+        patch.setattr(Path, "replace", killed)
         with pytest.raises(Killed):
             encode(folder)
     with pytest.raises(UserError, match="holds shards already"):
@@ -258,8 +261,37 @@ def test_what_was_killed_while_it_moved_its_shards_is_ended_by_the_same_command_
         encode(folder)
 
 
-def test_kill_and_the_same_command_again(folder: Path) -> None:
-    """In processes, as a person runs it: nothing is encoded twice but what was in work, and the bytes are the same."""
+@pytest.mark.parametrize("left_as", [REMOVED, WORK])
+def test_what_was_killed_while_it_removed_its_journal_keeps_what_was_left_out(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, left_as: str
+) -> None:
+    """The second name is what a removal of the folder in its place would have left."""
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        if (journal := Journal(path).path).is_file():
+            journal.unlink()
+            raise Killed
+
+    write_video(folder / "clip.mp4", 18)
+    write_video(folder / "short.mp4", 8)
+    output = folder.parent / "data"
+    with monkeypatch.context() as patch:
+        patch.setattr("avd_trainer.data.preparation.encoding.shutil.rmtree", killed)
+        with pytest.raises(Killed):
+            encode(folder)
+    assert (output / REMOVED / DATA / RECIPE).is_file()
+    (output / REMOVED).rename(output / left_as)
+    before = (output / LEFT_OUT).read_text()
+    assert "short.mp4" in before
+    with pytest.raises(UserError, match="holds shards already"):
+        encode(folder)
+    assert (output / LEFT_OUT).read_text() == before
+    assert not (output / REMOVED).exists()
+    assert len(data_of(folder)) == 2
+
+
+def test_kill_and_the_same_command_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed as a person runs it, in processes: nothing finished is encoded again, and the bytes are the same."""
     for number in range(6):
         write_video(folder / f"{number}.mp4", 18, step=1 + number)
     output = folder.parent / "again"
@@ -267,14 +299,27 @@ def test_kill_and_the_same_command_again(folder: Path) -> None:
     command = [sys.executable, "-m", "avd_trainer", "data", "encode", "--videos", str(folder), "--output", str(output)]
     command += ["--model", "tiny", "--workers", "2", *sizes]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    made: dict[Path, int] = {}
+    made: set[Path] = set()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(made) < 2:
+        while process.poll() is None and len(made) < 4:
             time.sleep(0.005)
-            found = (output / WORK / "arrays" / "latents").rglob("*.safetensors")
-            made = {path: path.stat().st_ino for path in found}
+            made = set((output / WORK / "arrays" / "latents").rglob("*.safetensors"))
         process.kill()
-    assert 2 <= len(made) < 12
-    subprocess.run(command, env=environment, check=True, timeout=300, stdout=subprocess.DEVNULL)
+    recipe = encode_recipe("tiny", FORMAT)
+    with Journal(output / WORK) as journal:
+        finished = {row for row, *_ in journal.outcomes("latents", recipe.stages["latents"].digest)}
+    assert finished
+    encoded: list[str] = []
+    run = Latents.run
+
+    def noted(stage: Latents, row: Row, frames: Frames) -> Outcome:
+        encoded.append(row.id)
+        return run(stage, row, frames)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Latents, "run", noted)
+        kept = encode_videos(folder, output, recipe, WORKERS).summary.kept
+    assert len(encoded) == len(set(encoded)) == kept - len(finished)
+    assert not finished & set(encoded)
     encode(folder)
     assert files_of(output) == files_of(folder.parent / "data")

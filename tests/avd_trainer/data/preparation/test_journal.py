@@ -82,6 +82,24 @@ def test_parts_become_one_and_nothing_that_is_gone_comes_back(tmp_path: Path) ->
         assert rows(journal) == ["clip0", "clip1", "clip2"]
 
 
+def test_of_two_outcomes_the_one_that_is_done_is_taken_over(tmp_path: Path) -> None:
+    failed, done = Failed("it took longer than 3 s", again=False, limit=("time_limit", 3.0)), Done({"pixels": 0.5})
+    with Journal(tmp_path) as whole:
+        whole.record("flow", "d1", "clip0", failed, 3.0)
+        whole.record("flow", "d1", "clip1", done, 1.0)
+        whole.record("flow", "d1", "clip2", Done({"pixels": 0.25}), 1.0)
+    with Journal(tmp_path, part=(0, 1)) as part:
+        part.record("flow", "d1", "clip0", done, 4.0)
+        part.record("flow", "d1", "clip1", failed, 3.0)
+        part.record("flow", "d1", "clip2", done, 4.0)
+    with Journal(tmp_path) as whole:
+        assert list(whole.outcomes("flow", "d1")) == [
+            ("clip0", done, 4.0),
+            ("clip1", done, 1.0),
+            ("clip2", Done({"pixels": 0.25}), 1.0),
+        ]
+
+
 def test_a_full_disk_leaves_what_was_recorded(tmp_path: Path) -> None:
     with Journal(tmp_path) as journal:
         journal.record("flow", "d1", "clip0", Done({}), 0.0)

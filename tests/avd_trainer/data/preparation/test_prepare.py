@@ -204,12 +204,28 @@ def test_arrays_are_on_the_disk_before_the_journal_says_so(toy: ToyRun, monkeypa
     assert isinstance(told[found].outcome, Done)  # type: ignore[attr-defined]
 
 
-def test_files_that_are_gone_give_no_clips(toy: ToyRun) -> None:
+def test_files_that_are_gone_give_no_clips_and_are_counted(toy: ToyRun, caplog: pytest.LogCaptureFixture) -> None:
     toy.add("a.mp4", "b.mp4")
     toy.prepare()
+    assert "no longer" not in caplog.text
     (toy.videos / "a.mp4").unlink()
     done = toy.prepare()
     assert {clip.path for clip in done.selection.kept} == {"b.mp4"}
+    assert f"1 files that were prepared before are no longer in {toy.videos} (a.mp4)" in caplog.text
+
+
+def test_other_videos_do_not_replace_what_a_folder_holds(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    toy.prepare()
+    before = files_of(toy.output / "data")
+    other = toy._replace(videos=toy.videos.with_name("other"))
+    other.add("b.mp4")
+    with pytest.raises(
+        UserError, match=r"was prepared from .*, not from .*other.*Choose another --output; if .* moved"
+    ):
+        other.prepare()
+    assert files_of(toy.output / "data") == before
+    assert toy._replace(videos=other.videos / ".." / toy.videos.name).prepare().unchanged
 
 
 def test_arrays_that_are_gone_are_made_again(toy: ToyRun) -> None:
@@ -323,6 +339,17 @@ def test_selecting_again_needs_no_videos_for_clips_that_were_kept_before(toy: To
     assert len(ShardDataset(toy.output / "data")) == 9  # as it was
     with pytest.raises(UserError, match="holds shards already"):
         select(toy, "brightness.keep=0.2")
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_again_into_shards_of_several_sizes_is_refused_before_any_work(toy: ToyRun) -> None:
+    toy.add("a.mp4", "wide.mp4")
+    toy.prepare()
+    assert set(select(toy).data) == {toy.output.with_name("again") / size for size in ("8x16", "8x8")}
+    toy.begun()
+    with pytest.raises(UserError, match=r"8x\d+ holds shards already"):
+        select(toy, "contrast.gain=2.0")
+    assert toy.begun() == {}
 
 
 @pytest.mark.usefixtures("by_name")

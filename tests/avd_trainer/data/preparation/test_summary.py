@@ -19,11 +19,35 @@ def test_reasons_that_differ_in_numbers_or_brackets_are_one() -> None:
         "e.mp4": Dropped("probe", "it has 80 frames at 16 fps, a clip takes 81"),
         "f.mp4": Dropped("reading", "it has the same bytes as another file (b.mp4)"),
     }
-    assert _group(reasons.items()) == (
+    assert _group(reasons.items(), {}) == (
         LeftOut("span", "it has 7 to 80 frames at 16 fps, a clip takes 81", ("a.mp4", "b.mp4", "c.mp4")),
         LeftOut("reading", "it has the same bytes as another file", ("d.mp4", "f.mp4")),
         LeftOut("probe", "it has 80 frames at 16 fps, a clip takes 81", ("e.mp4",)),
     )
+
+
+def test_numbers_of_any_size_are_one_range() -> None:
+    reasons = {
+        f"{low}.mp4": Dropped("still", f"{low} is below 0.001", scored=True) for low in ("6.086e-05", "0", "-2e-07")
+    }
+    assert [str(group) for group in _group(reasons.items(), {"still": "deviation of pixels"})] == [
+        "3 x still: -2e-07 to 6.086e-05 is below 0.001 (deviation of pixels): -2e-07.mp4, 0.mp4, 6.086e-05.mp4"
+    ]
+
+
+def test_a_failure_is_not_given_the_meaning_of_a_score() -> None:
+    reasons = {"a.mp4": Dropped("flow", "it crashed"), "b.mp4": Dropped("flow", "0.1 is below 0.2", scored=True)}
+    assert {group.reason for group in _group(reasons.items(), {"flow": "pixels"})} == {
+        "it crashed",
+        "0.1 is below 0.2 (pixels)",
+    }
+
+
+def test_of_two_files_with_the_same_bytes_the_one_that_is_kept_is_named() -> None:
+    reasons = {"b.mp4": Dropped("reading", "it has the same bytes as another file (a.mp4)")}
+    assert [str(group) for group in _group(reasons.items(), {})] == [
+        "1 x reading: it has the same bytes as another file (a.mp4): b.mp4"
+    ]
 
 
 def test_a_few_names_stand_for_many() -> None:
@@ -35,7 +59,7 @@ def test_a_few_names_stand_for_many() -> None:
     names=st.lists(st.text(st.characters(codec="ascii")), unique=True), reason=st.sampled_from(["h264 1.5", "(x)", ""])
 )
 def test_no_name_is_lost(names: list[str], reason: str) -> None:
-    groups = _group((name, Dropped("probe", f"{reason}{len(name)}")) for name in names)
+    groups = _group(((name, Dropped("probe", f"{reason}{len(name)}")) for name in names), {})
     assert sorted(name for group in groups for name in group.names) == sorted(names)
 
 
