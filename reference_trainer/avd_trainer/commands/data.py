@@ -57,12 +57,13 @@ Processes = Annotated[
     typer.Option(
         "--workers",
         min=1,
-        help="Processes. Default: one for each core. Models run in one for each GPU.",
+        help="Processes. Default: one for each core of this machine or of the Ray cluster; a single one if models run "
+        "without a GPU, since each process loads them. On GPUs, models run in one for each.",
     ),
 ]
 EngineName = Annotated[
     Literal["local", "ray"],
-    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster ([ray])."),
+    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster (\\[ray])."),
 ]
 
 
@@ -286,15 +287,17 @@ def select(
 
 def _workers(engine: Literal["local", "ray"], processes: int | None, recipe: Recipe) -> Workers:
     """As many as there are cores and GPUs, where the engine runs them."""
+    from avd_trainer.data.preparation.local_engine import cores
     from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
 
     if engine == "local":
         gpus = count_gpus(recipe)
-        return Workers(processes or default_processes(recipe, gpus), gpus)
+        return Workers(processes or default_processes(recipe, gpus, cores()), gpus)
     from avd_trainer.data.preparation.ray_engine import RayEngine, connect
 
-    cores, gpus = connect()
-    return Workers(processes or cores, gpus, engine=RayEngine)
+    machines = connect()
+    by_default = default_processes(recipe, machines.gpus, machines.cores)
+    return Workers(processes or by_default, machines.gpus, engine=RayEngine)
 
 
 def _share(text: str) -> float:
