@@ -254,6 +254,8 @@ def prepare(
         from avd_trainer.data.preparation.prepare import prepare
         from avd_trainer.data.preparation.recipe import load_recipe
 
+        if sample is not None and shard is not None:
+            raise UserError("--sample and --shard exclude each other: take a sample of all files, or score a part.")
         chosen = load_recipe(recipe, set_ or [])
         done = prepare(
             videos,
@@ -265,6 +267,8 @@ def prepare(
             retry=retry,
         )
         _say_prepared(done)
+        if shard is not None:
+            say(f"Part {shard} is scored. When all parts are, the same command without --shard joins them and goes on.")
 
 
 @data_app.command()

@@ -263,6 +263,20 @@ def test_another_style_as_the_page_on_data_has_it(tmp_path: Path, monkeypatch: p
     assert (run_folder / "student").is_dir()
 
 
+def test_a_part_says_what_joins_it(tmp_path: Path, raw: Path) -> None:
+    arguments = ("prepare", "--videos", raw, "--output", tmp_path / "p", "--recipe", "tiny", "--shard", "0/1")
+    status, said = run(*arguments, "--sample", "50%")
+    assert status == 2
+    assert "--sample and --shard exclude each other" in said
+    status, said = run(*arguments, "--workers", 1)
+    assert status == 0, said
+    assert "Part 0/1 is scored. When all parts are, the same command without --shard joins them" in said
+    for command in (("report",), ("select", "--output", tmp_path / "data")):
+        status, said = run(*command, tmp_path / "p")
+        assert status == 2
+        assert "holds parts alone. Run `avd data prepare` without --shard to join them." in said
+
+
 @pytest.mark.parametrize(("machines", "processes"), [(Machines(64, 0), 1), (Machines(64, 2), 64)])
 def test_models_without_a_gpu_run_in_one_process_of_a_cluster(
     monkeypatch: pytest.MonkeyPatch, machines: Machines, processes: int
