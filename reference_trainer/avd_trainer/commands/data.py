@@ -57,12 +57,13 @@ Processes = Annotated[
     typer.Option(
         "--workers",
         min=1,
-        help="Processes. Default: one for each core. Models run in one for each GPU.",
+        help="Processes. Default: one for each core of this machine or of the Ray cluster; a single one if models run "
+        "without a GPU, since each process loads them. On GPUs, models run in one for each.",
     ),
 ]
 EngineName = Annotated[
     Literal["local", "ray"],
-    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster ([ray])."),
+    typer.Option("--engine", help="Where processes run: on this machine, or on those of a Ray cluster (\\[ray])."),
 ]
 
 
@@ -253,6 +254,8 @@ def prepare(
         from avd_trainer.data.preparation.prepare import prepare
         from avd_trainer.data.preparation.recipe import load_recipe
 
+        if sample is not None and shard is not None:
+            raise UserError("--sample and --shard exclude each other: take a sample of all files, or score a part.")
         chosen = load_recipe(recipe, set_ or [])
         done = prepare(
             videos,
@@ -264,6 +267,8 @@ def prepare(
             retry=retry,
         )
         _say_prepared(done)
+        if shard is not None:
+            say(f"Part {shard} is scored. When all parts are, the same command without --shard joins them and goes on.")
 
 
 @data_app.command()
@@ -286,15 +291,17 @@ def select(
 
 def _workers(engine: Literal["local", "ray"], processes: int | None, recipe: Recipe) -> Workers:
     """As many as there are cores and GPUs, where the engine runs them."""
+    from avd_trainer.data.preparation.local_engine import cores
     from avd_trainer.data.preparation.prepare import Workers, count_gpus, default_processes
 
     if engine == "local":
         gpus = count_gpus(recipe)
-        return Workers(processes or default_processes(recipe, gpus), gpus)
+        return Workers(processes or default_processes(recipe, gpus, cores()), gpus)
     from avd_trainer.data.preparation.ray_engine import RayEngine, connect
 
-    cores, gpus = connect()
-    return Workers(processes or cores, gpus, engine=RayEngine)
+    machines = connect()
+    by_default = default_processes(recipe, machines.gpus, machines.cores)
+    return Workers(processes or by_default, machines.gpus, engine=RayEngine)
 
 
 def _share(text: str) -> float:

@@ -14,9 +14,12 @@ from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_trainer.commands.app import app
-from avd_trainer.commands.data import data_app
+from avd_trainer.commands.data import _workers, data_app
 from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.moving_shapes import MovingShapes, Scene
+from avd_trainer.data.preparation import ray_engine
+from avd_trainer.data.preparation.ray_engine import Machines
+from avd_trainer.data.preparation.recipe import load_recipe
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.evaluation.clip_measures import hsv_saturation
@@ -258,6 +261,36 @@ def test_another_style_as_the_page_on_data_has_it(tmp_path: Path, monkeypatch: p
     assert style < 0.7 * usual
     (run_folder,) = (tmp_path / "runs").iterdir()
     assert (run_folder / "student").is_dir()
+
+
+def test_a_part_says_what_joins_it(tmp_path: Path, raw: Path) -> None:
+    arguments = ("prepare", "--videos", raw, "--output", tmp_path / "p", "--recipe", "tiny", "--shard", "0/1")
+    status, said = run(*arguments, "--sample", "50%")
+    assert status == 2
+    assert "--sample and --shard exclude each other" in said
+    status, said = run(*arguments, "--workers", 1)
+    assert status == 0, said
+    assert "Part 0/1 is scored. When all parts are, the same command without --shard joins them" in said
+    for command in (("report",), ("select", "--output", tmp_path / "data")):
+        status, said = run(*command, tmp_path / "p")
+        assert status == 2
+        assert "holds parts alone. Run `avd data prepare` without --shard to join them." in said
+
+
+@pytest.mark.parametrize(("machines", "processes"), [(Machines(64, 0), 1), (Machines(64, 2), 64)])
+def test_models_without_a_gpu_run_in_one_process_of_a_cluster(
+    monkeypatch: pytest.MonkeyPatch, machines: Machines, processes: int
+) -> None:
+    monkeypatch.setattr(ray_engine, "connect", lambda: machines)
+    assert _workers("ray", None, load_recipe("paper")).processes == processes
+    assert _workers("ray", 3, load_recipe("paper")).processes == 3
+    assert _workers("ray", None, load_recipe("tiny")).processes == 64
+
+
+def test_the_help_names_the_extra_of_ray() -> None:
+    status, said = run("prepare", "--help")
+    assert status == 0
+    assert "[ray]" in said
 
 
 def test_a_sample_says_what_all_videos_would_take(tmp_path: Path, raw: Path) -> None:

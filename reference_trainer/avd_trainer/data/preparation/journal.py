@@ -22,6 +22,7 @@ from avd_trainer.data.preparation.stage import Done, Failed, Outcome
 from avd_trainer.runtime.errors import UserError
 
 VERSION = 2
+_PARTS = "journal-*-of-*.sqlite"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT, failed TEXT,
@@ -105,6 +106,10 @@ class Journal:
 
     def __enter__(self) -> Self:
         if not self._writes and not self.path.is_file():
+            if any(self.folder.glob(_PARTS)):
+                raise UserError(
+                    f"{self.folder} holds parts alone. Run `avd data prepare` without --shard to join them."
+                )
             raise UserError(f"{self.folder} holds no prepared videos. Run `avd data prepare` with it as --output.")
         with ExitStack() as undo:
             if self._writes:
@@ -208,7 +213,7 @@ class Journal:
             lock.flush()
 
     def _take_over_parts(self) -> None:
-        for path in sorted(self.folder.glob("journal-*-of-*.sqlite")):
+        for path in sorted(self.folder.glob(_PARTS)):
             values = (path.name, *FileState.at(path))
             query = "SELECT 1 FROM parts WHERE name = ? AND size = ? AND modified = ?"
             if list(self._rows(query, *values)):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from avd_trainer.data.preparation.clip_reader import OpenReader, VideoReader
 from avd_trainer.data.preparation.engine import Engine
 from avd_trainer.data.preparation.journal import Journal
-from avd_trainer.data.preparation.local_engine import LocalEngine, cores
+from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.schedule import Schedule, list_videos, part_of, sample_of
 from avd_trainer.data.preparation.selection import Selection, select
@@ -325,11 +325,11 @@ def _size(path: Path) -> int:
         return 0
 
 
-def default_processes(recipe: Recipe, gpus: int) -> int:
-    """One for each core that this process may use; a single one if it runs models that want a GPU and there is none,
+def default_processes(recipe: Recipe, gpus: int, cores: int) -> int:
+    """One for each core at hand; a single one if it runs models that want a GPU and there is none,
     since each process loads them."""
     on_cores = [chosen for chosen in recipe.stages.values() if chosen.wants_gpu and not gpus]
-    return 1 if any(getattr(chosen.settings, "model", TINY) != TINY for chosen in on_cores) else cores()
+    return 1 if any(getattr(chosen.settings, "model", TINY) != TINY for chosen in on_cores) else cores
 
 
 def count_gpus(recipe: Recipe) -> int:
