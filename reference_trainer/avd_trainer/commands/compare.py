@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avd_trainer.commands.clip_files import (
-    MOST_SEED,
     check_output,
     clip_files,
     read_asked_prompts,
     write_clips,
     write_list,
 )
-from avd_trainer.commands.sample import ComputeDtype, Device
+from avd_trainer.commands.sample import ComputeDtype, Device, Fps, Output, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
@@ -29,27 +28,18 @@ def compare(
     students: Annotated[
         list[Path], typer.Argument(help="Two or more: --output folders of avd export, or finished runs.")
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
-        ),
-    ],
-    prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")] = None,
+    output: Output,
+    prompt: Prompts = None,
+    prompts_file: PromptsFile = None,
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What the clips begin with, for students of image to video.")
     ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
-    ] = 0,
+    seed: Seed = 0,
     size: Annotated[
         str | None,
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the first was trained on."),
     ] = None,
-    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
+    fps: Fps = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:

@@ -27,6 +27,20 @@ if TYPE_CHECKING:
     from avd_trainer.inference.generation import Sample
     from avd_trainer.inference.students import Student
 
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
+    ),
+]
+Prompts = Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")]
+PromptsFile = Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
+]
+Fps = Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")]
 ComputeDtype = Annotated[
     Literal["float32", "bfloat16"] | None,
@@ -36,16 +50,9 @@ ComputeDtype = Annotated[
 
 def sample(
     folder: Annotated[Path, typer.Argument(help="The --output folder of avd export, of any --format.")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
-        ),
-    ],
-    prompt: Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")] = None,
-    prompts_file: Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")] = None,
+    output: Output,
+    prompt: Prompts = None,
+    prompts_file: PromptsFile = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -71,14 +78,12 @@ def sample(
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="The same noise at full and at half rate, next to each other.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
-    ] = 0,
+    seed: Seed = 0,
     size: Annotated[
         str | None,
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
     ] = None,
-    fps: Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")] = None,
+    fps: Fps = None,
     pipeline: Annotated[
         str | None,
         typer.Option(
