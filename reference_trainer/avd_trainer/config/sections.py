@@ -34,6 +34,23 @@ class ShapesData(Section):
     seeds, so that runs can differ in one alone."""
     saturation: float = Field(default=1.0, gt=0, le=MOST_SATURATION)
     """Of their colours, relative to the clips that the bundled teacher was trained on: another style."""
+    wrong_captions: float | None = Field(default=None, gt=0, le=1)
+    """Share of the clips to train on that have one another's captions, as a captioner that errs would have it; None:
+    each has its own. Held-out clips always have theirs."""
+
+    @model_validator(mode="after")
+    def _check_wrong_captions(self) -> Self:
+        if self.wrong_captions is not None and self.misfits < 2:
+            raise ValueError(
+                f"wrong_captions={self.wrong_captions} of {self.clips} clips are {self.misfits}, and two are needed to "
+                "exchange their captions"
+            )
+        return self
+
+    @property
+    def misfits(self) -> int:
+        """How many clips have another one's caption."""
+        return round((self.wrong_captions or 0.0) * self.clips)
 
 
 class VideosData(Section):

@@ -38,6 +38,11 @@ class CaptionedLatents:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def with_misfits(self, count: int) -> CaptionedLatents:
+        """The same clips and captions, but each of the first ``count`` clips has the next one's caption."""
+        captions = list(self.captions)
+        return CaptionedLatents(self.latents, captions[1:count] + captions[: min(count, 1)] + captions[count:])
+
 
 class InMemoryData(Dataset[Example]):
     """Captioned latents as a data set, like :class:`ShardDataset`.

@@ -167,7 +167,8 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
             parts.append(held_out_shapes(config, config.held_out))
         with ProgressBar("clips", sum(map(len, parts))) as bar:
             encoded = [encode_shapes(part, codec, bar.advance) for part in parts]
-        return Clips(encoded[0], encoded[-1])
+        # Clips do not depend on their place, so the first ones are as good as any.
+        return Clips(encoded[0].with_misfits(config.misfits), encoded[-1])
     with ProgressBar("videos", len(video_files(config.path))) as bar:
         return Clips(*load_videos(config.path, codec, on_file=bar.advance))
 

@@ -160,10 +160,10 @@ class Study:
 
     @property
     def data(self) -> ShapesData:
-        """The real clips, which all variants share."""
+        """The real clips, which all variants share, with their own captions."""
         data = next(variant.data for variant in self.variants.values() if isinstance(variant, TrainConfig))
         assert isinstance(data, ShapesData)
-        return data
+        return data.model_copy(update={"wrong_captions": None})
 
     @property
     def teacher(self) -> str | None:
@@ -372,7 +372,8 @@ def _check(study: Study, folder: Path) -> None:
         if isinstance(variant, TrainConfig):
             if not isinstance(variant.data, ShapesData):
                 raise ConfigError(f"{file}: data.kind must be shapes, whose held-out captions can be judged.")
-            if variant.data.model_copy(update={"held_out": study.data.held_out}) != study.data:
+            own = variant.data.model_copy(update={"held_out": study.data.held_out, "wrong_captions": None})
+            if own != study.data:
                 raise ConfigError(f"{file}: data differs from that of the other variants. All share the real clips.")
             if variant.method.needs_teacher and variant.teacher != study.teacher:
                 raise ConfigError(f"{file}: teacher differs from that of the other variants. All share the teacher.")

@@ -48,8 +48,10 @@ def reuse(study: Study, folder: Path, other: Path, seeds: Sequence[int]) -> list
         )
     study = claim_study(study, folder)
     values = study.values()
-    same = {
-        name: next((theirs for theirs, own in saved["variants"].items() if own == values["variants"][name]), None)
+    same = {  # by `differences`, to which an option that came later and is not used makes none
+        name: next(
+            (each for each, its in saved["variants"].items() if not differences(its, values["variants"][name])), None
+        )
         for name, variant in study.variants.items()
         if isinstance(variant, TrainConfig) and name in study.worked_on
     }

@@ -120,6 +120,19 @@ def test_no_study_hangs_on_what_a_preset_says_of_the_regression(name: str) -> No
         assert "regression: null" in written or ("judged:" in written and "deviation:" in written), variant
 
 
+STUDY_OF_TWO = """
+    # Two of them.
+    baseline: avd
+    variants: [avd, more, teacher, dmd, half-rate, interpolator]"""
+
+
+def test_variants_whose_captions_are_wrong_are_judged_by_the_same_clips(tmp_path: Path) -> None:
+    right, wrong = "# One.\nextends: dmd", "# Other.\nextends: dmd\ndata: {wrong_captions: 0.5}"
+    for one, other in ((right, wrong), (wrong, right)):  # whichever comes first
+        study = write_study(tmp_path / "small", study=STUDY_OF_TWO, avd=one, more=other)
+        assert load_study(study, variants=["avd", "more"]).data.wrong_captions is None
+
+
 def test_overrides_are_of_the_runs_or_of_the_evaluation(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "small"), ["max_steps=7", "evaluation.noises=9"])
     assert {study.run(name).max_steps for name in study.variants} == {7}

@@ -1,11 +1,12 @@
 """What a study takes over from another one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json
+from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.studies.definition import Study, load_study
 from avd_trainer.studies.reuse import reuse
 from avd_trainer.studies.runner import run_study
@@ -39,6 +40,18 @@ def test_the_same_values_are_copied_and_others_are_not(study: Study, done: Path,
     mine, theirs = (read_json(path) for path in (tmp_path / "mine/units/matching-1.json", done / "units/dmd-1.json"))
     assert mine == theirs | {"variant": "matching", "reused_from": "small/dmd-1"}
     assert (tmp_path / "mine/units/matching-1/run/student/config.json").exists()
+
+
+def test_an_option_that_came_later_and_is_not_used_makes_no_difference(
+    study: Study, done: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(done, earlier)
+    saved = read_json(earlier / "study.json")
+    for variant in saved["variants"].values():
+        del variant["data"]["wrong_captions"]
+    write_json(earlier / "study.json", saved)
+    assert "matching-1" in [str(unit) for unit in reuse(study, tmp_path / "mine", earlier, [1])]
 
 
 def test_it_is_what_the_study_itself_would_find(study: Study, done: Path, tmp_path: Path) -> None:
