@@ -372,8 +372,8 @@ def _check(study: Study, folder: Path) -> None:
         if isinstance(variant, TrainConfig):
             if not isinstance(variant.data, ShapesData):
                 raise ConfigError(f"{file}: data.kind must be shapes, whose held-out captions can be judged.")
-            own = variant.data.model_copy(update={"held_out": study.data.held_out, "wrong_captions": None})
-            if own != study.data:
+            theirs = variant.data.model_copy(update={"held_out": study.data.held_out, "wrong_captions": None})
+            if theirs != study.data:
                 raise ConfigError(f"{file}: data differs from that of the other variants. All share the real clips.")
             if variant.method.needs_teacher and variant.teacher != study.teacher:
                 raise ConfigError(f"{file}: teacher differs from that of the other variants. All share the teacher.")
