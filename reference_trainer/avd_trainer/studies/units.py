@@ -21,6 +21,7 @@ from avd_core import (
     interpolate_linearly,
 )
 from avd_core.sampling import Interpolator, SamplerKind
+from avd_trainer.config.sections import ShapesData
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -146,7 +147,7 @@ class Workplace:
 
     def time_step(self, run: TrainConfig) -> float:
         """Seconds that a step of a run takes here."""
-        return time_step(run, self._training_data, self.ranks)
+        return time_step(run, self._training_data(run), self.ranks)
 
     def run_folder(self, unit: Unit) -> Path:
         """Where a unit's run is."""
@@ -158,7 +159,7 @@ class Workplace:
             start = [str(self._product(needed)) for needed in self.study.needs(unit)]
             weights = start[0] if start else config.student_weights
             seeded = config.model_copy(update={"seed": unit.seed, "student_weights": weights})
-            if not train(seeded, folder, self.ranks, data=self._training_data, description=str(unit)):
+            if not train(seeded, folder, self.ranks, data=self._training_data(config), description=str(unit)):
                 raise StoppedError
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
@@ -231,10 +232,15 @@ class Workplace:
         """Whether the study is one of image to video."""
         return self._asked[0].image_latents is not None
 
+    def _training_data(self, run: TrainConfig) -> TrainingData:
+        """What a run reads. All runs share the clips, but not always their captions."""
+        assert isinstance(run.data, ShapesData)
+        examples = self._examples(self._clips.with_misfits(run.data.misfits))
+        return TrainingData(examples, examples)
+
     @cached_property
-    def _training_data(self) -> TrainingData:
-        clips = self._examples(load_clips(self.study.data, self._codec, held_out=False).train)
-        return TrainingData(clips, clips)
+    def _clips(self) -> CaptionedLatents:
+        return load_clips(self.study.data, self._codec, held_out=False).train
 
     @cached_property
     def _asked(self) -> InMemoryData:

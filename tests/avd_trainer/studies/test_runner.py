@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from avd_core import NonFiniteError
+from avd_trainer.data.sources import TrainingData
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.models.condition import Condition
@@ -26,9 +27,10 @@ from avd_trainer.studies.definition import REFERENCE, Study, Unit, load_study
 from avd_trainer.studies.runner import FailedProcessError, run_study
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.checkpoint import list_checkpoints
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import FolderInUseError
 from launches import Launch
-from small_study import write_study
+from small_study import FILES, write_study
 
 SEEDS = [1, 2]
 UNITS = {"reference-4", "controls-4", "interpolator-0"} | {
@@ -309,6 +311,30 @@ def test_measuring_real_clips_stops_on_request(study: Study, tmp_path: Path, ran
     with pytest.raises(units.StoppedError):
         units.Workplace(study, tmp_path, ranks, stopping).do(Unit(REFERENCE, 4))
     assert len(asked) == 1
+
+
+def test_a_run_has_the_captions_that_its_variant_says(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = """
+        # Wrong captions.
+        extends: dmd
+        data: {wrong_captions: 0.5}"""
+    of_three = FILES["study"].replace("avd,", "avd, wrong,")
+    study = load_study(write_study(tmp_path / "small", study=of_three, wrong=wrong), variants=["dmd", "wrong"])
+    read = {}
+
+    def look(config: TrainConfig, *_: object, data: TrainingData, **__: object) -> bool:
+        read[str(config.data)] = [data.clips[index].caption for index in range(8)]
+        return False
+
+    monkeypatch.setattr(units, "train", look)
+    place = units.Workplace(study, tmp_path / "units", ranks)
+    for name in ("dmd", "wrong"):
+        with pytest.raises(units.StoppedError):
+            place.do(Unit(name, 1))
+    right, wrong_ones = read.values()
+    assert [a == b for a, b in zip(right, wrong_ones, strict=True)] == [False] * 4 + [True] * 4
 
 
 def test_in_a_seed_all_variants_have_the_same_noises(
