@@ -63,6 +63,22 @@ def test_steps_follow_from_forwards_and_from_seconds(name: str) -> None:
     assert {unit.variant for unit in study.units([1])} >= {"dmd", "avd", "avd-seconds", "teacher", "half-rate"}
 
 
+def test_a_budget_of_forwards_alone_measures_nothing(name: str, tmp_path: Path, timed: list[str]) -> None:
+    only = write_study(tmp_path / "forwards", study=BUDGET + "\n    budgets: [forwards]")
+    folder = tmp_path / "out"
+    study = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
+    assert study.run("avd") == shared(name, 20).run("avd")
+    assert not timed
+    assert [each for each in study.order if each.endswith("-seconds")] == []
+    assert {unit.variant for unit in study.units([1])}.isdisjoint({"avd-seconds"})
+    again = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
+    assert again.variants == study.variants
+    write_summary(study, folder, [1])
+    assert f"| avd | {2 * FORWARDS['avd']:g} |  |" in (folder / "table.md").read_text()
+    with pytest.raises(UserError, match="budgets must have forwards"):
+        load_study(write_study(tmp_path / "forwards", study=BUDGET + "\n    budgets: [seconds]"))
+
+
 def test_a_cost_that_changes_over_a_run_is_that_of_the_whole(tmp_path: Path) -> None:
     vpae = """
         # In two phases.
