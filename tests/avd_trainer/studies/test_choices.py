@@ -8,11 +8,11 @@ from avd_trainer.studies.choices import choose
 REAL = {"saturation_error": 0.0, "motion_distance": 0.0, "visible": 1.0, "kind": 1.0}
 
 
-def variant(kind: str, *, seeds: int = 3, failed: bool = False, **measures: float) -> dict[str, Any]:
+def variant(method: str, *, seeds: int = 3, failed: bool = False, **measures: float) -> dict[str, Any]:
     found = {name: {"mean": value} for name, value in (REAL | measures).items()}
     runs: dict[str, dict[str, Any]] = {str(100 + seed): {} for seed in range(seeds)}
     return {
-        "values": {"method": {"kind": kind}},
+        "values": {"method": {"kind": method}},
         "measures": found,
         "seeds": runs | ({"103": {"failed": "diverged"}} if failed else {}),
     }
