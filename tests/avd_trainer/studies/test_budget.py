@@ -15,7 +15,7 @@ from avd_trainer.studies import budget, units
 from avd_trainer.studies.budget import share_budget, time_step
 from avd_trainer.studies.definition import Cost, Study, load_study
 from avd_trainer.studies.runner import claim_study, run_study
-from avd_trainer.studies.summary import write_summary
+from avd_trainer.studies.summary import render, write_summary
 from avd_trainer.training.config import TrainConfig
 from runs import MakeConfig, MakeTrainer
 from small_study import write_study
@@ -73,8 +73,11 @@ def test_a_budget_of_forwards_alone_measures_nothing(name: str, tmp_path: Path, 
     assert {unit.variant for unit in study.units([1])}.isdisjoint({"avd-seconds"})
     again = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
     assert again.variants == study.variants
-    write_summary(study, folder, [1])
-    assert f"| avd | {2 * FORWARDS['avd']:g} |  |" in (folder / "table.md").read_text()
+    found = write_summary(study, folder, [1])
+    assert (found["costs"]["avd"]["forwards"], found["costs"]["avd"]["seconds"]) == (2 * FORWARDS["avd"], None)
+    spread = {"mean": 0.0, "std": 0.1, "low": 0.0, "high": 0.1}
+    real = {"spreads": {"saturation_error": spread}, "sets": 3}
+    assert f"| avd | {2 * FORWARDS['avd']:g} |  |" in render({**found, "reference": real})
     with pytest.raises(UserError, match="budgets must have forwards"):
         load_study(write_study(tmp_path / "forwards", study=BUDGET + "\n    budgets: [seconds]"))
 
