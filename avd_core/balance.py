@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ class GradientBalance(nn.Module):
 
     The ratio is ``sqrt(E|dL_reg/dv|^2 / E|dL_dm/dv'|^2)``, with ``v`` and ``v'`` the student's outputs for the two
     losses, and E a running mean over calls and ranks, so that one extreme sample changes it little. Both gradients are
-    taken at the outputs, so no backward pass through the student is added.
+    taken at the outputs, so no backward pass through the student is added. Where the matching loss is of several
+    outputs, the squares of its gradients at them add up, as those of independent gradients do.
 
     Each call in training mode measures both gradients and moves the means before the ratio is taken. A call whose
     gradients are not finite is left out. In evaluation mode the ratio is that of the means so far. The state is two
@@ -60,7 +61,11 @@ class GradientBalance(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
 
     def forward(
-        self, regression_loss: Tensor, regression_output: Tensor, matching_loss: Tensor, matching_output: Tensor
+        self,
+        regression_loss: Tensor,
+        regression_output: Tensor,
+        matching_loss: Tensor,
+        matching_output: Tensor | Sequence[Tensor],
     ) -> LossOutput:
         """Compare two losses, before any of them is passed to ``backward()``.
 
@@ -69,7 +74,7 @@ class GradientBalance(nn.Module):
             regression_output: The generator's output that it was computed from, ``[B, ...]``.
             matching_loss: Scalar, with gradient.
             matching_output: The generator's output that it was computed from, in the same parametrisation (both
-                velocities, or both x_0), ``[B, ...]``.
+                velocities, or both x_0), ``[B, ...]``; or several of them.
 
         Returns:
             LossOutput: ``loss`` is the regression's loss, scaled where a target is set; metrics ``gradient_ratio``
@@ -82,8 +87,11 @@ class GradientBalance(nn.Module):
         self.check_inputs(regression_loss, regression_output, matching_loss, matching_output)
         if self.training:
             regression = _gradient("regression_loss", regression_loss, "regression_output", regression_output)
-            matching = _gradient("matching_loss", matching_loss, "matching_output", matching_output)
-            squares = torch.stack([_squared_norm(regression), _squared_norm(matching)])
+            matching = [
+                _gradient("matching_loss", matching_loss, "matching_output", output)
+                for output in _several(matching_output)
+            ]
+            squares = torch.stack([_squared_norm(regression), torch.stack([*map(_squared_norm, matching)]).sum()])
             self._record(squares.to(self.means.dtype))
         ratio = (self.means[0] / self.means[1]).sqrt()
         # A side without gradient (a term at zero, no finite call yet) gives nothing to hold a ratio to.
@@ -96,12 +104,12 @@ class GradientBalance(nn.Module):
         regression_loss: Tensor | None,
         regression_output: Tensor,
         matching_loss: Tensor,
-        matching_output: Tensor,
+        matching_output: Tensor | Sequence[Tensor],
     ) -> None:
         """Raise what :meth:`forward` would, without computing anything; a loss that is yet to come may be None."""
         for name, loss, output in (
             ("regression", regression_loss, regression_output),
-            ("matching", matching_loss, matching_output),
+            *(("matching", matching_loss, output) for output in _several(matching_output)),
         ):
             check_floating(f"{name}_output", output)
             if self.training and not (output.requires_grad and (loss is None or loss.requires_grad)):
@@ -164,6 +172,10 @@ def gradient_shares(output: Tensor, losses: Mapping[str, Tensor]) -> LossOutput:
     # 0 in value, and the gradient in its derivative.
     known = ((output - output.detach()) * torch.stack(gradients).sum(dim=0)).sum()
     return LossOutput(torch.stack([loss.detach() for loss in losses.values()]).sum() + known, shares)
+
+
+def _several(output: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return [output] if isinstance(output, Tensor) else output
 
 
 def _gradient(loss_name: str, loss: Tensor, output_name: str, output: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -80,7 +83,7 @@ class AVDObjective(nn.Module):
         clips: Tensor | None = None,
         teacher_prediction: Tensor | None = None,
         matching_loss: Tensor | None = None,
-        matching_output: Tensor | None = None,
+        matching_output: Tensor | Sequence[Tensor] | None = None,
     ) -> LossOutput:
         """Compute both terms.
 
@@ -97,7 +100,7 @@ class AVDObjective(nn.Module):
                 ratio of gradients is reported, and held if ``config.gradient_ratio`` is set. It is not added to the
                 result.
             matching_output: ``[B, ...]`` the velocity that the student predicted for the generated samples and from
-                which ``matching_loss`` was computed.
+                which ``matching_loss`` was computed; several of them where it is the sum of losses of several outputs.
 
         Returns:
             LossOutput: ``loss`` scalar; the metrics of each part behind ``regression/``, ``motion/`` and ``balance/``,
@@ -108,7 +111,7 @@ class AVDObjective(nn.Module):
                 dimensions; in training mode, if ``x_0`` or ``prediction`` has no gradient; otherwise as the parts do.
         """
         # All checks come first: a call that fails must not leave its losses in the cache.
-        on_clips = {
+        on_clips: dict[str, Any] = {
             "clips": clips,
             "teacher_prediction": teacher_prediction,
             "matching_loss": matching_loss,
@@ -147,7 +150,7 @@ class AVDObjective(nn.Module):
         clips: Tensor | None = None,
         teacher_prediction: Tensor | None = None,
         matching_loss: Tensor | None = None,
-        matching_output: Tensor | None = None,
+        matching_output: Tensor | Sequence[Tensor] | None = None,
     ) -> LossOutput:
         """The term on real clips; see :meth:`on_samples`.
 
@@ -184,7 +187,7 @@ class AVDObjective(nn.Module):
         target: Tensor | None,
         timesteps: Tensor | None,
         matching_loss: Tensor | None,
-        matching_output: Tensor | None,
+        matching_output: Tensor | Sequence[Tensor] | None,
         **judged_by: Tensor | None,
     ) -> None:
         if self.regression is None and self.motion is None:
@@ -219,7 +222,7 @@ class AVDObjective(nn.Module):
         target: Tensor | None,
         timesteps: Tensor | None,
         matching_loss: Tensor | None,
-        matching_output: Tensor | None,
+        matching_output: Tensor | Sequence[Tensor] | None,
         **judged_by: Tensor | None,
     ) -> None:
         _check_matching(matching_loss, matching_output)
@@ -239,7 +242,7 @@ class AVDObjective(nn.Module):
             self.balance.check_inputs(None, prediction, matching_loss, matching_output)
 
 
-def _check_matching(matching_loss: Tensor | None, matching_output: Tensor | None) -> None:
+def _check_matching(matching_loss: Tensor | None, matching_output: Tensor | Sequence[Tensor] | None) -> None:
     if (matching_loss is None) != (matching_output is None):
         raise ValueError("matching_loss and matching_output belong together: pass both or neither.")
 

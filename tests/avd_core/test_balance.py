@@ -60,6 +60,16 @@ def test_with_a_target_the_gradients_have_this_ratio(seed: int, target: float) -
     assert (metrics["scale"] * metrics["gradient_ratio"]).item() == pytest.approx(target, rel=1e-5)
 
 
+def test_squares_at_several_outputs_add_up() -> None:
+    output, first, second = (torch.ones(n, requires_grad=True) for n in (1, 4, 9))
+    matching_loss = (3 * first).sum() + (first.detach().sum() * second).sum()
+    (_, metrics) = GradientBalance()((12 * output).sum(), output, matching_loss, [first, second])
+    # 12 beside the root of 4 times 3^2 and 9 times 4^2.
+    assert metrics["gradient_ratio"].item() == pytest.approx(12 / math.sqrt(36 + 144))
+    with pytest.raises(ValueError, match="matching_loss has no gradient with respect to matching_output"):
+        GradientBalance()(output.sum(), output, matching_loss, [first, torch.ones(1, requires_grad=True)])
+
+
 def test_the_scale_is_a_constant_of_the_loss() -> None:
     # A scale with a gradient would let the student lower its loss by making its gradient large.
     weight = torch.tensor(3.0, requires_grad=True)

@@ -25,6 +25,34 @@ def test_every_method_has_values_for_the_tiny_models() -> None:
     assert presets()["tiny"] == tuple(method.kind for method in list_methods())
 
 
+def test_every_method_that_distils_has_values_for_both_wans() -> None:
+    known = presets()
+    distil = tuple(kind for kind in known["tiny"] if kind not in ("flow_matching", "frame_interpolation"))
+    assert known["wan2.1-1.3b"] == known["wan2.1-14b"] == distil
+
+
+@pytest.mark.parametrize("kind", ["dmd2", "dcm", "vpae", "lcm", "pcm", "regression", "data_forcing"])
+def test_the_larger_wan_has_other_blocks_and_no_other_values(kind: str) -> None:
+    small, large = (
+        load_config(TrainConfig, name, replace=SHARDS, method=kind).model_dump()
+        for name in ("wan2.1-1.3b", "wan2.1-14b")
+    )
+    assert large.pop("teacher") == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    assert small.pop("teacher") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    heads = [(own["method"].get("detail") or own["method"]).get("head") for own in (small, large)]
+    if heads[0] is not None:
+        assert [head.pop("blocks") for head in heads] == [(15, 22, 29), (20, 30, 39)]
+    assert small == large
+
+
+def test_the_larger_wan_has_rcms_own_values() -> None:
+    """Of the authors' experiment wan2pt1_14B_res480p_t2v_rCM."""
+    for kind in ("scm", "rcm"):
+        method: Any = load_config(TrainConfig, "wan2.1-14b", replace=SHARDS, method=kind).method
+        assert (method.log_sigma_mean, method.tangent_warmup, method.student.optimizer.lr) == (1.5, 0, 1e-6)
+    assert (method.online_updates, method.online.optimizer.lr) == (9, 1e-7)
+
+
 @pytest.mark.parametrize("name", ["wan2.1-1.3b", "wan2.1-14b"])
 @pytest.mark.parametrize("kind", ["avd", "dmd"])
 def test_the_wan_presets_have_the_papers_values(name: str, kind: str) -> None:

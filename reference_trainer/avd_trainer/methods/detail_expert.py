@@ -20,7 +20,7 @@ from avd_trainer.config.sections import OptimizerConfig, Section
 from avd_trainer.methods.base import Call
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.discriminators.discriminator import HeadConfig, build_head
-from avd_trainer.models.features import block_outputs
+from avd_trainer.models.features import block_outputs, block_predictions
 from avd_trainer.models.roles import Built, Model, Reads
 from avd_trainer.models.samplers import schedule
 from avd_trainer.runtime.draws import Draws
@@ -36,8 +36,8 @@ class DetailConfig(Section):
     adversarial_weight: float = Field(default=0.5, ge=0)
     """Weight of ``max(0, 1 - D)`` of predictions. Code: 0.1 times 5."""
     feature_weight: float = Field(default=1.0, ge=0)
-    """Weight of the squared distance of the features of prediction and target. Ours: the code has 0.1 times 10 for
-    another quantity, the distance behind the teacher's output layers."""
+    """Weight of the squared distance of what the teacher's output layers make of the blocks' outputs, of prediction and
+    target. Code: 0.1 times 10."""
 
     @property
     def discriminator(self) -> Built:
@@ -81,16 +81,17 @@ class DetailExpert:
         self._judged: list[Judged] = []  # in the student's turn, by micro-batch
 
     def be_judged(self, prediction: Tensor, target: Tensor, condition: Condition, draws: Draws) -> LossOutput:
-        """The student's side: ``w_adv max(0, 1 - D(prediction)) + w_feat |features - features of the target|^2``."""
+        """The student's side: ``w_adv max(0, 1 - D(prediction)) + w_feat |p(prediction) - p(target)|^2``, p being
+        what the teacher would say if a tapped block were its last; the mean over blocks."""
         t_B = self._points[(draws.uniform("judged_points") * len(self._points)).long()]
         noise_BCFHW = draws.normal("judged_noise", prediction.shape[1:])
         noised = (self._noised(x, noise_BCFHW, t_B) for x in (prediction, target))
         seen = Judged(next(noised), next(noised), t_B, condition)
         self._judged.append(seen._replace(prediction=seen.prediction.detach()))
         with torch.no_grad():
-            wanted = self._features(seen.target, seen)
-        found = self._features(seen.prediction, seen)
-        adversarial = F.relu(1 - self.head(found, condition)).mean()
+            wanted = self._predictions(seen.target, seen)[1]
+        features, found = self._predictions(seen.prediction, seen)
+        adversarial = F.relu(1 - self.head(features, condition)).mean()
         feature = torch.stack([F.mse_loss(a, b) for a, b in zip(found, wanted, strict=True)]).mean()
         loss = self.config.adversarial_weight * adversarial + self.config.feature_weight * feature
         return LossOutput(loss, {"adversarial": adversarial.detach(), "feature": feature.detach()})
@@ -106,6 +107,9 @@ class DetailExpert:
         """``((1 - s) x + (s - s_end) noise) / (1 - s_end)``: from the trajectory's end, where ``x`` is, to ``s``."""
         s, s_end = schedule.sigma(timesteps, x), self._points[0] / schedule.num_train_timesteps
         return ((1 - s) * x + (s - s_end) * noise) / (1 - s_end)
+
+    def _predictions(self, x_t: Tensor, seen: Judged) -> tuple[list[Tensor], list[Tensor]]:
+        return block_predictions(self._teacher, x_t, seen.timesteps, seen.condition, self._blocks)
 
     def _features(self, x_t: Tensor, seen: Judged) -> list[Tensor]:
         return block_outputs(self._teacher, x_t, seen.timesteps, seen.condition, self._blocks)

@@ -137,12 +137,17 @@ class Distillation(Method):
         return own if self.terms is None else [self.terms.with_clips(turn) for turn in own]
 
     def losses(self, turn: Turn, batch: Batches, draws: Draws) -> Iterator[Loss]:
+        seen: list[Loss] = []  # of which the balance measures the gradient
         for own in self.own_losses(turn, batch, draws):
-            if self.terms is None or own.samples is None:
+            if self.terms is None or turn.role != "student":
+                yield own
+                continue
+            seen.append(own)
+            if own.samples is None:
                 yield own
             else:
                 yield self.terms.on_samples(own)
-                yield from self.terms.on_clips(own, self.velocity, self.teacher, batch, draws)
+                yield from self.terms.on_clips(seen, self.velocity, self.teacher, batch, draws)
 
     def after(self, turn: Turn, *, accepted: bool) -> None:
         if self.terms is not None:

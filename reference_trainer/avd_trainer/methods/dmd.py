@@ -114,11 +114,18 @@ class DMD(Distillation):
             online_BCFHW = self.online(x_t_BCFHW, t_B, condition)
             real_x_0 = schedule.velocity_to_x_0(real_BCFHW, seen_BCFHW, t_B)
             online_x_0 = schedule.velocity_to_x_0(online_BCFHW, x_t_BCFHW, t_B)
-        return prefixed("matching", self.matching(x_BCFHW, real_x_0, online_x_0))
+        loss, metrics = self.matching(x_BCFHW, real_x_0, online_x_0)
+        return prefixed("matching", LossOutput(loss, {"gradient_square": metrics["gradient_norm"].square()}))
 
     def show_teacher(self, x_BCFHW: Tensor, x_t_BCFHW: Tensor, t_B: Tensor, batch: Batches, draws: Draws) -> Tensor:
         """What the teacher sees in Eq. 4: what the online model sees, the noised sample."""
         return x_t_BCFHW
+
+    def summarise(self, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Only now: the root of a mean is not the mean of roots, and a batch can be shared out in any way.
+        squares = metrics.pop("matching/gradient_square", None)
+        norms = {} if squares is None else {"matching/gradient_norm": squares.sqrt()}
+        return super().summarise(metrics | norms)
 
     def denoise(self, x_BCFHW: Tensor, condition: Condition, draws: Draws) -> Loss:
         """Eq. 2: the online model's velocity on a noised sample."""

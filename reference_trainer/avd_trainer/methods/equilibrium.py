@@ -47,6 +47,9 @@ class EquilibriumConfig(DistillationConfig):
     r1_spatial_step: float | None = Field(default=None, gt=0)
     """Standard deviation of STR1's spatial perturbation; the term then counts as that of the paper's 0.01, which None
     adds. Ours: 0.1 in bfloat16, where rounding in the backbone changes logits by more than a perturbation of 0.01."""
+    r1_precision: Literal["run", "float32"] = "run"
+    """In what the backbone sees what STR1 compares: in the run's precision, or in float32 where that is bfloat16. Then
+    the paper's 0.01 is not lost in rounding, and the clip is seen once more. Ours."""
     csds_weight: float = Field(default=10.0, ge=0)
     """Weight of conditional score distillation; 0 leaves it out. Paper: 10."""
     csds_timesteps: ScoreTimestepsConfig = ScoreTimestepsConfig()
@@ -79,8 +82,11 @@ class EquilibriumConfig(DistillationConfig):
 
     @property
     def _judged(self) -> int:
-        """Videos that the head judges per clip: itself, a sample; with STR1 the clip perturbed in space and in time."""
-        return 2 if self.r1_weight == 0 else 4
+        """Videos that the head judges per clip: itself, a sample; with STR1 the clip perturbed in space and in time,
+        and in float32 itself again."""
+        if self.r1_weight == 0:
+            return 2
+        return 4 if self.r1_precision == "run" else 5
 
     def equilibrium_roles(self) -> Roles:
         """Who takes part besides student and teacher."""
@@ -142,6 +148,10 @@ class Equilibrium:
                 "spatial_noise": draws.normal("r1_spatial_noise", (channels, 1, *of_frames[1:])),
                 "temporal_noise": draws.normal("r1_temporal_noise", (channels, *of_frames)),
             }
+            if self.config.r1_precision == "float32":
+                # The clip too: beside its logit in bfloat16 rounding would look like a slope.
+                discriminator = partial(discriminator, dtype=torch.float32)
+                clip_logits_B = discriminator(clips_t_BCFHW)
             terms.append(prefixed("r1", self.r1(discriminator, clips_t_BCFHW, clip_logits_B, **noise)))
         return Loss(*weighted_sum(*terms))
 

@@ -130,12 +130,18 @@ class Terms:
         return own._replace(value=own.value + motion.loss, metrics={**own.metrics, **motion.metrics})
 
     def on_clips(
-        self, own: Loss, student: VelocityPredictor, teacher: VelocityPredictor | None, batch: Batches, draws: Draws
+        self,
+        own: Sequence[Loss],
+        student: VelocityPredictor,
+        teacher: VelocityPredictor | None,
+        batch: Batches,
+        draws: Draws,
     ) -> Iterator[Loss]:
         """Eq. 5-7: the student's velocity on real clips, noised to one of its few steps.
 
         Args:
-            own: The method's own loss, without the other term; it can still be differentiated at its cut.
+            own: The method's own losses of this turn, without the other term, whose gradients are compared with; they
+                can still be differentiated at their cuts.
             student: Gives the student's velocity.
             teacher: Gives the teacher's; it is asked only where the weight looks at its error.
             batch: With ``clips``.
@@ -143,7 +149,8 @@ class Terms:
         """
         if self.config.regression is None:
             return
-        assert own.cut is not None, "a loss that hands over samples has a cut"
+        outputs = [loss.cut.output for loss in own if loss.cut is not None]
+        assert len(outputs) == len(own), "the student's losses have cuts"
         clips_BCFHW, condition = batch["clips"]
         few_steps = self.objective.timesteps
         t_B = few_steps[(draws.uniform("regression_timesteps") * len(few_steps)).long()]
@@ -162,8 +169,8 @@ class Terms:
             schedule.velocity(clips_BCFHW, noise_BCFHW),
             t_B,
             **judged_by,
-            matching_loss=own.value,
-            matching_output=own.cut.output,
+            matching_loss=torch.stack([loss.value for loss in own]).sum(),
+            matching_output=outputs,
         )
         yield Loss(loss, metrics | {"regression/timesteps": t_B})
 

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MethodType
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.transformer import VelocityModel, transformer_inputs
 
 
 def block_outputs(
-    model: VelocityModel, x_t: Tensor, timesteps: Tensor, condition: Condition, blocks: Sequence[int]
+    model: VelocityModel,
+    x_t: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    blocks: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The outputs of some of a transformer's blocks, in the role of ``model``; later blocks are not computed.
 
@@ -28,6 +39,8 @@ def block_outputs(
         timesteps: ``[B]``, in [0, 1000].
         condition: What the B samples are conditioned on.
         blocks: Which ones, rising, counted from 0.
+        dtype: In what the blocks compute, where that is more precise than what ``model`` does; its weights are rounded
+            as ever.
 
     Returns:
         For each of them ``[B, L, D]`` in float32; the L tokens are patches, frame by frame and row by row.
@@ -35,6 +48,31 @@ def block_outputs(
     Raises:
         ValueError: If ``blocks`` do not rise or are not among the transformer's.
     """
+    return _ask(model, x_t, timesteps, condition, blocks, dtype=dtype)[0]
+
+
+def block_predictions(
+    model: VelocityModel, x_t: Tensor, timesteps: Tensor, condition: Condition, blocks: Sequence[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`block_outputs`, and what the transformer would predict if each of these blocks were its last.
+
+    Returns:
+        The outputs of the blocks, and for each ``[B, L, N]`` in float32 what the output layers make of them: the N
+        numbers of a patch's velocity.
+    """
+    return _ask(model, x_t, timesteps, condition, blocks, predict=True)
+
+
+def _ask(
+    model: VelocityModel,
+    x_t: Tensor,
+    timesteps: Tensor,
+    condition: Condition,
+    blocks: Sequence[int],
+    *,
+    predict: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
     module = model.module
     check_blocks(blocks, len(module.blocks))
     if not hasattr(module, "forward_to_blocks"):
@@ -43,8 +81,9 @@ def block_outputs(
         module.forward_to_blocks = MethodType(_forward_to_blocks, module)
         register_fsdp_forward_method(module, "forward_to_blocks")
     with model.in_role():
-        outputs = module.forward_to_blocks(*transformer_inputs(x_t, timesteps, condition, model.dtype), tuple(blocks))
-    return [output.float() for output in outputs]
+        inputs = transformer_inputs(x_t, timesteps, condition, dtype or model.dtype)
+        outputs, predictions = module.forward_to_blocks(*inputs, tuple(blocks), predict, dtype is not None)
+    return [output.float() for output in outputs], [prediction.float() for prediction in predictions]
 
 
 def check_blocks(blocks: Sequence[int], available: int) -> None:
@@ -71,18 +110,61 @@ def _forward_to_blocks(
     text: Tensor,
     image: Tensor | None,
     blocks: tuple[int, ...],
-) -> list[Tensor]:
-    """The first part of ``WanTransformer3DModel.forward``, whose output layers and remaining blocks are left out."""
+    predict: bool,
+    precise: bool,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """``WanTransformer3DModel.forward`` up to the last of some blocks; behind each, perhaps, its output layers."""
+    run = _run_precisely if precise else _run
     rotary = module.rope(x_t)
-    hidden_BLD = module.patch_embedding(x_t).flatten(2).transpose(1, 2).contiguous()
-    _, modulation, text, image = module.condition_embedder(timesteps, text, image)
+    hidden_BLD = run(module.patch_embedding, x_t).flatten(2).transpose(1, 2).contiguous()
+    time, modulation, text, image = run(module.condition_embedder, timesteps, text, image)
     modulation = modulation.unflatten(1, (6, -1))
     seen = text if image is None else torch.cat([image, text], dim=1)
     checkpointed = torch.is_grad_enabled() and module.gradient_checkpointing
-    outputs = []
+    outputs, predictions = [], []
     for number, block in enumerate(module.blocks[: blocks[-1] + 1]):
+        # Inside of what is checkpointed, which is run again in the backward pass.
+        whole = partial(run, block)
         inputs = (hidden_BLD, seen, modulation, rotary)
-        hidden_BLD = module._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
+        hidden_BLD = module._gradient_checkpointing_func(whole, *inputs) if checkpointed else whole(*inputs)
         if number in blocks:
             outputs.append(hidden_BLD)
-    return outputs
+            if predict:
+                predictions.append(_output_layers(module, hidden_BLD, time))
+    return outputs, predictions
+
+
+def _output_layers(module: WanTransformer3DModel, hidden_BLD: Tensor, time_BD: Tensor) -> Tensor:
+    """What a transformer does behind its last block; the patches stay apart."""
+    shift, scale = (module.scale_shift_table + time_BD.unsqueeze(1)).chunk(2, dim=1)
+    prediction_BLN: Tensor = module.proj_out(
+        (module.norm_out(hidden_BLD.float()) * (1 + scale) + shift).type_as(hidden_BLD)
+    )
+    return prediction_BLN
+
+
+def _run(part: Callable[..., Any], *inputs: Any) -> Any:
+    return part(*inputs)
+
+
+def _run_precisely(part: Callable[..., Any], *inputs: Any) -> Any:
+    with _AsPreciseAsInputs():
+        return part(*inputs)
+
+
+_WEIGHTED = frozenset({F.linear, F.conv3d, F.rms_norm})
+"""Functions of a transformer's layers that want weights of their input's type."""
+
+
+class _AsPreciseAsInputs(TorchFunctionMode):
+    """Layers compute in the type of their input, whatever type FSDP has gathered their weights in."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _WEIGHTED:
+            return func(*args, **kwargs)
+        dtype = args[0].dtype
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(dtype), (args, kwargs))
+        return func(*args, **kwargs)

@@ -50,6 +50,8 @@ def add_adapter(model: WanTransformer3DModel, name: str, lora: LoRAConfig) -> No
         raise UserError(
             f"method.{name}.lora.target_modules {list(lora.target_modules)} do not fit the model: {error}"
         ) from error
+    for layer in adapted_layers(model):
+        layer.cast_input_dtype_enabled = False  # who asks the model casts, and perhaps to more than the weights have
     for parameter in model.parameters():
         if parameter not in before:
             parameter.data = parameter.data.float()

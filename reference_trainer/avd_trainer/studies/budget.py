@@ -1,4 +1,4 @@
-"""Students that cost the same: as many forward equivalents, and once more as many seconds.
+"""Students that cost the same: as many forward equivalents, and once more, where it is asked for, as many seconds.
 
 A study whose ``budget_of`` names a variant gives all students what that one's own ``max_steps`` cost. Each variant is
 then trained twice: for as many steps as come to the same number of forward equivalents, under its own name, and for as
@@ -48,9 +48,12 @@ def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> S
     runs = students(study)
     budget = _forwards(runs[of], runs[of].max_steps)
     equal = {name: _for_forwards(run, budget) for name, run in runs.items()}
-    costs = {name: known[name] if name in known else _cost(run, measure) for name, run in equal.items()}
-    seconds = runs[of].max_steps * costs[of].seconds
-    as_long = {name: _lasting(run, max(1, round(seconds / costs[name].seconds))) for name, run in runs.items()}
+    timing = measure if "seconds" in study.config.budgets else None
+    costs = {name: known[name] if name in known else _cost(run, timing) for name, run in equal.items()}
+    as_long: dict[str, TrainConfig] = {}
+    if timing is not None:
+        steps = {name: runs[of].max_steps * _seconds(costs[of]) / _seconds(costs[name]) for name in runs}
+        as_long = {name: _lasting(run, max(1, round(steps[name]))) for name, run in runs.items()}
     variants: dict[str, Variant] = {}
     for name, variant in study.variants.items():
         variants[name] = equal.get(name, variant)
@@ -100,9 +103,15 @@ def _time(trainer: Trainer, step: int) -> float:
     return time.perf_counter() - start
 
 
-def _cost(run: TrainConfig, measure: Measure) -> Cost:
+def _cost(run: TrainConfig, measure: Measure | None) -> Cost:
     memory = max(phase.allocated for phase in make_plan(run).memory)
-    return Cost(_forwards(run, run.max_steps) / run.max_steps, round(measure(run), 4), round(memory / MB, 1))
+    seconds = None if measure is None else round(measure(run), 4)
+    return Cost(_forwards(run, run.max_steps) / run.max_steps, seconds, round(memory / MB, 1))
+
+
+def _seconds(cost: Cost) -> float:
+    assert cost.seconds is not None, "a budget in seconds was measured"
+    return cost.seconds
 
 
 def _forwards(run: TrainConfig, steps: int) -> float:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -78,6 +78,10 @@ class StudyConfig(Section):
     budget_of: str | None = None
     """The variant whose own ``max_steps`` say what each student may cost (:mod:`avd_trainer.studies.budget`); None:
     each is trained for its own."""
+    budgets: tuple[Literal["forwards", "seconds"], ...] = Field(default=("forwards", "seconds"), min_length=1)
+    """In what students may cost the same: in ``forwards`` always, and in ``seconds`` a second time."""
+    choose: bool = False
+    """Whether the study is to choose, of the variants of each method, one (:mod:`avd_trainer.studies.choices`)."""
     evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
     """How they are measured."""
 
@@ -120,12 +124,12 @@ class Cost(NamedTuple):
 
     Attributes:
         forwards: Forward equivalents of all examples of the batch, a backward pass counted as two.
-        seconds: On the machine that the study began on, in one process.
+        seconds: On the machine that the study began on, in one process; None where no budget is in seconds.
         memory: MB of 2^20 bytes in tensors in the step's worst phase, as ``avd plan`` computes it for a GPU.
     """
 
     forwards: float
-    seconds: float
+    seconds: float | None
     memory: float
 
 
@@ -181,7 +185,8 @@ class Study:
     @property
     def order(self) -> list[str]:
         """All names that results can have, in the order of tables."""
-        endings = ("",) if self.config.budget_of is None else ("", SECONDS)
+        in_seconds = self.config.budget_of is not None and "seconds" in self.config.budgets
+        endings = ("", SECONDS) if in_seconds else ("",)
         return [name + ending for name in self.config.variants for ending in endings]
 
     def run(self, variant: str) -> TrainConfig:
@@ -365,6 +370,8 @@ def _check(study: Study, folder: Path) -> None:
         own = study.variants[of]
         if not isinstance(own, TrainConfig) or not study.is_measured(of) or start_of(own) is not None:
             raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
+    if "forwards" not in study.config.budgets:
+        raise ConfigError(f"{folder / STUDY}: budgets must have forwards, which each study of a budget begins with.")
     for name, variant in study.variants.items():
         file = folder / f"{name}.yaml"
         if not study.titles[name]:

@@ -127,7 +127,7 @@ def _share_budget(study: Study, folder: Path, saved: Mapping[str, Mapping[str, f
     if study.config.budget_of is None:
         return study
     known = {name: Cost(**values) for name, values in saved.items()}
-    unknown = len(students(study).keys() - known.keys())
+    unknown = len(students(study).keys() - known.keys()) if "seconds" in study.config.budgets else 0
     with join_ranks() as ranks, ProgressBar("measuring what a step costs", unknown) as bar:
         place = Workplace(study, folder / UNITS, ranks)
 

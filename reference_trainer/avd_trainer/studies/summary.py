@@ -19,6 +19,7 @@ from avd_trainer.evaluation.reference import Reference, Spread
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json, write_text
+from avd_trainer.studies.choices import CHOICES, NEAR, choose
 from avd_trainer.studies.definition import CONTROLS, COSTS, REFERENCE, SECONDS, Study, Unit
 from avd_trainer.studies.deviations import save_deviations
 from avd_trainer.studies.dots import save_figure
@@ -99,6 +100,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
             },
             "values": saved["variants"][name],
         }
+    chosen = choose(variants, {name: each["mean"] for name, each in real["spreads"].items()} if real else {})
     return {
         "study": study.name,
         "title": study.title,
@@ -111,6 +113,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
         "reference": real,
         "controls": controls,
         "variants": variants,
+        CHOICES: [choice._asdict() for choice in chosen] if study.config.choose else [],
         COSTS: saved.get(COSTS, {}),
         "environment": environment(),
     }
@@ -163,9 +166,26 @@ def render(results: Mapping[str, Any]) -> str:
             "",
             *judged,
         ]
+    if results[CHOICES]:
+        lines += ["", "## Which setting each method gets", "", *_choices(results)]
     if results[COSTS]:
         lines += ["", "## What a step costs, and how many each student had", "", *_costs(results)]
     return "\n".join(lines) + "\n"
+
+
+def _choices(results: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"Of each method the lowest mean rank, among its settings, of the distance to real clips in the headline "
+        f"measures; of those within {NEAR:g} of the lowest, the nearest in saturation. Without settings of which a "
+        "seed diverged. As long as seeds are missing, this is a guess.",
+        "",
+        "| | chosen | mean ranks |",
+        "| --- | --- | --- |",
+    ]
+    for each in results[CHOICES]:
+        ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in each["ranks"].items())
+        lines.append(f"| {each['method']} | {each['chosen']} | {ranks} |")
+    return lines
 
 
 def _costs(results: Mapping[str, Any]) -> list[str]:
@@ -182,9 +202,13 @@ def _costs(results: Mapping[str, Any]) -> list[str]:
             for each in (name, name + SECONDS)
         ]
         lines.append(
-            f"| {name} | {cost['forwards']:g} | {cost['seconds']:.3g} | {cost['memory']:g} | {' | '.join(steps)} |"
+            f"| {name} | {cost['forwards']:g} | {_blank(cost['seconds'])} | {cost['memory']:g} | {' | '.join(steps)} |"
         )
     return lines
+
+
+def _blank(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds:.3g}"
 
 
 def _title(study: Study, name: str) -> str:

@@ -126,6 +126,18 @@ def test_the_ratio_is_that_to_the_methods_own_loss() -> None:
     assert ratios[0] == ratios[1] > 0
 
 
+def test_the_ratio_is_that_to_all_of_rcms_losses(make_trainer: MakeTrainer) -> None:
+    """Consistency and matching are losses of two outputs; the squares of both gradients count."""
+    squares = []
+    for weight in (1.0, 3.0, 5.0):
+        trainer = make_trainer("rcm", max_steps=1, method={"avd": {}, "consistency_weight": weight})
+        (metrics,) = trainer.run()
+        squares.append(float(metrics["balance/gradient_ratio"]) ** -2)
+    of_consistency = (squares[1] - squares[0]) / (9 - 1)
+    assert squares[2] - squares[0] == pytest.approx((25 - 1) * of_consistency, rel=1e-3)
+    assert 0 < of_consistency < 0.999 * squares[0]  # the rest is matching
+
+
 def test_dmd_with_our_terms_on_top_is_avd(make_trainer: MakeTrainer) -> None:
     dmd = make_trainer("dmd", method={"avd": {}})
     avd = make_trainer("avd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +90,7 @@ def test_a_step_of_the_second_phase_costs_twelve_forwards() -> None:
     config = VPAEMethodConfig(priming_steps=0, guidance_scale=5.0)
     assert equivalents(config) == 12
     assert equivalents(config.model_copy(update={"r1_weight": 0.0})) == 10
+    assert equivalents(config.model_copy(update={"r1_precision": "float32"})) == 13
     assert equivalents(config.model_copy(update={"csds_weight": 0.0})) == 11
     assert equivalents(config.model_copy(update={"csds_guidance": 3.0})) == 13
 
@@ -286,7 +288,7 @@ def test_clips_and_samples_are_judged_at_the_same_times_and_perturbed_after_nois
     assert {"hinge_loss", "logit_gap", "r1/loss"} <= metrics.keys()
 
 
-def test_in_bfloat16_a_larger_step_measures_str1s_spatial_term() -> None:
+def test_in_bfloat16_a_larger_step_or_float32_measures_str1s_spatial_term() -> None:
     """At 0.01 the backbone's rounding alone changes logits more; in float32 both steps measure the same slope."""
     torch.manual_seed(0)
     clips = encode_shapes(MovingShapes(12, 0), BlockDCTCodec()).latents
@@ -294,9 +296,10 @@ def test_in_bfloat16_a_larger_step_measures_str1s_spatial_term() -> None:
     condition = Condition(torch.zeros(12, 4, 32))
     noise, head = torch.randn_like(clips[:, :, :1]), LightHead(96, 2, width=32)
 
-    def spatial(dtype: torch.dtype, step: float | None) -> float:
+    def spatial(dtype: torch.dtype, step: float | None, seen_in: torch.dtype | None = None) -> float:
         backbone = VelocityModel(load_transformer("bundled:tiny", dtype=dtype), dtype=dtype)
-        asked = partial(Discriminator(backbone, head, (3, 5)), timesteps=torch.full((12,), 300.0), condition=condition)
+        discriminator = Discriminator(backbone, head, (3, 5))
+        asked = partial(discriminator, timesteps=torch.full((12,), 300.0), condition=condition, dtype=seen_in)
         with torch.no_grad():
             r1 = SpatioTemporalR1Loss(step_spatial=step).eval()
             return float(r1(asked, x_t, asked(x_t), spatial_noise=noise).metrics["spatial"])
@@ -305,6 +308,34 @@ def test_in_bfloat16_a_larger_step_measures_str1s_spatial_term() -> None:
     assert spatial(torch.float32, 0.1) == pytest.approx(exact, rel=0.2)
     assert spatial(torch.bfloat16, None) > 1.4 * exact  # 6 times, where the head was trained for 60 steps
     assert spatial(torch.bfloat16, 0.1) == pytest.approx(exact, rel=0.25)
+    # The bundled weights are those of bfloat16, so that what is left is what lies between the layers.
+    assert spatial(torch.bfloat16, None, torch.float32) == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"student": {"lora": LORA}}, {"critic": "frozen"}, {"critic": "separate"}],
+    ids=["average", "adapters", "frozen", "separate"],
+)
+def test_str1_in_float32_is_that_of_a_run_in_float32(
+    make_trainer: MakeTrainer, teacher_folder: Path, tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """Of one first step; the weights, which are rounded for any bfloat16, are rounded for both."""
+    rounded = load_transformer(str(teacher_folder), dtype=torch.bfloat16).float()
+    rounded.save_pretrained(tmp_path / "teacher")
+    terms, losses = {}, {}
+    for precision, of_r1 in (("float32", "run"), ("bfloat16", "run"), ("bfloat16", "float32")):
+        trainer = make_trainer(
+            "vpae", max_steps=1, teacher=tmp_path / "teacher", precision=precision,
+            parallel={"activation_checkpointing": True}, method={**PHASE_2, **method, "r1_precision": of_r1},
+        )  # fmt: skip
+        metrics = first_step(trainer)
+        terms[precision, of_r1] = float(metrics["discriminator/r1/spatial"])
+        losses[precision, of_r1] = float(metrics["discriminator/hinge_loss"])
+    exact = terms["float32", "run"]
+    assert terms["bfloat16", "float32"] == pytest.approx(exact, rel=1e-3)
+    assert abs(terms["bfloat16", "run"] / exact - 1) > 5e-3  # of one block, and a head that has learned nothing
+    assert losses["bfloat16", "float32"] == losses["bfloat16", "run"]
 
 
 def test_the_gradient_of_l_g_is_that_of_its_terms(make_trainer: MakeTrainer) -> None:

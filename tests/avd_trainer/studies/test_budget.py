@@ -15,7 +15,7 @@ from avd_trainer.studies import budget, units
 from avd_trainer.studies.budget import share_budget, time_step
 from avd_trainer.studies.definition import Cost, Study, load_study
 from avd_trainer.studies.runner import claim_study, run_study
-from avd_trainer.studies.summary import write_summary
+from avd_trainer.studies.summary import render, write_summary
 from avd_trainer.training.config import TrainConfig
 from runs import MakeConfig, MakeTrainer
 from small_study import write_study
@@ -61,6 +61,25 @@ def test_steps_follow_from_forwards_and_from_seconds(name: str) -> None:
     assert forward_equivalents(run.method.calls(1)) == FORWARDS["avd"]
     assert study.run("avd-seconds") == run.model_copy(update={"max_steps": 13})
     assert {unit.variant for unit in study.units([1])} >= {"dmd", "avd", "avd-seconds", "teacher", "half-rate"}
+
+
+def test_a_budget_of_forwards_alone_measures_nothing(name: str, tmp_path: Path, timed: list[str]) -> None:
+    only = write_study(tmp_path / "forwards", study=BUDGET + "\n    budgets: [forwards]")
+    folder = tmp_path / "out"
+    study = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
+    assert study.run("avd") == shared(name, 20).run("avd")
+    assert not timed
+    assert [each for each in study.order if each.endswith("-seconds")] == []
+    assert {unit.variant for unit in study.units([1])}.isdisjoint({"avd-seconds"})
+    again = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
+    assert again.variants == study.variants
+    found = write_summary(study, folder, [1])
+    assert (found["costs"]["avd"]["forwards"], found["costs"]["avd"]["seconds"]) == (2 * FORWARDS["avd"], None)
+    spread = {"mean": 0.0, "std": 0.1, "low": 0.0, "high": 0.1}
+    real = {"spreads": {"saturation_error": spread}, "sets": 3}
+    assert f"| avd | {2 * FORWARDS['avd']:g} |  |" in render({**found, "reference": real})
+    with pytest.raises(UserError, match="budgets must have forwards"):
+        load_study(write_study(tmp_path / "forwards", study=BUDGET + "\n    budgets: [seconds]"))
 
 
 def test_a_cost_that_changes_over_a_run_is_that_of_the_whole(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from avd_trainer.config.loading import read_values
 from avd_trainer.evaluation.measures import VERSION
+from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.studies.catalog import find_study, list_studies
@@ -103,6 +104,27 @@ def test_values_are_chosen_on_other_captions_and_seeds_than_results() -> None:
     tuning, table2 = load_study("tuning"), load_study("table2")
     assert set(parse_seeds(tuning.config.seeds)).isdisjoint(parse_seeds(table2.config.seeds))
     assert tuning.config.evaluation.caption_seed != table2.config.evaluation.caption_seed
+
+
+def test_rates_of_all_methods_are_chosen_in_the_same_way_before_they_are_compared() -> None:
+    tuning, methods = load_study("methods-tuning"), load_study("methods")
+    assert set(parse_seeds(tuning.config.seeds)).isdisjoint(parse_seeds(methods.config.seeds))
+    assert tuning.config.evaluation.caption_seed != methods.config.evaluation.caption_seed
+    assert tuning.config.choose
+    rates: dict[str, dict[float, str]] = {}
+    for name in tuning.variants:
+        method = tuning.run(name).method
+        assert isinstance(method, DistillationConfig)
+        rates.setdefault(method.kind, {})[method.student.optimizer.lr] = name
+    assert rates.keys() == {methods.run(name).method.kind for name in methods.variants} - {"avd"}
+    for kind, settings in rates.items():
+        assert settings.keys() == {2.5e-5, 5e-5, 1e-4}, kind
+        # What is chosen is a value of the study's own run, which differs in nothing else.
+        alone = methods.run(kind.replace("_", "-"))
+        tuned = tuning.run(settings[5e-5])
+        if kind == "data_forcing":
+            tuned = tuned.model_copy(update={"student_weights": alone.student_weights})
+        assert tuned == alone
 
 
 @pytest.mark.parametrize("name", list_studies())

@@ -1,9 +1,5 @@
 """DCM's two steps for Wan as its authors' scripts take them, and as method dcm does."""
 
-import json
-import logging
-import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,21 +13,21 @@ from torch import Tensor
 from agreement import (
     ARCHITECTURE,
     CLIPS,
-    SHAPE,
     Given,
-    agree,
     asked_as_diffusers,
+    clips,
     drawn,
     gradients,
+    hold,
     loss_of,
     new_method,
+    report,
     share_times,
     small_model,
     texts,
 )
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.discriminators.discriminator import HeadConfig, build_head
-from avd_trainer.models.features import block_outputs
 from avd_trainer.models.transformer import VelocityModel
 from dcm import stand_in_for_absent_packages
 from page_lines import load_script
@@ -94,7 +90,7 @@ def step_of_authors(script: ModuleType, function: str, seed: int, latents: Tenso
 
 def semantic(folder: Path, latents: Tensor) -> dict[str, float]:
     script = load(folder, "semantic")
-    clips = script.normalize_dit_input("wan", latents)
+    normalised = script.normalize_dit_input("wan", latents)
     text, unconditional = texts()
     student, teacher = small_model(1, trained=True), small_model(3)
     method = new_method("dcm", {"student": student, "teacher": teacher}, unconditional, detail=None)
@@ -107,9 +103,9 @@ def semantic(folder: Path, latents: Tensor) -> dict[str, float]:
         "pred_decay_type": "l1", "hunyuan_teacher_disable_cfg": False,
         "teacher_transformer": asked_as_diffusers(teacher), "noise_scheduler": scheduler, "solver": solver,
     }  # fmt: skip
-    report, special = {}, {"alone": 0, "before others": 0}
+    found, special = {}, {"alone": 0, "before others": 0}
     for seed, count in [(seed, CLIPS) for seed in range(30)] + [(seed, 1) for seed in range(30)]:
-        own = clips[:count]
+        own = normalised[:count]
         torch.manual_seed(seed)
         noise, index = torch.randn_like(own), torch.randint(BOUNDARY, POINTS, (count,))
         first = int(index[0]) == BOUNDARY
@@ -117,25 +113,22 @@ def semantic(folder: Path, latents: Tensor) -> dict[str, float]:
             continue
         theirs = step_of_authors(script, "distill_one_step", seed, latents[:count], **options)[0]
         draws = Given(points=drawn(index - BOUNDARY, POINTS - BOUNDARY), points_noise=noise)
-        loss = loss_of(method, own, text[:count], draws)
-        loss.backward(1)
-        found = gradients(student)
+        batch = own, text[:count]
         if first and count > 1:
             # Where the first clip of a batch is at the lowest point, theirs takes all of them one step, and not to
             # the phase's end. With the paper, and with a batch of one as they train, each clip goes by its own point.
-            assert abs(loss.value.item() - theirs) > 1e-3 * theirs
+            assert abs(loss_of(method, *batch, draws).value.item() - theirs) > 1e-3 * theirs
             special["before others"] += 1
             continue
         special["alone"] += first
-        report[f"loss {count} {seed}"] = agree(loss.value, torch.tensor(theirs))
-        report[f"gradient {count} {seed}"] = agree(found, seen.gradients)
+        found[f"{count} {seed}"] = hold(method, student, batch, draws, (torch.tensor(theirs), seen.gradients))
     assert all(special.values()), special
-    return report
+    return found
 
 
 def detail(folder: Path, latents: Tensor) -> dict[str, float]:
     script = load(folder, "detail")
-    clips = script.normalize_dit_input("wan", latents)
+    normalised = script.normalize_dit_input("wan", latents)
     text, unconditional = texts()
     student, teacher = small_model(1, trained=True), small_model(3)
     config = HeadConfig(kind="light", blocks=BLOCKS, width=64)
@@ -153,15 +146,18 @@ def detail(folder: Path, latents: Tensor) -> dict[str, float]:
     share_times(method, solver)
 
     def teach(model: VelocityModel) -> Any:
-        """Their teacher, of which features are read before and behind its last layers; ours are read before."""
+        """A teacher whose features are read by their code: of each block, and what its output layers make of them."""
         answer = asked_as_diffusers(model)
+        script.USE_PEFT_BACKEND = False  # which they do not import
 
         def call(x: Tensor, timesteps: Tensor, encoder_hidden_states: Tensor, **options: Any) -> Any:
             if not options.get("output_features"):
                 return answer(x, timesteps, encoder_hidden_states)
-            condition = Condition(encoder_hidden_states)
-            features = block_outputs(model, x.float(), timesteps.float(), condition, BLOCKS)
-            return None, torch.stack(features), (features, condition)
+            # Each block's, where theirs are every second's.
+            options["output_features_stride"] = 1
+            inputs = (model.module, x.float(), timesteps.float(), encoder_hidden_states)
+            _, predictions, features = script.wan_forward_origin(*inputs, **options)
+            return None, predictions, (list(features), Condition(encoder_hidden_states))
 
         return call
 
@@ -173,37 +169,29 @@ def detail(folder: Path, latents: Tensor) -> dict[str, float]:
         "discriminator": judge, "discriminator_optimizer": judge, "adv_weight": 0.1, "discriminator_head_stride": 2,
         "noise_scheduler": scheduler, "solver": solver,
     }  # fmt: skip
-    report = {}
+    found = {}
     for seed in range(3):
         torch.manual_seed(seed)
-        noise, index = torch.randn_like(clips), torch.randint(0, BOUNDARY, (CLIPS,))
+        noise, index = torch.randn_like(normalised), torch.randint(0, BOUNDARY, (CLIPS,))
         judged = torch.cat([torch.randint(0, BOUNDARY, (1,)) for _ in range(CLIPS)])
-        judged_noise = torch.randn_like(clips)
+        judged_noise = torch.randn_like(normalised)
         theirs, _, theirs_of_judge, _ = step_of_authors(script, "distill_one_step_adv", seed, latents, **options)
         draws = Given(
             points=drawn(index, BOUNDARY), points_noise=noise, judged_points=drawn(judged, BOUNDARY),
             judged_noise=judged_noise,
         )  # fmt: skip
-        loss = loss_of(method, clips, text, draws, part="detail")
-        loss.backward(1)
-        found = gradients(student)
-        report[f"loss {seed}"] = agree(loss.value, theirs)
-        report[f"gradient {seed}"] = agree(found, generator.gradients)
-        loss = loss_of(method, clips, text, draws, role="discriminator")
-        loss.backward(1)
-        report[f"loss of the discriminator {seed}"] = agree(loss.value, theirs_of_judge)
-        report[f"gradient of the discriminator {seed}"] = agree(gradients(head), judge.gradients)
-    return report
+        batch = normalised, text
+        found[f"{seed}"] = hold(method, student, batch, draws, (theirs, generator.gradients), part="detail")
+        theirs = theirs_of_judge, judge.gradients
+        found[f"discriminator {seed}"] = hold(method, head, batch, draws, theirs, role="discriminator")
+    return found
 
 
 def main(folder: Path) -> dict[str, dict[str, float]]:
     stand_in_for_absent_packages()
-    torch.manual_seed(0)
-    latents = torch.randn(CLIPS, *SHAPE)
+    latents = clips()
     return {"semantic": semantic(folder, latents), "detail": detail(folder, latents)}
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*CUDA.*")
-    print(json.dumps(main(Path(sys.argv[1]))))
+    report(main)

@@ -5,10 +5,6 @@ two differ by a factor ``n``, with ``n^2 = (1 - s)^2 + s^2``: so the script is g
 that undoes the factor before it answers.
 """
 
-import json
-import logging
-import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +18,12 @@ from agreement import (
     SHAPE,
     Answers,
     Given,
-    agree,
+    clips,
     drawn,
     gradients,
-    loss_of,
+    hold,
     new_method,
+    report,
     small_model,
     statements,
     texts,
@@ -43,9 +40,7 @@ def main(folder: Path) -> dict[str, float]:
     script = load_script(folder / "script.py", SCRIPT.read_text())
     lines = statements(SCRIPT.read_text(), "topk = noise_scheduler", 'if args.loss_type == "l2":')
     text, unconditional = texts()
-    torch.manual_seed(0)
-    clips = torch.randn(CLIPS, *SHAPE)
-    report = {}
+    latents, found = clips(), {}
     for huber in (None, 0.001):
         student, average, teacher = small_model(1, trained=True), small_model(2), small_model(3)
         models = {"student": student, "ema": average, "teacher": teacher}
@@ -72,7 +67,7 @@ def main(folder: Path) -> dict[str, float]:
 
         names = {
             **vars(script),
-            "latents": clips.flatten(1, 2),  # the script's are images
+            "latents": latents.flatten(1, 2),  # the script's are images
             "bsz": CLIPS,
             "noise_scheduler": scheduler,
             "solver": script.DDIMSolver(scheduler.alphas_cumprod.numpy(), 1000, POINTS),
@@ -97,16 +92,11 @@ def main(folder: Path) -> dict[str, float]:
             own = {**names, "encoded_text": dict(names["encoded_text"])}
             exec(lines, own)
             own["loss"].backward()
-            expected = gradients(student)
+            theirs = own["loss"], gradients(student)
             draws = Given(points=drawn(own["index"], POINTS), points_noise=own["noise"].unflatten(1, SHAPE[:2]))
-            loss = loss_of(method, clips, text, draws)
-            loss.backward(1)
-            report[f"loss {huber} {seed}"] = agree(loss.value, own["loss"])
-            report[f"gradient {huber} {seed}"] = agree(gradients(student), expected)
-    return report
+            found[f"{huber} {seed}"] = hold(method, student, (latents, text), draws, theirs)
+    return found
 
 
 if __name__ == "__main__":
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*CUDA.*")
-    print(json.dumps(main(Path(sys.argv[1]))))
+    report(main)

@@ -1,7 +1,12 @@
 """A method's losses beside its authors': small models, draws that are given, and a script's lines, run as they are."""
 
 import ast
+import json
+import logging
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any
 
@@ -60,6 +65,12 @@ def texts() -> tuple[Tensor, Tensor]:
     return torch.randn(CLIPS, *TEXT), torch.randn(*TEXT)
 
 
+def clips() -> Tensor:
+    """``[CLIPS, *SHAPE]`` of noise, the same in each program."""
+    torch.manual_seed(0)
+    return torch.randn(CLIPS, *SHAPE)
+
+
 def new_method(kind: str, models: dict[str, Any], unconditional: Tensor, **options: Any) -> Any:
     method = load_method(kind)
     setting = Setting(SHAPE, unconditional, torch.device("cpu"))
@@ -104,6 +115,31 @@ def agree(mine: Tensor, theirs: Tensor) -> float:
     apart = ((mine - theirs).abs().max() / theirs.abs().max()).item()
     assert apart < 1e-5, apart
     return apart
+
+
+def hold(
+    method: Any, model: Any, batch: tuple[Tensor, Tensor], draws: Given, theirs: tuple[Tensor, Tensor], **turn: str
+) -> float:
+    """A turn's loss and its gradient at a model's weights agree with theirs; returns how near both are.
+
+    Args:
+        method: Ours.
+        model: What the turn trains.
+        batch: Clips and their texts.
+        draws: What the authors have drawn.
+        theirs: Loss and gradient.
+        turn: ``part`` and ``role``, where they are not the student's own.
+    """
+    loss = loss_of(method, *batch, draws, **turn)
+    loss.backward(1)
+    return max(agree(loss.value, theirs[0]), agree(gradients(model), theirs[1]))
+
+
+def report(main: Callable[[Path], Any]) -> None:
+    """Run a program, whose argument is a folder to write to, and print what it returns as JSON."""
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*CUDA.*")
+    print(json.dumps(main(Path(sys.argv[1]))))
 
 
 class Answers(SimpleNamespace):

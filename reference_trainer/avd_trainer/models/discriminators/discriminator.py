@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -69,8 +70,13 @@ class Discriminator:
     head: Model
     blocks: Sequence[int]
 
-    def __call__(self, x_t: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Logits ``[B]``, high for what it takes for real, of noised videos ``[B, C, F, H, W]`` at ``[B]`` times."""
-        features = block_outputs(self.backbone, x_t, timesteps, condition, self.blocks)
+    def __call__(
+        self, x_t: Tensor, timesteps: Tensor, condition: Condition, *, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Logits ``[B]``, high for what it takes for real, of noised videos ``[B, C, F, H, W]`` at ``[B]`` times.
+
+        ``dtype`` is what the backbone computes in, where that is more precise than usual.
+        """
+        features = block_outputs(self.backbone, x_t, timesteps, condition, self.blocks, dtype=dtype)
         logits: Tensor = self.head(features, condition)
         return logits
