@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import av
 import pytest
@@ -19,7 +19,7 @@ from avd_trainer.commands.app import app
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.evaluation.vbench import folder as folders
 from avd_trainer.evaluation.vbench import generating
-from avd_trainer.evaluation.vbench.checking import KINDS, check_videos
+from avd_trainer.evaluation.vbench.checking import Kind, check_videos
 from avd_trainer.evaluation.vbench.collecting import PAPER, Count, notes, read_results, table
 from avd_trainer.evaluation.vbench.folder import Record, check_names, claim, read_record, record_videos, seed_of
 from avd_trainer.evaluation.vbench.generating import Sampling, describe
@@ -315,7 +315,7 @@ def test_every_fault_of_a_folder_is_found(tmp_path: Path) -> None:
         "a-2.mp4": "frames", "a-3.mp4": "fps", "a-4.mp4": "size", "b-0.mp4": "blank", "b-1.mp4": "frozen",
         "b-2.mp4": "unreadable", "b-3.mp4": "empty", "b-4.mp4": "missing", ".DS_Store": "extra",
     }  # fmt: skip
-    assert {fault.kind for fault in faults} == set(KINDS)
+    assert {fault.kind for fault in faults} == set(get_args(Kind))
     status, printed = run("evaluate", "vbench", "check", tmp_path / "avd")
     assert status == 1
     assert "│ dynamic_degree │ 10 │ unreadable │ 1 │" in printed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import av
 import numpy as np
@@ -13,7 +13,6 @@ import numpy as np
 from avd_trainer.evaluation.vbench.folder import Record, present
 
 Kind = Literal["missing", "extra", "empty", "unreadable", "frames", "fps", "size", "blank", "frozen"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 """What can be wrong: the file is not there, is none of the suite's, has no bytes, cannot be decoded; has another number
 of frames, rate or size than the record says; shows one grey value; shows one picture."""
 
@@ -28,7 +27,7 @@ class Fault(NamedTuple):
 
     Attributes:
         file: Within the student's folder.
-        kind: One of :data:`KINDS`.
+        kind: One of :data:`Kind`.
         found: What came in place of what was expected.
         dimensions: Which judge it; none for a file that is not the suite's.
     """
