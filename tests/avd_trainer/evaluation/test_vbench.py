@@ -74,7 +74,7 @@ def test_prompts_are_counted_by_dimension(tmp_path: Path) -> None:
     assert "79 frames at 16 fps, 4.94 s. All 81 would be 5.06 s, and VBench's FAQ sends" in printed
     listed = json.loads((tmp_path / "list.json").read_text())
     assert listed[0] == {
-        "file": "videos/a red circle moves left-0.mp4", "prompt": MOVING[0], "index": 0,
+        "file": "videos/a red circle moves left-0.mp4", "prompt": MOVING[0], "number": 0,
         "dimensions": ["subject_consistency", "dynamic_degree"],
     }  # fmt: skip
 

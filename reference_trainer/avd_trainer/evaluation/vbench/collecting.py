@@ -221,7 +221,7 @@ def _score(folder: Path, record: Record, dimension: str, file: Path, value: Any)
     # Of the many videos for flicker those after the fifth are there to be chosen from.
     most = record.rules.samples if dimension == FLICKERING else record.rules.samples_of(dimension)
     most = 1 if dimension in record.rules.per_prompt else most
-    wanted = [each for each in record.of(dimension) if each.index < most]
+    wanted = [each for each in record.of(dimension) if each.number < most]
     return Score(
         mean=mean,
         judged=len(judged),

@@ -66,12 +66,12 @@ class Record:
         return [each.video for each in self.videos if dimension in each.video.dimensions]
 
 
-def seed_of(seed: int, prompt: str, index: int) -> int:
+def seed_of(seed: int, prompt: str, number: int) -> int:
     """The seed of a prompt's video: the same in any order, on any number of machines and in any dimension.
 
-    The first 63 bits of a SHA-256 over the seed of all, the prompt and the index.
+    The first 63 bits of a SHA-256 over the seed of all, the number and the prompt.
     """
-    digest = hashlib.sha256(f"{seed}/{index}/{prompt}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{number}/{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -89,7 +89,7 @@ def record_videos(videos: Sequence[Video], augmented: Mapping[str, str] | None, 
         )
     return tuple(
         Recorded(
-            each, each.prompt if augmented is None else augmented[each.prompt], seed_of(seed, each.prompt, each.index)
+            each, each.prompt if augmented is None else augmented[each.prompt], seed_of(seed, each.prompt, each.number)
         )
         for each in videos
     )
@@ -139,7 +139,7 @@ def read_record(folder: Path) -> Record:
     try:
         videos = tuple(
             Recorded(
-                Video(each["file"], each["prompt"], each["index"], tuple(each["dimensions"])),
+                Video(each["file"], each["prompt"], each["number"], tuple(each["dimensions"])),
                 each["shown"],
                 each["seed"],
             )

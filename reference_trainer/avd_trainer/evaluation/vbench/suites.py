@@ -112,13 +112,13 @@ class Video(NamedTuple):
     Attributes:
         file: Where, within a student's folder; with ``/`` between folder and name.
         prompt: What the suite asks for; the file is named after it.
-        index: Its number among the videos of the prompt, from 0.
+        number: Its place among the videos of the prompt, from 0.
         dimensions: Which of those that were chosen judge it.
     """
 
     file: str
     prompt: str
-    index: int
+    number: int
     dimensions: tuple[str, ...]
 
 
@@ -153,8 +153,8 @@ class Suite:
                     f"--dimension {dimension}: {self.rules.title} has {', '.join(self.prompts)}. Pass some of these."
                 )
             for prompt in self.prompts[dimension]:
-                for index in range(samples or self.rules.samples_of(dimension)):
-                    file = self._file(dimension, prompt, index)
+                for number in range(samples or self.rules.samples_of(dimension)):
+                    file = self._file(dimension, prompt, number)
                     known = found.get(file)
                     if known is not None and known.prompt != prompt:
                         raise UserError(
@@ -162,17 +162,17 @@ class Suite:
                             "own code could not tell them apart. Leave this dimension out."
                         )
                     judges = (dimension,) if known is None else (*known.dimensions, dimension)
-                    found[file] = Video(file, prompt, index, tuple(dict.fromkeys(judges)))
+                    found[file] = Video(file, prompt, number, tuple(dict.fromkeys(judges)))
         return list(found.values())
 
-    def _file(self, dimension: str, prompt: str, index: int) -> str:
+    def _file(self, dimension: str, prompt: str, number: int) -> str:
         name = prompt[: self.rules.name_length]
         if "/" in name or "\0" in name or not name:
             raise UserError(
                 f"{self.rules.title} names a video after the prompt {prompt!r}, which cannot be a file's name. Leave "
                 f"{dimension} out."
             )
-        return f"{dimension if self.rules.folder_each else VIDEOS}/{name}-{index}.mp4"
+        return f"{dimension if self.rules.folder_each else VIDEOS}/{name}-{number}.mp4"
 
 
 def read_suite(path: Path) -> Suite:
