@@ -173,7 +173,7 @@ def generate(
         check_names(output, [video.file for video in videos])
         record = claim(output, Record(found.rules, student.resolve().name, settings, recorded))
         say(f"{kept} of {made} frames at {rate:g} fps. {_about_length(found.rules, kept, made, rate)}".strip())
-        mine = part_of(record, part)
+        mine = part_of(recorded, part)
         wanted = [each for each in mine if not (output / each.video.file).exists()]
         if wanted:
             with ProgressBar("videos", len(mine), start=len(mine) - len(wanted)) as bar:

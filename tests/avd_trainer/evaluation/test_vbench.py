@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -245,6 +246,9 @@ def test_dimensions_are_added_to_a_folder(tmp_path: Path) -> None:
     assert len(read_record(tmp_path).videos) == 35
     with pytest.raises(UserError, match="frames 4, not 5"):
         claim(tmp_path, wanted("dynamic_degree", frames=5))
+    again = wanted("dynamic_degree")
+    with pytest.raises(UserError, match="other settings: other augmented prompts"):
+        claim(tmp_path, replace(again, videos=tuple(each._replace(shown="x") for each in again.videos)))
     (tmp_path / folders.RECORD).write_text('{"suite": "VBench"}')
     with pytest.raises(UserError, match="is damaged"):
         read_record(tmp_path)

@@ -204,6 +204,9 @@ def _expect_same(folder: Path, known: Record, record: Record) -> None:
         old, new = known.settings.get(name), record.settings.get(name)
         if old != new:
             differences.append(f"{name} {old}, not {new}")
+    shown = {each.video.file: each.shown for each in known.videos}
+    if any(shown.get(each.video.file, each.shown) != each.shown for each in record.videos):
+        differences.append("other augmented prompts")
     if differences:
         raise UserError(
             f"--output {folder} has videos of another student or other settings: {'; '.join(differences)}. Repeat the "

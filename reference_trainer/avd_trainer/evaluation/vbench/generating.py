@@ -84,11 +84,11 @@ def describe(
     }
 
 
-def part_of(record: Record, part: Part) -> list[Recorded]:
+def part_of(videos: Sequence[Recorded], part: Part) -> list[Recorded]:
     """The videos of one of several machines: those of every n-th prompt, so that each embeds its own prompts alone."""
     number, parts = part
-    place = {prompt: at for at, prompt in enumerate(dict.fromkeys(each.video.prompt for each in record.videos))}
-    return [each for each in record.videos if place[each.video.prompt] % parts == number]
+    place = {prompt: at for at, prompt in enumerate(dict.fromkeys(each.video.prompt for each in videos))}
+    return [each for each in videos if place[each.video.prompt] % parts == number]
 
 
 def generate_videos(
