@@ -212,7 +212,7 @@ def test_the_table_has_every_host_that_is_tested() -> None:
     expected = [
         host["commit"][:7] if "commit" in host else host["release"].partition("==")[2]
         for host in HOSTS.values()
-        if "program" not in host
+        if not host.keys() & {"program", "judge"}
     ]
     constraints = (ROOT / "constraints.txt").read_text()
     (accelerates,) = re.findall(r"^accelerate==(.*)$", constraints, re.MULTILINE)
@@ -223,6 +223,14 @@ def test_the_page_of_exports_names_the_programs_that_are_tested() -> None:
     expected = {(name, host["commit"][:7]) for name, host in HOSTS.items() if "program" in host}
     page = (ROOT / "docs" / "export.md").read_text()
     assert set(re.findall(r"^\| (\S+) \| `(\w{7})`", page, re.MULTILINE)) == expected
+
+
+def test_the_page_of_vbench_names_the_suites_that_are_tested() -> None:
+    page = (ROOT / "docs" / "vbench.md").read_text()
+    for name, host in HOSTS.items():
+        if "judge" in host:
+            proven = host["commit"][:7] if "commit" in host else host["release"].partition("==")[2]
+            assert re.search(rf"^\| {re.escape(name)} \| `{re.escape(proven)}` \|", page, re.MULTILINE), name
 
 
 def test_nothing_of_a_host_is_imported_with_its_adapter() -> None:

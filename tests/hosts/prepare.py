@@ -33,7 +33,7 @@ def prepare(folder: Path, host: dict[str, Any]) -> None:
             _install(folder, [host["release"]])
         else:
             _check_out(folder, host["repository"], host["commit"])
-    if not packages_of(folder).exists():
+    if host["packages"] and not packages_of(folder).exists():
         _install(packages_of(folder), host["packages"])
 
 

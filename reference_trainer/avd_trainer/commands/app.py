@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from avd_trainer.commands.analyze import analyze_app
 from avd_trainer.commands.calibrate import calibrate
@@ -22,9 +23,20 @@ from avd_trainer.commands.sample import sample
 from avd_trainer.commands.study import study
 from avd_trainer.commands.torchrun import SETTINGS, torchrun
 from avd_trainer.commands.train import train
+from avd_trainer.commands.vbench import vbench_app
 from avd_trainer.runtime.terminal import say
 
+
+class Commands(TyperGroup):
+    """Has commands of two words as well, which come before one of their first word: ``evaluate vbench``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        words = " ".join(args[:2])
+        return super().resolve_command(ctx, [words, *args[2:]] if words in self.commands else args)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +47,7 @@ app.add_typer(analyze_app, name="analyze")
 
 for _command in (train, export, sample, compare, evaluate, plan, calibrate, demo, study, methods, presets):
     app.command()(_command)
+app.add_typer(vbench_app, name="evaluate vbench")
 app.command(context_settings=SETTINGS)(torchrun)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avd_trainer.commands.options import read_part
 from avd_trainer.data.preparation.needs import HUB_ID
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
@@ -263,7 +263,7 @@ def prepare(
             chosen,
             _workers(engine, workers, chosen),
             sample=None if sample is None else _share(sample),
-            part=None if shard is None else _part(shard),
+            part=None if shard is None else read_part(shard),
             retry=retry,
         )
         _say_prepared(done)
@@ -313,13 +313,6 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise UserError(f"--sample {text}: expected a share of the files, such as 1% or 0.01.")
     return share
-
-
-def _part(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not int(found[1]) < int(found[2]):
-        raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/8 for the first of 8 parts.")
-    return int(found[1]), int(found[2])
 
 
 def _say_prepared(done: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,3 +79,15 @@ def shards_of(data: list[Path]) -> dict[str, Any]:
 def overrides_of(set_: list[str] | None, max_steps: int | None) -> list[str]:
     """What ``--set`` and ``--max-steps`` override."""
     return [*(set_ or []), *([] if max_steps is None else [f"max_steps={max_steps}"])]
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """``I/N`` of ``--shard`` as numbers.
+
+    Raises:
+        UserError: If it is not that.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard {text}: expected I/N with I from 0 to N - 1, such as 0/8 for the first of 8 parts.")
+    return int(found[1]), int(found[2])

@@ -46,6 +46,33 @@ ComputeDtype = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
 ]
+HalfRate = Annotated[
+    bool | None,
+    typer.Option(
+        "--half-rate/--full-rate",
+        help="Run the first half of the steps on half of the frames, or none. Default: half rate where the folder "
+        "has an interpolator.",
+    ),
+]
+HalfRateSteps = Annotated[
+    int | None, typer.Option(metavar="N", help="How many steps run at half rate, from the first.")
+]
+RatesOfSteps = Annotated[
+    str | None,
+    typer.Option(metavar="R,R,...", help="In place of that, for each step: on one frame of how many. 4,2,1,1."),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
+]
+Pipeline = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SOURCE",
+        help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
+        "them. Default: what the run was trained with.",
+    ),
+]
 
 
 def sample(
@@ -60,38 +87,16 @@ def sample(
             help="What the clips begin with, for a student of image to video: a picture, or a video's first frame.",
         ),
     ] = None,
-    half_rate: Annotated[
-        bool | None,
-        typer.Option(
-            "--half-rate/--full-rate",
-            help="Run the first half of the steps on half of the frames, or none. Default: half rate where the folder "
-            "has an interpolator.",
-        ),
-    ] = None,
-    half_rate_steps: Annotated[
-        int | None, typer.Option(metavar="N", help="How many steps run at half rate, from the first.")
-    ] = None,
-    rates: Annotated[
-        str | None,
-        typer.Option(metavar="R,R,...", help="In place of that, for each step: on one frame of how many. 4,2,1,1."),
-    ] = None,
+    half_rate: HalfRate = None,
+    half_rate_steps: HalfRateSteps = None,
+    rates: RatesOfSteps = None,
     side_by_side: Annotated[
         bool, typer.Option("--side-by-side", help="The same noise at full and at half rate, next to each other.")
     ] = False,
     seed: Seed = 0,
-    size: Annotated[
-        str | None,
-        typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
-    ] = None,
+    size: Size = None,
     fps: Fps = None,
-    pipeline: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE",
-            help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
-            "them. Default: what the run was trained with.",
-        ),
-    ] = None,
+    pipeline: Pipeline = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -150,7 +155,7 @@ def _plans(
         student,
         half_rate=True if side_by_side else half_rate,
         half_rate_steps=half_rate_steps,
-        rates=None if rates is None else _read_rates(rates),
+        rates=None if rates is None else read_rates(rates),
     )
     full = {"full rate": (1,) * len(student.timesteps)}
     reduced = {"half rate": chosen} if max(chosen) > 1 else {}
@@ -168,7 +173,12 @@ def describe_rates(rates: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
-def _read_rates(rates: str) -> list[int]:
+def read_rates(rates: str) -> list[int]:
+    """``4,2,1,1`` as numbers.
+
+    Raises:
+        UserError: If it is no such list.
+    """
     try:
         return [int(rate) for rate in rates.split(",")]
     except ValueError as error:

@@ -57,6 +57,7 @@ def sample_clips(
     *,
     image: Path | None = None,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     device: torch.device,
     dtype: torch.dtype,
     on_step: Callable[[], None] = lambda: None,
@@ -72,6 +73,7 @@ def sample_clips(
             resized to cover the clips' size, and its centre is cut out.
         seed: The prompt in place ``i`` draws from a generator of its own, seeded with ``seed + i``, on the CPU: its
             noise depends neither on the other prompts nor on the kind of device.
+        seeds: In place of that, the seed of each prompt.
         device: Where to compute.
         dtype: What text encoder and transformer compute in.
         on_step: Called after each step of each clip.
@@ -85,9 +87,12 @@ def sample_clips(
     """
     seen = encode_image(student, image, shape, device)
     width = student.architecture["text_dim"]
-    texts = embed_prompts(student.pipeline, student.latent_space, width, prompts, device=device, dtype=dtype)
-    conditions = [replace(seen, text=text.unsqueeze(0)) for text in texts]
-    yield from _sample_all(student, conditions, rates, shape, seed, device, dtype, on_step)
+    different = list(dict.fromkeys(prompts))
+    texts = embed_prompts(student.pipeline, student.latent_space, width, different, device=device, dtype=dtype)
+    text_of = dict(zip(different, texts, strict=True))
+    conditions = [replace(seen, text=text_of[prompt].unsqueeze(0)) for prompt in prompts]
+    own_seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
+    yield from _sample_all(student, conditions, rates, shape, own_seeds, device, dtype, on_step)
 
 
 def embed_prompts(
@@ -187,7 +192,7 @@ def _sample_all(
     conditions: Sequence[Condition],
     rates: Sequence[Rates],
     shape: Shape,
-    seed: int,
+    seeds: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
     on_step: Callable[[], None],
@@ -204,8 +209,8 @@ def _sample_all(
         )
         for each in rates
     ]
-    for number, condition in enumerate(conditions):
-        yield [_sample(sampler, condition.to(device), shape, seed + number) for sampler in samplers]
+    for condition, seed in zip(conditions, seeds, strict=True):
+        yield [_sample(sampler, condition.to(device), shape, seed) for sampler in samplers]
 
 
 def _load_codec(student: Student, device: torch.device, dtype: torch.dtype) -> BlockDCTCodec | WanCodec:

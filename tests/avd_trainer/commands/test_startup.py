@@ -21,7 +21,7 @@ def run(*arguments: str) -> tuple[int, str]:
     "arguments",
     [["--help"], ["-h"], ["--version"], ["methods"], ["presets"], ["plan", "--help"], ["train", "-h"], ["demo", "-h"],
      ["data", "encode", "-h"], ["analyze", "similarity", "-h"], ["sample", "-h"], ["export", "-h"],
-     ["study", "-h"]],
+     ["study", "-h"], ["evaluate", "vbench", "generate", "-h"]],
 )  # fmt: skip
 def test_asking_for_help_imports_no_torch(arguments: list[str]) -> None:
     """In a process of its own: here PyTorch is there already."""
