@@ -30,7 +30,7 @@ VIDEO_MEASURES: dict[str, Measure] = {
         Measure("flow", "optical flow: motion per frame, pixels at 480p", "as real"),
         Measure("saturation", "HSV saturation of pixels, 0 to 1", "as real"),
         Measure("saturation_drift", "HSV saturation, last quarter less first quarter of the frames", "as real"),
-        Measure("flicker", "flicker of brightness, share of its range", "as real"),
+        Measure("flicker", "flicker of brightness, grey levels of 255", "as real"),
         Measure("spatial_rolloff", "spatial roll-off of edges, cycles per pixel", "as real"),
         Measure("temporal_rolloff", "temporal roll-off, cycles per frame", "as real"),
         Measure("pixel_correlation", "correlation of neighbouring frames", "as real", headline=False),
@@ -75,13 +75,13 @@ def video_measures(video: Tensor) -> dict[str, float]:
 
 
 def flicker(luma_FHW: Tensor) -> float:
-    """``mean_{t,k} |L_{t-1,k} - 2 L_{t,k} + L_{t+1,k}| / 4`` of the mean brightness L of the cells k of an 8 x 8 grid.
+    """``255 mean_{t,k} |L_{t-1,k} - 2 L_{t,k} + L_{t+1,k}| / 4``, L_k the mean brightness of cell k of an 8 x 8 grid.
 
-    Brightness that alternates by ``+a`` and ``-a`` has a; one that fades steadily, or stays, has 0. Averages over cells
+    In grey levels: what alternates by ``+a`` and ``-a`` of them has a; what fades steadily, or stays, has 0. Averages over cells
     leave out what moves by less than a cell.
     """
     cells = F.adaptive_avg_pool2d(luma_FHW.unsqueeze(0), GRID)[0]
-    return float((cells[:-2] - 2 * cells[1:-1] + cells[2:]).abs().mean() / 4)
+    return 255 * float((cells[:-2] - 2 * cells[1:-1] + cells[2:]).abs().mean() / 4)
 
 
 def edge_rolloff(luma_FHW: Tensor) -> float:

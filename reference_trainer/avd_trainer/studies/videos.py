@@ -48,13 +48,13 @@ class JudgedVideos(NamedTuple):
     Attributes:
         form: What all were brought to.
         sets: In the order that was asked for.
-        controls: Real clips that were spoiled; nothing without real clips.
+        controls: Real clips that were spoiled, by name of the control; nothing without real clips.
         real: Real clips.
     """
 
     form: Form
     sets: Sequence[JudgedSet]
-    controls: Sequence[JudgedSet]
+    controls: Mapping[str, JudgedSet]
     real: RealVideos | None
 
     @property
@@ -106,9 +106,11 @@ def judge_videos(
     return JudgedVideos(
         form,
         [_judge(title, own, sets[title], real) for title, own in values.items()],
-        []
-        if reference is None
-        else [_judge(CONTROLS[name].title, _by_measure(own), reference, real) for name, own in spoiled.items()],
+        {
+            name: _judge(CONTROLS[name].title, _by_measure(own), reference or (), real)
+            for name, own in spoiled.items()
+            if own
+        },
         real,
     )
 
@@ -177,9 +179,9 @@ def results_of(judged: JudgedVideos) -> dict[str, Any]:
             "values": real.values,
         },
         "controls": {
-            "controls": {each.row.title: each.row.values for each in judged.controls},
-            "distances": {each.row.title: each.distances for each in judged.controls},
-            "worse": {each.row.title: each.worse for each in judged.controls},
+            "controls": {name: each.row.values for name, each in judged.controls.items()},
+            "distances": {name: each.distances for name, each in judged.controls.items()},
+            "worse": {name: each.worse for name, each in judged.controls.items()},
         },
         "variants": {each.row.title: _variant(each) for each in judged.sets},
         "environment": environment(),
