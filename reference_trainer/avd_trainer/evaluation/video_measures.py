@@ -77,8 +77,8 @@ def video_measures(video: Tensor) -> dict[str, float]:
 def flicker(luma_FHW: Tensor) -> float:
     """``255 mean_{t,k} |L_{t-1,k} - 2 L_{t,k} + L_{t+1,k}| / 4``, L_k the mean brightness of cell k of an 8 x 8 grid.
 
-    In grey levels: what alternates by ``+a`` and ``-a`` of them has a; what fades steadily, or stays, has 0. Averages over cells
-    leave out what moves by less than a cell.
+    In grey levels: what alternates by ``+a`` and ``-a`` of them has a; what fades steadily, or stays, has 0. Averages
+    over cells leave out what moves by less than a cell.
     """
     cells = F.adaptive_avg_pool2d(luma_FHW.unsqueeze(0), GRID)[0]
     return 255 * float((cells[:-2] - 2 * cells[1:-1] + cells[2:]).abs().mean() / 4)
