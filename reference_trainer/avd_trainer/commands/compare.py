@@ -52,6 +52,10 @@ def compare(
     Of folders of videos, the files of equal names.
     """
     with readable_errors():
+        if len(students) == 1:
+            raise UserError(
+                f"{students[0]} alone cannot be compared. Pass two students or more, or as many folders of videos."
+            )
         videos = [folder for folder in students if are_videos(folder)]
         if videos:
             if len(videos) < len(students):
@@ -139,15 +143,13 @@ def _common_shape(students: Sequence[Student], size: str | None) -> Shape:
     """The latent shape for all of them.
 
     Raises:
-        UserError: If there is but one, they have no common latents, or one cannot take the size.
+        UserError: If they have no common latents, or one cannot take the size.
     """
     from avd_trainer.inference.choices import choose_shape
     from avd_trainer.models.architecture import latent_channels
     from avd_trainer.models.codecs.latent_space import LATENT_SPACES
 
     first, *others = students
-    if not others:
-        raise UserError(f"{first.folder} alone cannot be compared. Pass two students or more, or use avd sample.")
     shape = choose_shape(first, size, (1,))
     for other in others:
         if (other.latent_space, latent_channels(other.architecture)) != (first.latent_space, shape[0]):

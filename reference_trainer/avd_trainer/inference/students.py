@@ -142,7 +142,7 @@ def open_student_or_run(folder: Path) -> Student:
     if method_of_run(folder) is None:
         return open_student(folder)
     student = folder / "student"
-    if not list_checkpoints(folder / CHECKPOINTS) and (student / ABOUT).is_file():
+    if student.is_dir() and not list_checkpoints(folder / CHECKPOINTS):
         config = load_config(TrainConfig, str(folder / CONFIG))
         sources = [source for source in (config.codec, config.teacher) if source is not None]
     else:
@@ -153,7 +153,7 @@ def open_student_or_run(folder: Path) -> Student:
             f"{folder} is a run without a student: it is not finished, or trains something else. Export it first: "
             f"`avd export {folder} --output DIR`, and pass DIR."
         )
-    told, about = _read_json(student / ABOUT), read_about(student)
+    told, about = _read_json(student / ABOUT) if (student / ABOUT).is_file() else {}, read_about(student)
     if about.latent_space is None or "timesteps" not in told:
         raise UserError(
             f"{student} does not say how to make clips: it is of a run by an earlier version. Export the run again: "
