@@ -56,11 +56,11 @@ def compare(
             raise UserError(
                 f"{students[0]} alone cannot be compared. Pass two students or more, or as many folders of videos."
             )
-        videos = [folder for folder in students if are_videos(folder)]
-        if videos:
-            if len(videos) < len(students):
+        of_videos = [folder for folder in students if are_videos(folder)]
+        if of_videos:
+            if len(of_videos) < len(students):
                 raise UserError(
-                    f"{videos[0]} is a folder of videos, and others are not. Sample the students first, by avd "
+                    f"{of_videos[0]} is a folder of videos, and others are not. Sample the students first, by avd "
                     "evaluate or avd sample, and compare the folders."
                 )
             if prompt or prompts_file or image is not None or size is not None:

@@ -126,8 +126,9 @@ def save_judged(judged: JudgedVideos, output: Path) -> None:
 def render(judged: JudgedVideos) -> str:
     """The tables in Markdown, and below each how to read it."""
     real = judged.real
-    rows = [(each.row.title, each) for each in judged.sets] + [
-        (f"*{each.row.title}*", each) for each in judged.controls
+    rows = [
+        *((each.row.title, each) for each in judged.sets),
+        *((f"*{each.row.title}*", each) for each in judged.controls.values()),
     ]
     headings = [_plain(name) for name in VIDEO_MEASURES]
     means = [[title, *_cells(each)] for title, each in rows]
