@@ -1,9 +1,14 @@
-"""Code and configuration in pages that no test of their own subject runs, as they stand there."""
+"""Every block of every page is run or checked; those that no test of their own subject runs, here, as they stand."""
 
+import ast
 import re
+import textwrap
+import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from avd_core import ConditionalScoreDistillationLoss, HingeLoss, SpatioTemporalR1Loss
@@ -12,7 +17,8 @@ from avd_trainer.data.preparation.recipe import load_recipe
 from avd_trainer.studies.definition import load_study
 from avd_trainer.training.config import TrainConfig
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 DATA = {"data": {"kind": "shards", "path": "data/clips"}}
 
 
@@ -21,6 +27,86 @@ def block(page: str, words: str) -> str:
     blocks = re.findall(r"^```\w+\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     (code,) = (block for block in blocks if words in block)
     return code
+
+
+RUN_BY = {
+    "README.md": "tests/test_readme.py",
+    "docs/architecture.md": "tests/test_architecture.py",
+    "docs/callbacks.md": "tests/avd_core/test_callbacks_page.py",
+    "docs/data.md": "tests/test_page_blocks.py",
+    "docs/diffusers.md": "tests/avd_integrations/test_diffusers.py",
+    "docs/hosts.md": "tests/avd_integrations/test_docs.py",
+    "docs/hosts/accelerate.md": "tests/avd_integrations/test_accelerate.py",
+    "docs/hosts/causvid.md": "tests/hosts/programs/causvid_trainer.py",
+    "docs/hosts/dcm.md": "tests/hosts/test_dcm.py",
+    "docs/hosts/dmd2.md": "tests/hosts/programs/dmd2.py",
+    "docs/hosts/fastgen.md": "tests/hosts/programs/fastgen_tiny.py",
+    "docs/hosts/fastvideo.md": "tests/hosts/programs/fastvideo_dmd2.py",
+    "docs/hosts/lcm.md": "tests/hosts/test_lcm.py",
+    "docs/hosts/pcm.md": "tests/hosts/test_pcm.py",
+    "docs/hosts/rcm.md": "tests/hosts/programs/rcm_trainer.py",
+    "docs/hosts/self_forcing.md": "tests/hosts/programs/self_forcing_trainer.py",
+    "docs/measures.md": "tests/avd_trainer/evaluation/test_measures_page.py",
+    "docs/method.md": "tests/test_page_blocks.py",
+    "docs/monitoring.md": "tests/test_page_blocks.py",
+    "docs/spectrum.md": "tests/test_page_blocks.py",
+    "docs/studies.md": "tests/test_page_blocks.py",
+    "docs/training.md": "tests/test_page_blocks.py",
+}
+"""Who runs the code and the configuration of a page. The hosts' pages run inside their hosts, with ``AVD_HOSTS``."""
+SHOWN = {
+    "docs/architecture.md": ["for each turn of method.turns(step):"],
+    "docs/data.md": ["8 files gave 5 clips;", "examples            31 in 1 file(s)"],
+    "docs/method.md": ["w_b  = weight", "absolute      d_b", "variance = decay variance"],
+    "docs/sampling.md": ["half rate (2 steps on every 2nd frame"],
+    "docs/training.md": ["#SBATCH --nodes=3"],
+}
+"""Beginnings of blocks that are no commands: equations, what is printed, and a job for SLURM, whose last lines are."""
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+
+
+def fenced(page: str) -> Iterator[tuple[str, str]]:
+    """Language and content of each block of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for language, content in re.findall(r"^ *```([\w{}]*)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
+        yield language, textwrap.dedent(content)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_and_configuration_are_run_by_a_test(page: str) -> None:
+    languages = {language for language, _ in fenced(page)} - {"", "{toctree}"}
+    assert languages <= {"python", "yaml", "bash"}
+    assert (page in RUN_BY) == bool(languages), "write a test that runs the page's blocks, and name it in RUN_BY"
+    if languages:
+        assert Path(page).name in (ROOT / RUN_BY[page]).read_text(encoding="utf-8")
+    for language, content in fenced(page):
+        if language == "python":
+            ast.parse(content)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_blocks_are_commands_that_exist(page: str) -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = SHOWN.get(page, [])
+    for content in (content for language, content in fenced(page) if not language):
+        if any(content.startswith(words) for words in shown):
+            continue
+        for line in content.replace("\\\n", " ").splitlines():
+            command = re.sub(r"\s+#.*", "", line.strip())
+            command = re.sub(r"^([A-Z_]+=\S+ +)+", "", command)
+            if not command or command.startswith("#") or re.match(r"(\.venv/bin/)?avd ", command):
+                continue  # tests/test_pages.py parses commands of avd
+            if make := re.fullmatch(r"make ([a-z-]+)", command):
+                assert make[1] in targets, line
+            elif install := re.fullmatch(r'pip install "?avd-core(?:\[([\w,]+)\])?"?( [\w -]+)?', command):
+                assert set((install[1] or "trainer").split(",")) <= extras.keys(), line
+            elif script := re.match(r"\.venv/bin/python (?:-m pytest -m hosts )?([\w/.-]+)", command):
+                assert (ROOT / script[1]).exists(), line
+            else:
+                assert re.match(
+                    r"hf download [\w-]+/|(?:avd )?torchrun .*(?:-m avd_trainer|\.\.\.)|tensorboard --logdir ", command
+                ), f"{line}: run or check it, or name the block in SHOWN"
 
 
 def test_roll_off_points_have_the_shapes_beside_them() -> None:

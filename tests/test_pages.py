@@ -147,6 +147,15 @@ def test_keys_of_a_configuration_exist(page: str) -> None:
             assert named[1] + named[2] in known, code
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in ("README.md", "CHANGELOG.md")])
+def test_one_page_says_what_has_not_run_on_a_gpu(page: str) -> None:
+    # Hosts' pages say it of their host alone. Elsewhere it would stay true in one place and not in the other.
+    text = " ".join(read(page).split())
+    assert not re.search(r"on a GPU yet|no GPU was at hand|(?:not|never) (?:been )?(?:run|tried) on a GPU", text), (
+        "link to README.md#what-has-not-been-run"
+    )
+
+
 def test_all_metrics_are_explained() -> None:
     golden = json.loads((ROOT / "tests" / "assets" / "golden" / "avd.json").read_text())
     table = re.findall(r"^\| `([a-z_]+(?:/[a-z_]+)?)` \|", read("docs/monitoring.md"), re.MULTILINE)

@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from avd_trainer.inference.students import Shape, Student
 
 
+Image = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="What the clips begin with, for students of image to video.")
+]
+
+
 def compare(
     students: Annotated[
-        list[Path], typer.Argument(help="Two or more: --output folders of avd export, or finished runs.")
+        list[Path],
+        typer.Argument(help="Two or more: --output folders of avd export, finished runs; or folders of videos."),
     ],
     output: Output,
     prompt: Prompts = None,
     prompts_file: PromptsFile = None,
-    image: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What the clips begin with, for students of image to video.")
-    ] = None,
+    image: Image = None,
     seed: Seed = 0,
     size: Annotated[
         str | None,
@@ -43,13 +47,31 @@ def compare(
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
-    """Sample the same prompts and the same noise with several students, and show their clips side by side."""
+    """Sample the same prompts and the same noise with several students, and show their clips side by side.
+
+    Of folders of videos, the files of equal names.
+    """
     with readable_errors():
+        if len(students) == 1:
+            raise UserError(
+                f"{students[0]} alone cannot be compared. Pass two students or more, or as many folders of videos."
+            )
+        of_videos = [folder for folder in students if are_videos(folder)]
+        if of_videos:
+            if len(of_videos) < len(students):
+                raise UserError(
+                    f"{of_videos[0]} is a folder of videos, and others are not. Sample the students first, by avd "
+                    "evaluate or avd sample, and compare the folders."
+                )
+            if prompt or prompts_file or image is not None or size is not None:
+                raise UserError("Prompts, --image and --size are for students, and these are videos: leave them out.")
+            _compare_videos(students, output, fps)
+            return
         prompts = read_asked_prompts(prompt, prompts_file)
         alone = prompts_file is None and len(prompts) == 1
         check_output(output, alone)
         from avd_trainer.inference.choices import choose_device, choose_dtype
-        from avd_trainer.inference.generation import decode_clips, sample_clips
+        from avd_trainer.inference.generation import decode_clips, sample_at_full_rate
         from avd_trainer.inference.students import open_student_or_run
         from avd_trainer.runtime.files import claim_folder
 
@@ -58,15 +80,13 @@ def compare(
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
         claim_folder(output.parent if alone else output)
-        columns = []
         with ProgressBar("sample", len(prompts) * sum(len(student.timesteps) for student in opened)) as bar:
-            for student in opened:
-                rates = [(1,) * len(student.timesteps)]
-                samples = sample_clips(
-                    student, prompts, rates, shape, image=image, seed=seed, device=where, dtype=kind,
-                    on_step=bar.advance,
-                )  # fmt: skip
-                columns.append([row[0].latents for row in samples])
+            columns = [
+                sample_at_full_rate(
+                    student, prompts, shape, image=image, seed=seed, device=where, dtype=kind, on_step=bar.advance
+                )
+                for student in opened
+            ]
         # All by the first one's codec: they make latents of one space.
         latents = (each for row in zip(*columns, strict=True) for each in row)
         videos = decode_clips(opened[0], latents, device=where, dtype=kind)
@@ -80,6 +100,39 @@ def compare(
         say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
 
 
+def are_videos(folder: Path) -> bool:
+    """Whether a folder holds videos rather than a student: a run, which writes samples, is one."""
+    from avd_trainer.data.video_sets import holds_videos
+    from avd_trainer.training.export import ABOUT
+    from avd_trainer.training.folder import method_of_run
+
+    student = (folder / ABOUT).is_file() or (folder / "scheduler").is_dir() or method_of_run(folder) is not None
+    return not student and holds_videos(folder)
+
+
+def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) -> None:
+    """Show files of equal names side by side, in the one form that all can be brought to."""
+    from avd_trainer.data.video_sets import changes_to, common_form, look_at, read_clip, same_names
+    from avd_trainer.runtime.files import claim_folder
+
+    names, left_out = same_names(folders)
+    alone = len(names) == 1
+    check_output(output, alone)
+    rows = [[look_at(path) for path in paths] for paths in names.values()]
+    titles = titles_of(folders)
+    form = common_form(file for row in rows for file in row)
+    for title, column in zip(titles, zip(*rows, strict=True), strict=True):
+        for change in changes_to(form, column):
+            say(f"{title}: {change}.")
+    claim_folder(output.parent if alone else output)
+    files = [output] if alone else [output / f"{name.replace('/', '_')}.mp4" for name in names]
+    shown = (read_clip(file, form) for row in rows for file in row)
+    write_clips(shown, titles, files, fps or form.fps, lambda _: None)
+    if left_out:
+        say(f"{left_out} other files have no counterpart in every folder, and are left out.")
+    say(f"{'The clip is' if alone else f'{len(files)} clips are'} in {output}.")
+
+
 def titles_of(folders: Sequence[Path]) -> list[str]:
     """The names of folders, or their whole paths where names are the same."""
     names = [folder.resolve().name for folder in folders]
@@ -90,15 +143,13 @@ def _common_shape(students: Sequence[Student], size: str | None) -> Shape:
     """The latent shape for all of them.
 
     Raises:
-        UserError: If there is but one, they have no common latents, or one cannot take the size.
+        UserError: If they have no common latents, or one cannot take the size.
     """
     from avd_trainer.inference.choices import choose_shape
     from avd_trainer.models.architecture import latent_channels
     from avd_trainer.models.codecs.latent_space import LATENT_SPACES
 
     first, *others = students
-    if not others:
-        raise UserError(f"{first.folder} alone cannot be compared. Pass two students or more, or use avd sample.")
     shape = choose_shape(first, size, (1,))
     for other in others:
         if (other.latent_space, latent_channels(other.architecture)) != (first.latent_space, shape[0]):

@@ -1,51 +1,169 @@
-"""``avd evaluate``: the measures of the studies, of any student of the tiny preset."""
+"""``avd evaluate``: students on captions of moving shapes, or any students and folders of videos by their pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from avd_trainer.commands.compare import titles_of
-from avd_trainer.commands.sample import Device
+from avd_trainer.commands.clip_files import clip_files, read_asked_prompts, write_clips, write_list
+from avd_trainer.commands.compare import Image, are_videos, titles_of
+from avd_trainer.commands.sample import ComputeDtype, Device, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
+
+if TYPE_CHECKING:
+    from avd_trainer.data.video_sets import VideoFile
+    from avd_trainer.inference.students import Student
+
+CLIPS = "clips"
+"""In the output, a folder of clips for each student that was sampled."""
+CAPTIONS = 64
+"""Of moving shapes, where nobody asked for another number."""
 
 
 def evaluate(
     students: Annotated[
-        list[Path], typer.Argument(help="One or more: --output folders of avd export, or finished runs.")
+        list[Path],
+        typer.Argument(help="One or more: --output folders of avd export, finished runs, folders of videos."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for table, figure and values.")],
-    captions: Annotated[int, typer.Option(min=2, help="Held-out captions, of which clips are made.")] = 64,
-    noises: Annotated[int, typer.Option(min=1, help="Clips of each caption.")] = 2,
-    seed: Annotated[int, typer.Option(min=0, help="Of their noise, which all students share.")] = 0,
+    prompt: Prompts = None,
+    prompts_file: PromptsFile = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Real videos, to compare with and to spoil for controls."),
+    ] = None,
+    image: Image = None,
+    captions: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help=f"Without prompts and videos: of moving shapes, how many ({CAPTIONS} without this option)."
+        ),
+    ] = None,
+    noises: Annotated[int, typer.Option(min=1, help="Clips of each caption or prompt.")] = 2,
+    seed: Seed = 0,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="WxHxF", help="Of clips of prompts, 832x480x81. Default: what each was trained on."),
+    ] = None,
     device: Device = None,
+    dtype: ComputeDtype = None,
 ) -> None:
-    """Measure students on captions of moving shapes that none was trained on, beside real and spoiled clips.
+    """Measure students and folders of videos, beside real and spoiled clips.
 
-    Leaves measures.md, measures.png and measures.json. For students of the tiny preset.
+    Students of the tiny preset on captions of moving shapes that none was trained on; with prompts any students, and
+    videos, by their pixels alone. Leaves measures.md, measures.png and measures.json.
     """
     with readable_errors():
-        from avd_trainer.evaluation.measure_table import rich_table
-        from avd_trainer.inference.choices import choose_device
-        from avd_trainer.inference.students import open_student_or_run
-        from avd_trainer.runtime.files import claim_folder
-        from avd_trainer.studies.definition import StudyEvaluationConfig
-        from avd_trainer.studies.students import evaluate_students, save_evaluation
-
         _check_folders(students, output)
-        opened = dict(zip(titles_of(students), map(open_student_or_run, students), strict=True))
-        where = choose_device(device)
-        claim_folder(output)
-        options = StudyEvaluationConfig(captions=captions, noises=noises)
-        evaluated = evaluate_students(opened, options, seed=seed, device=where)
-        save_evaluation(evaluated, output)
-        Console().print(rich_table(evaluated.rows, evaluated.reference))
-        say(f"Table, figure and values are in {output}.")
+        named = dict(zip(titles_of(students), students, strict=True))
+        videos = {title: folder for title, folder in named.items() if are_videos(folder)}
+        asked = prompt is not None or prompts_file is not None
+        if not (videos or asked or reference):
+            if image is not None or size is not None:
+                raise UserError("--image and --size are for clips of prompts: pass --prompt, or leave them out.")
+            _evaluate_captions(named, output, captions or CAPTIONS, noises, seed, device)
+            return
+        if captions is not None:
+            raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
+        if asked and len(videos) == len(named):
+            raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
+        from avd_trainer.data.video_sets import look_into
+
+        # All that a person can get wrong comes before the models.
+        sets = {title: look_into(folder) for title, folder in videos.items()}
+        real = None if reference is None else look_into(reference)
+        if len(videos) < len(named):
+            prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises)]
+            students_of = {title: folder for title, folder in named.items() if title not in videos}
+            sets |= _sample(students_of, prompts, output, image, seed, size, device, dtype)
+        _evaluate_videos({title: sets[title] for title in named}, real, output)
+
+
+def _evaluate_captions(
+    named: Mapping[str, Path], output: Path, captions: int, noises: int, seed: int, device: str | None
+) -> None:
+    from avd_trainer.evaluation.measure_table import rich_table
+    from avd_trainer.inference.choices import choose_device
+    from avd_trainer.inference.students import open_student_or_run
+    from avd_trainer.runtime.files import claim_folder
+    from avd_trainer.studies.definition import StudyEvaluationConfig
+    from avd_trainer.studies.students import evaluate_students, save_evaluation
+
+    opened = {title: open_student_or_run(folder) for title, folder in named.items()}
+    where = choose_device(device)
+    claim_folder(output)
+    options = StudyEvaluationConfig(captions=captions, noises=noises)
+    evaluated = evaluate_students(opened, options, seed=seed, device=where)
+    save_evaluation(evaluated, output)
+    Console().print(rich_table(evaluated.rows, evaluated.reference))
+    say(f"Table, figure and values are in {output}.")
+
+
+def _evaluate_videos(sets: Mapping[str, Sequence[VideoFile]], real: Sequence[VideoFile] | None, output: Path) -> None:
+    from avd_trainer.data.video_sets import changes_to, common_form
+    from avd_trainer.runtime.files import claim_folder
+    from avd_trainer.studies.videos import judge_videos, save_judged, show
+
+    form = common_form(file for files in (*sets.values(), real or ()) for file in files)
+    say(f"All clips are measured as {form}.")
+    for title, files in (*sets.items(), ("--reference", real or ())):
+        for change in changes_to(form, files):
+            say(f"{title}: {change}.")
+    claim_folder(output)
+    judged = judge_videos(sets, real, form)
+    save_judged(judged, output)
+    Console().print(show(judged))
+    say(f"Table, figure and values are in {output}.")
+
+
+def _sample(
+    named: Mapping[str, Path],
+    prompts: Sequence[str],
+    output: Path,
+    image: Path | None,
+    seed: int,
+    size: str | None,
+    device: str | None,
+    dtype: str | None,
+) -> dict[str, list[VideoFile]]:
+    """Sample each prompt with each student, from the same noise, and write the clips: what is measured are the files,
+    as with everybody else's videos."""
+    from avd_trainer.data.video_sets import look_at
+    from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
+    from avd_trainer.inference.generation import decode_clips, sample_at_full_rate
+    from avd_trainer.inference.students import open_student_or_run
+    from avd_trainer.runtime.files import claim_folder
+
+    opened: dict[str, Student] = {title: open_student_or_run(folder) for title, folder in named.items()}
+    shapes = {title: choose_shape(student, size, (1,)) for title, student in opened.items()}
+    where = choose_device(device)
+    kind = choose_dtype(dtype, where)
+    folders = {title: output / CLIPS / title.replace("/", "_") for title in named}
+    for folder in folders.values():
+        if folder.exists():
+            raise UserError(
+                f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
+                "student, or choose another --output."
+            )
+    found = {}
+    with ProgressBar("sample", len(prompts) * sum(len(student.timesteps) for student in opened.values())) as bar:
+        for title, student in opened.items():
+            latents = sample_at_full_rate(
+                student, prompts, shapes[title], image=image, seed=seed, device=where, dtype=kind, on_step=bar.advance
+            )
+            claim_folder(folders[title])
+            files = clip_files(folders[title], prompts)
+            videos = decode_clips(student, latents, device=where, dtype=kind)
+            write_clips(videos, [title], files, student.fps, lambda _: None)
+            write_list(folders[title] / "prompts.json", prompts, files, seed)
+            found[title] = [look_at(file) for file in files]
+    return found
 
 
 def _check_folders(students: Sequence[Path], output: Path) -> None:

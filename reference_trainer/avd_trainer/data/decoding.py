@@ -157,6 +157,11 @@ def scaled(frame: av.VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
     return np.rot90(_resized(frame, round(frame.height * scale), round(frame.width * scale)), _turns(frame))
 
 
+def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
+    """Height and width in which a frame is to be shown."""
+    return (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
+
+
 def _turns(frame: av.VideoFrame) -> int:
     # Phones store upright videos sideways, with a note of how to turn them.
     return round(frame.rotation / 90)

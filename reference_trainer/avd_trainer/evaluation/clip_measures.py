@@ -96,9 +96,15 @@ def autocorrelation(latents: Tensor, real: Tensor) -> Tensor:
     Returns:
         ``[N]`` in [-1, 1].
     """
-    deviation = latents - latents.mean(dim=2, keepdim=True)
+    return lag_correlation(latents, _LEAST_VARIANCE * float(real.var(dim=2, correction=0).flatten(1).mean(1).mean()))
+
+
+def lag_correlation(x: Tensor, least: float) -> Tensor:
+    """:func:`autocorrelation` where ``e`` is so many values times the variance ``least``; ``[N, C, F, ...]`` to
+    ``[N]``."""
+    deviation = x - x.mean(dim=2, keepdim=True)
     neighbours = (deviation[:, :, 1:] * deviation[:, :, :-1]).flatten(1).sum(1)
-    least = _LEAST_VARIANCE * real.var(dim=2, correction=0).flatten(1).mean(1).mean() * deviation[0].numel()
+    least = least * deviation[0].numel()
     return (neighbours + least) / (deviation.square().flatten(1).sum(1) + least)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from rich.table import Table
 
 from avd_trainer.evaluation.measures import ALL_MEASURES, headlines
-from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Reference, is_worse
+from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Reference, Spread, is_worse
 
 GOALS = {"higher": "high", "lower": "low", "as real": "as real"}
 
@@ -40,16 +40,21 @@ def markdown_table(
         names: Which measures; the headline ones by default.
     """
     names = _names(reference, names)
-    header = ["", *(_heading(name) for name in names)]
-    lines = [
-        header,
-        ["---", *("--:" for _ in names)],
-        ["real", *_reference_cells(reference, names)],
-        *([row.title, *_cells(row, reference, names)] for row in rows),
-        *([f"*{row.title}*", *_cells(row, reference, names)] for row in controls),
-    ]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = markdown_lines(
+        [_heading(name) for name in names],
+        [
+            ["real", *_reference_cells(reference, names)],
+            *([row.title, *_cells(row, reference, names)] for row in rows),
+            *([f"*{row.title}*", *_cells(row, reference, names)] for row in controls),
+        ],
+    )
     return f"{table}\n\n{_caption(reference)}\n"
+
+
+def markdown_lines(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose rows begin with their titles."""
+    lines = [["", *headings], ["---", *("--:" for _ in headings)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def rich_table(
@@ -79,7 +84,7 @@ def _heading(name: str) -> str:
 
 
 def _reference_cells(reference: Reference, names: Sequence[str]) -> list[str]:
-    return [f"{_number(spread.mean)} ± {spread.std:.1g}" for spread in (reference.spreads[name] for name in names)]
+    return [with_spread(reference.spreads[name]) for name in names]
 
 
 def _cells(row: Row, reference: Reference, names: Sequence[str]) -> list[str]:
@@ -87,12 +92,21 @@ def _cells(row: Row, reference: Reference, names: Sequence[str]) -> list[str]:
 
 
 def _cell(row: Row, reference: Reference, name: str) -> str:
-    value = row.values[name]
-    text = _number(value)
+    return with_interval(row, name) + " !" * is_worse(name, row.values[name], reference.spreads[name])
+
+
+def with_interval(row: Row, name: str) -> str:
+    """A value, and its interval where it has one."""
+    text = _number(row.values[name])
     if name in row.intervals:
         low, high = row.intervals[name]
         text += f" [{_number(low)}, {_number(high)}]"
-    return text + " !" * is_worse(name, value, reference.spreads[name])
+    return text
+
+
+def with_spread(spread: Spread) -> str:
+    """What real clips have."""
+    return f"{_number(spread.mean)} ± {spread.std:.1g}"
 
 
 def _number(value: float) -> str:

@@ -177,10 +177,11 @@ def _check_sets(sets: int) -> None:
         raise ValueError(f"at least 3 sets are expected, so that their spread is known, got {sets}. Use 20.")
 
 
+def spread_of(values: Sequence[float]) -> Spread:
+    """Of the values of several sets of real clips."""
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+    return Spread(fmean(values), stdev(values), low, high)
+
+
 def _spreads(scores: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
-    spreads = {}
-    for name in scores[0]:
-        values = [score[name] for score in scores]
-        low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975]).double()).tolist()
-        spreads[name] = Spread(fmean(values), stdev(values), low, high)
-    return spreads
+    return {name: spread_of([score[name] for score in scores]) for name in scores[0]}

@@ -95,6 +95,25 @@ def sample_clips(
     yield from _sample_all(student, conditions, rates, shape, own_seeds, device, dtype, on_step)
 
 
+def sample_at_full_rate(
+    student: Student,
+    prompts: Sequence[str],
+    shape: Shape,
+    *,
+    image: Path | None = None,
+    seed: int = 0,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """The latents ``[C, F, H, W]`` of a clip for each prompt; otherwise as :func:`sample_clips`."""
+    rates = [(1,) * len(student.timesteps)]
+    rows = sample_clips(
+        student, prompts, rates, shape, image=image, seed=seed, device=device, dtype=dtype, on_step=on_step
+    )
+    return [row[0].latents for row in rows]
+
+
 def embed_prompts(
     source: str,
     latent_space: LatentSpace,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -14,16 +15,18 @@ from avd_core import (
     LatentFrameInterpolator,
 )
 from avd_core.sampling import SamplerKind
+from avd_trainer.config.loading import load_config
 from avd_trainer.data.encode import WAN_FORMAT
-from avd_trainer.models.adapters import holds_adapters
+from avd_trainer.models.adapters import ADAPTERS, holds_adapters
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps, sampler_kind
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.checkpoint import list_checkpoints
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.export import ABOUT, open_run
-from avd_trainer.training.folder import CHECKPOINTS, method_of_run
+from avd_trainer.training.folder import CHECKPOINTS, CONFIG, method_of_run
 from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator, parts_of, source_with, sources_of
 
 Shape = tuple[int, int, int, int]
@@ -131,64 +134,42 @@ def open_student(folder: Path, pipeline: str | None = None) -> Student:
 
 
 def open_student_or_run(folder: Path) -> Student:
-    """As :func:`open_student`, and of a finished run of all weights what it leaves as ``student``.
+    """As :func:`open_student`, and of a finished run what it leaves as ``student``, also without checkpoints.
 
     Raises:
-        UserError: Also if the run is not finished, has no student, or trained adapters.
+        UserError: Also if the run is not finished, has no student, or its base, VAE or text encoder is not found.
     """
     if method_of_run(folder) is None:
         return open_student(folder)
     student = folder / "student"
-    if (student / ABOUT).is_file() and not list_checkpoints(folder / CHECKPOINTS):
-        return _open_kept(folder, student)
-    saved = open_run(folder)
-    if saved.config.few_steps is None or saved.lora is not None or not student.is_dir():
+    if student.is_dir() and not list_checkpoints(folder / CHECKPOINTS):
+        config = load_config(TrainConfig, str(folder / CONFIG))
+        sources = [source for source in (config.codec, config.teacher) if source is not None]
+    else:
+        saved = open_run(folder)
+        config, sources = saved.config, sources_of(saved.config, saved.encoding)
+    if config.few_steps is None or not student.is_dir():
         raise UserError(
-            f"{folder} is a run without a whole student: it is not finished, or trains something else or adapters. "
-            f"Export it first: `avd export {folder} --output DIR`, and pass DIR."
+            f"{folder} is a run without a student: it is not finished, or trains something else. Export it first: "
+            f"`avd export {folder} --output DIR`, and pass DIR."
         )
-    source = folder.name
-    if saved.encoding.latent_space == "wan":
-        found = source_with(sources_of(saved.config, saved.encoding), parts_of(saved.architecture))
-        if found is None:
-            raise UserError(
-                f"{folder} does not know of a pipeline with text encoder and VAE. Export it first: "
-                f"`avd export {folder} --output DIR --pipeline SOURCE`, and pass DIR."
-            )
-        source = found
-    about = saved.about_clips()
-    return Student(
-        folder=folder,
-        transformer=str(student),
-        adapters=None,
-        pipeline=source,
-        timesteps=tuple(saved.timesteps),
-        sampler=saved.config.sampled_by,
-        latent_space=saved.encoding.latent_space,
-        clip=tuple(about["clip"]),
-        fps=about["fps"],
-        architecture=saved.architecture,
-        interpolator=None,
-    )
-
-
-def _open_kept(folder: Path, student: Path) -> Student:
-    """Of a finished run whose checkpoints were deleted, as a study's are: by what was written beside its student."""
-    told, about = _read_json(student / ABOUT), read_about(student)
-    if "timesteps" not in told or about.latent_space != "block-dct-4" or not (student / "config.json").is_file():
+    told, about = _read_json(student / ABOUT) if (student / ABOUT).is_file() else {}, read_about(student)
+    if about.latent_space is None or "timesteps" not in told:
         raise UserError(
-            f"{folder} has no checkpoint any more, and {student} alone does not say how to make clips: it is of a run "
-            "by an earlier version, has adapters, or makes other latents than the tiny preset's. Load it as a "
-            "transformer in diffusers, or run it again and keep its checkpoints."
+            f"{student} does not say how to make clips: it is of a run by an earlier version. Export the run again: "
+            f"`avd export {folder} --output DIR`, and pass DIR; without a checkpoint, run it again."
         )
-    with open_weights(str(student)) as weights:
+    file = student / ADAPTERS
+    adapters = file if file.is_file() else None
+    transformer = str(student) if adapters is None else config.teacher or ""
+    with open_weights(transformer) as weights:
         architecture = weights.config
     steps = _check_few_steps(told["timesteps"], told.get("sampler", "re-noise"), student / ABOUT)
     return Student(
         folder=folder,
-        transformer=str(student),
-        adapters=None,
-        pipeline=folder.name,
+        transformer=transformer,
+        adapters=adapters,
+        pipeline=_pipeline_of(folder, sources, about.latent_space, architecture),
         timesteps=steps.timesteps,
         sampler=steps.sampler,
         latent_space=about.latent_space,
@@ -197,6 +178,19 @@ def _open_kept(folder: Path, student: Path) -> Student:
         architecture=architecture,
         interpolator=None,
     )
+
+
+def _pipeline_of(folder: Path, sources: Sequence[str], space: LatentSpace, architecture: Mapping[str, Any]) -> str:
+    """Where a run's text encoder and VAE are; not looked for in the block DCT's space."""
+    if space == "block-dct-4":
+        return folder.name
+    found = source_with(sources, parts_of(architecture))
+    if found is None:
+        raise UserError(
+            f"{folder} does not know of a pipeline with text encoder and VAE: none of {', '.join(sources) or 'them'} "
+            f"is one. Export it first: `avd export {folder} --output DIR --pipeline SOURCE`, and pass DIR."
+        )
+    return found
 
 
 def _open_alone(folder: Path, pipeline: str | None) -> Student:

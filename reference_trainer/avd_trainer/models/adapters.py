@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from avd_trainer.models.weight_files import open_safetensors
 from avd_trainer.models.weight_names import diffusers_names, original_names, some_of
 from avd_trainer.runtime.errors import UserError
 
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""diffusers' name of a file of adapters, which a run with LoRA leaves."""
+
 _PREFIX = "diffusion_model."
+_DIFFUSERS_PREFIX = "transformer."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
@@ -80,30 +86,45 @@ def holds_adapters(file: Path) -> bool:
 
 
 def read_adapters(file: Path) -> Adapters:
-    """Read what :func:`program_tensors` is in a safetensors file.
+    """Read what :func:`program_tensors` is in a safetensors file, or what diffusers saved of a run with LoRA.
 
     Raises:
         UserError: If the file cannot be read, or has other names.
     """
     with ExitStack() as stack:
         stored = open_safetensors(file, stack)
-        pattern = re.compile(re.escape(_PREFIX) + "(.+)(" + re.escape(_DOWN) + "|" + re.escape(_UP) + ")")
+        in_diffusers = any(name.startswith(_DIFFUSERS_PREFIX) for name in stored)
+        prefix = _DIFFUSERS_PREFIX if in_diffusers else _PREFIX
+        pattern = re.compile(re.escape(prefix) + "(.+)(" + re.escape(_DOWN) + "|" + re.escape(_UP) + ")")
         found = {name: pattern.fullmatch(name) for name in stored}
         layers = {match[1] for match in found.values() if match is not None}
-        whole = {_PREFIX + layer + end for layer in layers for end in (_DOWN, _UP)}
+        whole = {prefix + layer + end for layer in layers for end in (_DOWN, _UP)}
         if wrong := sorted(whole ^ stored.keys()):
             raise UserError(
                 f"{file} has adapters in other names than `avd export` writes: expected pairs such as "
                 f"{_PREFIX}blocks.0.self_attn.q{_DOWN} and {_UP}, and these are unknown or missing: {some_of(wrong)}. "
                 "Export the run again."
             )
-        names = diffusers_names((f"{layer}.weight" for layer in layers), str(file))
-        originals = {name.removesuffix(".weight"): original.removesuffix(".weight") for name, original in names.items()}
+        if in_diffusers:
+            originals = {layer: layer for layer in layers}
+        else:
+            names = diffusers_names((f"{layer}.weight" for layer in layers), str(file))
+            originals = {new.removesuffix(".weight"): old.removesuffix(".weight") for new, old in names.items()}
         matrices = {
-            layer: (stored[_PREFIX + original + _DOWN][()].clone(), stored[_PREFIX + original + _UP][()].clone())
+            layer: (stored[prefix + original + _DOWN][()].clone(), stored[prefix + original + _UP][()].clone())
             for layer, original in originals.items()
         }
-    return Adapters(matrices, scale=1.0)
+    return Adapters(matrices, _scale_in_diffusers(file) if in_diffusers else 1.0)
+
+
+def _scale_in_diffusers(file: Path) -> float:
+    """``alpha / rank``, which diffusers keeps beside the tensors."""
+    with safe_open(file, framework="pt") as content:
+        told = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    try:
+        return float(told[f"{_DIFFUSERS_PREFIX}lora_alpha"]) / float(told[f"{_DIFFUSERS_PREFIX}r"])
+    except KeyError as error:
+        raise UserError(f"{file} does not say the scale of its adapters ({error}). Export the run again.") from error
 
 
 def _original_layers(adapters: Adapters) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib
 
-from avd_trainer.evaluation.measures import ALL_MEASURES, MEASURES, headlines
+from avd_trainer.evaluation.measures import ALL_MEASURES, MEASURES, Measure, headlines
 from avd_trainer.evaluation.palette import COLORS, write_png
 
 matplotlib.use("Agg")
@@ -29,22 +29,29 @@ MARGIN = 0.2
 def save_figure(path: Path, results: Mapping[str, Any]) -> None:
     """Draw the results of :func:`avd_trainer.studies.summary.summarise`; a file that is there is replaced at once."""
     names = headlines({**MEASURES, **{name: 0 for each in results["variants"].values() for name in each["measures"]}})
-    rows = math.ceil(len(names) / COLUMNS)
+    save_panels(path, results, {name: ALL_MEASURES[name] for name in names}, "seeds")
+
+
+def save_panels(path: Path, results: Mapping[str, Any], measures: Mapping[str, Measure], dots: str) -> None:
+    """Draw some measures of such results; ``dots`` says what has the place of seeds in them."""
+    rows = math.ceil(len(measures) / COLUMNS)
     figure, axes = plt.subplots(rows, COLUMNS, figsize=(5 * COLUMNS, 3.2 * rows), layout="constrained", squeeze=False)
     figure.suptitle(
-        f"{results['title']}\nDots: seeds; bars: mean and interval. Green: 95% of the sets of real clips. "
-        "Crosses: real clips that were spoiled; arrows: far off."
+        f"{results['title']}\nDots: {dots}; bars: mean and interval."
+        + " Green: 95% of the sets of real clips. Crosses: real clips that were spoiled; arrows: far off."
+        * bool(results["reference"])
     )
-    for axis, name in zip(axes.flat, names, strict=False):
-        _draw_panel(axis, name, results)
-    for axis in axes.flat[len(names) :]:
+    for axis, measure in zip(axes.flat, measures.values(), strict=False):
+        _draw_panel(axis, measure, results)
+    for axis in axes.flat[len(measures) :]:
         axis.axis("off")
     write_png(figure, path)
 
 
-def _draw_panel(axis: Axes, name: str, results: Mapping[str, Any]) -> None:
+def _draw_panel(axis: Axes, measure: Measure, results: Mapping[str, Any]) -> None:
+    name = measure.name
     variants = {key: each for key, each in results["variants"].items() if each["measures"]}
-    axis.set_title(fill(ALL_MEASURES[name].title, 44), fontsize=9)
+    axis.set_title(fill(measure.title, 44), fontsize=9)
     for place, each in enumerate(variants.values()):
         dots = [unit["values"][name] for unit in each["seeds"].values() if unit["values"]]
         offsets = np.linspace(-WIDTH_OF_DOTS / 2, WIDTH_OF_DOTS / 2, len(dots)) if len(dots) > 1 else [0.0]

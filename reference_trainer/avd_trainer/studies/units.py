@@ -29,6 +29,8 @@ from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
 from avd_trainer.evaluation.controls import RENDERING, Encoded, controls_of_shapes
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import encode_rendering, reference_of_shapes
+from avd_trainer.inference.generation import load_student
+from avd_trainer.inference.students import open_student_or_run
 from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.architecture import image_input
@@ -208,7 +210,9 @@ class Workplace:
             for other in others:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
-        model = VelocityModel(load_transformer(str(self._product(source)), self.ranks.device))
+        self._product(source)  # which says where there is none
+        student = open_student_or_run(self.run_folder(source))
+        model = VelocityModel(load_student(student, self.ranks.device, torch.float32))
         return few_step_sample(model, method.few_steps, interpolator, half_rate_steps, method.sampled_by)
 
     def _product(self, unit: Unit) -> Path:

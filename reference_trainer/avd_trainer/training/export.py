@@ -113,8 +113,8 @@ def open_run(run: Path, step: int | None = None) -> SavedRun:
     if not found and (run / "student").is_dir():
         raise UserError(
             f"{run} is finished and has no checkpoint any more, as in a study. Its student's weights are in "
-            f"{run / 'student'}: load them as a transformer; of the tiny preset, `avd evaluate` and `avd compare` take "
-            "the run itself."
+            f"{run / 'student'}, for diffusers: a transformer, or of a LoRA run adapters. `avd evaluate` and `avd "
+            "compare` take the run itself."
         )
     if not found:
         raise UserError(f"{run} holds no checkpoint yet. Pass the --output folder of an `avd train` run.")

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from avd_trainer.data.moving_shapes import MovingShapes
-from avd_trainer.evaluation.measures import ALL_MEASURES, IMAGE_MEASURES, MEASURES
+from avd_trainer.evaluation.measures import ALL_MEASURES, IMAGE_MEASURES, MEASURES, Measure
+from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from measure_controls import RESULTS, tables
 
@@ -29,9 +30,19 @@ def test_every_measure_has_its_row() -> None:
     assert first_cells == ["measure", *captioned, "measure", *others, "measure", *of_images]
 
 
+def test_every_measure_of_videos_has_its_row() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| ([a-z *]+) \|", page, re.MULTILINE)
+    assert first_cells == ["measure", *(_shown(each) for each in VIDEO_MEASURES.values())]
+
+
 def _cell(name: str) -> str:
-    words = name.replace("_", " ")
-    return f"**{words}**" if ALL_MEASURES[name].headline else words
+    return _shown(ALL_MEASURES[name])
+
+
+def _shown(measure: Measure) -> str:
+    words = measure.name.replace("_", " ")
+    return f"**{words}**" if measure.headline else words
 
 
 def test_the_example_runs() -> None:

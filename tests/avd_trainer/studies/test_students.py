@@ -11,17 +11,22 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 from typer.testing import CliRunner
 
+import tiny_pipeline
 from avd_trainer.commands.app import app
 from avd_trainer.commands.compare import _common_shape, titles_of
+from avd_trainer.config.loading import load_config, save_config
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.inference.generation import load_student
 from avd_trainer.inference.students import open_student_or_run
+from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_study
 from avd_trainer.studies.students import evaluate_students
 from avd_trainer.studies.units import Workplace
+from avd_trainer.training.config import TrainConfig
 from small_study import write_study
 
 CPU = torch.device("cpu")
@@ -95,7 +100,7 @@ def test_students_without_a_common_noise_are_refused(folders: Path, tmp_path: Pa
         assert message in printed
     (folders / "run" / "student").rename(folders / "run" / "away")
     try:
-        with pytest.raises(UserError, match=r"run is a run without a whole student: it is not finished.*Export it"):
+        with pytest.raises(UserError, match=r"run is a run without a student: it is not finished.*Export it"):
             open_student_or_run(folders / "run")
     finally:
         (folders / "run" / "away").rename(folders / "run" / "student")
@@ -173,6 +178,43 @@ def test_a_run_without_checkpoints_is_opened_by_its_student_and_not_called_unfin
     about = run / "student" / "export.json"
     write_json(about, {key: value for key, value in read_json(about).items() if key != "timesteps"})
     with pytest.raises(UserError, match="it is of a run by an earlier version"):
+        open_student_or_run(run)
+
+
+def test_a_run_with_adapters_is_opened_by_its_teacher_and_them(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    status, printed = command(
+        "train", "tiny", "--method", "regression", "--output", run, "--max-steps", 2, "--set", "batch_size=2",
+        "--set", "data.clips=4", "--set", "samples.every=null", "--set", "method.student.optimizer.lr=1e-2",
+        "--set", "method.student.lora.rank=4", "--set", "method.student.lora.alpha=8",
+    )  # fmt: skip
+    assert status == 0, printed
+    status, printed = command("export", run, "--output", tmp_path / "merged")
+    assert status == 0, printed
+    whole = load_student(open_student_or_run(tmp_path / "merged"), CPU, torch.float32).state_dict()
+    for checkpoints in ("there", "deleted"):
+        if checkpoints == "deleted":
+            shutil.rmtree(run / "checkpoints")
+        found = load_student(open_student_or_run(run), CPU, torch.float32).state_dict()
+        assert found.keys() == whole.keys()
+        for name, weight in whole.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+    teacher = load_transformer("bundled:tiny", CPU).state_dict()
+    assert any(not torch.equal(teacher[name], weight) for name, weight in whole.items())
+
+
+def test_a_kept_student_of_wan_needs_its_vae(tmp_path: Path) -> None:
+    pipeline = tiny_pipeline.build(tmp_path / "pipeline")
+    run = tmp_path / "run"
+    shutil.copytree(pipeline / "transformer", run / "student")
+    about = {"latent_space": "wan", "clip": [16, 3, 4, 6], "fps": 16, "timesteps": [1000, 500], "sampler": "re-noise"}
+    write_json(run / "student" / "export.json", about)
+    config = load_config(TrainConfig, "tiny", [f"teacher={pipeline}"], method="dmd")
+    save_config(config, run / "config.yaml", "avd train")
+    student = open_student_or_run(run)
+    assert (student.latent_space, student.pipeline, student.adapters) == ("wan", str(pipeline), None)
+    shutil.rmtree(pipeline / "vae")
+    with pytest.raises(UserError, match="does not know of a pipeline with text encoder and VAE: none of"):
         open_student_or_run(run)
 
 

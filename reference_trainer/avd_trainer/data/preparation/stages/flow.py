@@ -20,8 +20,8 @@ Algorithm = Literal["farneback", "dis"]
 FARNEBACK = (0.5, 3, 15, 3, 5, 1.2)
 
 
-def flow_magnitude(one: NDArray[np.uint8], other: NDArray[np.uint8], algorithm: Algorithm) -> float:
-    """Mean over the pixels of the length of the optical flow from one frame to another.
+def flow_field(one: NDArray[np.uint8], other: NDArray[np.uint8], algorithm: Algorithm) -> NDArray[np.float32]:
+    """The optical flow from one frame to another.
 
     Args:
         one: ``[H, W]`` grey levels.
@@ -29,7 +29,7 @@ def flow_magnitude(one: NDArray[np.uint8], other: NDArray[np.uint8], algorithm: 
         algorithm: ``farneback`` (Farneback 2003) or ``dis`` (Kroeger et al. 2016, OpenCV's fast preset).
 
     Returns:
-        Pixels of these frames.
+        ``[H, W, 2]``: where each pixel goes, to the right and down, in pixels of these frames.
     """
     import cv2
 
@@ -38,7 +38,12 @@ def flow_magnitude(one: NDArray[np.uint8], other: NDArray[np.uint8], algorithm: 
         flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST).calc(one, other, field)
     else:
         flow = cv2.calcOpticalFlowFarneback(one, other, field, *FARNEBACK, 0)
-    return float(np.linalg.norm(flow, axis=-1).mean())
+    return np.asarray(flow, np.float32)
+
+
+def flow_magnitude(one: NDArray[np.uint8], other: NDArray[np.uint8], algorithm: Algorithm) -> float:
+    """Mean over the pixels of the length of the optical flow, in pixels; arguments as :func:`flow_field`."""
+    return float(np.linalg.norm(flow_field(one, other, algorithm), axis=-1).mean())
 
 
 def pair_starts(frames: int, pairs: int) -> tuple[int, ...]:

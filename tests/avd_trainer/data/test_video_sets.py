@@ -1,0 +1,80 @@
+"""Videos of different size, rate and length, brought to one form."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from avd_trainer.data.video_files import save_clip
+from avd_trainer.data.video_sets import (
+    Form,
+    VideoFile,
+    changes_to,
+    common_form,
+    look_at,
+    look_into,
+    read_clip,
+    same_names,
+)
+from avd_trainer.runtime.errors import UserError
+from small_videos import numbers_of, write_video
+
+
+def test_a_video_is_what_its_frames_say(tmp_path: Path) -> None:
+    assert look_at(write_video(tmp_path / "a.mp4", 9)).form == Form(64, 48, 9, 16.0)
+    save_clip(torch.rand(3, 17, 16, 24), tmp_path / "b", 16, ["gif"])
+    form = look_at(tmp_path / "b.gif").form
+    assert form[:3] == (24, 16, 17)
+    assert form.has_rate(16)  # times are rounded to hundredths of a second
+
+
+def test_the_common_form_has_the_least_of_each_number() -> None:
+    forms = [Form(64, 48, 50, 25.0), Form(48, 64, 33, 16.0)]
+    assert common_form(VideoFile(Path("x"), form) for form in forms) == Form(48, 48, 32, 16.0)
+    assert forms[0].frames_at(16) == 32  # 49 / 25 = 1.96 s, and 31 / 16 = 1.94
+
+
+def test_clips_are_brought_to_the_form_and_it_is_said(tmp_path: Path) -> None:
+    quick = look_at(write_video(tmp_path / "quick.mp4", 21, rate=32, step=8))
+    slow = look_at(write_video(tmp_path / "slow.mp4", 9, width=32, height=32))
+    form = common_form([quick, slow])
+    assert form == Form(32, 32, 9, 16.0)
+    clip = read_clip(quick, form)
+    assert clip.shape == (3, 9, 32, 32)
+    assert numbers_of((255 * clip).transpose(0, 1), step=8) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert changes_to(form, [slow]) == []
+    resized, slowed, cut = changes_to(form, [quick, slow])
+    assert resized == "1 of 2 are resized, and their centre cut out (such as quick.mp4, 64x48)"
+    assert slowed.endswith("leaving out frames (such as quick.mp4, 32 frames per second)")
+    assert cut.endswith("(such as quick.mp4, 21 frames)")
+
+
+def test_rounded_times_leave_out_and_repeat_no_frame(tmp_path: Path) -> None:
+    video = torch.linspace(0, 1, 17).view(1, 17, 1, 1).expand(3, 17, 16, 16)
+    save_clip(video, tmp_path / "clip", 16, ["gif"])
+    file = look_at(tmp_path / "clip.gif")
+    brightness = read_clip(file, Form(16, 16, 17, 16.0)).mean(dim=(0, 2, 3))
+    assert (brightness.diff() > 0.03).all()
+
+
+def test_a_folder_with_a_broken_video_is_refused(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", 9)
+    (tmp_path / "b.mp4").write_bytes(b"no video")
+    with pytest.raises(UserError, match=r"b\.mp4 cannot be read: .* Mend it or take it out"):
+        look_into(tmp_path)
+    with pytest.raises(UserError, match=r"it has 1 frame\(s\), at least 2 are needed"):
+        look_at(write_video(tmp_path / "c.mp4", 1))
+
+
+def test_names_that_folders_have_in_common(tmp_path: Path) -> None:
+    for name in ("a/1.mp4", "a/2.gif", "b/2.mp4", "c/9.mp4", "c/9.gif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    names, left_out = same_names([tmp_path / "a", tmp_path / "b"])
+    assert names == {"2": [tmp_path / "a" / "2.gif", tmp_path / "b" / "2.mp4"]}
+    assert left_out == 1
+    (tmp_path / "b" / "2.mp4").rename(tmp_path / "b" / "3.mp4")
+    with pytest.raises(UserError, match=r"have no file names in common, such as '1'"):
+        same_names([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(UserError, match="have one name"):
+        same_names([tmp_path / "c", tmp_path / "a"])

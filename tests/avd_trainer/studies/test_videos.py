@@ -1,0 +1,171 @@
+"""Folders of videos and sampled students, measured by their pixels beside real ones, and shown side by side."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from PIL import Image
+from typer.testing import CliRunner
+
+import tiny_pipeline
+from avd_integrations.diffusers import FewStepScheduler
+from avd_trainer.commands.app import app
+from avd_trainer.data.moving_shapes import MovingShapes
+from avd_trainer.data.video_files import save_clip
+from avd_trainer.data.video_sets import look_at, read_clip
+from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
+from avd_trainer.evaluation.video_reference import VIDEO_CONTROLS, RealVideos
+from avd_trainer.runtime.files import read_json
+
+HEADLINES = {name for name, each in VIDEO_MEASURES.items() if each.headline}
+
+
+def command(*arguments: object) -> tuple[int, str]:
+    """Exit status and everything that was printed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.replace("│ ", "").split())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``real`` clips of 20 captions; of 10 of them ``again`` other renderings, and ``pale`` ones."""
+    folder = tmp_path_factory.mktemp("videos")
+    shapes = MovingShapes(20, seed=1, held_out=True)
+    for name, rendering, factor, count in (("real", 0, 1.0, 20), ("again", 1, 1.0, 10), ("pale", 2, 0.5, 10)):
+        (folder / name).mkdir()
+        for index in range(count):
+            video = shapes.render(index, rendering).video[:, :9]
+            grey = video.mean(dim=0, keepdim=True)
+            save_clip(grey + factor * (video - grey), folder / name / f"{index}", 16, ["mp4"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan pipeline of two steps."""
+    folder = tmp_path_factory.mktemp("wan")
+    pipeline = WanPipeline.from_pretrained(tiny_pipeline.build(folder / "built"))
+    pipeline.scheduler = FewStepScheduler(timesteps=(1000, 500))
+    pipeline.save_pretrained(folder / "student")
+    return folder / "student"
+
+
+def test_sets_of_videos_beside_real_and_spoiled_ones(folders: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    status, printed = command(
+        "evaluate", folders / "again", folders / "pale", "--reference", folders / "real", "--output", output
+    )
+    assert status == 0, printed
+    assert "All clips are measured as 32x32x9 at 16 frames per second." in printed
+    assert sorted(os.listdir(output)) == ["measures.json", "measures.md", "measures.png"]
+    found = read_json(output / "measures.json")
+    again, pale = found["variants"]["again"], found["variants"]["pale"]
+    assert again["worse"] == []
+    assert "saturation" in pale["worse"]
+    assert again["measures"]["saturation"]["distance"] < pale["measures"]["saturation"]["distance"]
+    # Each control is caught, by a headline measure, and by the one that is for it.
+    assert list(found["controls"]["worse"]) == list(VIDEO_CONTROLS)
+    for name, for_it in (
+        ("noise", "spatial_rolloff"), ("frozen", "temporal_rolloff"), ("shuffled", "temporal_rolloff"),
+        ("saturated", "saturation"), ("blurred", "spatial_rolloff"),
+    ):  # fmt: skip
+        assert for_it in HEADLINES & set(found["controls"]["worse"][name]), name
+    clips = list(pale["seeds"].values())
+    mean = sum(clip["values"]["flow"] for clip in clips) / len(clips)
+    assert pale["measures"]["flow"]["mean"] == pytest.approx(mean)
+    table = (output / "measures.md").read_text()
+    assert "real: mean ± standard deviation of sets of 10 of 20 real clips." in table
+    assert "| *real clips, blurred* |" in table
+    assert "## Distance to real clips" in table
+    with Image.open(output / "measures.png") as figure:
+        assert figure.width > 1000
+
+
+def test_halves_that_are_compared_have_as_many_clips_as_the_smallest_set() -> None:
+    real = {name: [float(place) for place in range(10)] for name in VIDEO_MEASURES}
+    same = RealVideos.of(real, [real], {})
+    assert same.size == 5
+    few = {name: [4.5, 4.5] for name in VIDEO_MEASURES}
+    assert RealVideos.of(real, [real, few], {}).size == 2
+    assert same.worse(same.distance(real)) == []
+    off = {name: [value + 20 for value in each] for name, each in real.items()}
+    distances = same.distance(off)
+    assert distances["flow"] == pytest.approx(20, abs=0.5)
+    assert same.worse(distances) == list(VIDEO_MEASURES)
+    assert "flow" not in RealVideos.of(real, [real], {"flow": 30}).worse(distances)
+    # To both sides: the mean is right, the clips are not.
+    both = {name: [-40.0] * 5 + [49.0] * 5 for name in real}
+    assert same.worse(same.distance(both)) == list(VIDEO_MEASURES)
+
+
+def test_a_student_of_wan_is_sampled_and_its_files_are_measured(wan: Path, folders: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    arguments = ["--prompt", "a red circle", "--noises", 2, "--size", "32x32x5", "--output", output]
+    status, printed = command("evaluate", wan, folders / "again", *arguments)
+    assert status == 0, printed
+    assert "sample: 4/4" in printed
+    assert "All clips are measured as 32x32x5 at 16 frames per second. again: 10 of 10 are cut" in printed
+    clips = output / "clips" / "student"
+    assert sorted(os.listdir(clips)) == ["000-a-red-circle.mp4", "001-a-red-circle.mp4", "prompts.json"]
+    assert [row["seed"] for row in read_json(clips / "prompts.json")] == [0, 1]
+    found = read_json(output / "measures.json")
+    assert found["reference"] is None
+    assert [len(each["seeds"]) for each in found["variants"].values()] == [2, 10]
+    # What was sampled is not lost, and can be measured again.
+    status, printed = command("evaluate", wan, *arguments)
+    assert status == 2
+    assert "has clips of an earlier evaluation" in printed
+    status, printed = command("evaluate", clips, "--output", tmp_path / "again")
+    assert status == 0, printed
+    again = read_json(tmp_path / "again" / "measures.json")["variants"]["student"]
+    assert again["measures"]["saturation"] == found["variants"]["student"]["measures"]["saturation"]
+
+
+def test_students_of_wan_side_by_side(wan: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(wan)
+    clip = tmp_path / "clip.mp4"
+    status, printed = command("compare", wan, other, "--prompt", "a red circle", "--size", "32x32x5", "--output", clip)
+    assert status == 0, printed
+    one, two = (part[:, :, -256:] for part in read_clip(look_at(clip), look_at(clip).form).chunk(2, dim=3))
+    assert (one - two).abs().mean() < 0.02  # one noise, one student
+
+
+def test_videos_of_equal_names_side_by_side(folders: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    for name in ("1", "3"):
+        (few / f"{name}.mp4").symlink_to(folders / "real" / f"{name}.mp4")
+    save_clip(torch.rand(3, 9, 32, 32), few / "x", 16, ["gif"])
+    status, printed = command("compare", few, folders / "pale", "--output", tmp_path / "shown")
+    assert status == 0, printed
+    assert sorted(os.listdir(tmp_path / "shown")) == ["1.mp4", "3.mp4"]
+    assert "9 other files have no counterpart in every folder, and are left out. 2 clips are in" in printed
+    file = look_at(tmp_path / "shown" / "1.mp4")
+    real, pale = (part[:, :, -256:] for part in read_clip(file, file.form).chunk(2, dim=3))
+    assert (real.amax(0) - real.amin(0)).mean() > 1.5 * (pale.amax(0) - pale.amin(0)).mean()
+
+
+def test_what_does_not_go_together_is_refused(wan: Path, folders: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "1.mp4").symlink_to(folders / "real" / "1.mp4")
+    pale, output = folders / "pale", tmp_path / "out"
+    for arguments, message in (
+        (["evaluate", wan], "There is nothing to show. Pass --prompt TEXT"),
+        (["evaluate", pale, "--prompt", "a"], "Prompts are for students, and there are only videos here"),
+        (["evaluate", pale, "--captions", 8], "--captions are of moving shapes: leave it out"),
+        (["evaluate", wan, "--size", "32x32x9"], "--image and --size are for clips of prompts"),
+        (["evaluate", pale, "--reference", few], "--reference has 1 clips, and at least 8 are needed"),
+        (["compare", wan, pale], "is a folder of videos, and others are not. Sample the students first"),
+        (["compare", folders / "real", pale, "--prompt", "a"], "these are videos: leave them out"),
+    ):
+        extra = ["--reference", few] if arguments == ["evaluate", wan] else []
+        status, printed = command(*arguments, *extra, "--output", output)
+        assert status == 2
+        assert message in printed
+    assert not output.exists() or os.listdir(output) == []
