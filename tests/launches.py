@@ -5,6 +5,7 @@ A server imports the trainer once and forks each process: a start takes millisec
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -42,7 +43,8 @@ class Launch:
         call = pickle.dumps((function, args))
         self._folder = tempfile.TemporaryDirectory()
         # Held here as by torchrun's agent, so that no port has to be guessed, and no rank's death takes it along.
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if size > 1 else None
+        self._store = _new_store() if size > 1 else None
+        self._asked = 0
         port = 0 if self._store is None else self._store.port
         self._processes = [
             _context.Process(target=_run, args=(rank, size, port, self._folder.name, call), daemon=True)
@@ -90,6 +92,20 @@ class Launch:
             raise RuntimeError("\n".join(map(self._problem, ranks)))
         return [pickle.loads(_file(self._folder.name, rank, "result").read_bytes()) for rank in ranks]
 
+    def ask(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+        """Have ranks that run :func:`answer` call a function; returns the results by rank, or raises as ``results``."""
+        assert self._store is not None, "a rank that is alone has nobody to ask it"
+        group = _new_store()  # a group that met in the store of the last one would find the addresses of that
+        self._asked += 1
+        self._store.set(f"call {self._asked}", pickle.dumps((group.port, function, args)))
+        answers = [f"answer {self._asked} {rank}" for rank in range(len(self._processes))]
+        deadline = time.monotonic() + timeout
+        while not self._store.check(answers):
+            if any(process.exitcode is not None for process in self._processes) or time.monotonic() > deadline:
+                raise RuntimeError("\n".join(map(self._problem, range(len(self._processes)))))
+            time.sleep(0.005)
+        return [pickle.loads(self._store.get(name)) for name in answers]
+
     def _problem(self, rank: int) -> str:
         code = self._processes[rank].exitcode
         ended = "had not finished when the run was stopped" if code is None else f"ended with exit code {code}"
@@ -107,6 +123,53 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         return launch.results()
 
 
+class StandingRanks:
+    """Ranks that take one call after another, so that what PyTorch sets up at first use is paid for once.
+
+    For functions that leave their process as it was. Where one raises, the next call is that of new processes. A
+    context manager; leaving it ends the processes.
+
+    Args:
+        size: Number of ranks, two or more.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._launch: Launch | None = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call a function on every rank; returns the results by rank."""
+        if self._launch is None:
+            self._launch = Launch(self._size, answer).__enter__()
+        try:
+            return self._launch.ask(function, *args)
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._launch is not None:
+            self._launch.__exit__()
+            self._launch = None
+
+
+def answer() -> None:
+    """Do what :meth:`Launch.ask` asks, until that launch is left."""
+    rank = os.environ["RANK"]
+    # The next test that asks may be far.
+    asking = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(days=1))
+    for number in itertools.count(1):
+        port, function, args = pickle.loads(asking.get(f"call {number}"))
+        os.environ["MASTER_PORT"] = str(port)
+        asking.set(f"answer {number} {rank}", pickle.dumps(function(*args)))
+
+
 def in_group(size: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
     """Call ``function(rank, *args)`` on every rank of one gloo group; returns the results by rank."""
     with Launch(size, _join_group, function, timeout, args) as launch:
@@ -122,6 +185,10 @@ def _join_group(function: Callable[..., Any], timeout: float, args: tuple[Any, .
         return function(rank, *args)
     finally:
         dist.destroy_process_group()
+
+
+def _new_store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _run(rank: int, size: int, port: int, folder: str, call: bytes) -> None:

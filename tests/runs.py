@@ -74,6 +74,12 @@ def tiny_config(
     return TrainConfig.model_validate({**values, "method": {"kind": kind, **section}, **changes})
 
 
+def ten_clips() -> CaptionedLatents:
+    """Random latents of that shape, and captions."""
+    draws = torch.Generator().manual_seed(1)
+    return CaptionedLatents(torch.randn(10, *LATENT_SHAPE, generator=draws), [f"clip {n}" for n in range(10)])
+
+
 def in_memory(
     latents: CaptionedLatents | Tensor, embed: HashTextEmbedding = EMBED, *, image: bool = False
 ) -> InMemoryData:

@@ -13,12 +13,20 @@ from avd_trainer.models.transformer import build_transformer
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
-from runs import ARCHITECTURE, LATENT_SHAPE, MakeConfig, MakeTrainer, both, in_memory, tiny_config
+from launches import StandingRanks
+from runs import ARCHITECTURE, MakeConfig, MakeTrainer, both, in_memory, ten_clips, tiny_config
 
 
 @pytest.fixture
 def ranks() -> Iterator[Ranks]:
     with join_ranks() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks() -> Iterator[StandingRanks]:
+    """Calls a function that leaves its process as it was."""
+    with StandingRanks(2) as ranks:
         yield ranks
 
 
@@ -32,8 +40,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clips() -> CaptionedLatents:
-    draws = torch.Generator().manual_seed(1)
-    return CaptionedLatents(torch.randn(10, *LATENT_SHAPE, generator=draws), [f"clip {n}" for n in range(10)])
+    return ten_clips()
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def enlarge(video: Tensor, factor: int) -> Tensor:
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans of a height in pixels. Pillow's own font knows English alone."""
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", size)
 
 
 def _to_bytes(video: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ A method needs a preset ``tiny/KIND.yaml`` and a golden curve ``tests/assets/gol
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.examples import condition_of
-from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
+from avd_trainer.data.in_memory import InMemoryData
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Loss
 from avd_trainer.methods.distillation import Distillation, DistillationConfig
@@ -34,10 +36,12 @@ from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
+from avd_trainer.training import run as run_module
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
-from launches import on_ranks
+from launches import StandingRanks
+from runs import ten_clips
 
 KINDS = [method.kind for method in list_methods()]
 DISTILLERS = [kind for kind in KINDS if issubclass(load_method(kind), Distillation)]
@@ -83,13 +87,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def data(clips: CaptionedLatents) -> TrainingData:
-    examples = InMemoryData(clips, HashTextEmbedding(4, 32))
+@pytest.fixture(scope="module")
+def data() -> TrainingData:
+    examples = InMemoryData(ten_clips(), HashTextEmbedding(4, 32))
     return TrainingData(examples, examples, held_out=examples)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with join_ranks() as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
 def configure(teacher: Path) -> Callable[..., TrainConfig]:
     def configure(kind: str, *overrides: str) -> TrainConfig:
         kind, *options = VARIANTS.get(kind) or IN_SHORT.get(kind, (kind,))
@@ -97,6 +107,41 @@ def configure(teacher: Path) -> Callable[..., TrainConfig]:
         return load_config(TrainConfig, "tiny", [*SMALL, *own, *options, *overrides], method=kind)
 
     return configure
+
+
+class Finished(NamedTuple):
+    """A run without a folder."""
+
+    trainer: Trainer
+    before: dict[str, list[Tensor]]  # its parameters at the start
+    curve: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def finish(configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks) -> Callable[[str], Finished]:
+    """One run for all tests that look at what came of it; they leave it as it is."""
+
+    @cache
+    def finish(kind: str) -> Finished:
+        trainer = Trainer(configure(kind), data, ranks)
+        return Finished(trainer, parameters(trainer), logged(trainer))
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def trained(
+    configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of the same run."""
+
+    @cache
+    def trained(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        assert train(configure(kind), folder, ranks, data=data)
+        return folder
+
+    return trained
 
 
 def parameters(trainer: Trainer) -> dict[str, list[Tensor]]:
@@ -109,9 +154,13 @@ def parameters(trainer: Trainer) -> dict[str, list[Tensor]]:
     }
 
 
+def logged(trainer: Trainer) -> list[dict[str, Any]]:
+    return [{name: v.tolist() for name, v in step.items()} for step in trainer.run()]
+
+
 def curve(config: TrainConfig, data: TrainingData) -> list[dict[str, Any]]:
     with join_ranks() as ranks:
-        return [{name: v.tolist() for name, v in step.items()} for step in Trainer(config, data, ranks).run()]
+        return logged(Trainer(config, data, ranks))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,12 +195,8 @@ def test_its_file_reads_like_an_algorithm_box(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frozen_roles_stay_and_trained_ones_move(
-    kind: str, configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks
-) -> None:
-    trainer = Trainer(configure(kind), data, ranks)
-    before = parameters(trainer)
-    list(trainer.run())
+def test_frozen_roles_stay_and_trained_ones_move(kind: str, finish: Callable[[str], Finished]) -> None:
+    trainer, before, _ = finish(kind)
     after = parameters(trainer)
     roles = trainer.config.method.roles()
     for name in before:
@@ -167,18 +212,22 @@ def test_frozen_roles_stay_and_trained_ones_move(
 
 @pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
 def test_a_run_resumed_from_any_step_ends_bit_for_bit_the_same(
-    kind: str, configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks, tmp_path: Path
+    kind: str,
+    configure: Callable[..., TrainConfig],
+    trained: Callable[[str], Path],
+    data: TrainingData,
+    ranks: Ranks,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = configure(kind, "checkpoint.every=1", "checkpoint.keep_latest=9")
-    whole = tmp_path / "whole"
-    assert train(config, whole, ranks, data=data)
-    for step in range(1, STEPS):
-        part = tmp_path / f"from-{step}"
-        shutil.copytree(whole, part, ignore=shutil.ignore_patterns(config.method.main_role))
-        for later in range(step + 1, STEPS + 1):
-            shutil.rmtree(part / "checkpoints" / f"step-{later:08d}")
-        assert train(config, part, ranks, data=data)
-        assert contents(part) == contents(whole)
+    """One that is stopped after each of its steps."""
+    config, parts, stops = configure(kind), tmp_path / "parts", 0
+    monkeypatch.setattr(run_module, "StopSignals", lambda: nullcontext(SimpleNamespace(received="SIGTERM")))
+    while not train(config, parts, ranks, data=data):
+        stops += 1
+    assert stops == STEPS - 1
+    monkeypatch.undo()
+    assert contents(parts) == contents(trained(kind))
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -196,12 +245,14 @@ def contents(run: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", [*KINDS, *VARIANTS])
 def test_two_ranks_follow_the_curve_of_one(
-    kind: str, configure: Callable[..., TrainConfig], data: TrainingData
+    kind: str,
+    configure: Callable[..., TrainConfig],
+    data: TrainingData,
+    finish: Callable[[str], Finished],
+    on_two_ranks: StandingRanks,
 ) -> None:
-    config = configure(kind)
-    alone = curve(config, data)
-    for seen in on_ranks(2, curve, config, data):
-        for step, expected in zip(seen, alone, strict=True):
+    for seen in on_two_ranks(curve, configure(kind), data):
+        for step, expected in zip(seen, finish(kind).curve, strict=True):
             assert step.keys() == expected.keys()
             for name in expected:
                 rel, absolute = (2e-2, 2e-3) if name in NOT_LINEAR_IN_SAMPLES else (2e-3, 1e-5)
@@ -233,9 +284,10 @@ def run_with_a_bad_loss(config: TrainConfig, data: TrainingData, role: str) -> t
                 yield loss._replace(value=loss.value * torch.nan) if bad else loss
 
         trainer.method.losses = poisoned  # type: ignore[method-assign]
-        logged = [float(metrics["skipped"]) for metrics in trainer.run()]
+        # Up to the step after it.
+        skips = [float(metrics["skipped"]) for metrics in islice(trainer.run(), bad_step + 1)]
         if role == trainer.main_role:
-            assert logged == [step == bad_step for step in range(1, STEPS + 1)]
+            assert skips == [step == bad_step for step in range(1, len(skips) + 1)]
         skipped = sum(trainer.guards[led].skipped for led in set(led_by))
         finite = all(bool(p.isfinite().all()) for own in parameters(trainer).values() for p in own)
         return skipped, len(led_by), finite
@@ -251,19 +303,17 @@ def run_with_a_bad_loss(config: TrainConfig, data: TrainingData, role: str) -> t
     ],
 )
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_turn_on_all(
-    kind: str, role: str, configure: Callable[..., TrainConfig], data: TrainingData
+    kind: str, role: str, configure: Callable[..., TrainConfig], data: TrainingData, on_two_ranks: StandingRanks
 ) -> None:
-    for skipped, turns, finite in on_ranks(2, run_with_a_bad_loss, configure(kind), data, role):
+    for skipped, turns, finite in on_two_ranks(run_with_a_bad_loss, configure(kind), data, role):
         assert skipped == turns
         assert finite
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_first_steps_follow_the_golden_curve(
-    kind: str, configure: Callable[..., TrainConfig], data: TrainingData
-) -> None:
+def test_the_first_steps_follow_the_golden_curve(kind: str, finish: Callable[[str], Finished]) -> None:
     """If these numbers change, so has the method: understand why, then rewrite the file from what is printed."""
-    found = [{k: v for k, v in step.items() if isinstance(v, float)} for step in curve(configure(kind), data)]
+    found = [{k: v for k, v in step.items() if isinstance(v, float)} for step in finish(kind).curve]
     print(json.dumps(found, indent=1))
     expected = json.loads((GOLDEN / f"{kind}.json").read_text())
     assert len(found) == len(expected)
@@ -273,14 +323,12 @@ def test_the_first_steps_follow_the_golden_curve(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_it_trained_is_its_average_and_is_sampled_by_its_own_sampler(
-    kind: str, configure: Callable[..., TrainConfig], data: TrainingData, ranks: Ranks, tmp_path: Path
+    kind: str, data: TrainingData, trained: Callable[[str], Path], finish: Callable[[str], Finished]
 ) -> None:
-    config = configure(kind)
-    assert train(config, tmp_path / "run", ranks, data=data)
-    product = tmp_path / "run" / config.method.main_role
+    trainer = finish(kind).trainer
+    config = trainer.config
+    product = trained(kind) / config.method.main_role
     saved = {name: value for file in product.glob("*.safetensors") for name, value in load_file(file).items()}
-    trainer = Trainer(config, data, ranks)
-    list(trainer.run())
     sampler = trainer.method.sampler
     condition = condition_of([data.prompts[place] for place in range(2)])
     with ExitStack() as stack:
@@ -288,17 +336,17 @@ def test_what_it_trained_is_its_average_and_is_sampled_by_its_own_sampler(
             stack.enter_context(average.average_parameters())
         model: Any = trainer.models[config.method.main_role]
         module = model.module if isinstance(model, VelocityModel) else model
-        trained = {name: parameter.detach().full_tensor().clone() for name, parameter in module.named_parameters()}
+        ended = {name: parameter.detach().full_tensor().clone() for name, parameter in module.named_parameters()}
         expected = None if sampler is None else trainer.sample(condition, "samples")
-    assert saved.keys() == trained.keys()
+    assert saved.keys() == ended.keys()
     for name, value in saved.items():
-        assert torch.equal(value, trained[name].to(value.dtype)), name
+        assert torch.equal(value, ended[name].to(value.dtype)), name
     if sampler is None:
         return
     exported = WanTransformer3DModel.from_pretrained(product)
     for name, parameter in exported.named_parameters():
         assert torch.equal(parameter.to(saved[name].dtype), saved[name]), name
-        parameter.data = trained[name]  # in full precision, to compare what the sampler makes of it
+        parameter.data = ended[name]  # in full precision, to compare what the sampler makes of it
     noise = Draws((config.seed, "samples"), range(2), torch.device("cpu")).named("trajectory")
     with torch.no_grad():
         found = sampler(VelocityModel(exported), condition, data.prompts.unconditional(), data.latent_shape, noise)
@@ -333,6 +381,8 @@ def test_its_calls_are_those_of_a_step(
 ) -> None:
     """Summed over a run, and over the steps that a sample may stop at, which are equally likely."""
     config = configure(kind)
+    if len(config.few_steps or ()) > 2:
+        config = configure(kind, "method.few_steps=[1000,500]")  # as true of two as of four
     steps = len(config.few_steps or (0,))
     asked: Counter[tuple[str, bool]] = Counter()
     for last in range(steps):

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
-from launches import on_ranks
+from launches import StandingRanks
 from runs import LORA, MakeConfig, order_of, weights
 
 CURVE = (
@@ -75,20 +77,53 @@ def assert_same(actual: Seen, expected: Seen) -> None:
     torch.testing.assert_close(actual.weights, expected.weights, rtol=0, atol=1e-3)
 
 
+@pytest.fixture(scope="module")
+def on_four_ranks() -> Iterator[StandingRanks]:
+    with StandingRanks(4) as ranks:
+        yield ranks
+
+
+def process_and_size(fails_on: int | None = None) -> tuple[int, int]:
+    with join_ranks() as ranks:
+        if ranks.rank == fails_on:
+            raise ValueError("the data ended")
+        ranks.barrier()
+        return os.getpid(), ranks.size
+
+
+def test_ranks_stay_from_call_to_call_and_one_that_raises_fails_its_call_alone(on_two_ranks: StandingRanks) -> None:
+    """What the tests of this suite that run on several ranks rest on."""
+    (first, size), (second, _) = on_two_ranks(process_and_size)
+    assert size == 2
+    assert len({os.getpid(), first, second}) == 3
+    assert on_two_ranks(process_and_size) == [(first, 2), (second, 2)]
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1 ended with exit code 1.*ValueError: the data ended"):
+        on_two_ranks(process_and_size, 1)
+    assert not {first, second} & {process for process, _ in on_two_ranks(process_and_size)}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_curve_is_that_of_one_rank(make_config: MakeConfig, data: TrainingData, layout: str) -> None:
+def test_the_curve_is_that_of_one_rank(
+    make_config: MakeConfig,
+    data: TrainingData,
+    on_two_ranks: StandingRanks,
+    on_four_ranks: StandingRanks,
+    layout: str,
+) -> None:
     method, changes = LAYOUTS[layout]
     config = make_config(method={"online_updates": 2, **method}, max_steps=4, batch_size=4, **changes)
     expected = run(config, data)
-    for size in (2, 4):
-        for rank in on_ranks(size, run, config, data):
+    for on_ranks in (on_two_ranks, on_four_ranks):
+        for rank in on_ranks(run, config, data):
             assert_same(rank, expected)
 
 
-def test_the_curve_is_that_of_one_rank_with_hybrid_sharding(make_config: MakeConfig, data: TrainingData) -> None:
+def test_the_curve_is_that_of_one_rank_with_hybrid_sharding(
+    make_config: MakeConfig, data: TrainingData, on_four_ranks: StandingRanks
+) -> None:
     changes = {"max_steps": 4, "batch_size": 4, "method": {"online_updates": 2, "motion": {"sync_ranks": True}}}
     expected = run(make_config(**changes, **PLAIN), data)
-    for rank in on_ranks(4, run, make_config(**changes, parallel={"replicate": 2}), data):
+    for rank in on_four_ranks(run, make_config(**changes, parallel={"replicate": 2}), data):
         assert_same(rank, expected)
 
 
@@ -108,12 +143,14 @@ def run_with_bad_clips(config: TrainConfig, data: TrainingData, bad: list[int]) 
     return seen
 
 
-def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfig, data: TrainingData) -> None:
+def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(
+    make_config: MakeConfig, data: TrainingData, on_two_ranks: StandingRanks
+) -> None:
     config = make_config(method={"online_updates": 1}, max_steps=3, **PLAIN)
     # The clip that the last rank reads in the second step, and nobody in the others.
     bad = [order_of("clips")[3]]
     alone = run_with_bad_clips(config, copy.deepcopy(data), bad)
-    for rank in on_ranks(2, run_with_bad_clips, config, data, bad):
+    for rank in on_two_ranks(run_with_bad_clips, config, data, bad):
         assert rank.skipped == alone.skipped == [0, 1, 0]
         assert rank.counted == (1, 0)
         assert torch.equal(rank.weights[1], rank.weights[0])
@@ -122,10 +159,12 @@ def test_a_bad_gradient_on_one_rank_skips_the_step_on_all(make_config: MakeConfi
         assert rank.error == ""
 
 
-def test_a_run_that_stays_bad_on_one_rank_ends_on_all(make_config: MakeConfig, data: TrainingData) -> None:
+def test_a_run_that_stays_bad_on_one_rank_ends_on_all(
+    make_config: MakeConfig, data: TrainingData, on_two_ranks: StandingRanks
+) -> None:
     config = make_config(method={"online_updates": 1}, max_steps=5, max_skipped_steps=2, **PLAIN)
     bad = order_of("clips").batch(3, 3)[::2]
-    for rank in on_ranks(2, run_with_bad_clips, config, data, bad):
+    for rank in on_two_ranks(run_with_bad_clips, config, data, bad):
         assert rank.skipped == [0, 1]  # the third step is not over
         assert "Step 3 of the student is not finite" in rank.error
         assert "2 in a row" in rank.error
