@@ -82,12 +82,14 @@ class Engine(ABC, Generic[P]):
             UserError: If nothing can go on, such as with a full disk.
         """
         with StopSignals() as stop, ExitStack() as ends:
-            idle: list[P] = []
+            idle: dict[P, Task] = {}  # with what they did last
             busy: dict[P, Task] = {}
             while True:
                 while len(busy) < self._workers and (task := schedule.take()) is not None:
                     if idle:
-                        process = idle.pop()
+                        # The one that did a file's last task has kept frames of it.
+                        process = next((each for each in idle if idle[each].path == task.path), next(iter(idle)))
+                        del idle[process]
                     else:
                         free = set(range(self._workers)) - {other.number for other in busy}
                         process = self._start(min(free))
@@ -109,7 +111,7 @@ class Engine(ABC, Generic[P]):
                             if isinstance(message, Ending):
                                 del busy[process]
                                 if process.alive:
-                                    idle.append(process)
+                                    idle[process] = task
                                 else:
                                     process.end()  # what it held, such as a GPU, is for the one that takes over
 

@@ -195,7 +195,8 @@ class Schedule:
         row = Row(file.sha256, path, file.sha256, None, {}, file.caption)
         results, pending = self._look_up(row, self._of_files, {})
         if pending:
-            return Task(path, file.state, (RowTask(row._replace(results=results), pending),))
+            ahead = tuple(chosen.stage.name for chosen in self._of_clips)
+            return Task(path, file.state, (RowTask(row._replace(results=results), pending),), ahead)
         rows = []
         for start, end in results.get(SPAN, {}).get("clips", []):
             clip = row._replace(id=clip_id(row.sha256, Span(start, end)), span=Span(start, end))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from avd_trainer.data.preparation.journal import Journal, KnownFile
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.schedule import clip_id
-from avd_trainer.data.preparation.stage import SPAN, Done, FileStage, Outcome, Span
+from avd_trainer.data.preparation.stage import SPAN, ClipStage, Done, Outcome, Span
 from avd_trainer.data.preparation.worker import HASHING
 
 NOT_RUN = "has not run yet; the same `avd data prepare` goes on"
@@ -35,7 +35,7 @@ class Clip(NamedTuple):
 
     def key(self, chosen: Chosen) -> str:
         """Under which a stage's results for it are recorded."""
-        return chosen.key(self.sha256 if issubclass(chosen.stage, FileStage) else self.id, self.caption)
+        return chosen.key(self.id if issubclass(chosen.stage, ClipStage) else self.sha256, self.caption)
 
 
 class Dropped(NamedTuple):
