@@ -99,16 +99,25 @@ def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:
     """
     dropped_files: dict[str, Dropped] = {}
     clips = {clip.id: clip for clip in sorted(_clips(journal, recipe, dropped_files))}
-    dropped: dict[str, Dropped] = {}
-    steps = []
-    for chosen in recipe.stages.values():
-        if chosen.stage.of_survivors and not finished:
-            continue
-        left = {id_: clip for id_, clip in clips.items() if id_ not in dropped}
-        dropped |= _decide(journal, chosen, left)
-        steps.append(Step(chosen.stage.name, len(left), len(clips) - len(dropped)))
     files = sum(1 for _ in journal.files())
-    return Selection(clips, dropped, files, dropped_files, tuple(steps))
+    scored = _go_on(Selection(clips, {}, files, dropped_files, ()), journal, recipe, survivors=False)
+    return finish(scored, journal, recipe) if finished else scored
+
+
+def finish(selection: Selection, journal: Journal, recipe: Recipe) -> Selection:
+    """Count captions and latents, too, in a selection that was made without them."""
+    return _go_on(selection, journal, recipe, survivors=True)
+
+
+def _go_on(selection: Selection, journal: Journal, recipe: Recipe, *, survivors: bool) -> Selection:
+    """What those stages leave that work on all clips, or on the kept ones alone."""
+    dropped, steps = dict(selection.dropped), list(selection.steps)
+    for chosen in recipe.stages.values():
+        if chosen.stage.of_survivors == survivors:
+            left = {id_: clip for id_, clip in selection.clips.items() if id_ not in dropped}
+            dropped |= _decide(journal, chosen, left)
+            steps.append(Step(chosen.stage.name, len(left), len(selection.clips) - len(dropped)))
+    return selection._replace(dropped=dropped, steps=tuple(steps))
 
 
 def _clips(journal: Journal, recipe: Recipe, dropped: dict[str, Dropped]) -> Iterator[Clip]:
