@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import cv2
@@ -33,7 +34,6 @@ import numpy as np
 import psutil
 
 from avd_trainer.data.decoding import scaled
-from avd_trainer.data.preparation.clip_reader import VideoReader
 from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile
 from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Recipe, load_recipe
@@ -41,17 +41,17 @@ from avd_trainer.data.preparation.schedule import Schedule, clip_id, list_videos
 from avd_trainer.data.preparation.selection import select
 from avd_trainer.data.preparation.stage import (
     ClipSettings,
-    ClipStage,
     Done,
-    FileStage,
     FrameRequest,
     Frames,
+    Outcome,
     Row,
     Span,
+    Stage,
 )
+from avd_trainer.data.preparation.worker import Found, Hashed, Message, RowTask, Task, Worker
 
 RESULTS = Path(__file__).parent / "results" / "preparation-cpu.json"
-WITHOUT_WEIGHTS = ("hue", "sharpness", "detail", "repeats", "flow", "duplicates")
 OFF = ("consistency=off", "aesthetics=off", "caption=off", "latents=off", "text=off")
 RECORDED = 10_000
 CLIPS_A_FILE = 100
@@ -107,44 +107,71 @@ def make_clips(folder: Path) -> Iterator[Path]:
 
 
 def measure_clips(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
-    """Milliseconds for one clip, and the rate beside that of decoding and resizing alone."""
-    clips, recipe = list(make_clips(folder)), load_recipe("paper")
-    cut = recipe.stages["cut"].stage(recipe.stages["cut"].settings, recipe.head.clip)
-    assert isinstance(cut, FileStage)
-    stages = {
-        name: recipe.stages[name].stage(recipe.stages[name].settings, recipe.head.clip) for name in WITHOUT_WEIGHTS
-    }
-    rounds: dict[str, list[float]] = {name: [] for name in ("alone", "cut", "decoding", *stages)}
-    for _ in range(asked.rounds):
-        spent = dict.fromkeys(rounds, 0.0)
+    """Milliseconds for one clip, and the rate beside that of decoding and resizing alone.
+
+    A worker does all that it does for a new file: it reads its bytes, probes it, looks for cuts (none counts, so that
+    each file gives one clip) and runs the stages of the clip.
+    """
+    clips, told, spent = list(make_clips(folder)), list[Message](), defaultdict[str, float](float)
+    recipe = load_recipe("paper", [*OFF, "cut.least_change=255"])
+    timed = {name: chosen._replace(stage=_timed(chosen.stage, spent)) for name, chosen in recipe.stages.items()}
+    worker = Worker(recipe._replace(stages=timed), folder, told.append)
+    rounds: dict[str, list[float]] = {}
+    for _ in range(1 + asked.rounds):  # the first one imports, and does not count
         for path in clips:
-            row = Row("clip", path, "", SPAN, {"probe": {"width": 832, "height": 480}})
-            with _processor_time(spent, "alone"), av.open(path) as container:
-                container.streams.video[0].codec_context.thread_count = 1
-                for frame in container.decode(video=0):
-                    scaled(frame, 480)
-            with _processor_time(spent, "cut"):
-                cut.run(row)
-            requests = [stage.frames(row) for stage in stages.values() if isinstance(stage, ClipStage)]
-            with _processor_time(spent, "decoding"), VideoReader(path, recipe.head.clip) as reader:
-                found = reader.read(SPAN, [request for request in requests if request is not None])
-            for (name, stage), frames in zip(stages.items(), found, strict=True):
-                assert isinstance(stage, ClipStage)
-                with _processor_time(spent, name):
-                    stage.run(row, frames)
+            for name, resize in (("decoding", False), ("alone", True)):
+                with _processor_time(spent, name), av.open(path) as container:
+                    container.streams.video[0].codec_context.thread_count = 1
+                    for frame in container.decode(video=0):
+                        if resize:
+                            scaled(frame, 480)
+            with _processor_time(spent, "whole"):
+                _prepare(worker, recipe, path, told)
         for name, seconds in spent.items():
-            rounds[name].append(1000 * seconds / len(clips))
-    median = {name: statistics.median(of) for name, of in rounds.items()}
-    alone = median.pop("alone")
-    whole = sum(median.values())
+            rounds.setdefault(name, []).append(1000 * seconds / len(clips))
+        spent.clear()
+    median = {name: statistics.median(of[1:]) for name, of in rounds.items()}
+    decoding, alone, whole = (median.pop(name) for name in ("decoding", "alone", "whole"))
     return {
         "clips": len(clips),
         "rounds": asked.rounds,
+        "decoding_alone_ms": round(decoding, 1),
         "decoding_and_resizing_alone_ms": round(alone, 1),
-        "with_stages_ms": {name: round(value, 1) for name, value in median.items()},
-        "rate_beside_decoding_alone": round(alone / whole, 2),
-        "rate_without_cut": round(alone / (whole - median["cut"]), 2),
+        "with_stages_ms": round(whole, 1),
+        "of_which_ms": {
+            "cut, with the only decoding": round(median.pop("cut"), 1),
+            **{name: round(value, 1) for name, value in median.items() if value >= 0.05},
+        },
+        "rate_beside_decoding_and_resizing_alone": round(alone / whole, 2),
     }
+
+
+def _timed(stage: type[Stage[Any]], spent: dict[str, float]) -> type[Stage[Any]]:
+    """The same stage, which adds up the processor time that it takes."""
+
+    def run(self: Any, *given: Any) -> Outcome:
+        with _processor_time(spent, stage.name):
+            outcome: Outcome = stage.run(self, *given)  # type: ignore[attr-defined]
+        return outcome
+
+    return type(stage.__name__, (stage,), {"run": run})
+
+
+def _prepare(worker: Worker, recipe: Recipe, path: Path, told: list[Message]) -> None:
+    """All that a worker does for one file, without the journal."""
+    told.clear()
+    worker.work(Task(path))
+    (hashed,) = (each for each in told if isinstance(each, Hashed))
+    row = Row(str(hashed.sha256), path, str(hashed.sha256), None, {})
+    files = tuple(chosen.stage.name for chosen in recipe.of_files())
+    ahead = tuple(chosen.stage.name for chosen in recipe.of_clips(survivors=False))
+    worker.work(Task(path, hashed.state, (RowTask(row, files),), ahead))
+    results = {each.stage: each.outcome.values for each in told if isinstance(each, Found)}  # type: ignore[union-attr]
+    spans = [Span(*span) for span in results["span"]["clips"]]
+    rows = (row._replace(id=clip_id(row.sha256, span), span=span, results=results) for span in spans)
+    worker.work(Task(path, hashed.state, tuple(RowTask(each, ahead) for each in rows)))
+    done = [each.stage for each in told if isinstance(each, Found) and isinstance(each.outcome, Done)]
+    assert sorted(done) == sorted([*files, *ahead]), done  # each once, and no clip was decoded a second time
 
 
 def measure_decision(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
