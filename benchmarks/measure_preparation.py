@@ -175,25 +175,48 @@ def _prepare(worker: Worker, recipe: Recipe, path: Path, told: list[Message]) ->
 
 
 def measure_decision(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
-    """Seconds of a core to decide on recorded scores of many clips."""
+    """Seconds of a core to decide on recorded scores of many clips, and of the command that does so with another limit,
+    the start of the interpreter included."""
     recipe = load_recipe("paper", [*OFF, "cut.threshold=null"])
     near = load_recipe("paper", [*OFF, "cut.threshold=null", "duplicates.distance=6"])
     draws = np.random.default_rng(0)
-    with Journal(folder) as journal:
+    videos, prepared = folder / "videos", folder / "prepared"
+    videos.mkdir(parents=True)
+    with Journal(prepared) as journal:
         with journal.transaction():
             for number in range(RECORDED):
-                clip = _record_file(journal, recipe, f"{number}.mp4", FileState(1, 1), number, [SPAN])[0]
+                path = videos / f"{number}.mp4"
+                path.write_bytes(b"video")
+                clip = _record_file(journal, recipe, path.name, FileState.at(path), number, [SPAN])[0]
                 hashes = [f"{int(value):016x}" for value in draws.integers(0, 2**63, 8)]
                 _record(journal, recipe, "duplicates", clip, {"hashes": {"frames": hashes, "pixels": 1280 * 720}})
                 for stage, key in (("hue", "entropy"), ("sharpness", "laplacian"), ("detail", "detail")):
                     _record(journal, recipe, stage, clip, {key: float(draws.gamma(2, 20))})
                 for stage, key in (("repeats", "shown"), ("flow", "motion")):
                     _record(journal, recipe, stage, clip, {key: float(draws.gamma(2, 1))})
-        return {
+        found: dict[str, object] = {
             "recorded_clips": RECORDED,
             "decision_s": round(_seconds(lambda: select(journal, recipe, finished=True)), 2),
             "decision_with_duplicates_s": round(_seconds(lambda: select(journal, near, finished=True)), 2),
         }
+    values = [part for value in (*OFF, "cut.threshold=null", "sharpness.min=30") for part in ("--set", value)]
+    command = [
+        sys.executable,
+        "-m",
+        "avd_trainer",
+        "data",
+        "prepare",
+        "--videos",
+        videos,
+        "--output",
+        prepared,
+        *values,
+    ]
+    began, before = time.perf_counter(), _children()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found["command_with_another_limit_processor_s"] = round(_children() - before, 2)
+    found["command_with_another_limit_clock_s"] = round(time.perf_counter() - began, 2)
+    return found
 
 
 class NoiseReader:
@@ -243,20 +266,70 @@ def measure_memory(folder: Path, asked: argparse.Namespace) -> dict[str, object]
     return {f"after_{RECORDED // 10}_clips_mb": early, f"after_{RECORDED}_clips_mb": late}
 
 
+def measure_mix(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
+    """Megabytes of main memory of this process and of its worker while it goes through files of several sizes, shapes
+    and lengths, each four times as often as processes are compared on."""
+    folder.mkdir(parents=True)
+    recipe = load_recipe("paper", [*OFF, "size.min=null", "framing.max=null", "span.margin=0"])
+    sources = [
+        _enlarge(path, folder / f"{path.stem}-{height}-{times}.mp4", height, width, times)
+        for path in make_clips(folder / "clips")
+        for height, width, times in ((480, 832, 1), (720, 1280, 1), (832, 480, 1), (480, 832, 5))
+    ]
+    count = 4 * asked.files
+    _fill(folder / "videos", sources, count)
+    seen: list[dict[str, float]] = []
+
+    def look() -> None:
+        (worker,) = (child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline()))
+        seen.append({"driver": psutil.Process().memory_info().rss / 1e6, "worker": worker.memory_info().rss / 1e6})
+
+    names = [chosen.stage.name for chosen in recipe.of_clips(survivors=False)]
+    with Journal(folder / "prepared") as journal:
+        schedule = Schedule(journal, recipe, folder / "videos", list_videos(folder / "videos"), names, on_file=look)
+        LocalEngine(recipe, folder / "prepared", 1).run(schedule)
+        clips = len(select(journal, recipe, finished=False).clips)
+    tenths = [seen[(count * part) // 10 - 1] for part in range(1, 11)]
+    return {
+        "files": count,
+        "clips": clips,
+        "after_each_tenth_mb": {name: [round(each[name]) for each in tenths] for name in ("driver", "worker")},
+        "most_mb": {name: round(max(each[name] for each in seen)) for name in ("driver", "worker")},
+    }
+
+
+def _enlarge(path: Path, output: Path, height: int, width: int, times: int) -> Path:
+    """A clip at another size, played several times."""
+    with av.open(path) as source, av.open(output, "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        frames = [frame.reformat(width=width, height=height, threads=1) for frame in source.decode(video=0)]
+        for number in range(times * len(frames)):
+            frame = frames[number % len(frames)]
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return output
+
+
+def _fill(videos: Path, sources: Sequence[Path], count: int) -> None:
+    """So many files, each of other bytes, or all would be one: with a box at their end that players pass over."""
+    videos.mkdir(parents=True)
+    for number in range(count):
+        padding = (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
+        (videos / f"{number}.mp4").write_bytes(sources[number % len(sources)].read_bytes() + padding)
+
+
 def measure_workers(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
     """What a second process brings, by the clock, and what it would bring if nothing else ran.
 
     The latter is by processor time: of all work, half is done by each of two processes, and what this process does is
     counted as if they waited for it. Beside the clock stands what two processes bring that only count.
     """
-    clips, recipe = list(make_clips(folder)), load_recipe("paper", [*OFF, "size.min=null"])
+    recipe = load_recipe("paper", [*OFF, "size.min=null", "cut.least_change=255"])
     names = [chosen.stage.name for chosen in recipe.of_clips(survivors=False)]
-    for number in range(asked.files):
-        # Other bytes each, or all would be one file: a box that players pass over.
-        padding = (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
-        path = folder / "videos" / f"{number}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(clips[number % len(clips)].read_bytes() + padding)
+    folder.mkdir(parents=True)
+    _fill(folder / "videos", list(make_clips(folder / "clips")), asked.files)
     clock, work, own = {}, {}, {}
     for processes in (1, 2):
         began, mine, theirs = time.perf_counter(), time.process_time(), _children()
@@ -303,7 +376,7 @@ def _record_file(
 ) -> list[str]:
     """Record a file as if its own stages had run; the ids of its clips."""
     sha256 = f"{number:064x}"[::-1]
-    journal.add_file(KnownFile(name, state, sha256, None, name))
+    journal.add_file(KnownFile(name, state, sha256, None, Path(name).stem))
     _record(journal, recipe, "probe", sha256, {"width": 1280, "height": 720})
     _record(journal, recipe, "size", sha256, {"lines": 720.0})
     _record(journal, recipe, "framing", sha256, {"height": 480, "width": 832, "cut_off": 0.0})
@@ -329,6 +402,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "clips": measure_clips,
     "decision": measure_decision,
     "memory": measure_memory,
+    "mix": measure_mix,
     "workers": measure_workers,
 }
 

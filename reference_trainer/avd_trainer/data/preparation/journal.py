@@ -23,6 +23,7 @@ from avd_trainer.runtime.errors import UserError
 
 VERSION = 2
 _PARTS = "journal-*-of-*.sqlite"
+_WHOLE = "journal.sqlite"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT, failed TEXT,
@@ -112,8 +113,8 @@ class Journal:
 
     Args:
         folder: Of the prepared videos; made if need be.
-        part: ``(i, n)`` for the i-th of n parts, which has a journal of its own; None for the whole, which takes over
-            what parts have recorded.
+        part: ``(i, n)`` for the i-th of n parts, which has a journal of its own that begins with what the whole has
+            recorded; None for the whole, which takes over what parts have recorded.
         write: Whether to write, or to read alone.
 
     Raises:
@@ -123,8 +124,7 @@ class Journal:
 
     def __init__(self, folder: Path, part: tuple[int, int] | None = None, *, write: bool = True) -> None:
         self.folder, self.part, self._writes = folder, part, write
-        name = "journal" if part is None else f"journal-{part[0]:05d}-of-{part[1]:05d}"
-        self.path = folder / f"{name}.sqlite"
+        self.path = folder / (_WHOLE if part is None else f"journal-{part[0]:05d}-of-{part[1]:05d}.sqlite")
 
     def __enter__(self) -> Self:
         if not self._writes and not self.path.is_file():
@@ -147,6 +147,8 @@ class Journal:
                     self._database.execute(f"PRAGMA user_version = {VERSION}")
             if self._writes and self.part is None:
                 self._take_over_parts()
+            elif self._writes:
+                self._begin_with_the_whole()
             self._close = undo.pop_all().close
         return self
 
@@ -247,25 +249,38 @@ class Journal:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
 
+    def _begin_with_the_whole(self) -> None:
+        """Let a new part know what stages found before in a sample or in the whole, so that it is not done again."""
+        whole = self.folder / _WHOLE
+        if not whole.is_file() or list(self._rows("SELECT 1 FROM outcomes LIMIT 1")):
+            return
+        with self._attached(whole, "whole"), self._readable_errors():
+            self._database.execute("INSERT INTO main.outcomes SELECT * FROM whole.outcomes")
+
+    @contextmanager
+    def _attached(self, path: Path, name: str) -> Iterator[None]:
+        """Another journal under a name of the database; errors in it are told as of it."""
+        with ExitStack() as undo:
+            with self._readable_errors(path):
+                self._database.execute("ATTACH ? AS " + name, (str(path),))
+                undo.callback(self._database.execute, f"DETACH {name}")
+                _expect_version(self._database, name, path)
+                # All of it is read once, so that what goes wrong later is of the whole journal.
+                ((found,),) = self._database.execute(f"PRAGMA {name}.quick_check(1)")
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+            yield
+
     def _take_over_parts(self) -> None:
         for path in sorted(self.folder.glob(_PARTS)):
             values = (path.name, *FileState.at(path))
             query = "SELECT 1 FROM parts WHERE name = ? AND size = ? AND modified = ?"
             if list(self._rows(query, *values)):
                 continue
-            with ExitStack() as undo:
-                with self._readable_errors(path):
-                    self._database.execute("ATTACH ? AS part", (str(path),))
-                    undo.callback(self._database.execute, "DETACH part")
-                    _expect_version(self._database, "part", path)
-                    # All of it is read once, so that what goes wrong below is of the whole journal.
-                    ((found,),) = self._database.execute("PRAGMA part.quick_check(1)")
-                    if found != "ok":
-                        raise sqlite3.DatabaseError(found)
-                with self._readable_errors(), self.transaction():
-                    self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
-                    self._database.execute(_TAKE_OVER)
-                    self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
+            with self._attached(path, "part"), self._readable_errors(), self.transaction():
+                self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
+                self._database.execute(_TAKE_OVER)
+                self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
 
     @contextmanager
     def _readable_errors(self, path: Path | None = None) -> Iterator[None]:
