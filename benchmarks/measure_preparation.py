@@ -200,18 +200,8 @@ def measure_decision(folder: Path, asked: argparse.Namespace) -> dict[str, objec
             "decision_with_duplicates_s": round(_seconds(lambda: select(journal, near, finished=True)), 2),
         }
     values = [part for value in (*OFF, "cut.threshold=null", "sharpness.min=30") for part in ("--set", value)]
-    command = [
-        sys.executable,
-        "-m",
-        "avd_trainer",
-        "data",
-        "prepare",
-        "--videos",
-        videos,
-        "--output",
-        prepared,
-        *values,
-    ]
+    where = ["--videos", str(videos), "--output", str(prepared)]
+    command = [sys.executable, "-m", "avd_trainer", "data", "prepare", *where, *values]
     began, before = time.perf_counter(), _children()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found["command_with_another_limit_processor_s"] = round(_children() - before, 2)
