@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import av
 import cv2
@@ -33,7 +34,6 @@ import numpy as np
 import psutil
 
 from avd_trainer.data.decoding import scaled
-from avd_trainer.data.preparation.clip_reader import VideoReader
 from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile
 from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Recipe, load_recipe
@@ -41,17 +41,17 @@ from avd_trainer.data.preparation.schedule import Schedule, clip_id, list_videos
 from avd_trainer.data.preparation.selection import select
 from avd_trainer.data.preparation.stage import (
     ClipSettings,
-    ClipStage,
     Done,
-    FileStage,
     FrameRequest,
     Frames,
+    Outcome,
     Row,
     Span,
+    Stage,
 )
+from avd_trainer.data.preparation.worker import Found, Hashed, Message, RowTask, Task, Worker
 
 RESULTS = Path(__file__).parent / "results" / "preparation-cpu.json"
-WITHOUT_WEIGHTS = ("hue", "sharpness", "detail", "repeats", "flow", "duplicates")
 OFF = ("consistency=off", "aesthetics=off", "caption=off", "latents=off", "text=off")
 RECORDED = 10_000
 CLIPS_A_FILE = 100
@@ -107,66 +107,106 @@ def make_clips(folder: Path) -> Iterator[Path]:
 
 
 def measure_clips(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
-    """Milliseconds for one clip, and the rate beside that of decoding and resizing alone."""
-    clips, recipe = list(make_clips(folder)), load_recipe("paper")
-    cut = recipe.stages["cut"].stage(recipe.stages["cut"].settings, recipe.head.clip)
-    assert isinstance(cut, FileStage)
-    stages = {
-        name: recipe.stages[name].stage(recipe.stages[name].settings, recipe.head.clip) for name in WITHOUT_WEIGHTS
-    }
-    rounds: dict[str, list[float]] = {name: [] for name in ("alone", "cut", "decoding", *stages)}
-    for _ in range(asked.rounds):
-        spent = dict.fromkeys(rounds, 0.0)
+    """Milliseconds for one clip, and the rate beside that of decoding and resizing alone.
+
+    A worker does all that it does for a new file: it reads its bytes, probes it, looks for cuts (none counts, so that
+    each file gives one clip) and runs the stages of the clip.
+    """
+    clips, told, spent = list(make_clips(folder)), list[Message](), defaultdict[str, float](float)
+    recipe = load_recipe("paper", [*OFF, "cut.least_change=255"])
+    timed = {name: chosen._replace(stage=_timed(chosen.stage, spent)) for name, chosen in recipe.stages.items()}
+    worker = Worker(recipe._replace(stages=timed), folder, told.append)
+    rounds: dict[str, list[float]] = {}
+    for _ in range(1 + asked.rounds):  # the first one imports, and does not count
         for path in clips:
-            row = Row("clip", path, "", SPAN, {"probe": {"width": 832, "height": 480}})
-            with _processor_time(spent, "alone"), av.open(path) as container:
-                container.streams.video[0].codec_context.thread_count = 1
-                for frame in container.decode(video=0):
-                    scaled(frame, 480)
-            with _processor_time(spent, "cut"):
-                cut.run(row)
-            requests = [stage.frames(row) for stage in stages.values() if isinstance(stage, ClipStage)]
-            with _processor_time(spent, "decoding"), VideoReader(path, recipe.head.clip) as reader:
-                found = reader.read(SPAN, [request for request in requests if request is not None])
-            for (name, stage), frames in zip(stages.items(), found, strict=True):
-                assert isinstance(stage, ClipStage)
-                with _processor_time(spent, name):
-                    stage.run(row, frames)
+            for name, resize in (("decoding", False), ("alone", True)):
+                with _processor_time(spent, name), av.open(path) as container:
+                    container.streams.video[0].codec_context.thread_count = 1
+                    for frame in container.decode(video=0):
+                        if resize:
+                            scaled(frame, 480)
+            with _processor_time(spent, "whole"):
+                _prepare(worker, recipe, path, told)
         for name, seconds in spent.items():
-            rounds[name].append(1000 * seconds / len(clips))
-    median = {name: statistics.median(of) for name, of in rounds.items()}
-    alone = median.pop("alone")
-    whole = sum(median.values())
+            rounds.setdefault(name, []).append(1000 * seconds / len(clips))
+        spent.clear()
+    median = {name: statistics.median(of[1:]) for name, of in rounds.items()}
+    decoding, alone, whole = (median.pop(name) for name in ("decoding", "alone", "whole"))
     return {
         "clips": len(clips),
         "rounds": asked.rounds,
+        "decoding_alone_ms": round(decoding, 1),
         "decoding_and_resizing_alone_ms": round(alone, 1),
-        "with_stages_ms": {name: round(value, 1) for name, value in median.items()},
-        "rate_beside_decoding_alone": round(alone / whole, 2),
-        "rate_without_cut": round(alone / (whole - median["cut"]), 2),
+        "with_stages_ms": round(whole, 1),
+        "of_which_ms": {
+            "cut, with the only decoding": round(median.pop("cut"), 1),
+            **{name: round(value, 1) for name, value in median.items() if value >= 0.05},
+        },
+        "rate_beside_decoding_and_resizing_alone": round(alone / whole, 2),
     }
 
 
+def _timed(stage: type[Stage[Any]], spent: dict[str, float]) -> type[Stage[Any]]:
+    """The same stage, which adds up the processor time that it takes."""
+
+    def run(self: Any, *given: Any) -> Outcome:
+        with _processor_time(spent, stage.name):
+            outcome: Outcome = stage.run(self, *given)  # type: ignore[attr-defined]
+        return outcome
+
+    return type(stage.__name__, (stage,), {"run": run})
+
+
+def _prepare(worker: Worker, recipe: Recipe, path: Path, told: list[Message]) -> None:
+    """All that a worker does for one file, without the journal."""
+    told.clear()
+    worker.work(Task(path))
+    (hashed,) = (each for each in told if isinstance(each, Hashed))
+    row = Row(str(hashed.sha256), path, str(hashed.sha256), None, {})
+    files = tuple(chosen.stage.name for chosen in recipe.of_files())
+    ahead = tuple(chosen.stage.name for chosen in recipe.of_clips(survivors=False))
+    worker.work(Task(path, hashed.state, (RowTask(row, files),), ahead))
+    results = {each.stage: each.outcome.values for each in told if isinstance(each, Found)}  # type: ignore[union-attr]
+    spans = [Span(*span) for span in results["span"]["clips"]]
+    rows = (row._replace(id=clip_id(row.sha256, span), span=span, results=results) for span in spans)
+    worker.work(Task(path, hashed.state, tuple(RowTask(each, ahead) for each in rows)))
+    done = [each.stage for each in told if isinstance(each, Found) and isinstance(each.outcome, Done)]
+    assert sorted(done) == sorted([*files, *ahead]), done  # each once, and no clip was decoded a second time
+
+
 def measure_decision(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
-    """Seconds of a core to decide on recorded scores of many clips."""
+    """Seconds of a core to decide on recorded scores of many clips, and of the command that does so with another limit,
+    the start of the interpreter included."""
     recipe = load_recipe("paper", [*OFF, "cut.threshold=null"])
     near = load_recipe("paper", [*OFF, "cut.threshold=null", "duplicates.distance=6"])
     draws = np.random.default_rng(0)
-    with Journal(folder) as journal:
+    videos, prepared = folder / "videos", folder / "prepared"
+    videos.mkdir(parents=True)
+    with Journal(prepared) as journal:
         with journal.transaction():
             for number in range(RECORDED):
-                clip = _record_file(journal, recipe, f"{number}.mp4", FileState(1, 1), number, [SPAN])[0]
+                path = videos / f"{number}.mp4"
+                path.write_bytes(b"video")
+                clip = _record_file(journal, recipe, path.name, FileState.at(path), number, [SPAN])[0]
                 hashes = [f"{int(value):016x}" for value in draws.integers(0, 2**63, 8)]
                 _record(journal, recipe, "duplicates", clip, {"hashes": {"frames": hashes, "pixels": 1280 * 720}})
                 for stage, key in (("hue", "entropy"), ("sharpness", "laplacian"), ("detail", "detail")):
                     _record(journal, recipe, stage, clip, {key: float(draws.gamma(2, 20))})
                 for stage, key in (("repeats", "shown"), ("flow", "motion")):
                     _record(journal, recipe, stage, clip, {key: float(draws.gamma(2, 1))})
-        return {
+        found: dict[str, object] = {
             "recorded_clips": RECORDED,
             "decision_s": round(_seconds(lambda: select(journal, recipe, finished=True)), 2),
             "decision_with_duplicates_s": round(_seconds(lambda: select(journal, near, finished=True)), 2),
         }
+    values = [part for value in (*OFF, "cut.threshold=null", "sharpness.min=30") for part in ("--set", value)]
+    where = ["--videos", str(videos), "--output", str(prepared)]
+    command = [sys.executable, "-m", "avd_trainer", "data", "prepare", *where, *values]
+    began, before = time.perf_counter(), _children()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found["command_with_another_limit_processor_s"] = round(_children() - before, 2)
+    found["command_with_another_limit_clock_s"] = round(time.perf_counter() - began, 2)
+    return found
 
 
 class NoiseReader:
@@ -216,20 +256,70 @@ def measure_memory(folder: Path, asked: argparse.Namespace) -> dict[str, object]
     return {f"after_{RECORDED // 10}_clips_mb": early, f"after_{RECORDED}_clips_mb": late}
 
 
+def measure_mix(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
+    """Megabytes of main memory of this process and of its worker while it goes through files of several sizes, shapes
+    and lengths, each four times as often as processes are compared on."""
+    folder.mkdir(parents=True)
+    recipe = load_recipe("paper", [*OFF, "size.min=null", "framing.max=null", "span.margin=0"])
+    sources = [
+        _enlarge(path, folder / f"{path.stem}-{height}-{times}.mp4", height, width, times)
+        for path in make_clips(folder / "clips")
+        for height, width, times in ((480, 832, 1), (720, 1280, 1), (832, 480, 1), (480, 832, 5))
+    ]
+    count = 4 * asked.files
+    _fill(folder / "videos", sources, count)
+    seen: list[dict[str, float]] = []
+
+    def look() -> None:
+        (worker,) = (child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline()))
+        seen.append({"driver": psutil.Process().memory_info().rss / 1e6, "worker": worker.memory_info().rss / 1e6})
+
+    names = [chosen.stage.name for chosen in recipe.of_clips(survivors=False)]
+    with Journal(folder / "prepared") as journal:
+        schedule = Schedule(journal, recipe, folder / "videos", list_videos(folder / "videos"), names, on_file=look)
+        LocalEngine(recipe, folder / "prepared", 1).run(schedule)
+        clips = len(select(journal, recipe, finished=False).clips)
+    tenths = [seen[(count * part) // 10 - 1] for part in range(1, 11)]
+    return {
+        "files": count,
+        "clips": clips,
+        "after_each_tenth_mb": {name: [round(each[name]) for each in tenths] for name in ("driver", "worker")},
+        "most_mb": {name: round(max(each[name] for each in seen)) for name in ("driver", "worker")},
+    }
+
+
+def _enlarge(path: Path, output: Path, height: int, width: int, times: int) -> Path:
+    """A clip at another size, played several times."""
+    with av.open(path) as source, av.open(output, "w") as container:
+        stream = container.add_stream("libx264", rate=16)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        frames = [frame.reformat(width=width, height=height, threads=1) for frame in source.decode(video=0)]
+        for number in range(times * len(frames)):
+            frame = frames[number % len(frames)]
+            frame.pts = None
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return output
+
+
+def _fill(videos: Path, sources: Sequence[Path], count: int) -> None:
+    """So many files, each of other bytes, or all would be one: with a box at their end that players pass over."""
+    videos.mkdir(parents=True)
+    for number in range(count):
+        padding = (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
+        (videos / f"{number}.mp4").write_bytes(sources[number % len(sources)].read_bytes() + padding)
+
+
 def measure_workers(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
     """What a second process brings, by the clock, and what it would bring if nothing else ran.
 
     The latter is by processor time: of all work, half is done by each of two processes, and what this process does is
     counted as if they waited for it. Beside the clock stands what two processes bring that only count.
     """
-    clips, recipe = list(make_clips(folder)), load_recipe("paper", [*OFF, "size.min=null"])
+    recipe = load_recipe("paper", [*OFF, "size.min=null", "cut.least_change=255"])
     names = [chosen.stage.name for chosen in recipe.of_clips(survivors=False)]
-    for number in range(asked.files):
-        # Other bytes each, or all would be one file: a box that players pass over.
-        padding = (16).to_bytes(4, "big") + b"free" + number.to_bytes(8, "big")
-        path = folder / "videos" / f"{number}.mp4"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(clips[number % len(clips)].read_bytes() + padding)
+    folder.mkdir(parents=True)
+    _fill(folder / "videos", list(make_clips(folder / "clips")), asked.files)
     clock, work, own = {}, {}, {}
     for processes in (1, 2):
         began, mine, theirs = time.perf_counter(), time.process_time(), _children()
@@ -276,7 +366,7 @@ def _record_file(
 ) -> list[str]:
     """Record a file as if its own stages had run; the ids of its clips."""
     sha256 = f"{number:064x}"[::-1]
-    journal.add_file(KnownFile(name, state, sha256, None, name))
+    journal.add_file(KnownFile(name, state, sha256, None, Path(name).stem))
     _record(journal, recipe, "probe", sha256, {"width": 1280, "height": 720})
     _record(journal, recipe, "size", sha256, {"lines": 720.0})
     _record(journal, recipe, "framing", sha256, {"height": 480, "width": 832, "cut_off": 0.0})
@@ -302,6 +392,7 @@ PARTS: dict[str, Callable[[Path, argparse.Namespace], dict[str, object]]] = {
     "clips": measure_clips,
     "decision": measure_decision,
     "memory": measure_memory,
+    "mix": measure_mix,
     "workers": measure_workers,
 }
 

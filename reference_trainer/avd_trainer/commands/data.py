@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -71,11 +72,19 @@ EngineName = Annotated[
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a data set.")],
     latents: Annotated[int, typer.Option(min=1, help="How many latents to read for the statistics.")] = 256,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="A video's path, or a clip's id from the report: say where its rows come from, alone."),
+    ] = None,
 ) -> None:
     """Print schema, codec, counts, latent statistics and the temporal loss of a data set, and what looks wrong."""
     with readable_errors():
-        from avd_trainer.data.inspection import inspect
+        from avd_trainer.data.inspection import find_rows, inspect
 
+        if clip is not None:
+            for row in find_rows(path, clip):
+                _print_table(_row_lines(row))
+            return
         _print_report(inspect(path, latents))
 
 
@@ -355,14 +364,38 @@ def _say_written(rows: int, what: str, output: Path) -> None:
 
 
 def _print_report(report: DataReport) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in _lines(report):
-        table.add_row(name, escape(value))
-    Console().print(table, soft_wrap=True, highlight=False)
+    _print_table(_lines(report))
     for caption in report.captions:
         say(f"caption: {caption}")
     for warning in report.warnings:
         say(f"warning: {warning}")
+
+
+def _print_table(lines: list[tuple[str, str]]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in lines:
+        table.add_row(name, escape(value))
+    Console().print(table, soft_wrap=True, highlight=False)
+
+
+def _row_lines(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Where a row comes from."""
+    from avd_trainer.data.inspection import NO_LICENCE, describe_stage
+
+    start, end = (milliseconds / 1000 for milliseconds in row["span"])
+    lines = [
+        ("clip", row["id"]),
+        ("file", row["file"]),
+        ("SHA-256", row["sha256"]),
+        ("span", f"{start:g} to {end:g} s: {row['clip']['frames']} frames at {row['clip']['fps']:g} per second"),
+        ("licence", row["licence"] or NO_LICENCE),
+        ("prepared by", f"avd-core {row['avd_core']}"),
+        ("caption", row["caption"]),
+    ]
+    for name, stage in row["stages"].items():
+        score = f"; score {json.dumps(stage['score'])}" if "score" in stage else ""
+        lines.append((f"stage {name}", describe_stage(stage) + score))
+    return lines
 
 
 def _lines(report: DataReport) -> list[tuple[str, str]]:

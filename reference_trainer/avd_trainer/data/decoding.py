@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import Interpolation
 from numpy.typing import NDArray
 
 from avd_trainer.runtime.errors import UserError
@@ -99,45 +100,53 @@ def reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, FFmpegError | OSError) else None) or str(error)
 
 
-def at_rate(frames: Iterator[av.VideoFrame], fps: float) -> Iterator[av.VideoFrame]:
+def at_rate(frames: Iterable[av.VideoFrame], fps: float) -> Iterator[av.VideoFrame]:
     """The frame that is on screen at each of 0, 1 / fps, 2 / fps, ... seconds from the first one."""
-    return at_times(frames, (number / fps for number in count()))
+    screen = OnScreen(number / fps for number in count())
+    for frame in frames:
+        yield from screen.see(frame)
+    yield from screen.end()
 
 
-def at_times(
-    frames: Iterable[av.VideoFrame], times: Iterable[float], *, origin: float | None = None, hold: float = 0.0
-) -> Iterator[av.VideoFrame]:
-    """The frame that is on screen at each of some times.
+class OnScreen:
+    """The frame that is on screen at each of some times, told as frames come.
 
     Args:
-        frames: In order.
         times: Ascending, in seconds.
-        origin: Time of the video's first frame, which counts as 0; None if ``frames`` begin with it.
-        hold: Seconds that the last frame stays on screen.
-
-    Yields:
-        As many frames as there are times, or fewer if the video ends before.
-
-    Raises:
-        ValueError: If frames have no times.
+        origin: Time of the video's first frame, which counts as 0; None if the first that is seen is that.
     """
-    wanted = iter(times)
-    time = next(wanted, None)
-    shown: av.VideoFrame | None = None
-    since = 0.0  # when it came on screen
-    for frame in frames:
+
+    def __init__(self, times: Iterable[float], origin: float | None = None) -> None:
+        self._wanted, self._origin = iter(times), origin
+        self._time = next(self._wanted, None)
+        self._shown: av.VideoFrame | None = None
+        self._since = 0.0  # when it came on screen
+
+    @property
+    def done(self) -> bool:
+        """Whether no time is left."""
+        return self._time is None
+
+    def see(self, frame: av.VideoFrame) -> Iterator[av.VideoFrame]:
+        """Take the next frame of the video; those that it shows to have been on screen, one for each time.
+
+        Raises:
+            ValueError: If it has no time.
+        """
         if frame.time is None:
             raise ValueError("its frames have no times; convert it to MP4")
-        origin = frame.time if origin is None else origin
-        while shown is not None and time is not None and time < frame.time - origin - ROUNDING:
-            yield shown
-            time = next(wanted, None)
-        if time is None:  # before another frame is decoded
-            return
-        shown, since = frame, frame.time - origin
-    while shown is not None and time is not None and time < since + max(ROUNDING, hold):
-        yield shown
-        time = next(wanted, None)
+        self._origin = frame.time if self._origin is None else self._origin
+        yield from self._until(frame.time - self._origin - ROUNDING)
+        self._shown, self._since = frame, frame.time - self._origin
+
+    def end(self, hold: float = 0.0) -> Iterator[av.VideoFrame]:
+        """What else is on screen if the video is over, and its last frame stays for ``hold`` seconds."""
+        yield from self._until(self._since + max(ROUNDING, hold))
+
+    def _until(self, end: float) -> Iterator[av.VideoFrame]:
+        while self._shown is not None and self._time is not None and self._time < end:
+            yield self._shown
+            self._time = next(self._wanted, None)
 
 
 def fit(frame: av.VideoFrame, height: int, width: int) -> NDArray[np.uint8]:
@@ -151,10 +160,14 @@ def fit(frame: av.VideoFrame, height: int, width: int) -> NDArray[np.uint8]:
     return np.rot90(pixels[top : top + height, left : left + width], turns)
 
 
-def scaled(frame: av.VideoFrame, short_side: int | None) -> NDArray[np.uint8]:
-    """Resize a frame so that its lesser side has ``short_side`` pixels, or not at all; ``[H, W, 3]`` RGB."""
+def scaled(frame: av.VideoFrame, short_side: int | None, *, roughly: bool = False) -> NDArray[np.uint8]:
+    """Resize a frame so that its lesser side has ``short_side`` pixels, or not at all; ``[H, W, 3]`` RGB.
+
+    ``roughly`` takes half the time where it shrinks, since it leaves out pixels rather than averaging all.
+    """
     scale = 1.0 if short_side is None else short_side / min(frame.height, frame.width)
-    return np.rot90(_resized(frame, round(frame.height * scale), round(frame.width * scale)), _turns(frame))
+    height, width = round(frame.height * scale), round(frame.width * scale)
+    return np.rot90(_resized(frame, height, width, roughly=roughly), _turns(frame))
 
 
 def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
@@ -167,5 +180,12 @@ def _turns(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90)
 
 
-def _resized(frame: av.VideoFrame, height: int, width: int) -> NDArray[np.uint8]:
-    return cast(NDArray[np.uint8], frame.reformat(width=width, height=height, format="rgb24").to_ndarray())
+def _resized(frame: av.VideoFrame, height: int, width: int, *, roughly: bool = False) -> NDArray[np.uint8]:
+    resized = frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        interpolation=Interpolation.FAST_BILINEAR if roughly else Interpolation.BILINEAR,
+        threads=1,  # otherwise each frame starts as many as there are cores, and waits for them
+    )
+    return cast(NDArray[np.uint8], resized.to_ndarray())

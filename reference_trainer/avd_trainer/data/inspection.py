@@ -17,6 +17,7 @@ from torch import Tensor
 from avd_core import temporal_variance
 from avd_trainer.data.schema import PROVENANCE, Encoding, ImageTokens
 from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.runtime.errors import UserError
 
 NO_LICENCE = "not given"
 # Of the latents' variance the share along frames below which a clip stands still.
@@ -113,10 +114,12 @@ def inspect(path: Path, latents: int = 256) -> DataReport:
         latents: Rows whose latents are read, at least 1.
 
     Raises:
-        UserError: As :class:`ShardDataset`, or if a row that is read is damaged.
+        UserError: As :class:`ShardDataset`, if a row that is read is damaged, or if the folder holds a data set for
+            each of several sizes.
     """
     if latents < 1:
         raise ValueError(f"inspect needs latents >= 1, got {latents}.")
+    _expect_one_size(path)
     dataset = ShardDataset(path)
     (files,) = dataset.fingerprint()
     tokens = np.fromiter(dataset.column("text_tokens"), dtype=np.int64)
@@ -157,6 +160,49 @@ def inspect(path: Path, latents: int = 256) -> DataReport:
     return report.model_copy(update={"warnings": tuple(_warnings(report))})
 
 
+def find_rows(path: Path, clip: str) -> list[dict[str, Any]]:
+    """Where rows come from and how they were made, by the column ``provenance`` of ``docs/data.md``.
+
+    Args:
+        path: Folder of the data set.
+        clip: Path of a video as its rows have it, or a clip's id, as the report of the preparation has it.
+
+    Returns:
+        Of each row, ``id`` and ``caption`` besides what its provenance says; in order of the data set.
+
+    Raises:
+        UserError: As :func:`inspect`, if the data set says nothing of its videos, or no row is of this clip.
+    """
+    from avd_trainer.data.preparation.schedule import clip_id
+    from avd_trainer.data.preparation.stage import Span
+
+    _expect_one_size(path)
+    dataset = ShardDataset(path)
+    if not dataset.has_provenance:
+        raise UserError(f"{path} does not say of which videos it was made. `avd data prepare` makes data sets that do.")
+    rows = []
+    for text, caption in zip(dataset.column(PROVENANCE), dataset.column("caption"), strict=True):
+        row = json.loads(text)
+        id_ = clip_id(row["sha256"], Span(*row["span"]))
+        if clip in (row["file"], id_):
+            rows.append({"id": id_, **row, "caption": caption})
+    if not rows:
+        raise UserError(
+            f"{path} has no clip {clip}. Pass a video's path below the folder of videos, such as "
+            f"{json.loads(next(iter(dataset.column(PROVENANCE))))['file']}, or a clip's id from the report."
+        )
+    return rows
+
+
+def _expect_one_size(path: Path) -> None:
+    sizes = sorted({shard.parent for shard in path.glob("*/*.parquet")})
+    if sizes and not any(path.glob("*.parquet")):
+        raise UserError(
+            f"{path} is no data set, but holds {', '.join(size.name for size in sizes)}; with several framing.sizes "
+            f"there is one for each, since training reads one size at a time. Look at one: avd data inspect {sizes[0]}"
+        )
+
+
 def _provenance(dataset: ShardDataset) -> Provenance | None:
     """Row by row, since it is long; None if there is none."""
     if not dataset.has_provenance:
@@ -171,7 +217,7 @@ def _provenance(dataset: ShardDataset) -> Provenance | None:
         files.add(row["sha256"])
         licences[row["licence"] or NO_LICENCE] += 1
         versions.add(row["avd_core"])
-        stages = {name: _describe_stage(stage) for name, stage in row["stages"].items()}
+        stages = {name: describe_stage(stage) for name, stage in row["stages"].items()}
         first = stages if first is None else first
         alike = alike and stages == first
     return Provenance(
@@ -183,7 +229,8 @@ def _provenance(dataset: ShardDataset) -> Provenance | None:
     )
 
 
-def _describe_stage(stage: Mapping[str, Any]) -> str:
+def describe_stage(stage: Mapping[str, Any]) -> str:
+    """Version and settings of a stage, as provenance has them, in one line."""
     settings = " ".join(f"{name}={json.dumps(value)}" for name, value in stage["settings"].items() if value is not None)
     return f"version {stage['version']} {settings}".strip()
 

@@ -61,7 +61,7 @@ def test_an_upright_video_that_is_stored_sideways_is_turned_first() -> None:
 
         width, height, rotation = 64, 32, 90
 
-        def reformat(self, width: int, height: int, **_: str) -> "Sideways":
+        def reformat(self, width: int, height: int, **_: object) -> "Sideways":
             assert width / height == pytest.approx(2, abs=0.1)
             self.pixels = np.zeros((height, width, 3), dtype=np.uint8)
             self.pixels[:, width // 2 :] = 255

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
@@ -11,8 +11,9 @@ from typing import Protocol, Self
 
 import av
 import numpy as np
+from numpy.typing import NDArray
 
-from avd_trainer.data.decoding import ROUNDING, at_times, fit, scaled
+from avd_trainer.data.decoding import ROUNDING, OnScreen, fit, scaled
 from avd_trainer.data.preparation.stage import ClipSettings, FrameRequest, Frames, Span
 
 _SEEK_BEYOND = 20.0
@@ -72,25 +73,19 @@ class VideoReader:
             raise
 
     def _collect(self, video: _Video, start: float, requests: Sequence[FrameRequest]) -> list[Frames]:
-        found: list[list[Frames]] = [[] for _ in requests]
-        count = 1 + max(index for request in requests for index in request.indices)
-        times = [start + index / self._clip.fps for index in range(count)]
-        shown = 0
-        for index, frame in enumerate(at_times(video.frames(), times, origin=video.origin, hold=video.hold)):
-            resized: dict[tuple[object, ...], Frames] = {}
-            for request, frames in zip(requests, found, strict=True):
-                if index in request.indices:
-                    how = request[1:]
-                    if how not in resized:
-                        resized[how] = _resize(frame, request)
-                    frames.append(resized[how])
-            shown += 1
-        if shown < count:
+        clip = ClipFrames(start, self._clip.fps, requests, video.origin)
+        for frame in video.frames():
+            clip.see(frame)
+            if clip.whole:
+                break
+        else:
+            clip.end(video.hold)
+        if not clip.whole:
             raise ValueError(
-                f"it ends {shown} frames behind {start:g} s; a clip has {self._clip.frames} at {self._clip.fps:g} per "
-                "second"
+                f"it ends {clip.shown} frames behind {start:g} s; a clip has {self._clip.frames} at "
+                f"{self._clip.fps:g} per second"
             )
-        return [np.stack(frames) for frames in found]
+        return clip.frames(requests)
 
     def _video_at(self, start: float) -> _Video:
         """The video, at a frame that is not later than ``start`` seconds."""
@@ -176,5 +171,60 @@ class _Video:
             yield frame
 
 
-def _resize(frame: av.VideoFrame, request: FrameRequest) -> Frames:
+class ClipFrames:
+    """What requests want to see of a clip, gathered as the frames of its file come.
+
+    Args:
+        start: Of the clip, in seconds from the file's first frame.
+        fps: Frames per second of clips.
+        requests: At least one.
+        origin: The first frame's own time.
+
+    Attributes:
+        shown: Frames of the clip that were on screen so far.
+        nbytes: That what was gathered takes.
+    """
+
+    def __init__(self, start: float, fps: float, requests: Sequence[FrameRequest], origin: float) -> None:
+        last = max(index for request in requests for index in request.indices)
+        self._screen = OnScreen([start + index / fps for index in range(last + 1)], origin)
+        self._found: dict[FrameRequest, list[NDArray[np.uint8]]] = {request: [] for request in requests}
+        self.shown = 0
+        self.nbytes = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that was asked for is there."""
+        return self._screen.done
+
+    def see(self, frame: av.VideoFrame) -> None:
+        """Take the next frame of the file.
+
+        Raises:
+            FFmpegError, ValueError: If it has no time or cannot be resized.
+        """
+        self._add(self._screen.see(frame))
+
+    def end(self, hold: float) -> None:
+        """Take in that the file is over, and its last frame stays on screen for ``hold`` seconds."""
+        self._add(self._screen.end(hold))
+
+    def frames(self, requests: Sequence[FrameRequest]) -> list[Frames]:
+        """What some of the requests asked for, if all is there."""
+        return [np.stack(self._found[request]) for request in requests]
+
+    def _add(self, frames: Iterable[av.VideoFrame]) -> None:
+        for frame in frames:
+            resized: dict[tuple[object, ...], NDArray[np.uint8]] = {}
+            for request, found in self._found.items():
+                if self.shown in request.indices:
+                    how = request[1:]
+                    if how not in resized:
+                        resized[how] = np.ascontiguousarray(_resize(frame, request))  # no part of a larger one
+                        self.nbytes += resized[how].nbytes
+                    found.append(resized[how])
+            self.shown += 1
+
+
+def _resize(frame: av.VideoFrame, request: FrameRequest) -> NDArray[np.uint8]:
     return scaled(frame, request.short_side) if request.cover is None else fit(frame, *request.cover)

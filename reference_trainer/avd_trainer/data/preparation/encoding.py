@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from avd_trainer.data.encode import ClipFormat
-from avd_trainer.data.preparation.frames import spread
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.needs import HUB_ID
 from avd_trainer.data.preparation.prepare import DATA, RECIPE, Prepared, Workers, prepare
@@ -72,7 +71,6 @@ def encode_recipe(
         "enlargement": {"max": max_enlargement},
         "repeats": {"min": fps / max_repeats},
         "detail": {
-            "at": [1 + place for place in spread(frames, 4)],
             "short_side": max(16, min(height, width)),
             "min": DETAIL / max_enlargement,
         },

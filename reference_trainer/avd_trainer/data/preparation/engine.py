@@ -82,18 +82,13 @@ class Engine(ABC, Generic[P]):
             UserError: If nothing can go on, such as with a full disk.
         """
         with StopSignals() as stop, ExitStack() as ends:
-            idle: list[P] = []
+            idle: dict[P, Task] = {}  # with what they did last
             busy: dict[P, Task] = {}
             while True:
-                while len(busy) < self._workers and (task := schedule.take()) is not None:
-                    if idle:
-                        process = idle.pop()
-                    else:
-                        free = set(range(self._workers)) - {other.number for other in busy}
-                        process = self._start(min(free))
-                        ends.callback(process.end)
-                    process.give(task)
-                    busy[process] = task
+                # One write to the disk for all that was told meanwhile, when new tasks are out: nobody waits for it.
+                with schedule.together():
+                    self._hear(schedule, busy, idle)
+                    self._hand_out(schedule, busy, idle, ends)
                 if not busy:
                     return
                 self._wait(list(busy))
@@ -101,17 +96,30 @@ class Engine(ABC, Generic[P]):
                     raise StoppedError(
                         f"Stopped by {stop.received}. Nothing that was recorded is lost: the same command goes on."
                     )
-                with schedule.together():  # one write to the disk for all that was told meanwhile
-                    for process, task in list(busy.items()):
-                        for message in process.listen():
-                            if not isinstance(message, Begun):
-                                schedule.hear(task, message)
-                            if isinstance(message, Ending):
-                                del busy[process]
-                                if process.alive:
-                                    idle.append(process)
-                                else:
-                                    process.end()  # what it held, such as a GPU, is for the one that takes over
+
+    def _hear(self, schedule: Schedule, busy: dict[P, Task], idle: dict[P, Task]) -> None:
+        for process, task in list(busy.items()):
+            for message in process.listen():
+                if not isinstance(message, Begun):
+                    schedule.hear(task, message)
+                if isinstance(message, Ending):
+                    del busy[process]
+                    if process.alive:
+                        idle[process] = task
+                    else:
+                        process.end()  # what it held, such as a GPU, is for the one that takes over
+
+    def _hand_out(self, schedule: Schedule, busy: dict[P, Task], idle: dict[P, Task], ends: ExitStack) -> None:
+        while len(busy) < self._workers and (task := schedule.take()) is not None:
+            if idle:
+                # The one that did a file's last task has kept frames of it.
+                process = next((each for each in idle if idle[each].path == task.path), next(iter(idle)))
+                del idle[process]
+            else:
+                process = self._start(min(set(range(self._workers)) - {other.number for other in busy}))
+                ends.callback(process.end)
+            process.give(task)
+            busy[process] = task
 
     @abstractmethod
     def _start(self, number: int) -> P:

@@ -18,8 +18,9 @@ from avd_trainer.runtime.errors import UserError
 class NamedFrames(Limits):
     """Settings of a stage that measures the same few frames of each clip."""
 
-    at: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(1, 21, 41, 61), min_length=1)
-    """Which frames of the clip, from 1. The paper's Sec. 6.2: the 1st, 21st, 41st and 61st."""
+    at: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)] | None = (1, 21, 41, 61)
+    """Which frames of the clip, from 1. The paper's Sec. 6.2: the 1st, 21st, 41st and 61st. None for four that are
+    evenly spread, however long the clip is."""
     short_side: int = Field(default=480, ge=16)
     """Their height or width, whichever is less, in pixels: frames are resized first. The paper resizes all videos to
     480p before it looks at frames."""
@@ -39,10 +40,14 @@ class NamedFramesStage(ClipStage[S]):
 
     def __init__(self, settings: S, clip: ClipSettings) -> None:
         super().__init__(settings, clip)
-        if max(settings.at) > clip.frames:
+        if settings.at is None:
+            self._indices = spread(clip.frames, 4)
+        elif max(settings.at) <= clip.frames:
+            self._indices = tuple(sorted(number - 1 for number in set(settings.at)))
+        else:
             raise UserError(
                 f"{self.name}.at names frame {max(settings.at)}, the recipe's clips have {clip.frames}. Name frames "
-                f"from 1 to {clip.frames}."
+                f"from 1 to {clip.frames}, or null for four that are evenly spread."
             )
 
     def missing(self) -> str | None:
@@ -59,7 +64,7 @@ class NamedFramesStage(ClipStage[S]):
         return min(measured)
 
     def frames(self, row: Row) -> FrameRequest:
-        return FrameRequest(tuple(sorted(number - 1 for number in set(self.settings.at))), self.settings.short_side)
+        return FrameRequest(self._indices, self.settings.short_side)
 
     def run(self, row: Row, frames: Frames) -> Done:
         measured = self.measure(frames)

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from avd_trainer.runtime.errors import UserError
 
 VERSION = 2
 _PARTS = "journal-*-of-*.sqlite"
+_WHOLE = "journal.sqlite"
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (
     path TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL, sha256 TEXT, failed TEXT,
@@ -36,10 +37,12 @@ CREATE TABLE IF NOT EXISTS parts (
     name TEXT PRIMARY KEY, size INTEGER NOT NULL, modified INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
-_TAKE_OVER = """
+_DONE = '{"values":'
+"""How the text of a result begins, and no other."""
+_TAKE_OVER = f"""
 INSERT INTO main.outcomes SELECT * FROM part.outcomes WHERE true
 ON CONFLICT DO UPDATE SET outcome = excluded.outcome, seconds = excluded.seconds
-WHERE outcome NOT LIKE '{"values":%' AND excluded.outcome LIKE '{"values":%'
+WHERE outcome NOT LIKE '{_DONE}%' AND excluded.outcome LIKE '{_DONE}%'
 """
 """What a part found, beside what is there: what a stage has done, wherever, is in place of its failures."""
 
@@ -85,13 +88,33 @@ class KnownFile(NamedTuple):
     licence: str | None = None
 
 
+class Outcomes:
+    """What stages found in a file and its clips.
+
+    Args:
+        texts: As the journal has them, by stage and row; read where they are asked for.
+    """
+
+    def __init__(self, texts: Mapping[tuple[str, str], str]) -> None:
+        self._texts = texts
+
+    def is_done(self, stage: str, row: str) -> bool:
+        """Whether there is a result."""
+        return self._texts.get((stage, row), "").startswith(_DONE)
+
+    def __call__(self, stage: str, row: str) -> Outcome | None:
+        """What a stage found for a row, or None if it has not run."""
+        text = self._texts.get((stage, row))
+        return None if text is None else _outcome(text)
+
+
 class Journal:
     """A journal on disk; a context manager. One process at a time can write to it; others can read meanwhile.
 
     Args:
         folder: Of the prepared videos; made if need be.
-        part: ``(i, n)`` for the i-th of n parts, which has a journal of its own; None for the whole, which takes over
-            what parts have recorded.
+        part: ``(i, n)`` for the i-th of n parts, which has a journal of its own that begins with what the whole has
+            recorded; None for the whole, which takes over what parts have recorded.
         write: Whether to write, or to read alone.
 
     Raises:
@@ -101,8 +124,7 @@ class Journal:
 
     def __init__(self, folder: Path, part: tuple[int, int] | None = None, *, write: bool = True) -> None:
         self.folder, self.part, self._writes = folder, part, write
-        name = "journal" if part is None else f"journal-{part[0]:05d}-of-{part[1]:05d}"
-        self.path = folder / f"{name}.sqlite"
+        self.path = folder / (_WHOLE if part is None else f"journal-{part[0]:05d}-of-{part[1]:05d}.sqlite")
 
     def __enter__(self) -> Self:
         if not self._writes and not self.path.is_file():
@@ -125,6 +147,8 @@ class Journal:
                     self._database.execute(f"PRAGMA user_version = {VERSION}")
             if self._writes and self.part is None:
                 self._take_over_parts()
+            elif self._writes:
+                self._begin_with_the_whole()
             self._close = undo.pop_all().close
         return self
 
@@ -159,6 +183,19 @@ class Journal:
             "SELECT outcome FROM outcomes WHERE stage = ? AND digest = ? AND row = ?", stage, digest, row
         )
         return next((_outcome(text) for (text,) in found), None)
+
+    def outcomes_of(self, sha256: str, stages: Iterable[tuple[str, str]]) -> Outcomes:
+        """What stages, by name and digest, found in a file and its clips; much faster than one by one."""
+        # Ids of clips, and keys that depend on a caption, begin with the same 16 digits; g comes behind all of these.
+        start = sha256[:16]
+        query = "SELECT row, outcome FROM outcomes WHERE stage = ? AND digest = ? AND row >= ? AND row < ?"
+        return Outcomes(
+            {
+                (name, row): text
+                for name, digest in stages
+                for row, text in self._rows(query, name, digest, start, f"{start}g")
+            }
+        )
 
     def outcomes(self, stage: str, digest: str) -> Iterator[tuple[str, Outcome, float]]:
         """Row, outcome and seconds of all rows that a stage has worked on, by row."""
@@ -212,25 +249,38 @@ class Journal:
             lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             lock.flush()
 
+    def _begin_with_the_whole(self) -> None:
+        """Let a new part know what stages found before in a sample or in the whole, so that it is not done again."""
+        whole = self.folder / _WHOLE
+        if not whole.is_file() or list(self._rows("SELECT 1 FROM outcomes LIMIT 1")):
+            return
+        with self._attached(whole, "whole"), self._readable_errors():
+            self._database.execute("INSERT INTO main.outcomes SELECT * FROM whole.outcomes")
+
+    @contextmanager
+    def _attached(self, path: Path, name: str) -> Iterator[None]:
+        """Another journal under a name of the database; errors in it are told as of it."""
+        with ExitStack() as undo:
+            with self._readable_errors(path):
+                self._database.execute("ATTACH ? AS " + name, (str(path),))
+                undo.callback(self._database.execute, f"DETACH {name}")
+                _expect_version(self._database, name, path)
+                # All of it is read once, so that what goes wrong later is of the whole journal.
+                ((found,),) = self._database.execute(f"PRAGMA {name}.quick_check(1)")
+                if found != "ok":
+                    raise sqlite3.DatabaseError(found)
+            yield
+
     def _take_over_parts(self) -> None:
         for path in sorted(self.folder.glob(_PARTS)):
             values = (path.name, *FileState.at(path))
             query = "SELECT 1 FROM parts WHERE name = ? AND size = ? AND modified = ?"
             if list(self._rows(query, *values)):
                 continue
-            with ExitStack() as undo:
-                with self._readable_errors(path):
-                    self._database.execute("ATTACH ? AS part", (str(path),))
-                    undo.callback(self._database.execute, "DETACH part")
-                    _expect_version(self._database, "part", path)
-                    # All of it is read once, so that what goes wrong below is of the whole journal.
-                    ((found,),) = self._database.execute("PRAGMA part.quick_check(1)")
-                    if found != "ok":
-                        raise sqlite3.DatabaseError(found)
-                with self._readable_errors(), self.transaction():
-                    self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
-                    self._database.execute(_TAKE_OVER)
-                    self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
+            with self._attached(path, "part"), self._readable_errors(), self.transaction():
+                self._database.execute("INSERT OR REPLACE INTO main.files SELECT * FROM part.files")
+                self._database.execute(_TAKE_OVER)
+                self._database.execute("INSERT OR REPLACE INTO parts VALUES (?, ?, ?)", values)
 
     @contextmanager
     def _readable_errors(self, path: Path | None = None) -> Iterator[None]:

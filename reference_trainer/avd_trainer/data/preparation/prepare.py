@@ -14,7 +14,7 @@ from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.local_engine import LocalEngine
 from avd_trainer.data.preparation.recipe import Chosen, Recipe, load_recipe
 from avd_trainer.data.preparation.schedule import Schedule, list_videos, part_of, sample_of
-from avd_trainer.data.preparation.selection import Selection, select
+from avd_trainer.data.preparation.selection import Selection, finish, select
 from avd_trainer.data.preparation.summary import Advice, Summary, list_names, summarise
 from avd_trainer.models.pipeline_parts import TINY
 from avd_trainer.runtime.errors import UserError
@@ -192,10 +192,11 @@ def _score(work: _Work) -> None:
 
 def _finish(work: _Work) -> Selection:
     """Decide, and run what the kept clips get."""
-    kept = {clip.id: clip.path for clip in select(work.journal, work.recipe, finished=False).kept}
+    scored = select(work.journal, work.recipe, finished=False)
+    kept = {clip.id: clip.path for clip in scored.kept}
     of_kept = sorted(set(kept.values()) & set(work.paths))
     _run(work._replace(paths=of_kept), list(work.recipe.of_clips(survivors=True)), kept.keys())
-    return select(work.journal, work.recipe, finished=True)
+    return finish(scored, work.journal, work.recipe)
 
 
 def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -> None:

@@ -19,7 +19,7 @@ from pydantic import Field, create_model
 from avd_trainer.config.loading import EXTENDS, ConfigError, parse_overrides, read_values, to_yaml, validate
 from avd_trainer.config.sections import Section
 from avd_trainer.data.preparation.registry import list_stages, load_stage
-from avd_trainer.data.preparation.stage import SPAN, ClipSettings, FileStage, Stage, StageSettings, digest
+from avd_trainer.data.preparation.stage import SPAN, ClipSettings, ClipStage, Stage, StageSettings, digest
 
 _RECIPES = Path(__file__).parent / "recipes"
 
@@ -33,7 +33,8 @@ class RecipeHead(Section):
     """Seconds for decoding one clip. A file whose decoder takes longer is left, and does not stop the rest."""
     memory_gb: float = Field(default=8.0, gt=0)
     """Most memory of a worker process, in 10^9 bytes, beside the weights that its stages have loaded. What takes more
-    is ended, recorded as failed, and does not stop the rest."""
+    is ended, recorded as failed, and does not stop the rest. Up to a sixteenth of it keeps frames of clips while a file
+    is searched for cuts: 0.5 GB hold those of six minutes, what comes later in a file is decoded a second time."""
 
 
 class Chosen(NamedTuple):
@@ -78,14 +79,14 @@ class Recipe(NamedTuple):
 
     def of_files(self) -> Iterator[Chosen]:
         """The stages of whole files."""
-        return (chosen for chosen in self.stages.values() if issubclass(chosen.stage, FileStage))
+        return (chosen for chosen in self.stages.values() if not issubclass(chosen.stage, ClipStage))
 
     def of_clips(self, *, survivors: bool) -> Iterator[Chosen]:
         """The stages of clips: those of all clips, or those of the clips that the selection keeps."""
         return (
             chosen
             for chosen in self.stages.values()
-            if not issubclass(chosen.stage, FileStage) and chosen.stage.of_survivors == survivors
+            if issubclass(chosen.stage, ClipStage) and chosen.stage.of_survivors == survivors
         )
 
     def to_yaml(self) -> str:

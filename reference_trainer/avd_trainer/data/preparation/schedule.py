@@ -6,12 +6,12 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence, Set
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from avd_trainer.data.decoding import VIDEO_SUFFIXES, reason
-from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile
+from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile, Outcomes
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.sidecars import read_sidecars
 from avd_trainer.data.preparation.stage import SPAN, Done, Failed, Row, Span, Values
@@ -107,6 +107,7 @@ class Schedule:
         self._journal, self._recipe, self._videos = journal, recipe, videos
         self._of_files = list(recipe.of_files())
         self._of_clips = [chosen for chosen in recipe.stages.values() if chosen.stage.name in stages]
+        self._keys = [(name, chosen.digest) for name, chosen in recipe.stages.items()]
         self._clips, self._on_file, self._look = clips, on_file, look
         self._waiting = deque(paths)
         self._tried = set() if tried is None else tried
@@ -192,42 +193,53 @@ class Schedule:
 
     def _plan_rows(self, path: Path, file: KnownFile) -> Task | None:
         assert file.sha256 is not None
+        found = self._journal.outcomes_of(file.sha256, self._keys)
         row = Row(file.sha256, path, file.sha256, None, {}, file.caption)
-        results, pending = self._look_up(row, self._of_files, {})
+        done, pending = self._look_up(row, self._of_files, found, set())
+        results = self._results(row, done, found)
         if pending:
-            return Task(path, file.state, (RowTask(row._replace(results=results), pending),))
+            ahead = tuple(chosen.stage.name for chosen in self._of_clips)
+            return Task(path, file.state, (RowTask(row._replace(results=results), pending),), ahead)
         rows = []
         for start, end in results.get(SPAN, {}).get("clips", []):
             clip = row._replace(id=clip_id(row.sha256, Span(start, end)), span=Span(start, end))
             if self._clips is None or clip.id in self._clips:
-                found, pending = self._look_up(clip, self._of_clips, results)
+                of_clip, pending = self._look_up(clip, self._of_clips, found, done)
                 if pending:
-                    rows.append(RowTask(clip._replace(results=found), pending))
+                    values = results | self._results(clip, of_clip - done, found)
+                    rows.append(RowTask(clip._replace(results=values), pending))
         return Task(path, file.state, tuple(rows)) if rows else None
 
     def _look_up(
-        self, row: Row, stages: Sequence[Chosen], before: dict[str, Values]
-    ) -> tuple[dict[str, Values], tuple[str, ...]]:
-        """Results of a row, those of ``before`` among them, and the names of the stages that are still to run."""
-        results = dict(before)
+        self, row: Row, stages: Sequence[Chosen], found: Outcomes, before: Set[str]
+    ) -> tuple[set[str], tuple[str, ...]]:
+        """Names of the stages whose results a row has, those of ``before`` among them, and of those still to run."""
+        done = set(before)
         pending: list[str] = []
         for chosen in stages:
             name, key = chosen.stage.name, chosen.key(row.id, row.caption)
             for read in chosen.stage.reads:
                 other = self._recipe.stages[read]
-                if read not in results and other not in stages:  # of an earlier pass over clips
-                    outcome = self._journal.outcome(read, other.digest, other.key(row.id, row.caption))
-                    if isinstance(outcome, Done):
-                        results[read] = outcome.values
-            outcome = self._journal.outcome(name, chosen.digest, key)
-            lost = chosen.stage.makes_arrays and not self._arrays(chosen, key).is_file()
-            if isinstance(outcome, Done) and not lost:
-                results[name] = outcome.values
-                continue
-            to_run = not isinstance(outcome, Failed) or ((key, name) not in self._tried and self._again(name, outcome))
-            if to_run and all(read in results or read in pending for read in chosen.stage.reads):
+                of_earlier_pass = read not in done and other not in stages
+                if of_earlier_pass and found.is_done(read, other.key(row.id, row.caption)):
+                    done.add(read)
+            if found.is_done(name, key):
+                if not chosen.stage.makes_arrays or self._arrays(chosen, key).is_file():
+                    done.add(name)
+                    continue
+                to_run = True
+            else:
+                failed = found(name, key)
+                to_run = not isinstance(failed, Failed) or (
+                    (key, name) not in self._tried and self._again(name, failed)
+                )
+            if to_run and all(read in done or read in pending for read in chosen.stage.reads):
                 pending.append(name)
-        return results, tuple(pending)
+        return done, tuple(pending)
+
+    def _results(self, row: Row, names: Iterable[str], found: Outcomes) -> dict[str, Values]:
+        outcomes = {name: found(name, self._recipe.stages[name].key(row.id, row.caption)) for name in names}
+        return {name: outcome.values for name, outcome in outcomes.items() if isinstance(outcome, Done)}
 
     def _again(self, stage: str, failed: Failed) -> bool:
         """Whether what failed in an earlier run is to be tried again."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from avd_trainer.data.preparation.journal import Journal, KnownFile
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.schedule import clip_id
-from avd_trainer.data.preparation.stage import SPAN, Done, FileStage, Outcome, Span
+from avd_trainer.data.preparation.stage import SPAN, ClipStage, Done, Outcome, Span
 from avd_trainer.data.preparation.worker import HASHING
 
 NOT_RUN = "has not run yet; the same `avd data prepare` goes on"
@@ -35,7 +35,7 @@ class Clip(NamedTuple):
 
     def key(self, chosen: Chosen) -> str:
         """Under which a stage's results for it are recorded."""
-        return chosen.key(self.sha256 if issubclass(chosen.stage, FileStage) else self.id, self.caption)
+        return chosen.key(self.id if issubclass(chosen.stage, ClipStage) else self.sha256, self.caption)
 
 
 class Dropped(NamedTuple):
@@ -99,16 +99,25 @@ def select(journal: Journal, recipe: Recipe, *, finished: bool) -> Selection:
     """
     dropped_files: dict[str, Dropped] = {}
     clips = {clip.id: clip for clip in sorted(_clips(journal, recipe, dropped_files))}
-    dropped: dict[str, Dropped] = {}
-    steps = []
-    for chosen in recipe.stages.values():
-        if chosen.stage.of_survivors and not finished:
-            continue
-        left = {id_: clip for id_, clip in clips.items() if id_ not in dropped}
-        dropped |= _decide(journal, chosen, left)
-        steps.append(Step(chosen.stage.name, len(left), len(clips) - len(dropped)))
     files = sum(1 for _ in journal.files())
-    return Selection(clips, dropped, files, dropped_files, tuple(steps))
+    scored = _go_on(Selection(clips, {}, files, dropped_files, ()), journal, recipe, survivors=False)
+    return finish(scored, journal, recipe) if finished else scored
+
+
+def finish(selection: Selection, journal: Journal, recipe: Recipe) -> Selection:
+    """Count captions and latents, too, in a selection that was made without them."""
+    return _go_on(selection, journal, recipe, survivors=True)
+
+
+def _go_on(selection: Selection, journal: Journal, recipe: Recipe, *, survivors: bool) -> Selection:
+    """What those stages leave that work on all clips, or on the kept ones alone."""
+    dropped, steps = dict(selection.dropped), list(selection.steps)
+    for chosen in recipe.stages.values():
+        if chosen.stage.of_survivors == survivors:
+            left = {id_: clip for id_, clip in selection.clips.items() if id_ not in dropped}
+            dropped |= _decide(journal, chosen, left)
+            steps.append(Step(chosen.stage.name, len(left), len(selection.clips) - len(dropped)))
+    return selection._replace(dropped=dropped, steps=tuple(steps))
 
 
 def _clips(journal: Journal, recipe: Recipe, dropped: dict[str, Dropped]) -> Iterator[Clip]:

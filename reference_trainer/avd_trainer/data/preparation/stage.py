@@ -14,9 +14,9 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -197,7 +197,7 @@ S_co = TypeVar("S_co", bound=StageSettings, covariant=True)
 
 
 class Stage(ABC, Generic[S_co]):
-    """One step of the preparation. Build :class:`FileStage` or :class:`ClipStage`.
+    """One step of the preparation. Build :class:`FileStage`, :class:`ScanStage` or :class:`ClipStage`.
 
     One object serves many rows, one after another, in one process. :meth:`load` is called before the first.
 
@@ -256,6 +256,42 @@ class FileStage(Stage[S_co]):
 
     @abstractmethod
     def run(self, row: Row) -> Outcome:
+        """Work on one file. An error that it raises is recorded as :class:`Failed`, in the error's words."""
+
+    def clips_ahead(self, start: int, first: bool) -> Iterator[Span]:
+        """Of the stage :data:`SPAN`: which clips a scene would give if it never ended, in order of time.
+
+        They are known before the stage runs, so that frames of theirs are kept while the file is decoded for a
+        :class:`ScanStage`. What is not known, or turns out otherwise, is decoded again; that is right, and slower.
+
+        Args:
+            start: Of the scene, in milliseconds.
+            first: Whether the file begins with it.
+        """
+        return iter(())
+
+
+class Scan(Protocol):
+    """All frames of a file, decoded once for a :class:`ScanStage` and for the clips that its scenes give."""
+
+    def frames(self, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order.
+
+        Args:
+            short_side: Height or width that they get, whichever is less, in pixels; roughly resized.
+        """
+
+    def begin_scene(self, start: int) -> None:
+        """Tell that a scene was found to begin, in milliseconds from the first frame; the first one does by itself."""
+
+
+class ScanStage(Stage[S_co]):
+    """A stage of whole files that looks at all of their frames."""
+
+    reads_clip = False
+
+    @abstractmethod
+    def run(self, row: Row, scan: Scan) -> Outcome:
         """Work on one file. An error that it raises is recorded as :class:`Failed`, in the error's words."""
 
 

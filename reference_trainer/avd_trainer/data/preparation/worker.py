@@ -18,9 +18,11 @@ from safetensors.numpy import save
 
 from avd_trainer.data.decoding import reason
 from avd_trainer.data.preparation.clip_reader import OpenReader, Reader, VideoReader
+from avd_trainer.data.preparation.file_scan import FileScan, KeptFrames
 from avd_trainer.data.preparation.journal import FileState
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.stage import (
+    SPAN,
     ClipStage,
     Done,
     Failed,
@@ -29,7 +31,9 @@ from avd_trainer.data.preparation.stage import (
     Frames,
     Outcome,
     Row,
+    ScanStage,
     Stage,
+    Values,
 )
 from avd_trainer.runtime.files import write_bytes
 
@@ -41,6 +45,8 @@ _HASHING_LIMIT = 3600.0
 _LOADING_LIMIT = 900.0
 _CHUNK = 2**20
 _SECONDS_BETWEEN_SIGNS = 5.0
+_SHARE_KEPT = 1 / 16
+"""Of the memory that a process may take, what kept frames may."""
 _NO_FRAMES: Frames = np.zeros((0, 0, 0, 3), dtype=np.uint8)
 
 
@@ -63,11 +69,14 @@ class Task(NamedTuple):
         path: The file.
         state: Of the file whose rows these are; work ends if it changes. None to find out its state and its SHA-256.
         rows: The file itself, or clips of it in order of time.
+        ahead: Names of stages that clips of the file will need afterwards: while the file is decoded, frames are kept
+            for them.
     """
 
     path: Path
     state: FileState | None = None
     rows: tuple[RowTask, ...] = ()
+    ahead: tuple[str, ...] = ()
 
 
 class Begun(NamedTuple):
@@ -186,6 +195,13 @@ def own_memory(pid: int | None = None) -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
+class _Source(NamedTuple):
+    """Where frames of clips come from: what was kept, and else the file."""
+
+    reader: Reader
+    kept: KeptFrames | None
+
+
 class Worker:
     """Runs stages. Stages are built when they are first needed, and kept.
 
@@ -202,6 +218,7 @@ class Worker:
         self._recipe, self._folder, self._tell, self._open_reader = recipe, folder, tell, open_reader
         self._stages: dict[str, Stage[Any]] = {}
         self._weights = 0
+        self._kept: tuple[Path, FileState, KeptFrames] | None = None
         self._decoding = Begun("", (), DECODING, 0.0)
         self._last_sign = 0.0
 
@@ -211,9 +228,12 @@ class Worker:
             if task.state is None:
                 self._hash(task.path)
             else:
+                kept = self._kept_of(task.path, task.state)
                 with self._open_reader(task.path, self._recipe.head.clip, self._show_life) as reader:
                     for row in task.rows:
-                        self._run(row, task.state, reader)
+                        self._run(row, task, _Source(reader, kept))
+                        if kept is not None and row.row.span is not None:
+                            kept.drop(row.row.span)
         except _OtherFileError:
             self._tell(Changed())
         except _CannotLoadError as error:
@@ -246,25 +266,30 @@ class Worker:
         _expect(path, state)
         self._tell(Hashed(state, digest.hexdigest()))
 
-    def _run(self, task: RowTask, state: FileState, reader: Reader) -> None:
+    def _run(self, row_task: RowTask, task: Task, source: _Source) -> None:
         """Run the stages of a row, wave by wave: each wave needs results of earlier ones alone."""
-        results = dict(task.row.results)
-        pending = [self._recipe.stages[name] for name in task.stages]
+        assert task.state is not None
+        results = dict(row_task.row.results)
+        pending = [self._recipe.stages[name] for name in row_task.stages]
         while ready := [chosen for chosen in pending if all(read in results for read in chosen.stage.reads)]:
             wave = [
                 (chosen, row, self._request(chosen, row))
                 for chosen in ready
-                for row in [task.row._replace(results={read: results[read] for read in chosen.stage.reads})]
+                for row in [_with_results(row_task.row, chosen, results)]
             ]
             # What needs no frames comes first: its results may say which frames others want.
             wave = [each for each in wave if not isinstance(each[2], FrameRequest)] or wave
-            inputs = self._decode(task.row, [each for each in wave if isinstance(each[2], FrameRequest)], reader)
+            inputs = self._decode(row_task.row, [each for each in wave if isinstance(each[2], FrameRequest)], source)
             for chosen, row, request in wave:
                 name = chosen.stage.name
-                given = request if isinstance(request, Failed) else inputs.get(name, _NO_FRAMES)
+                given: Frames | FileScan | Failed
+                if issubclass(chosen.stage, ScanStage):
+                    given = self._scan(task, row_task.row._replace(results=results))
+                else:
+                    given = request if isinstance(request, Failed) else inputs.get(name, _NO_FRAMES)
                 outcome, seconds = (given, 0.0) if isinstance(given, Failed) else self._run_stage(chosen, row, given)
                 # What was found in a file that changed meanwhile is of neither of the two.
-                _expect(row.path, state)
+                _expect(row.path, task.state)
                 self._tell(Found(chosen.key(row.id, row.caption), name, outcome, seconds))
                 if isinstance(outcome, Done):
                     results[name] = outcome.values
@@ -284,28 +309,53 @@ class Worker:
         return request
 
     def _decode(
-        self, row: Row, wanted: Sequence[tuple[Chosen, Row, Any]], reader: Reader
+        self, row: Row, wanted: Sequence[tuple[Chosen, Row, Any]], source: _Source
     ) -> Mapping[str, Frames | Failed]:
         if not wanted:
             return {}
         names = tuple(chosen.stage.name for chosen, *_ in wanted)
+        requests = [request for *_, request in wanted]
+        assert row.span is not None
+        if source.kept is not None and (kept := source.kept.take(row.span, requests)) is not None:
+            return dict(zip(names, kept, strict=True))
         self._decoding = Begun(row.id, names, DECODING, self._recipe.head.decode_limit, self._weights)
         self._begin(self._decoding)
         began = time.monotonic()
-        assert row.span is not None
         try:
-            frames = reader.read(row.span, [request for *_, request in wanted])
+            frames = source.reader.read(row.span, requests)
         except (FFmpegError, OSError, ValueError) as error:
             return dict.fromkeys(names, Failed(f"its frames cannot be decoded: {reason(error)}"))
         self._tell(Found(row.id, DECODING, Done({}), time.monotonic() - began))
         return dict(zip(names, frames, strict=True))
 
-    def _run_stage(self, chosen: Chosen, row: Row, frames: Frames) -> tuple[Outcome, float]:
+    def _scan(self, task: Task, row: Row) -> FileScan:
+        """A pass over a file, which keeps frames for the stages ahead of its clips; ``row`` has all results so far."""
+        requests = []
+        for chosen in (self._recipe.stages[name] for name in task.ahead):
+            if all(read in row.results for read in chosen.stage.reads):
+                request = self._request(chosen, _with_results(row, chosen, row.results))
+                if isinstance(request, FrameRequest):
+                    requests.append(request)
+        span = self._recipe.stages[SPAN]
+        clips_ahead = cast(FileStage[Any], self._stage(span, row)).clips_ahead
+        head = self._recipe.head
+        kept = KeptFrames(head.clip.fps, requests, clips_ahead, round(head.memory_gb * _SHARE_KEPT * 1e9))
+        assert task.state is not None
+        self._kept = (task.path, task.state, kept)
+        return FileScan(task.path, kept)
+
+    def _kept_of(self, path: Path, state: FileState) -> KeptFrames | None:
+        """What was kept when the file was scanned, if it was the last one; what was kept of another file goes."""
+        if self._kept is not None and self._kept[:2] != (path, state):
+            self._kept = None
+        return None if self._kept is None else self._kept[2]
+
+    def _run_stage(self, chosen: Chosen, row: Row, given: Frames | FileScan) -> tuple[Outcome, float]:
         name = chosen.stage.name
         stage = self._stage(chosen, row)
         self._begin(Begun(row.id, (name,), name, chosen.settings.time_limit, self._weights))
         began = time.monotonic()
-        outcome = _outcome(stage, row, frames)
+        outcome = _outcome(stage, row, given)
         if isinstance(outcome, Done) and chosen.stage.makes_arrays:
             path = arrays_path(self._folder, name, chosen.digest, chosen.key(row.id, row.caption))
             # Bytes first: safetensors' own errors do not say whether the disk is full.
@@ -363,9 +413,17 @@ def _no_file(path: Path) -> str | None:
     return None if path.is_file() else "it is no regular file, such as a pipe, which might never end"
 
 
-def _outcome(stage: Stage[Any], row: Row, frames: Frames) -> Outcome:
+def _with_results(row: Row, chosen: Chosen, results: Mapping[str, Values]) -> Row:
+    """The row as a stage sees it: with the results that it reads."""
+    return row._replace(results={read: results[read] for read in chosen.stage.reads})
+
+
+def _outcome(stage: Stage[Any], row: Row, given: Frames | FileScan) -> Outcome:
     try:
-        outcome = stage.run(row, frames) if isinstance(stage, ClipStage) else cast(FileStage[Any], stage).run(row)
+        if isinstance(stage, FileStage):
+            outcome: Outcome = stage.run(row)
+        else:
+            outcome = cast(ClipStage[Any] | ScanStage[Any], stage).run(row, cast(Any, given))
         if isinstance(outcome, Done):
             json.dumps(outcome.values, allow_nan=False)
     except Exception as error:

@@ -21,8 +21,13 @@ class Pretended(Process):
     looks = 0
     task: Task
 
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.given: list[str] = []
+
     def give(self, task: Task) -> None:
         self.task, self.looks = task, 3
+        self.given.append(task.path.name)
 
     def listen(self) -> list[Message]:
         self.looks -= 1 if self.task.path.name != "slow" else 0.1
@@ -41,10 +46,12 @@ class PretendedEngine(Engine[Pretended]):
     def __init__(self, workers: int) -> None:
         super().__init__(toy_recipe(), Path(), workers)
         self.started: list[int] = []
+        self.processes: list[Pretended] = []
 
     def _start(self, number: int) -> Pretended:
         self.started.append(number)
-        return Pretended(number)
+        self.processes.append(Pretended(number))
+        return self.processes[-1]
 
     def _wait(self, processes: Sequence[Pretended]) -> None:
         assert len({process.number for process in processes}) == len(processes)
@@ -73,6 +80,34 @@ def test_a_process_that_takes_over_takes_the_place_that_is_free() -> None:
     engine.run(schedule)  # type: ignore[arg-type]
     assert engine.started == [0, 1, 0, 0]
     assert len(schedule.heard) == 6
+
+
+class InThreeTasks(Listed):
+    """A schedule of files, each of which takes three tasks; the first by name is handed out first."""
+
+    def hear(self, task: Task, message: Message) -> None:
+        super().hear(task, message)
+        if self.taken.count(task.path.name) < 3:
+            self.names = sorted([task.path.name, *self.names])
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.taken: list[str] = []
+
+    def take(self) -> Task | None:
+        task = super().take()
+        self.taken += [] if task is None else [task.path.name]
+        return task
+
+
+def test_a_file_stays_with_the_process_that_did_its_last_task() -> None:
+    """Which has kept frames of it."""
+    engine, schedule = PretendedEngine(2), InThreeTasks("a", "b", "c")
+    engine.run(schedule)  # type: ignore[arg-type]
+    assert sorted(name for process in engine.processes for name in process.given) == sorted("abc" * 3)
+    for process in engine.processes:
+        for name in set(process.given):
+            assert process.given.count(name) == 3
 
 
 @pytest.mark.parametrize(("given", "seen"), [(None, "1"), ("3, GPU-ab12", "GPU-ab12")])

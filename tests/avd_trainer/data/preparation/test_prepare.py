@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from avd_trainer.data.inspection import find_rows, inspect
 from avd_trainer.data.preparation import recipe
 from avd_trainer.data.preparation.journal import FileState, Journal
 from avd_trainer.data.preparation.prepare import Prepared, Workers, select_again
@@ -69,6 +70,12 @@ def test_the_story_of_a_folder(toy: ToyRun) -> None:
     assert first["stages"]["brightness"]["settings"]["keep"] == 0.5
     assert first["stages"]["brightness"]["score"] == dataset[0].latent[0, 0, 0, 0]  # type: ignore[index]
     assert first["clip"] == {"frames": 5, "fps": 10.0}
+    assert find_rows(toy.output / "data", clip.id) == [{"id": clip.id, **first, "caption": dataset[0].caption}]
+    assert len(find_rows(toy.output / "data", clip.path)) == sum(row.path == clip.path for row in done.selection.kept)
+    with pytest.raises(UserError, match=r"has no clip none\.mp4. Pass a video's path .* such as .*\.mp4"):
+        find_rows(toy.output / "data", "none.mp4")
+    with pytest.raises(UserError, match=f"is no data set, but holds data; .* avd data inspect {toy.output}/data"):
+        inspect(toy.output)
     again = toy.prepare(chosen)
     assert again.unchanged
     assert again.data == done.data
@@ -157,6 +164,17 @@ def test_what_failed_for_now_is_tried_again_by_the_next_run_alone(toy: ToyRun) -
 
 def provenance_of(toy: ToyRun) -> list[dict[str, Any]]:
     return [json.loads(text) for text in ShardDataset(toy.output / "data").column("provenance")]
+
+
+def test_a_part_does_not_do_again_what_a_sample_did(toy: ToyRun) -> None:
+    toy.add(*NAMES)
+    toy.prepare(sample=0.5)
+    sampled = {line.split()[1] for line in toy.begun() if line.startswith("brightness")}
+    assert sampled
+    for index in range(2):
+        toy.prepare(part=(index, 2))
+    scored = {line.split()[1] for line in toy.begun() if line.startswith("brightness")}
+    assert scored == set(NAMES) - sampled
 
 
 def test_what_lies_beside_a_video_is_read_again_and_nothing_else_is_done(toy: ToyRun) -> None:

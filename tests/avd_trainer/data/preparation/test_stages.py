@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from avd_trainer.data.preparation.registry import list_stages, load_stage
-from avd_trainer.data.preparation.stage import ClipSettings, ClipStage, FileStage, Stage, StageSettings
+from avd_trainer.data.preparation.stage import ClipSettings, ClipStage, FileStage, ScanStage, Stage, StageSettings
 
 STAGES = [load_stage(name) for name in list_stages()]
 of_each_stage = pytest.mark.parametrize("stage", STAGES, ids=list_stages())
@@ -25,9 +25,9 @@ def test_a_stage_says_what_it_is(stage: type[Stage[Any]]) -> None:
     assert stage.__module__.rpartition(".")[2] == stage.name
     assert stage.__doc__
     assert stage.version >= 1
-    assert issubclass(stage, FileStage) != issubclass(stage, ClipStage)
+    assert sum(issubclass(stage, kind) for kind in (FileStage, ScanStage, ClipStage)) == 1
     for read in stage.reads:
-        assert not issubclass(stage, FileStage) or issubclass(load_stage(read), FileStage)
+        assert issubclass(stage, ClipStage) or not issubclass(load_stage(read), ClipStage)
 
 
 @of_each_stage

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from avd_trainer.data.preparation.needs import package_missing
-from avd_trainer.data.preparation.stage import Done, FileStage, Row, Span, StageSettings
+from avd_trainer.data.preparation.stage import Done, Row, Scan, ScanStage, Span, StageSettings
 
 
 class CutSettings(StageSettings):
@@ -30,7 +29,11 @@ class CutSettings(StageSettings):
     """Height or width of the frames that are compared, whichever is less, in pixels."""
 
 
-def find_scenes(frames: Iterable[tuple[int, NDArray[np.uint8]]], settings: CutSettings) -> list[Span]:
+def find_scenes(
+    frames: Iterable[tuple[int, NDArray[np.uint8]]],
+    settings: CutSettings,
+    on_scene: Callable[[int], None] = lambda start: None,
+) -> list[Span]:
     """Cut a video where its content changes at once.
 
     A cut is where the mean change of hue, saturation and luma between two frames stands out from those of the two
@@ -39,6 +42,7 @@ def find_scenes(frames: Iterable[tuple[int, NDArray[np.uint8]]], settings: CutSe
     Args:
         frames: Times in milliseconds and ``[H, W, 3]`` uint8 RGB, in order; at least one.
         settings: With a threshold.
+        on_scene: Called with the start of each scene but the first, two frames after it.
 
     Returns:
         Scenes in order, without gaps, from 0 to the end of the last frame.
@@ -58,31 +62,20 @@ def find_scenes(frames: Iterable[tuple[int, NDArray[np.uint8]]], settings: CutSe
     for time, frame in frames:
         # The detector counts frames; times of a variable frame rate are looked up behind it.
         position = FrameTimecode(len(times), fps=1.0)
-        cuts += [cut.frame_num for cut in detector.process_frame(position, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))]
         times.append(time)
+        for cut in detector.process_frame(position, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)):
+            cuts.append(cut.frame_num)
+            on_scene(times[cut.frame_num] - times[0])
     last = times[-1] - times[-2] if len(times) > 1 else 0
     edges = [times[0], *(times[cut] for cut in sorted(set(cuts))), times[-1] + last]
     return [Span(start - times[0], end - times[0]) for start, end in pairwise(edges)]
 
 
-def _scan(path: Path, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-    """Times in milliseconds and ``[H, W, 3]`` of all frames of a file, small."""
-    import av
-
-    from avd_trainer.data.decoding import scaled
-
-    with av.open(path) as container:
-        container.streams.video[0].codec_context.thread_count = 1  # there are as many processes as cores
-        for frame in container.decode(video=0):
-            if frame.time is None:
-                raise ValueError("its frames have no times; convert it to MP4")
-            yield round(1000 * frame.time), scaled(frame, short_side)
-
-
-class Cut(FileStage[CutSettings]):
+class Cut(ScanStage[CutSettings]):
     """Scenes of a file: ``{"scenes": [[start, end], ...]}`` in milliseconds from its first frame."""
 
     name = "cut"
+    version = 2
     Settings = CutSettings
     reads = ("probe",)
 
@@ -90,12 +83,11 @@ class Cut(FileStage[CutSettings]):
         # Without a threshold, nothing is looked for.
         return None if self.settings.threshold is None else package_missing(self.name, "scenedetect", "prepare")
 
-    def run(self, row: Row) -> Done:
+    def run(self, row: Row, scan: Scan) -> Done:
         if self.settings.threshold is None:
             return Done({"scenes": [[0, row.results["probe"]["milliseconds"]]]})
-        return Done(
-            {"scenes": [list(scene) for scene in find_scenes(_scan(row.path, self.settings.short_side), self.settings)]}
-        )
+        found = find_scenes(scan.frames(self.settings.short_side), self.settings, scan.begin_scene)
+        return Done({"scenes": [list(scene) for scene in found]})
 
 
 STAGE = Cut

@@ -27,10 +27,9 @@ def hue_entropy(frames: Frames) -> list[float]:
 
     entropies = []
     for frame in frames:
-        hues = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)[..., 0]
-        shares = np.bincount(hues.ravel(), minlength=HUES) / hues.size
-        present = shares[shares > 0]
-        entropies.append(abs(float((present * np.log2(present)).sum())))
+        counts = cv2.calcHist([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)], [0], None, [HUES], [0, HUES])
+        shares = counts[counts > 0].astype(np.float64) / counts.sum(dtype=np.float64)
+        entropies.append(abs(float((shares * np.log2(shares)).sum())))
     return entropies
 
 

@@ -25,6 +25,7 @@ def probe(path: Path) -> dict[str, Any]:
         if not container.streams.video:
             raise ValueError("it has no video stream")
         stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1  # there are as many processes as cores
         frame = next(container.decode(stream), None)
         if frame is None:
             raise ValueError("it has no frames")

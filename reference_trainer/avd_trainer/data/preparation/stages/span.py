@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 from pydantic import Field
 
@@ -38,9 +39,7 @@ def find_spans(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSetting
     """
     spans: list[Span] = []
     for start, held in _held(scenes, clip, settings):
-        for first in range(0, held - clip.frames + 1, clip.frames):
-            begin = start + round(1000 * first / clip.fps)
-            spans.append(Span(begin, begin + clip.milliseconds))
+        spans += [_span(start, number, clip) for number in range(held // clip.frames)]
     if not spans:
         longest = longest_scene(scenes, clip, settings)
         fitting = fitting_length([longest])
@@ -50,6 +49,12 @@ def find_spans(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSetting
             f"{clip.frames}{remedy}"
         )
     return spans[: settings.most]
+
+
+def _span(start: int, number: int, clip: ClipSettings) -> Span:
+    """Of a scene from ``start`` on, the clip of this number."""
+    begin = start + round(1000 * number * clip.frames / clip.fps)
+    return Span(begin, begin + clip.milliseconds)
 
 
 def longest_scene(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSettings) -> int:
@@ -71,10 +76,15 @@ def fitting_length(longest: Sequence[int]) -> int | None:
 def _held(scenes: Sequence[Span], clip: ClipSettings, settings: SpanSettings) -> Iterator[tuple[int, int]]:
     """Of each scene, without its margins, the start and the number of frames at the clips' frame rate."""
     for number, (start, end) in enumerate(scenes):
-        start += settings.margin * (number > 0)
+        start += _margin(number == 0, settings)
         end -= settings.margin * (number < len(scenes) - 1)
         # Frames at start, start + 1000 / fps, ..., all of them before the scene's end.
         yield start, max(0, math.ceil((end - start - ROUNDING) * clip.fps / 1000))
+
+
+def _margin(first: bool, settings: SpanSettings) -> int:
+    """Milliseconds that are left out of a scene's start, which is no cut where the file begins."""
+    return 0 if first else settings.margin
 
 
 class ClipSpans(FileStage[SpanSettings]):
@@ -88,6 +98,9 @@ class ClipSpans(FileStage[SpanSettings]):
     def run(self, row: Row) -> Done:
         scenes = [Span(*scene) for scene in row.results["cut"]["scenes"]]
         return Done({"clips": [list(span) for span in find_spans(scenes, self.clip, self.settings)]})
+
+    def clips_ahead(self, start: int, first: bool) -> Iterator[Span]:
+        return (_span(start + _margin(first, self.settings), number, self.clip) for number in count())
 
 
 STAGE = ClipSpans

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from avd_trainer.data.preparation.file_scan import FileScan, KeptFrames
 from avd_trainer.data.preparation.stage import ClipSettings, Done, Frames, Row, Span
 from avd_trainer.data.preparation.stages.cut import Cut, CutSettings, find_scenes
 from avd_trainer.data.video_files import save_clip
@@ -49,7 +50,7 @@ def test_times_of_a_variable_rate_are_the_frames_own() -> None:
 
 def run(path: Path, settings: CutSettings) -> list[list[int]]:
     row = Row("0", path, "0", None, {"probe": {"milliseconds": 2500}})
-    outcome = Cut(settings, CLIP).run(row)
+    outcome = Cut(settings, CLIP).run(row, FileScan(path, KeptFrames(16.0, [], lambda start, first: iter(()), 0)))
     assert isinstance(outcome, Done)
     scenes: list[list[int]] = outcome.values["scenes"]
     return scenes

@@ -35,6 +35,12 @@ def test_sixteen_lines_that_were_enlarged_are_seen(interpolation: int) -> None:
     assert detail(natural_picture(480)[None])[0] > 0.4
 
 
+@pytest.mark.parametrize(("frames", "expected"), [(81, (10, 30, 50, 70)), (17, (2, 6, 10, 14)), (2, (0, 1))])
+def test_frames_that_are_not_named_are_evenly_spread(row: Row, frames: int, expected: tuple[int, ...]) -> None:
+    stage = Detail(Detail.Settings(at=None), ClipSettings(frames=frames))
+    assert stage.frames(row).indices == expected
+
+
 def test_one_frame_with_detail_is_enough(row: Row) -> None:
     frames = np.stack([natural_picture(64), np.full((64, 113, 3), 90, np.uint8)])
     outcome = Detail(Detail.Settings(at=(1, 2)), ClipSettings()).run(row, frames)

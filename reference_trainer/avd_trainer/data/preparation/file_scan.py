@@ -1,0 +1,148 @@
+"""One pass over a file: a stage sees all of its frames, and what clips will need of them is kept on the way.
+
+So a file is decoded once, although where its clips are is known only when the pass is over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+from avd_trainer.data.decoding import ROUNDING, scaled
+from avd_trainer.data.preparation.clip_reader import ClipFrames
+from avd_trainer.data.preparation.stage import FrameRequest, Frames, Span
+
+_RECENT = 4
+"""Frames that stay at hand, since a scene is found to have begun when the frames behind its first one are seen."""
+
+
+class KeptFrames:
+    """Frames of the clips that a file may have.
+
+    They are kept for clips in the order of time until ``most`` bytes are held; later clips have to be decoded again.
+
+    Args:
+        fps: Frames per second of clips.
+        requests: What stages will want to see of each clip.
+        clips_ahead: Clips that a scene would give, by its start in milliseconds and by whether it is the file's first.
+        most: Bytes.
+    """
+
+    def __init__(
+        self,
+        fps: float,
+        requests: Sequence[FrameRequest],
+        clips_ahead: Callable[[int, bool], Iterator[Span]],
+        most: int,
+    ) -> None:
+        self._fps, self._requests, self._clips_ahead, self._most = fps, requests, clips_ahead, most
+        self._clips: dict[Span, ClipFrames] = {}
+        self._bytes = 0
+        self._recent: deque[av.VideoFrame] = deque(maxlen=_RECENT)
+        self._origin = 0.0
+        self._coming: Iterator[Span] = iter(())
+        self._gathering: dict[Span, ClipFrames] = {}
+
+    def see(self, frame: av.VideoFrame) -> None:
+        """Take the next frame of the file, which has a time."""
+        assert frame.time is not None
+        first = not self._recent
+        self._recent.append(frame)
+        if first:
+            self._origin = frame.time
+            self.begin_scene(0)
+            return
+        for clip in self._gathering.values():
+            clip.see(frame)
+        self._go_on()
+
+    def begin_scene(self, start: int) -> None:
+        """Take in that a scene began, in milliseconds; the clip that it ends is dropped."""
+        self._gathering.clear()
+        self._coming = self._clips_ahead(start, start == 0) if self._requests else iter(())
+        self._go_on()
+
+    def end(self, hold: float) -> None:
+        """Take in that the file is over, and its last frame stays on screen for ``hold`` seconds."""
+        for clip in self._gathering.values():
+            clip.end(hold)
+        self._put_away()
+        self._gathering.clear()
+        self._recent.clear()
+
+    def take(self, span: Span, requests: Sequence[FrameRequest]) -> list[Frames] | None:
+        """The frames of a clip that each request asks for, ``[F, H, W, 3]``; None if they were not kept."""
+        clip = self._clips.get(span)
+        if clip is None or not set(requests) <= set(self._requests):
+            return None
+        return clip.frames(requests)
+
+    def drop(self, span: Span) -> None:
+        """Forget a clip."""
+        clip = self._clips.pop(span, None)
+        if clip is not None:
+            self._bytes -= clip.nbytes
+
+    def _go_on(self) -> None:
+        """Put whole clips away, and begin to gather the next one as soon as the one before it has begun."""
+        self._put_away()
+        while self._bytes < self._most and all(clip.shown for clip in self._gathering.values()):
+            span = next(self._coming, None)
+            if span is None:
+                return
+            start = span.start / 1000
+            if (self._recent[0].time or 0.0) - self._origin > start + ROUNDING:
+                continue  # what it began with is gone
+            clip = ClipFrames(start, self._fps, self._requests, self._origin)
+            for frame in self._recent:
+                clip.see(frame)
+            self._gathering[span] = clip
+            self._put_away()
+
+    def _put_away(self) -> None:
+        for span in [span for span, clip in self._gathering.items() if clip.whole]:
+            self._clips[span] = self._gathering.pop(span)
+            self._bytes += self._clips[span].nbytes
+
+
+class FileScan:
+    """All frames of a file, for a stage; those that ``kept`` wants are kept on the way.
+
+    Args:
+        path: The file.
+        kept: Filled while frames are iterated over.
+    """
+
+    def __init__(self, path: Path, kept: KeptFrames) -> None:
+        self._path, self._kept = path, kept
+
+    def frames(self, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order.
+
+        Args:
+            short_side: Height or width that they get, whichever is less, in pixels; roughly resized.
+
+        Raises:
+            FFmpegError, OSError, ValueError: If they cannot be decoded or have no times.
+        """
+        with av.open(self._path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # there are as many processes as cores
+            first: int | None = None
+            for frame in container.decode(stream):
+                if frame.time is None:
+                    raise ValueError("its frames have no times; convert it to MP4")
+                self._kept.see(frame)
+                time = round(1000 * frame.time)
+                first = time if first is None else first
+                yield time - first, scaled(frame, short_side, roughly=True)
+            self._kept.end(float(1 / stream.average_rate) if stream.average_rate else 0.0)
+
+    def begin_scene(self, start: int) -> None:
+        """Tell that a scene was found to begin, in milliseconds from the first frame; the first one does by itself."""
+        self._kept.begin_scene(start)
