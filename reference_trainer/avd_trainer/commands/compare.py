@@ -75,6 +75,8 @@ def compare(
         from avd_trainer.inference.students import open_student_or_run
         from avd_trainer.runtime.files import claim_folder
 
+        files = [output] if alone else clip_files(output, prompts)
+        _check_new(files)
         opened = [open_student_or_run(folder) for folder in students]
         shape = _common_shape(opened, size)
         where = choose_device(device)
@@ -90,7 +92,6 @@ def compare(
         # All by the first one's codec: they make latents of one space.
         latents = (each for row in zip(*columns, strict=True) for each in row)
         videos = decode_clips(opened[0], latents, device=where, dtype=kind)
-        files = [output] if alone else clip_files(output, prompts)
 
         def list_files(written: int) -> None:
             if not alone:
@@ -118,6 +119,12 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
     names, left_out = same_names(folders)
     alone = len(names) == 1
     check_output(output, alone)
+    for folder in folders:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--output {output} is in {folder}, whose videos are shown. Choose a place outside of it.")
+    # Below folders of the same names as theirs: "a/b" and "a_b" are two.
+    files = [output] if alone else [output / f"{name}.mp4" for name in names]
+    _check_new(files)
     rows = [[look_at(path) for path in paths] for paths in names.values()]
     titles = titles_of(folders)
     form = common_form(file for row in rows for file in row)
@@ -125,12 +132,24 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
         for change in changes_to(form, column):
             say(f"{title}: {change}.")
     claim_folder(output.parent if alone else output)
-    files = [output] if alone else [output / f"{name.replace('/', '_')}.mp4" for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
     shown = (read_clip(file, form) for row in rows for file in row)
     write_clips(shown, titles, files, fps or form.fps, lambda _: None)
     if left_out:
         say(f"{left_out} other files have no counterpart in every folder, and are left out.")
     say(f"{'The clip is' if alone else f'{len(files)} clips are'} in {output}.")
+
+
+def _check_new(files: Sequence[Path]) -> None:
+    """See that nothing would be replaced.
+
+    Raises:
+        UserError: If one of the files is there.
+    """
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} is there already, and is not replaced. Delete it, or choose another --output.")
 
 
 def titles_of(folders: Sequence[Path]) -> list[str]:

@@ -1,6 +1,7 @@
 """Folders of videos and sampled students, measured by their pixels beside real ones, and shown side by side."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,28 @@ def test_videos_of_equal_names_side_by_side(folders: Path, tmp_path: Path) -> No
     file = look_at(tmp_path / "shown" / "1.mp4")
     real, pale = (part[:, :, -256:] for part in read_clip(file, file.form).chunk(2, dim=3))
     assert (real.amax(0) - real.amin(0)).mean() > 1.5 * (pale.amax(0) - pale.amin(0)).mean()
+
+
+def test_nobodys_videos_are_replaced(folders: Path, tmp_path: Path) -> None:
+    one, two, shown = (tmp_path / name for name in ("one", "two", "shown"))
+    for folder in (one, two):
+        for name in ("a/b", "a_b"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folders / "real" / "0.mp4", folder / f"{name}.mp4")
+    before = (one / "a_b.mp4").read_bytes()
+    for output in (one, one / "shown", tmp_path / "x" / ".." / "two"):
+        status, printed = command("compare", one, two, "--output", output)
+        assert (status, "whose videos are shown. Choose a place outside of it" in printed) == (2, True), printed
+    assert (one / "a_b.mp4").read_bytes() == before
+    assert len(list(one.rglob("*.mp4"))) == 2
+    status, printed = command("compare", one, two, "--output", shown)
+    assert status == 0, printed
+    assert sorted(path.relative_to(shown).as_posix() for path in shown.rglob("*.mp4")) == ["a/b.mp4", "a_b.mp4"]
+    status, printed = command("compare", one, two, "--output", shown)
+    assert (status, "is there already, and is not replaced" in printed) == (2, True), printed
+    (one / "a_b.mp4").unlink()  # of one name the output is a file
+    status, printed = command("compare", one, two, "--output", one / "c.mp4")
+    assert (status, "whose videos are shown" in printed) == (2, True), printed
 
 
 def test_what_does_not_go_together_is_refused(wan: Path, folders: Path, tmp_path: Path) -> None:
