@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
 from avd_trainer.data.video_files import save_clip
-from avd_trainer.evaluation.vbench.folder import UNFINISHED, Record, Recorded, folders_of
+from avd_trainer.evaluation.vbench.folder import Record, Recorded, folders_of
 from avd_trainer.inference.choices import Rates
 from avd_trainer.inference.generation import decode_clips, sample_clips
 from avd_trainer.inference.students import Shape, Student
@@ -102,7 +101,7 @@ def generate_videos(
     """Make videos, one after the other: each is written before the next one is sampled.
 
     Transformer and VAE stay in memory together. A file appears whole or not at all, so a run that was killed loses one
-    video.
+    video. It may leave a folder ``unfinished-*``; others never touch that, since nobody knows who is still at work.
 
     Args:
         student: The student.
@@ -115,8 +114,7 @@ def generate_videos(
     Raises:
         UserError: If weights are missing or damaged, or a file cannot be written.
     """
-    unfinished = folder / UNFINISHED
-    for name in (*folders_of(record), UNFINISHED):
+    for name in folders_of(record):
         (folder / name).mkdir(exist_ok=True)
     samples = sample_clips(
         student, [each.shown for each in wanted], [sampling.rates], sampling.shape,
@@ -124,14 +122,12 @@ def generate_videos(
     )  # fmt: skip
     latents = (sample.latents for (sample,) in samples)
     videos = decode_clips(student, latents, device=sampling.device, dtype=sampling.dtype)
-    for each, video in zip(wanted, videos, strict=True):
-        # Not beside the others until it is whole: VBench looks at whatever lies there. The name is of its own, should
-        # a command run twice.
-        (file,) = save_clip(video[:, : sampling.frames], unfinished / uuid4().hex, sampling.fps, ["mp4"])
-        os.replace(file, folder / each.video.file)
-        on_video()
-    if all((folder / each.video.file).exists() for each in record.videos):
-        shutil.rmtree(unfinished)  # with what killed runs have left
+    # Not beside the others until it is whole: VBench looks at whatever lies there. The folder is of this process alone.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        for each, video in zip(wanted, videos, strict=True):
+            (file,) = save_clip(video[:, : sampling.frames], Path(unfinished) / "video", sampling.fps, ["mp4"])
+            os.replace(file, folder / each.video.file)
+            on_video()
 
 
 def _identify(student: Student, *, with_interpolator: bool) -> str:
