@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -17,8 +17,10 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
+    import torch
+
     from avd_trainer.data.video_sets import VideoFile
-    from avd_trainer.inference.students import Student
+    from avd_trainer.inference.students import Shape, Student
 
 CLIPS = "clips"
 """In the output, a folder of clips for each student that was sampled."""
@@ -73,15 +75,29 @@ def evaluate(
             raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
         if asked and len(videos) == len(named):
             raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
-        from avd_trainer.data.video_sets import look_into
+        from avd_trainer.data.video_sets import common_form, look_into
+        from avd_trainer.inference.choices import choose_device, choose_dtype
+        from avd_trainer.studies.videos import expect_measurable
 
         # All that a person can get wrong comes before the models.
         sets = {title: look_into(folder) for title, folder in videos.items()}
         real = None if reference is None else look_into(reference)
+        plans = {}
         if len(videos) < len(named):
             prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises)]
             students_of = {title: folder for title, folder in named.items() if title not in videos}
-            sets |= _sample(students_of, prompts, output, image, seed, size, device, dtype)
+            plans = {
+                title: _plan(folder, output / CLIPS / title.replace("/", "_"), prompts, image, size)
+                for title, folder in students_of.items()
+            }
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where)
+        planned = [file for plan in plans.values() for file in plan.files]
+        expect_measurable(
+            common_form([*(file for files in sets.values() for file in files), *planned, *(real or ())]), real
+        )
+        if plans:
+            sets |= _sample(plans, image, seed, where, kind)
         _evaluate_videos({title: sets[title] for title in named}, real, output)
 
 
@@ -122,46 +138,71 @@ def _evaluate_videos(sets: Mapping[str, Sequence[VideoFile]], real: Sequence[Vid
     say(f"Table, figure and values are in {output}.")
 
 
+class _Plan(NamedTuple):
+    """The clips that a student is to make.
+
+    Attributes:
+        student: The student.
+        shape: ``(C, F, H, W)`` of their latents.
+        folder: Where they are written.
+        prompts: Of each clip.
+        files: In the form that they will have.
+    """
+
+    student: Student
+    shape: Shape
+    folder: Path
+    prompts: Sequence[str]
+    files: Sequence[VideoFile]
+
+
+def _plan(student: Path, folder: Path, prompts: Sequence[str], image: Path | None, size: str | None) -> _Plan:
+    """Look at everything that a student's clips need, without loading it.
+
+    Raises:
+        UserError: If the student cannot make such clips, or ``folder`` has others.
+    """
+    from avd_trainer.data.video_sets import Form, VideoFile
+    from avd_trainer.inference.choices import choose_shape
+    from avd_trainer.inference.generation import fitting_picture
+    from avd_trainer.inference.students import open_student_or_run
+    from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE
+
+    opened = open_student_or_run(student)
+    shape = choose_shape(opened, size, (1,))
+    fitting_picture(opened, image, shape)
+    if folder.exists():
+        raise UserError(
+            f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
+            "student, or choose another --output."
+        )
+    stride, (_, frames, height, width) = SPATIAL_STRIDES[opened.latent_space], shape
+    form = Form(stride * width, stride * height, 1 + TEMPORAL_STRIDE * (frames - 1), opened.fps)
+    files = [VideoFile(file, form) for file in clip_files(folder, prompts)]
+    return _Plan(opened, shape, folder, prompts, files)
+
+
 def _sample(
-    named: Mapping[str, Path],
-    prompts: Sequence[str],
-    output: Path,
-    image: Path | None,
-    seed: int,
-    size: str | None,
-    device: str | None,
-    dtype: str | None,
+    plans: Mapping[str, _Plan], image: Path | None, seed: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[VideoFile]]:
     """Sample each prompt with each student, from the same noise, and write the clips: what is measured are the files,
     as with everybody else's videos."""
     from avd_trainer.data.video_sets import look_at
-    from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
     from avd_trainer.inference.generation import decode_clips, sample_at_full_rate
-    from avd_trainer.inference.students import open_student_or_run
     from avd_trainer.runtime.files import claim_folder
 
-    opened: dict[str, Student] = {title: open_student_or_run(folder) for title, folder in named.items()}
-    shapes = {title: choose_shape(student, size, (1,)) for title, student in opened.items()}
-    where = choose_device(device)
-    kind = choose_dtype(dtype, where)
-    folders = {title: output / CLIPS / title.replace("/", "_") for title in named}
-    for folder in folders.values():
-        if folder.exists():
-            raise UserError(
-                f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
-                "student, or choose another --output."
-            )
     found = {}
-    with ProgressBar("sample", len(prompts) * sum(len(student.timesteps) for student in opened.values())) as bar:
-        for title, student in opened.items():
+    with ProgressBar("sample", sum(len(plan.prompts) * len(plan.student.timesteps) for plan in plans.values())) as bar:
+        for title, plan in plans.items():
             latents = sample_at_full_rate(
-                student, prompts, shapes[title], image=image, seed=seed, device=where, dtype=kind, on_step=bar.advance
-            )
-            claim_folder(folders[title])
-            files = clip_files(folders[title], prompts)
-            videos = decode_clips(student, latents, device=where, dtype=kind)
-            write_clips(videos, [title], files, student.fps, lambda _: None)
-            write_list(folders[title] / "prompts.json", prompts, files, seed)
+                plan.student, plan.prompts, plan.shape, image=image, seed=seed, device=device, dtype=dtype,
+                on_step=bar.advance,
+            )  # fmt: skip
+            claim_folder(plan.folder)
+            files = [file.path for file in plan.files]
+            videos = decode_clips(plan.student, latents, device=device, dtype=dtype)
+            write_clips(videos, [title], files, plan.student.fps, lambda _: None)
+            write_list(plan.folder / "prompts.json", plan.prompts, files, seed)
             found[title] = [look_at(file) for file in files]
     return found
 

@@ -16,8 +16,10 @@ from avd_trainer.commands.app import app
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.data.video_sets import look_at, read_clip
+from avd_trainer.evaluation import video_measures
 from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 from avd_trainer.evaluation.video_reference import VIDEO_CONTROLS, RealVideos
+from avd_trainer.inference import generation
 from avd_trainer.runtime.files import read_json
 
 HEADLINES = {name for name, each in VIDEO_MEASURES.items() if each.headline}
@@ -149,6 +151,29 @@ def test_videos_of_equal_names_side_by_side(folders: Path, tmp_path: Path) -> No
     file = look_at(tmp_path / "shown" / "1.mp4")
     real, pale = (part[:, :, -256:] for part in read_clip(file, file.form).chunk(2, dim=3))
     assert (real.amax(0) - real.amin(0)).mean() > 1.5 * (pale.amax(0) - pale.amin(0)).mean()
+
+
+def test_what_cannot_be_measured_is_not_sampled(
+    wan: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, short, output = tmp_path / "few", tmp_path / "short", tmp_path / "out"
+    for folder in (few, short):
+        folder.mkdir()
+    (few / "1.mp4").symlink_to(folders / "real" / "1.mp4")
+    save_clip(torch.rand(3, 2, 32, 32), short / "1", 16, ["mp4"])
+    monkeypatch.setattr(generation, "load_transformer", None)  # nothing gets this far
+    prompted = ["evaluate", wan, "--prompt", "a", "--output", output]
+    for arguments, message in (
+        (["--reference", few], "--reference has 1 clips, and at least 8 are needed"),
+        (["--size", "32x32x1"], "All clips can be brought to 32x32x1 at 16 frames per second, and at least"),
+        (["--size", "32x32x5", short], "All clips can be brought to 32x32x2"),
+        (["--image", folders], "makes videos of a prompt alone. Leave --image out"),
+    ):
+        status, printed = command(*prompted, *arguments)
+        assert (status, message in printed) == (2, True), printed
+    monkeypatch.setattr(video_measures, "find_spec", lambda _: None)
+    assert "Videos are measured by OpenCV's optical flow" in command(*prompted, "--size", "32x32x5")[1]
+    assert not output.exists()
 
 
 def test_nobodys_videos_are_replaced(folders: Path, tmp_path: Path) -> None:
