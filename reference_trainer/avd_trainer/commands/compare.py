@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avd_trainer.commands.clip_files import (
+    PROMPTS,
     check_output,
     clip_files,
+    expect_finished,
     read_asked_prompts,
     write_clips,
     write_list,
@@ -95,7 +97,7 @@ def compare(
 
         def list_files(written: int) -> None:
             if not alone:
-                write_list(output / "prompts.json", prompts[:written], files[:written], seed)
+                write_list(output / PROMPTS, prompts[:written], files[:written], seed)
 
         write_clips(videos, titles_of(students), files, fps or opened[0].fps, list_files)
         say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
@@ -116,6 +118,8 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
     from avd_trainer.data.video_sets import changes_to, common_form, look_at, read_clip, same_names
     from avd_trainer.runtime.files import claim_folder
 
+    for folder in folders:
+        expect_finished(folder)
     names, left_out = same_names(folders)
     alone = len(names) == 1
     check_output(output, alone)

@@ -3,16 +3,19 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
+from avd_trainer.data import video_files
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.data.video_sets import look_at, read_clip
@@ -20,6 +23,7 @@ from avd_trainer.evaluation import video_measures
 from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 from avd_trainer.evaluation.video_reference import VIDEO_CONTROLS, RealVideos
 from avd_trainer.inference import generation
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
 
 HEADLINES = {name for name, each in VIDEO_MEASURES.items() if each.headline}
@@ -113,7 +117,9 @@ def test_a_student_of_wan_is_sampled_and_its_files_are_measured(wan: Path, folde
     assert "sample: 4/4" in printed
     assert "All clips are measured as 32x32x5 at 16 frames per second. again: 10 of 10 are cut" in printed
     clips = output / "clips" / "student"
-    assert sorted(os.listdir(clips)) == ["000-a-red-circle.mp4", "001-a-red-circle.mp4", "prompts.json"]
+    assert sorted(os.listdir(clips)) == [
+        "000-a-red-circle.mp4", "001-a-red-circle.mp4", "prompts.json", "sampling.json",
+    ]  # fmt: skip
     assert [row["seed"] for row in read_json(clips / "prompts.json")] == [0, 1]
     found = read_json(output / "measures.json")
     assert found["reference"] is None
@@ -151,6 +157,36 @@ def test_videos_of_equal_names_side_by_side(folders: Path, tmp_path: Path) -> No
     file = look_at(tmp_path / "shown" / "1.mp4")
     real, pale = (part[:, :, -256:] for part in read_clip(file, file.form).chunk(2, dim=3))
     assert (real.amax(0) - real.amin(0)).mean() > 1.5 * (pale.amax(0) - pale.amin(0)).mean()
+
+
+def test_an_evaluation_that_was_stopped_goes_on(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    clips = output / "clips" / "student"
+    arguments = ["evaluate", wan, "--prompt", "a", "--noises", 3, "--output", output, "--size"]
+
+    def stop(video: Tensor, path: Path, *options: Any) -> None:
+        if path.name.startswith("002"):
+            raise UserError("The disk is full.")
+        save_clip(video, path, *options)
+
+    monkeypatch.setattr(video_files, "save_clip", stop)
+    assert "The disk is full." in command(*arguments, "32x32x5")[1]
+    monkeypatch.undo()
+    first = clips / "000-a.mp4"
+    before = first.stat().st_mtime_ns
+    # What misses a clip is another set.
+    for others in ([clips], [clips.parent], [tmp_path, "--reference", clips]):
+        status, printed = command("evaluate", *others, "--output", tmp_path / "table")
+        assert (status, "misses clips, since the avd evaluate that made them was stopped" in printed) == (2, True)
+    assert "misses clips" in command("compare", clips, clips.parent, "--output", tmp_path / "shown")[1]
+    status, printed = command(*arguments, "32x32x9")
+    assert (status, "with other values of form. Repeat the command as it was" in printed) == (2, True), printed
+    status, printed = command(*arguments, "32x32x5")
+    assert status == 0, printed
+    assert "sample: 2/2" in printed  # steps of one clip
+    assert first.stat().st_mtime_ns == before
+    assert len(read_json(clips / "prompts.json")) == 3
+    assert len(read_json(output / "measures.json")["variants"]["student"]["seeds"]) == 3
 
 
 def test_what_cannot_be_measured_is_not_sampled(

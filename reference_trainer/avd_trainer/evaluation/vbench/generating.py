@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,9 +15,8 @@ from avd_trainer.data.video_files import save_clip
 from avd_trainer.evaluation.vbench.folder import Record, Recorded, folders_of
 from avd_trainer.inference.choices import Rates
 from avd_trainer.inference.generation import decode_clips, sample_clips
-from avd_trainer.inference.students import Shape, Student
+from avd_trainer.inference.students import Shape, Student, identify
 from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE
-from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 
 Part = tuple[int, int]
@@ -67,7 +65,7 @@ def describe(
     stride = SPATIAL_STRIDES[student.latent_space]
     _, _, height, width = sampling.shape
     return {
-        "student": _identify(student, with_interpolator=max(sampling.rates) > 1),
+        "student": identify(student, with_interpolator=max(sampling.rates) > 1),
         "timesteps": list(student.timesteps),
         "sampler": student.sampler,
         "rates": list(sampling.rates),
@@ -128,17 +126,3 @@ def generate_videos(
             (file,) = save_clip(video[:, : sampling.frames], Path(unfinished) / "video", sampling.fps, ["mp4"])
             os.replace(file, folder / each.video.file)
             on_video()
-
-
-def _identify(student: Student, *, with_interpolator: bool) -> str:
-    """A word for a student's weights, wherever they lie."""
-    digest = hashlib.blake2b(digest_size=12)
-    with open_weights(student.transformer) as weights:
-        digest.update(weights.digest().encode())
-    if student.adapters is not None:
-        digest.update(student.adapters.read_bytes())
-    if with_interpolator:
-        assert student.interpolator is not None
-        for name, tensor in student.interpolator.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
