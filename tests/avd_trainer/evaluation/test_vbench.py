@@ -390,6 +390,19 @@ def test_a_folder_as_it_should_be_passes(tmp_path: Path) -> None:
     assert "All 25 videos are as VBench wants them." in printed
 
 
+def test_what_a_student_freezes_is_a_warning(tmp_path: Path) -> None:
+    record = recorded(tmp_path / "avd", write_suite(tmp_path / "1.json", ("a", ["dynamic_degree"])), "dynamic_degree")
+    (tmp_path / "avd" / "videos").mkdir()
+    for each in record.videos:
+        still = moving()[:, :1].expand(-1, 4, -1, -1)
+        save_clip(still, (tmp_path / "avd" / each.video.file).with_suffix(""), 16, ["mp4"])
+    status, printed = run("evaluate", "vbench", "check", tmp_path / "avd")
+    assert status == 0, printed
+    assert "│ dynamic_degree │ 5 │ frozen │ 5 │" in printed
+    assert "Look at what is blank or frozen" in printed
+    assert "Delete" not in printed
+
+
 # What the suites say.
 
 
