@@ -483,6 +483,24 @@ def test_what_is_not_in_a_mean_is_said(tmp_path: Path) -> None:
     assert "avd, Material: 5 of 12 are not in the mean" in said
 
 
+def test_students_that_are_not_sampled_alike_are_told_of(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "1.json", ("a", ["dynamic_degree"]))
+    for name, settings in (("avd", {"seed": 0, "samples": 2}), ("dmd", {"seed": 1, "frames": 9, "augmented": True})):
+        recorded(tmp_path / name, suite, "dynamic_degree", student=name, **{"augmented": False, **settings})
+        judge(tmp_path / name, "dynamic_degree", [1.0] * settings.get("samples", 5))
+    found = {name: read_results(tmp_path / name) for name in ("avd", "dmd")}
+    said = notes(found)
+    assert said[:4] == [
+        "VBench: students differ in frames: avd 4, dmd 9.",
+        "VBench: students differ in samples: avd 2, dmd the suite's.",
+        "VBench: students differ in augmented: avd False, dmd True.",
+        "VBench: students differ in seed: avd 0, dmd 1.",
+    ]
+    assert "avd, dynamic_degree: 2 videos of a prompt, and VBench wants 5." in said
+    avd, dmd = table(found)[1][1:3]
+    assert (avd[-1], dmd[-1]) == ("!", "5")
+
+
 def test_diversity_has_one_number_for_all_videos_of_a_prompt(tmp_path: Path) -> None:
     recorded(tmp_path / "avd", write_vbench_2(tmp_path / "1.json"), "Diversity")
     judge(tmp_path / "avd", "Diversity", [0.25])
@@ -524,6 +542,12 @@ def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
     assert "expected a video at .../avd/videos/a red circle moves left-0.mp4: it is the result of another" in message()
     # As short as a path may be, and as a suite run in the folder itself has it.
     file = judge(folder, "dynamic_degree", [True, False], below="..")
+    assert read_results(folder).scores["dynamic_degree"].count == Count(1, 2)
+    judge(folder, "dynamic_degree", [True, False], below="../../nights/../avd")
+    assert read_results(folder).scores["dynamic_degree"].count == Count(1, 2)
+    judge(folder, "dynamic_degree", [True, False], below="../dmd")
+    assert "it is the result of another folder" in message()
+    judge(folder, "dynamic_degree", [True, False], below="..")
     file.write_text(file.read_text().replace("../", ""))
     assert read_results(folder).scores["dynamic_degree"].count == Count(1, 2)
     file.write_text(file.read_text().replace("red circle", "green dog"))
