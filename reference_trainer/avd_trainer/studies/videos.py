@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from avd_trainer.data.video_sets import Form, VideoFile, read_clip
@@ -175,10 +176,11 @@ def show(judged: JudgedVideos) -> Table:
     columns = {each.row.title: _cells(each) for each in judged.sets}
     if judged.real is not None:
         columns = {"real": _real_cells(judged.real.means), **columns}
-    table = Table(title=judged.title, caption=_caption(judged), caption_justify="left")
+    # Titles are names of folders: "[a]" is no style.
+    table = Table(title=escape(judged.title), caption=_caption(judged), caption_justify="left")
     table.add_column("")
     for heading in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(escape(heading), justify="right")
     for name, *cells in zip(VIDEO_MEASURES, *columns.values(), strict=True):
         table.add_row(_plain(name), *cells)
     return table
@@ -254,7 +256,10 @@ def _plain(name: str) -> str:
 
 
 def _caption(judged: JudgedVideos) -> str:
-    sentences = [f"Means over clips, with {LEVEL:.0%} intervals (bootstrap over clips) from {LEAST_SEEDS} clips on."]
+    sentences = [
+        f"Means over clips, with {LEVEL:.0%} intervals (bootstrap over clips) from {LEAST_SEEDS} clips on.",
+        "Clips of one prompt are alike and count as independent, so with several of each the true intervals are wider.",
+    ]
     if judged.real is not None:
         sentences += [
             f"real: mean ± standard deviation of sets of {judged.real.size} of {judged.real.clips} real clips.",

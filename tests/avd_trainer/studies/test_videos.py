@@ -1,5 +1,6 @@
 """Folders of videos and sampled students, measured by their pixels beside real ones, and shown side by side."""
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -18,13 +20,15 @@ from avd_trainer.commands.app import app
 from avd_trainer.data import video_files
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.video_files import save_clip
-from avd_trainer.data.video_sets import look_at, read_clip
+from avd_trainer.data.video_sets import Form, look_at, read_clip
 from avd_trainer.evaluation import video_measures
+from avd_trainer.evaluation.measure_table import Row
 from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 from avd_trainer.evaluation.video_reference import VIDEO_CONTROLS, RealVideos
 from avd_trainer.inference import generation
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
+from avd_trainer.studies.videos import JudgedSet, JudgedVideos, show
 
 HEADLINES = {name for name, each in VIDEO_MEASURES.items() if each.headline}
 
@@ -90,6 +94,17 @@ def test_sets_of_videos_beside_real_and_spoiled_ones(folders: Path, tmp_path: Pa
     assert "## Distance to real clips" in table
     with Image.open(output / "measures.png") as figure:
         assert figure.width > 1000
+
+
+def test_a_folders_name_is_shown_as_it_is() -> None:
+    row = Row("[red]a", dict.fromkeys(VIDEO_MEASURES, 0.0), {})
+    judged = JudgedVideos(Form(32, 32, 9, 16.0), [JudgedSet(row, {}, [], {}, [])], {}, None)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(show(judged))
+    lines = console.export_text()
+    assert "[red]a: videos of 32x32x9" in lines
+    assert lines.count("[red]a") == 2  # title and column
+    assert "Clips of one prompt are alike" in lines
 
 
 def test_halves_that_are_compared_have_as_many_clips_as_the_smallest_set() -> None:
