@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ENDINGS = (".mp4", ".gif")
+PROMPTS = "prompts.json"
+"""Beside clips: see :func:`write_list`."""
+SAMPLING = "sampling.json"
+"""Beside clips of ``avd evaluate``: how they are made. Without :data:`PROMPTS` some of them are missing."""
 MOST_SEED = 2**63 - 1
 """torch takes twice as much: so the seeds of later prompts fit too."""
 
@@ -93,8 +97,26 @@ def write_list(file: Path, prompts: Sequence[str], files: Sequence[Path], seed: 
     """Say of each clip its file, prompt and seed."""
     from avd_trainer.runtime.files import write_json
 
-    rows = [
+    write_json(file, clip_rows(prompts, files, seed))
+
+
+def clip_rows(prompts: Sequence[str], files: Sequence[Path], seed: int) -> list[dict[str, Any]]:
+    """Of each clip its file, prompt and seed."""
+    return [
         {"file": path.name, "prompt": prompt, "seed": seed + number}
         for number, (path, prompt) in enumerate(zip(files, prompts, strict=True))
     ]
-    write_json(file, rows)
+
+
+def expect_finished(folder: Path) -> None:
+    """See that no set below a folder misses clips since ``avd evaluate`` was stopped.
+
+    Raises:
+        UserError: If one does.
+    """
+    for record in folder.rglob(SAMPLING):
+        if not record.with_name(PROMPTS).is_file():
+            raise UserError(
+                f"{record.parent} misses clips, since the avd evaluate that made them was stopped. Repeat that "
+                "command, which goes on."
+            )

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from avd_trainer.commands.clip_files import (
+    PROMPTS,
     check_output,
     clip_files,
+    expect_finished,
     read_asked_prompts,
     write_clips,
     write_list,
@@ -75,6 +77,8 @@ def compare(
         from avd_trainer.inference.students import open_student_or_run
         from avd_trainer.runtime.files import claim_folder
 
+        files = [output] if alone else clip_files(output, prompts)
+        _check_new(files)
         opened = [open_student_or_run(folder) for folder in students]
         shape = _common_shape(opened, size)
         where = choose_device(device)
@@ -90,11 +94,10 @@ def compare(
         # All by the first one's codec: they make latents of one space.
         latents = (each for row in zip(*columns, strict=True) for each in row)
         videos = decode_clips(opened[0], latents, device=where, dtype=kind)
-        files = [output] if alone else clip_files(output, prompts)
 
         def list_files(written: int) -> None:
             if not alone:
-                write_list(output / "prompts.json", prompts[:written], files[:written], seed)
+                write_list(output / PROMPTS, prompts[:written], files[:written], seed)
 
         write_clips(videos, titles_of(students), files, fps or opened[0].fps, list_files)
         say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")
@@ -115,9 +118,17 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
     from avd_trainer.data.video_sets import changes_to, common_form, look_at, read_clip, same_names
     from avd_trainer.runtime.files import claim_folder
 
+    for folder in folders:
+        expect_finished(folder)
     names, left_out = same_names(folders)
     alone = len(names) == 1
     check_output(output, alone)
+    for folder in folders:
+        if output.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"--output {output} is in {folder}, whose videos are shown. Choose a place outside of it.")
+    # Below folders of the same names as theirs: "a/b" and "a_b" are two.
+    files = [output] if alone else [output / f"{name}.mp4" for name in names]
+    _check_new(files)
     rows = [[look_at(path) for path in paths] for paths in names.values()]
     titles = titles_of(folders)
     form = common_form(file for row in rows for file in row)
@@ -125,12 +136,24 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
         for change in changes_to(form, column):
             say(f"{title}: {change}.")
     claim_folder(output.parent if alone else output)
-    files = [output] if alone else [output / f"{name.replace('/', '_')}.mp4" for name in names]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
     shown = (read_clip(file, form) for row in rows for file in row)
     write_clips(shown, titles, files, fps or form.fps, lambda _: None)
     if left_out:
         say(f"{left_out} other files have no counterpart in every folder, and are left out.")
     say(f"{'The clip is' if alone else f'{len(files)} clips are'} in {output}.")
+
+
+def _check_new(files: Sequence[Path]) -> None:
+    """See that nothing would be replaced.
+
+    Raises:
+        UserError: If one of the files is there.
+    """
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} is there already, and is not replaced. Delete it, or choose another --output.")
 
 
 def titles_of(folders: Sequence[Path]) -> list[str]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
 
-from avd_trainer.commands.clip_files import clip_files, read_asked_prompts, write_clips, write_list
+from avd_trainer.commands.clip_files import (
+    PROMPTS,
+    SAMPLING,
+    clip_files,
+    clip_rows,
+    expect_finished,
+    read_asked_prompts,
+)
 from avd_trainer.commands.compare import Image, are_videos, titles_of
 from avd_trainer.commands.sample import ComputeDtype, Device, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
@@ -17,8 +25,10 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
+    import torch
+
     from avd_trainer.data.video_sets import VideoFile
-    from avd_trainer.inference.students import Student
+    from avd_trainer.inference.students import Shape, Student
 
 CLIPS = "clips"
 """In the output, a folder of clips for each student that was sampled."""
@@ -73,15 +83,31 @@ def evaluate(
             raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
         if asked and len(videos) == len(named):
             raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
-        from avd_trainer.data.video_sets import look_into
+        from avd_trainer.data.video_sets import common_form, look_into
+        from avd_trainer.inference.choices import choose_device, choose_dtype
+        from avd_trainer.studies.videos import expect_measurable
 
         # All that a person can get wrong comes before the models.
+        for folder in (*videos.values(), *([] if reference is None else [reference])):
+            expect_finished(folder)
         sets = {title: look_into(folder) for title, folder in videos.items()}
         real = None if reference is None else look_into(reference)
+        plans = {}
         if len(videos) < len(named):
             prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises)]
             students_of = {title: folder for title, folder in named.items() if title not in videos}
-            sets |= _sample(students_of, prompts, output, image, seed, size, device, dtype)
+            plans = {
+                title: _plan(folder, output / CLIPS / title.replace("/", "_"), prompts, image, seed, size)
+                for title, folder in students_of.items()
+            }
+        where = choose_device(device)
+        kind = choose_dtype(dtype, where)
+        planned = [file for plan in plans.values() for file in plan.files]
+        expect_measurable(
+            common_form([*(file for files in sets.values() for file in files), *planned, *(real or ())]), real
+        )
+        if plans:
+            sets |= _sample(plans, image, where, kind)
         _evaluate_videos({title: sets[title] for title in named}, real, output)
 
 
@@ -122,48 +148,117 @@ def _evaluate_videos(sets: Mapping[str, Sequence[VideoFile]], real: Sequence[Vid
     say(f"Table, figure and values are in {output}.")
 
 
+class _Plan(NamedTuple):
+    """The clips that a student is to make.
+
+    Attributes:
+        student: The student.
+        shape: ``(C, F, H, W)`` of their latents.
+        folder: Where they are written.
+        files: In the form that they will have.
+        rows: Of each its file, prompt and seed.
+    """
+
+    student: Student
+    shape: Shape
+    folder: Path
+    files: Sequence[VideoFile]
+    rows: Sequence[Mapping[str, Any]]
+
+
+def _plan(
+    student: Path, folder: Path, prompts: Sequence[str], image: Path | None, seed: int, size: str | None
+) -> _Plan:
+    """Look at everything that a student's clips need, without loading it.
+
+    Raises:
+        UserError: If the student cannot make such clips, or ``folder`` has some that were not left by a stopped run.
+    """
+    from avd_trainer.data.video_sets import Form, VideoFile
+    from avd_trainer.inference.choices import choose_shape
+    from avd_trainer.inference.generation import fitting_picture
+    from avd_trainer.inference.students import open_student_or_run
+    from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE
+    from avd_trainer.studies.students import RESULTS
+
+    opened = open_student_or_run(student)
+    shape = choose_shape(opened, size, (1,))
+    fitting_picture(opened, image, shape)
+    measured = (folder / PROMPTS).is_file() and (folder.parents[1] / RESULTS).is_file()
+    if measured or (folder.exists() and not (folder / SAMPLING).is_file()):
+        raise UserError(
+            f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
+            "student, or choose another --output."
+        )
+    stride, (_, frames, height, width) = SPATIAL_STRIDES[opened.latent_space], shape
+    form = Form(stride * width, stride * height, 1 + TEMPORAL_STRIDE * (frames - 1), opened.fps)
+    paths = clip_files(folder, prompts)
+    return _Plan(opened, shape, folder, [VideoFile(path, form) for path in paths], clip_rows(prompts, paths, seed))
+
+
+def _claim(plan: _Plan, image: Path | None, dtype: torch.dtype) -> None:
+    """Say in a student's folder how its clips are made, or see that those that are there are made so.
+
+    Raises:
+        UserError: If they are not.
+    """
+    from avd_trainer.inference.students import identify
+    from avd_trainer.runtime.files import claim_folder, read_json, write_json
+
+    sampling = {
+        "student": identify(plan.student, with_interpolator=False),
+        "timesteps": list(plan.student.timesteps),
+        "sampler": plan.student.sampler,
+        "form": plan.files[0].form._asdict(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "image": None if image is None else hashlib.sha256(image.read_bytes()).hexdigest(),
+        "clips": list(plan.rows),
+    }
+    claim_folder(plan.folder)
+    record = plan.folder / SAMPLING
+    if not record.is_file():
+        write_json(record, sampling)
+    elif changed := [name for name, value in read_json(record).items() if sampling.get(name) != value]:
+        raise UserError(
+            f"{plan.folder} has clips of a run that was stopped, with other values of {', '.join(changed)}. Repeat "
+            "the command as it was, or choose another --output."
+        )
+
+
 def _sample(
-    named: Mapping[str, Path],
-    prompts: Sequence[str],
-    output: Path,
-    image: Path | None,
-    seed: int,
-    size: str | None,
-    device: str | None,
-    dtype: str | None,
+    plans: Mapping[str, _Plan], image: Path | None, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[VideoFile]]:
     """Sample each prompt with each student, from the same noise, and write the clips: what is measured are the files,
-    as with everybody else's videos."""
-    from avd_trainer.data.video_sets import look_at
-    from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
-    from avd_trainer.inference.generation import decode_clips, sample_at_full_rate
-    from avd_trainer.inference.students import open_student_or_run
-    from avd_trainer.runtime.files import claim_folder
+    as with everybody else's videos.
 
-    opened: dict[str, Student] = {title: open_student_or_run(folder) for title, folder in named.items()}
-    shapes = {title: choose_shape(student, size, (1,)) for title, student in opened.items()}
-    where = choose_device(device)
-    kind = choose_dtype(dtype, where)
-    folders = {title: output / CLIPS / title.replace("/", "_") for title in named}
-    for folder in folders.values():
-        if folder.exists():
-            raise UserError(
-                f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
-                "student, or choose another --output."
-            )
-    found = {}
-    with ProgressBar("sample", len(prompts) * sum(len(student.timesteps) for student in opened.values())) as bar:
-        for title, student in opened.items():
-            latents = sample_at_full_rate(
-                student, prompts, shapes[title], image=image, seed=seed, device=where, dtype=kind, on_step=bar.advance
-            )
-            claim_folder(folders[title])
-            files = clip_files(folders[title], prompts)
-            videos = decode_clips(student, latents, device=where, dtype=kind)
-            write_clips(videos, [title], files, student.fps, lambda _: None)
-            write_list(folders[title] / "prompts.json", prompts, files, seed)
-            found[title] = [look_at(file) for file in files]
-    return found
+    Each clip is written before the next one is sampled, and those that are there are not made again.
+    """
+    from avd_trainer.data.video_files import save_clip
+    from avd_trainer.data.video_sets import look_at
+    from avd_trainer.inference.generation import decode_clips, sample_clips
+    from avd_trainer.runtime.files import write_json
+
+    for plan in plans.values():
+        _claim(plan, image, dtype)
+    missing = {
+        title: [(file.path, row) for file, row in zip(plan.files, plan.rows, strict=True) if not file.path.exists()]
+        for title, plan in plans.items()
+    }
+    steps = {title: len(plan.student.timesteps) for title, plan in plans.items()}
+    with ProgressBar("sample", sum(len(clips) * steps[title] for title, clips in missing.items())) as bar:
+        for title, plan in plans.items():
+            rows = [row for _, row in missing[title]]
+            samples = sample_clips(
+                plan.student, [row["prompt"] for row in rows], [(1,) * steps[title]], plan.shape, image=image,
+                seeds=[row["seed"] for row in rows], device=device, dtype=dtype, on_step=bar.advance,
+            )  # fmt: skip
+            latents = (sample.latents for (sample,) in samples)
+            if rows:
+                videos = decode_clips(plan.student, latents, device=device, dtype=dtype)
+                for (path, _), video in zip(missing[title], videos, strict=True):
+                    save_clip(video, path.with_suffix(""), plan.student.fps, ["mp4"])
+            write_json(plan.folder / PROMPTS, plan.rows)
+    return {title: [look_at(file.path) for file in plan.files] for title, plan in plans.items()}
 
 
 def _check_folders(students: Sequence[Path], output: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from avd_trainer.commands.clip_files import (
     MOST_SEED,
+    PROMPTS,
     check_output,
     clip_files,
     read_asked_prompts,
@@ -132,7 +133,7 @@ def sample(
 
         def list_files(written: int) -> None:
             if not alone:
-                write_list(output / "prompts.json", done[:written], files[:written], seed)
+                write_list(output / PROMPTS, done[:written], files[:written], seed)
 
         write_clips(videos, list(plans), files, fps or student.fps, list_files)
         say(f"{'The clip is' if len(files) == 1 else f'{len(files)} clips are'} in {output}.")

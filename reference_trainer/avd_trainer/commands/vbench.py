@@ -186,9 +186,12 @@ def generate(
 
 @vbench_app.command()
 def check(folder: Folder) -> None:
-    """See that a folder has what the suite will look for; exit status 1 if it has not. All is in check.json."""
+    """See that a folder has what the suite will look for; exit status 1 if it has not. All is in check.json.
+
+    Blank and frozen videos are named, and are no reason for status 1.
+    """
     with readable_errors():
-        from avd_trainer.evaluation.vbench.checking import check_videos
+        from avd_trainer.evaluation.vbench.checking import LOOKED_AT, check_videos
         from avd_trainer.evaluation.vbench.folder import read_record
         from avd_trainer.runtime.files import write_json
 
@@ -201,10 +204,17 @@ def check(folder: Folder) -> None:
             say(f"{fault.kind}: {fault.file} ({fault.found})")
         if len(faults) > MOST_FAULTS:
             say(f"and {len(faults) - MOST_FAULTS} more, in {folder / 'check.json'}")
+        wrong = [fault for fault in faults if fault.kind not in LOOKED_AT]
         if not faults:
             say(f"All {len(record.videos)} videos are as {record.rules.title} wants them.")
+        if len(wrong) < len(faults):
+            say(
+                "Look at what is blank or frozen: if that is what your student does keep it, since made again it is "
+                "the same. Otherwise mend the student, and give its videos a new folder."
+            )
+        if not wrong:
             return
-        say("Delete what is wrong, and repeat the command that generated the videos: it makes what is missing.")
+        say("Delete what else is wrong, and repeat the command that generated the videos: it makes what is missing.")
     raise typer.Exit(1)
 
 

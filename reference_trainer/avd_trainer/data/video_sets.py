@@ -56,11 +56,13 @@ class VideoFile(NamedTuple):
 
     Attributes:
         path: Where it is.
-        form: What it is.
+        form: What it is; of a longer one, what its first ``MOST_FRAMES`` are.
+        longer: Whether it has more frames than these.
     """
 
     path: Path
     form: Form
+    longer: bool = False
 
 
 def holds_videos(folder: Path) -> bool:
@@ -78,7 +80,9 @@ def look_at(path: Path) -> VideoFile:
         with av.open(path) as container:
             if not container.streams.video:
                 raise ValueError("it has no video stream")
-            frames = list(islice(((frame.time, shown_size(frame)) for frame in container.decode(video=0)), MOST_FRAMES))
+            shown = ((frame.time, shown_size(frame)) for frame in container.decode(video=0))
+            frames = list(islice(shown, MOST_FRAMES))
+            longer = next(shown, None) is not None
         times = [time for time, _ in frames if time is not None]
         if len(frames) < 2:
             raise ValueError(f"it has {len(frames)} frame(s), at least 2 are needed")
@@ -90,7 +94,8 @@ def look_at(path: Path) -> VideoFile:
             "its clips is another set."
         ) from error
     height, width = frames[0][1]
-    return VideoFile(path, Form(width, height, len(frames), round((len(times) - 1) / (times[-1] - times[0]), 3)))
+    fps = round((len(times) - 1) / (times[-1] - times[0]), 3)
+    return VideoFile(path, Form(width, height, len(frames), fps), longer)
 
 
 def look_into(folder: Path) -> list[VideoFile]:
@@ -144,9 +149,11 @@ def changes_to(form: Form, files: Sequence[VideoFile]) -> list[str]:
     resized = [(file, f"{file.form.width}x{file.form.height}") for file in files if file.form[:2] != size]
     slowed = [(file, f"{file.form.fps:g} frames per second") for file in files if not file.form.has_rate(form.fps)]
     cut = [(file, f"{file.form.frames} frames") for file in files if file.form.frames_at(form.fps) > form.frames]
+    longer = [(file, f"more than {MOST_FRAMES} frames") for file in files if file.longer]
     return [
         f"{len(found)} of {len(files)} are {change} (such as {found[0][0].path.name}, {found[0][1]})"
         for found, change in (
+            (longer, f"cut after {MOST_FRAMES} frames, and what is behind them is not looked at"),
             (resized, "resized, and their centre cut out"),
             (slowed, "brought to the lower rate by leaving out frames"),
             (cut, "cut after as many frames as all have"),

@@ -106,8 +106,7 @@ def flow_measures(luma_FHW: Tensor) -> tuple[float, float]:
         ``|V_{t+1} - 2 V_t + V_{t-1}|`` with the mean ``V_t`` of ``v`` over pixels, pixels per frame cubed. Whatever
         goes on at a constant speed inside the frame has no jerk, however fast.
     """
-    if find_spec("cv2") is None:
-        raise UserError('Videos are measured by OpenCV\'s optical flow: pip install "avd-core[prepare]".')
+    expect_opencv()
     settings = FlowSettings()
     height, width = luma_FHW.shape[1:]
     size = [round(settings.short_side * side / min(height, width)) for side in (height, width)]
@@ -119,6 +118,16 @@ def flow_measures(luma_FHW: Tensor) -> tuple[float, float]:
     mean_flow = np.array([rearrange(field, "h w c -> (h w) c").mean(axis=0) for field in fields])
     jerk = np.sqrt((np.diff(mean_flow, n=2, axis=0) ** 2).sum(axis=1).mean())
     return scale * float(length), scale * float(jerk)
+
+
+def expect_opencv() -> None:
+    """See that flow can be measured.
+
+    Raises:
+        UserError: If OpenCV is not installed.
+    """
+    if find_spec("cv2") is None:
+        raise UserError('Videos are measured by OpenCV\'s optical flow: pip install "avd-core[prepare]".')
 
 
 def _seen(values: Tensor) -> Tensor:

@@ -154,14 +154,9 @@ def encode_image(student: Student, image: Path | None, shape: Shape, device: tor
     VAE and image encoder are out of memory again afterwards. Arguments and errors are those of :func:`sample_clips`.
     """
     nothing = torch.empty(0)
-    if image is None and student.image is None:
+    picture = fitting_picture(student, image, shape)
+    if picture is None or student.image is None:
         return Condition(nothing)
-    if student.image is None:
-        raise UserError(f"--image {image}: {student.folder} makes videos of a prompt alone. Leave --image out.")
-    if image is None:
-        raise UserError(f"{student.folder} makes videos of an image and a prompt. Pass the image by --image FILE.")
-    stride = SPATIAL_STRIDES[student.latent_space]
-    picture = read_picture(image, stride * shape[2], stride * shape[3])
     embedding = None
     if student.image.embedding_dim is not None:
         embedding = WanImageEncoder.from_pretrained(student.pipeline, device)(picture).unsqueeze(0)
@@ -172,6 +167,22 @@ def encode_image(student: Student, image: Path | None, shape: Shape, device: tor
     del codec
     _free_memory(device)
     return Condition(nothing, latents, embedding)
+
+
+def fitting_picture(student: Student, image: Path | None, shape: Shape) -> Tensor | None:
+    """The image that clips begin with, in their size; None for a student of text to video.
+
+    Raises:
+        UserError: If the student needs an image and there is none, or the reverse, or it cannot be read.
+    """
+    if student.image is None and image is not None:
+        raise UserError(f"--image {image}: {student.folder} makes videos of a prompt alone. Leave --image out.")
+    if student.image is None:
+        return None
+    if image is None:
+        raise UserError(f"{student.folder} makes videos of an image and a prompt. Pass the image by --image FILE.")
+    stride = SPATIAL_STRIDES[student.latent_space]
+    return read_picture(image, stride * shape[2], stride * shape[3])
 
 
 def load_student(student: Student, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from avd_core import (
@@ -191,6 +193,24 @@ def _pipeline_of(folder: Path, sources: Sequence[str], space: LatentSpace, archi
             f"is one. Export it first: `avd export {folder} --output DIR --pipeline SOURCE`, and pass DIR."
         )
     return found
+
+
+def identify(student: Student, *, with_interpolator: bool) -> str:
+    """A word for a student's weights, wherever they lie.
+
+    Raises:
+        UserError: If they cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=12)
+    with open_weights(student.transformer) as weights:
+        digest.update(weights.digest().encode())
+    if student.adapters is not None:
+        digest.update(student.adapters.read_bytes())
+    if with_interpolator:
+        assert student.interpolator is not None
+        for name, tensor in student.interpolator.state_dict().items():
+            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _open_alone(folder: Path, pipeline: str | None) -> Student:

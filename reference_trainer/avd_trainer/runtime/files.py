@@ -12,14 +12,14 @@ from avd_trainer.runtime.errors import UserError
 
 
 def claim_folder(folder: Path) -> None:
-    """Make a folder and see that it can be written to.
+    """Make a folder and see that it can be written to. Several processes may do so at once.
 
     Raises:
         UserError: If it cannot.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{uuid4().hex}"
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -7,13 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.markup import escape
 from rich.table import Table
 
 from avd_trainer.data.video_sets import Form, VideoFile, read_clip
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measure_table import Row, markdown_lines, with_interval, with_spread
 from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Spread
-from avd_trainer.evaluation.video_measures import LEAST_FRAMES, LEAST_SIDE, VIDEO_MEASURES, video_measures
+from avd_trainer.evaluation.video_measures import (
+    LEAST_FRAMES,
+    LEAST_SIDE,
+    VIDEO_MEASURES,
+    expect_opencv,
+    video_measures,
+)
 from avd_trainer.evaluation.video_reference import LEAST_CLIPS, VIDEO_CONTROLS, RealVideos, Values, spoil
 from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
@@ -74,18 +81,9 @@ def judge_videos(
         form: What all are brought to.
 
     Raises:
-        UserError: If clips are too small or too few to be measured, or one cannot be read.
+        UserError: If they cannot be measured (:func:`expect_measurable`), or one cannot be read.
     """
-    if form.frames < LEAST_FRAMES or min(form.width, form.height) < LEAST_SIDE:
-        raise UserError(
-            f"All clips can be brought to {form}, and at least {LEAST_FRAMES} frames of {LEAST_SIDE}x{LEAST_SIDE} are "
-            "measured. Take out the clips that are smaller or shorter."
-        )
-    if reference is not None and len(reference) < LEAST_CLIPS:
-        raise UserError(
-            f"--reference has {len(reference)} clips, and at least {LEAST_CLIPS} are needed to tell how real clips "
-            "vary. Add some, or cut long ones into clips."
-        )
+    expect_measurable(form, reference)
     measured: dict[str, list[dict[str, float]]] = {title: [] for title in sets}
     real_clips: list[dict[str, float]] = []
     spoiled: dict[str, list[dict[str, float]]] = {name: [] for name in VIDEO_CONTROLS}
@@ -113,6 +111,29 @@ def judge_videos(
         },
         real,
     )
+
+
+def expect_measurable(form: Form, reference: Sequence[VideoFile] | None) -> None:
+    """See that clips can be measured, before any is made or read.
+
+    Args:
+        form: What all are to be brought to.
+        reference: Real clips, if there are any.
+
+    Raises:
+        UserError: If clips are too small or too short, real ones too few, or OpenCV is not installed.
+    """
+    expect_opencv()
+    if form.frames < LEAST_FRAMES or min(form.width, form.height) < LEAST_SIDE:
+        raise UserError(
+            f"All clips can be brought to {form}, and at least {LEAST_FRAMES} frames of {LEAST_SIDE}x{LEAST_SIDE} are "
+            "measured. Pass a larger --size, or take out the clips that are smaller or shorter."
+        )
+    if reference is not None and len(reference) < LEAST_CLIPS:
+        raise UserError(
+            f"--reference has {len(reference)} clips, and at least {LEAST_CLIPS} are needed to tell how real clips "
+            "vary. Add some, or cut long ones into clips."
+        )
 
 
 def save_judged(judged: JudgedVideos, output: Path) -> None:
@@ -155,10 +176,11 @@ def show(judged: JudgedVideos) -> Table:
     columns = {each.row.title: _cells(each) for each in judged.sets}
     if judged.real is not None:
         columns = {"real": _real_cells(judged.real.means), **columns}
-    table = Table(title=judged.title, caption=_caption(judged), caption_justify="left")
+    # Titles are names of folders: "[a]" is no style.
+    table = Table(title=escape(judged.title), caption=_caption(judged), caption_justify="left")
     table.add_column("")
     for heading in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(escape(heading), justify="right")
     for name, *cells in zip(VIDEO_MEASURES, *columns.values(), strict=True):
         table.add_row(_plain(name), *cells)
     return table
@@ -234,7 +256,10 @@ def _plain(name: str) -> str:
 
 
 def _caption(judged: JudgedVideos) -> str:
-    sentences = [f"Means over clips, with {LEVEL:.0%} intervals (bootstrap over clips) from {LEAST_SEEDS} clips on."]
+    sentences = [
+        f"Means over clips, with {LEVEL:.0%} intervals (bootstrap over clips) from {LEAST_SEEDS} clips on.",
+        "Clips of one prompt are alike and count as independent, so with several of each the true intervals are wider.",
+    ]
     if judged.real is not None:
         sentences += [
             f"real: mean ± standard deviation of sets of {judged.real.size} of {judged.real.clips} real clips.",

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from avd_trainer.data import video_sets
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.data.video_sets import (
     Form,
@@ -47,6 +48,14 @@ def test_clips_are_brought_to_the_form_and_it_is_said(tmp_path: Path) -> None:
     assert resized == "1 of 2 are resized, and their centre cut out (such as quick.mp4, 64x48)"
     assert slowed.endswith("leaving out frames (such as quick.mp4, 32 frames per second)")
     assert cut.endswith("(such as quick.mp4, 21 frames)")
+
+
+def test_of_a_long_video_it_is_said_where_it_was_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video_sets, "MOST_FRAMES", 5)
+    long, fits = (look_at(write_video(tmp_path / f"{frames}.mp4", frames)) for frames in (6, 5))
+    assert (long.form, long.longer, fits.longer) == (fits.form, True, False)
+    (said,) = changes_to(fits.form, [long, fits])
+    assert said.startswith("1 of 2 are cut after 5 frames, and what is behind them is not looked at (such as 6.mp4")
 
 
 def test_rounded_times_leave_out_and_repeat_no_frame(tmp_path: Path) -> None:

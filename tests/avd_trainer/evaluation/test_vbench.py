@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,16 @@ from vbench_suites import LONG, write_suite, write_vbench, write_vbench_2
 # 5 frames of 1 a second: 5 s, one more than VBench takes.
 SMALL = ("--size", "32x16x5", "--fps", 1)
 MOVING = ("a red circle moves left", "the blue square")
+SLOW = """
+import fcntl, os, sys, time
+folder, other = sys.argv[1:]
+with open(folder + "/.lock", "w") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("in", flush=True)
+    time.sleep(0.5)
+    os.replace(other + "/vbench.json", folder + "/vbench.json")
+"""
+"""Write another folder's record into one, as long as nobody else is in it."""
 DYNAMIC = [f"videos/{prompt}-{index}.mp4" for prompt in MOVING for index in range(5)]
 
 
@@ -187,7 +199,7 @@ def test_videos_are_made_once_and_the_same_in_any_order(
     assert "4 of 5 frames at 1 fps. All 5 would be 5.00 s" in printed
     assert "10 videos were made; 10 of 10 are in" in printed
     made = contents(whole)
-    assert sorted(made) == sorted([*DYNAMIC, "vbench.json"])
+    assert sorted(made) == sorted([*DYNAMIC, ".lock", "vbench.json"])
     assert len(set(made.values())) == len(made)
     with av.open(whole / DYNAMIC[0]) as container:
         stream = container.streams.video[0]
@@ -212,7 +224,7 @@ def test_videos_are_made_once_and_the_same_in_any_order(
     assert generate(student, suite, parts, *both)[0] != 0
     monkeypatch.undo()
     assert sorted(os.listdir(parts / "videos")) == sorted(Path(file).name for file in [*DYNAMIC[:2], *DYNAMIC[5:]])
-    assert len(os.listdir(parts / "unfinished")) == 1
+    assert list(parts.glob("unfinished*")) == []
     before = {file: (parts / file).stat().st_mtime_ns for file in [*DYNAMIC[:2], *DYNAMIC[5:]]}
     assert "3 videos were made; 10 of 10 are in" in generate(student, suite, parts, *both)[1]
     assert before == {file: (parts / file).stat().st_mtime_ns for file in before}
@@ -254,6 +266,44 @@ def test_dimensions_are_added_to_a_folder(tmp_path: Path) -> None:
         read_record(tmp_path)
     with pytest.raises(UserError, match=r"has no vbench.json: expected an --output folder"):
         read_record(tmp_path / "elsewhere")
+
+
+def test_dimensions_that_two_processes_add_at_once_are_both_there(tmp_path: Path) -> None:
+    suite = read_suite(write_vbench(tmp_path / "info.json"))
+    folder, other = tmp_path / "avd", tmp_path / "other"
+
+    def wanted(dimension: str) -> Record:
+        return Record(VBENCH, "tiny", {"frames": 4}, record_videos(suite.videos([dimension]), None, 0))
+
+    for each in (folder, other):
+        each.mkdir()
+    claim(other, wanted("dynamic_degree"))
+    # The first is in the folder, and is slow to write.
+    first = subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(other)], stdout=subprocess.PIPE, text=True)
+    with first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "in\n"
+        claim(folder, wanted("temporal_flickering"))
+    assert read_record(folder).dimensions == ["temporal_flickering", "dynamic_degree"]
+
+
+def test_processes_that_make_videos_side_by_side_leave_each_other_alone(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = write_suite(tmp_path / "VBench_full_info.json", ("a", ["dynamic_degree"]), ("b", ["dynamic_degree"]))
+    output, one = tmp_path / "out", ("--samples", 1)
+
+    def meanwhile(video: Tensor, path: Path, fps: float, formats: Sequence[str]) -> list[Path]:
+        written = save_clip(video, path, fps, formats)
+        monkeypatch.setattr(generating, "save_clip", save_clip)
+        status, printed = generate(student, suite, output, *one)
+        assert "2 videos were made; 2 of 2" in printed, (status, printed)
+        return written
+
+    monkeypatch.setattr(generating, "save_clip", meanwhile)
+    status, printed = generate(student, suite, output, *one)
+    assert status == 0, printed
+    assert sorted(os.listdir(output)) == [".lock", "vbench.json", "videos"]
 
 
 def test_weights_tell_students_apart(student: Path, tmp_path: Path) -> None:
@@ -340,6 +390,19 @@ def test_a_folder_as_it_should_be_passes(tmp_path: Path) -> None:
     assert "All 25 videos are as VBench wants them." in printed
 
 
+def test_what_a_student_freezes_is_a_warning(tmp_path: Path) -> None:
+    record = recorded(tmp_path / "avd", write_suite(tmp_path / "1.json", ("a", ["dynamic_degree"])), "dynamic_degree")
+    (tmp_path / "avd" / "videos").mkdir()
+    for each in record.videos:
+        still = moving()[:, :1].expand(-1, 4, -1, -1)
+        save_clip(still, (tmp_path / "avd" / each.video.file).with_suffix(""), 16, ["mp4"])
+    status, printed = run("evaluate", "vbench", "check", tmp_path / "avd")
+    assert status == 0, printed
+    assert "│ dynamic_degree │ 5 │ frozen │ 5 │" in printed
+    assert "Look at what is blank or frozen" in printed
+    assert "Delete" not in printed
+
+
 # What the suites say.
 
 
@@ -420,6 +483,24 @@ def test_what_is_not_in_a_mean_is_said(tmp_path: Path) -> None:
     assert "avd, Material: 5 of 12 are not in the mean" in said
 
 
+def test_students_that_are_not_sampled_alike_are_told_of(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "1.json", ("a", ["dynamic_degree"]))
+    for name, settings in (("avd", {"seed": 0, "samples": 2}), ("dmd", {"seed": 1, "frames": 9, "augmented": True})):
+        recorded(tmp_path / name, suite, "dynamic_degree", student=name, **{"augmented": False, **settings})
+        judge(tmp_path / name, "dynamic_degree", [1.0] * settings.get("samples", 5))
+    found = {name: read_results(tmp_path / name) for name in ("avd", "dmd")}
+    said = notes(found)
+    assert said[:4] == [
+        "VBench: students differ in frames: avd 4, dmd 9.",
+        "VBench: students differ in samples: avd 2, dmd the suite's.",
+        "VBench: students differ in augmented: avd False, dmd True.",
+        "VBench: students differ in seed: avd 0, dmd 1.",
+    ]
+    assert "avd, dynamic_degree: 2 videos of a prompt, and VBench wants 5." in said
+    avd, dmd = table(found)[1][1:3]
+    assert (avd[-1], dmd[-1]) == ("!", "5")
+
+
 def test_diversity_has_one_number_for_all_videos_of_a_prompt(tmp_path: Path) -> None:
     recorded(tmp_path / "avd", write_vbench_2(tmp_path / "1.json"), "Diversity")
     judge(tmp_path / "avd", "Diversity", [0.25])
@@ -461,6 +542,12 @@ def test_results_of_something_else_are_refused(tmp_path: Path) -> None:
     assert "expected a video at .../avd/videos/a red circle moves left-0.mp4: it is the result of another" in message()
     # As short as a path may be, and as a suite run in the folder itself has it.
     file = judge(folder, "dynamic_degree", [True, False], below="..")
+    assert read_results(folder).scores["dynamic_degree"].count == Count(1, 2)
+    judge(folder, "dynamic_degree", [True, False], below="../../nights/../avd")
+    assert read_results(folder).scores["dynamic_degree"].count == Count(1, 2)
+    judge(folder, "dynamic_degree", [True, False], below="../dmd")
+    assert "it is the result of another folder" in message()
+    judge(folder, "dynamic_degree", [True, False], below="..")
     file.write_text(file.read_text().replace("../", ""))
     assert read_results(folder).scores["dynamic_degree"].count == Count(1, 2)
     file.write_text(file.read_text().replace("red circle", "green dog"))

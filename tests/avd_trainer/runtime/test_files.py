@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from avd_trainer.runtime.files import write_bytes, write_text
+from avd_trainer.runtime.files import claim_folder, write_bytes, write_text
 
 
 def test_two_processes_that_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +23,20 @@ def test_two_processes_that_write_the_same_file(tmp_path: Path, monkeypatch: pyt
     write_text(path, "of the first")
     assert path.read_text() == "of the first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_that_claim_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As parts of one job do: the second is done with it while the first looks whether it can write."""
+    touch = Path.touch
+
+    def meanwhile(probe: Path) -> None:
+        touch(probe)
+        monkeypatch.setattr(Path, "touch", touch)
+        claim_folder(tmp_path)
+
+    monkeypatch.setattr(Path, "touch", meanwhile)
+    claim_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_bytes_are_on_the_disk_before_they_have_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,34 @@
 """Folders of videos and sampled students, measured by their pixels beside real ones, and shown side by side."""
 
+import io
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
+from rich.console import Console
+from torch import Tensor
 from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
+from avd_trainer.data import video_files
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.video_files import save_clip
-from avd_trainer.data.video_sets import look_at, read_clip
+from avd_trainer.data.video_sets import Form, look_at, read_clip
+from avd_trainer.evaluation import video_measures
+from avd_trainer.evaluation.measure_table import Row
 from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 from avd_trainer.evaluation.video_reference import VIDEO_CONTROLS, RealVideos
+from avd_trainer.inference import generation
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
+from avd_trainer.studies.videos import JudgedSet, JudgedVideos, show
 
 HEADLINES = {name for name, each in VIDEO_MEASURES.items() if each.headline}
 
@@ -85,6 +96,17 @@ def test_sets_of_videos_beside_real_and_spoiled_ones(folders: Path, tmp_path: Pa
         assert figure.width > 1000
 
 
+def test_a_folders_name_is_shown_as_it_is() -> None:
+    row = Row("[red]a", dict.fromkeys(VIDEO_MEASURES, 0.0), {})
+    judged = JudgedVideos(Form(32, 32, 9, 16.0), [JudgedSet(row, {}, [], {}, [])], {}, None)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(show(judged))
+    lines = console.export_text()
+    assert "[red]a: videos of 32x32x9" in lines
+    assert lines.count("[red]a") == 2  # title and column
+    assert "Clips of one prompt are alike" in lines
+
+
 def test_halves_that_are_compared_have_as_many_clips_as_the_smallest_set() -> None:
     real = {name: [float(place) for place in range(10)] for name in VIDEO_MEASURES}
     same = RealVideos.of(real, [real], {})
@@ -110,7 +132,9 @@ def test_a_student_of_wan_is_sampled_and_its_files_are_measured(wan: Path, folde
     assert "sample: 4/4" in printed
     assert "All clips are measured as 32x32x5 at 16 frames per second. again: 10 of 10 are cut" in printed
     clips = output / "clips" / "student"
-    assert sorted(os.listdir(clips)) == ["000-a-red-circle.mp4", "001-a-red-circle.mp4", "prompts.json"]
+    assert sorted(os.listdir(clips)) == [
+        "000-a-red-circle.mp4", "001-a-red-circle.mp4", "prompts.json", "sampling.json",
+    ]  # fmt: skip
     assert [row["seed"] for row in read_json(clips / "prompts.json")] == [0, 1]
     found = read_json(output / "measures.json")
     assert found["reference"] is None
@@ -148,6 +172,81 @@ def test_videos_of_equal_names_side_by_side(folders: Path, tmp_path: Path) -> No
     file = look_at(tmp_path / "shown" / "1.mp4")
     real, pale = (part[:, :, -256:] for part in read_clip(file, file.form).chunk(2, dim=3))
     assert (real.amax(0) - real.amin(0)).mean() > 1.5 * (pale.amax(0) - pale.amin(0)).mean()
+
+
+def test_an_evaluation_that_was_stopped_goes_on(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "out"
+    clips = output / "clips" / "student"
+    arguments = ["evaluate", wan, "--prompt", "a", "--noises", 3, "--output", output, "--size"]
+
+    def stop(video: Tensor, path: Path, *options: Any) -> None:
+        if path.name.startswith("002"):
+            raise UserError("The disk is full.")
+        save_clip(video, path, *options)
+
+    monkeypatch.setattr(video_files, "save_clip", stop)
+    assert "The disk is full." in command(*arguments, "32x32x5")[1]
+    monkeypatch.undo()
+    first = clips / "000-a.mp4"
+    before = first.stat().st_mtime_ns
+    # What misses a clip is another set.
+    for others in ([clips], [clips.parent], [tmp_path, "--reference", clips]):
+        status, printed = command("evaluate", *others, "--output", tmp_path / "table")
+        assert (status, "misses clips, since the avd evaluate that made them was stopped" in printed) == (2, True)
+    assert "misses clips" in command("compare", clips, clips.parent, "--output", tmp_path / "shown")[1]
+    status, printed = command(*arguments, "32x32x9")
+    assert (status, "with other values of form. Repeat the command as it was" in printed) == (2, True), printed
+    status, printed = command(*arguments, "32x32x5")
+    assert status == 0, printed
+    assert "sample: 2/2" in printed  # steps of one clip
+    assert first.stat().st_mtime_ns == before
+    assert len(read_json(clips / "prompts.json")) == 3
+    assert len(read_json(output / "measures.json")["variants"]["student"]["seeds"]) == 3
+
+
+def test_what_cannot_be_measured_is_not_sampled(
+    wan: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, short, output = tmp_path / "few", tmp_path / "short", tmp_path / "out"
+    for folder in (few, short):
+        folder.mkdir()
+    (few / "1.mp4").symlink_to(folders / "real" / "1.mp4")
+    save_clip(torch.rand(3, 2, 32, 32), short / "1", 16, ["mp4"])
+    monkeypatch.setattr(generation, "load_transformer", None)  # nothing gets this far
+    prompted = ["evaluate", wan, "--prompt", "a", "--output", output]
+    for arguments, message in (
+        (["--reference", few], "--reference has 1 clips, and at least 8 are needed"),
+        (["--size", "32x32x1"], "All clips can be brought to 32x32x1 at 16 frames per second, and at least"),
+        (["--size", "32x32x5", short], "All clips can be brought to 32x32x2"),
+        (["--image", folders], "makes videos of a prompt alone. Leave --image out"),
+    ):
+        status, printed = command(*prompted, *arguments)
+        assert (status, message in printed) == (2, True), printed
+    monkeypatch.setattr(video_measures, "find_spec", lambda _: None)
+    assert "Videos are measured by OpenCV's optical flow" in command(*prompted, "--size", "32x32x5")[1]
+    assert not output.exists()
+
+
+def test_nobodys_videos_are_replaced(folders: Path, tmp_path: Path) -> None:
+    one, two, shown = (tmp_path / name for name in ("one", "two", "shown"))
+    for folder in (one, two):
+        for name in ("a/b", "a_b"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folders / "real" / "0.mp4", folder / f"{name}.mp4")
+    before = (one / "a_b.mp4").read_bytes()
+    for output in (one, one / "shown", tmp_path / "x" / ".." / "two"):
+        status, printed = command("compare", one, two, "--output", output)
+        assert (status, "whose videos are shown. Choose a place outside of it" in printed) == (2, True), printed
+    assert (one / "a_b.mp4").read_bytes() == before
+    assert len(list(one.rglob("*.mp4"))) == 2
+    status, printed = command("compare", one, two, "--output", shown)
+    assert status == 0, printed
+    assert sorted(path.relative_to(shown).as_posix() for path in shown.rglob("*.mp4")) == ["a/b.mp4", "a_b.mp4"]
+    status, printed = command("compare", one, two, "--output", shown)
+    assert (status, "is there already, and is not replaced" in printed) == (2, True), printed
+    (one / "a_b.mp4").unlink()  # of one name the output is a file
+    status, printed = command("compare", one, two, "--output", one / "c.mp4")
+    assert (status, "whose videos are shown" in printed) == (2, True), printed
 
 
 def test_what_does_not_go_together_is_refused(wan: Path, folders: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ of frames, rate or size than the record says; shows one grey value; shows one pi
 
 UNSEEN = 1
 """Of 255: luma that differs by no more does not differ to the eye."""
+LOOKED_AT = frozenset({"blank", "frozen"})
+"""Kinds that are the student's own doing: made again, the videos are the same. The suite judges them as any others."""
 STILL_IS_RIGHT = frozenset({"temporal_flickering"})
 """Dimensions whose prompts ask for pictures that stand still."""
 

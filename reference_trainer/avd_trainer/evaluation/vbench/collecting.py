@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 from scipy.stats import binomtest
 
 from avd_trainer.evaluation.vbench.folder import RESULTS, Record, folders_of, read_record
+from avd_trainer.evaluation.vbench.suites import SUITES
 from avd_trainer.runtime.errors import UserError
 
 FILTERED = "filtered_videos"
 """Where VBench's static filter copies what it keeps of the videos for temporal_flickering, under new numbers."""
 FLICKERING = "temporal_flickering"
+IDENTITY = "student"
+"""The setting that is a word for a student's weights."""
 LEFT_OUT = -1
 """VBench-2.0's result of a video that does not show what was to be judged; its mean is over the others."""
 PRESERVATION = "Instance_Preservation"
@@ -82,6 +85,7 @@ class Score:
         failed: Videos that count as preserved although a part of them could not be judged; None where that is not
             known.
         unfiltered: Whether videos for flicker did not go through the suite's static filter.
+        samples: Videos of a prompt where they are not as many as the suite's; None where they are.
     """
 
     mean: float
@@ -91,6 +95,7 @@ class Score:
     count: Count | None = None
     failed: tuple[str, ...] | None = ()
     unfiltered: bool = False
+    samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +181,7 @@ def table(results: Mapping[str, Results]) -> list[list[str]]:
 
 def notes(results: Mapping[str, Results]) -> list[str]:
     """What a reader of the table has to know, a sentence each."""
-    said = []
+    said = _differences(results)
     for dimension in _dimensions(results):
         scores = {title: found.scores[dimension] for title, found in results.items() if dimension in found.scores}
         sizes = sorted({score.count.videos for score in scores.values() if score.count is not None})
@@ -221,6 +226,7 @@ def _score(folder: Path, record: Record, dimension: str, file: Path, value: Any)
     # Of the many videos for flicker those after the fifth are there to be chosen from.
     most = record.rules.samples if dimension == FLICKERING else record.rules.samples_of(dimension)
     most = 1 if dimension in record.rules.per_prompt else most
+    samples = record.settings.get("samples")
     wanted = [each for each in record.of(dimension) if each.number < most]
     return Score(
         mean=mean,
@@ -230,6 +236,7 @@ def _score(folder: Path, record: Record, dimension: str, file: Path, value: Any)
         count=_count(file, dimension, mean, judged) if dimension in record.rules.binary else None,
         failed=_failed(folder, videos) if dimension == PRESERVATION else (),
         unfiltered=dimension == FLICKERING and not any(FILTERED in PurePosixPath(path).parts for path, _ in videos),
+        samples=None if samples == record.rules.samples_of(dimension) else samples,
     )
 
 
@@ -251,7 +258,9 @@ def _expect_own(folder: Path, record: Record, dimension: str, file: Path, paths:
     own = folder.resolve().name
     names = {PurePosixPath(each.file).name: PurePosixPath(own, each.file) for each in record.of(dimension)}
     for path in paths:
-        found = PurePosixPath(path)
+        # What is before the last ".." leads elsewhere: "../avd/videos/a.mp4" says "avd/videos/a.mp4".
+        parts = PurePosixPath(path).parts
+        found = PurePosixPath(*parts[len(parts) - [*parts[::-1], ".."].index("..") :])
         expected = names.get(found.name)
         if expected is None:
             raise UserError(
@@ -292,9 +301,27 @@ def _failed(folder: Path, videos: Sequence[tuple[str, float]]) -> tuple[str, ...
     return tuple(name.name for name in names if name.stem in stems)
 
 
+def _differences(results: Mapping[str, Results]) -> list[str]:
+    """What else than their weights differs between students that one suite has judged."""
+    said = []
+    for rules in SUITES:
+        settings = {title: found.record.settings for title, found in results.items() if found.record.rules == rules}
+        for name in dict.fromkeys(name for own in settings.values() for name in own if name != IDENTITY):
+            # "the suite's", as without --samples
+            values = {title: "the suite's" if own.get(name) is None else own[name] for title, own in settings.items()}
+            if any(value != next(iter(values.values())) for value in values.values()):
+                listed = ", ".join(f"{title} {value}" for title, value in values.items())
+                said.append(f"{rules.title}: students differ in {name}: {listed}.")
+    return said
+
+
 def _remarks(score: Score, record: Record, dimension: str) -> list[str]:
     """What is wrong with a score, or not known."""
     said = []
+    if score.samples is not None:
+        said.append(
+            f"{score.samples} videos of a prompt, and {record.rules.title} wants {record.rules.samples_of(dimension)}."
+        )
     if score.left_out:
         said.append(f"{score.left_out} videos do not show what is to be judged, and are not in the mean.")
     missing = score.wanted - score.judged - score.left_out
@@ -319,7 +346,7 @@ def _dimensions(results: Mapping[str, Results]) -> list[str]:
 def _cell(score: Score | None) -> str:
     if score is None:
         return ""
-    complete = score.judged == score.wanted and score.failed == ()
+    complete = score.judged == score.wanted and score.failed == () and score.samples is None
     return (f"{100 * score.mean:.2f}" if score.count is None else _count_cell(score.count)) + " !" * (not complete)
 
 

@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 from avd_trainer.evaluation.vbench.suites import VIDEOS, Rules, Video, rules_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.training.folder import locked
 
 RECORD = "vbench.json"
 RESULTS = "results"
 """Where a suite is told to write its results."""
-UNFINISHED = "unfinished"
-"""Where a video is until it is whole."""
 
 
 class Recorded(NamedTuple):
@@ -96,7 +95,7 @@ def record_videos(videos: Sequence[Video], augmented: Mapping[str, str] | None, 
 
 
 def claim(folder: Path, record: Record) -> Record:
-    """Write the record of a folder, or add dimensions to the one that is there.
+    """Write the record of a folder, or add dimensions to the one that is there; one process after the other.
 
     Returns:
         The record of all videos that were ever wanted.
@@ -104,26 +103,27 @@ def claim(folder: Path, record: Record) -> Record:
     Raises:
         UserError: If the folder is of another suite, student or settings.
     """
-    if (folder / RECORD).is_file():
-        known = read_record(folder)
-        _expect_same(folder, known, record)
-        record = Record(record.rules, known.student, record.settings, _join(known.videos, record.videos))
-        if record == known:
-            return record
-    write_json(
-        folder / RECORD,
-        {
-            "suite": record.rules.title,
-            "student": record.student,
-            "settings": dict(record.settings),
-            "videos": [
-                {**each.video._asdict(), "dimensions": list(each.video.dimensions), "shown": each.shown,
-                 "seed": each.seed}
-                for each in record.videos
-            ],
-        },
-    )  # fmt: skip
-    return record
+    with locked(folder, wait=True):
+        if (folder / RECORD).is_file():
+            known = read_record(folder)
+            _expect_same(folder, known, record)
+            record = Record(record.rules, known.student, record.settings, _join(known.videos, record.videos))
+            if record == known:
+                return record
+        write_json(
+            folder / RECORD,
+            {
+                "suite": record.rules.title,
+                "student": record.student,
+                "settings": dict(record.settings),
+                "videos": [
+                    {**each.video._asdict(), "dimensions": list(each.video.dimensions), "shown": each.shown,
+                     "seed": each.seed}
+                    for each in record.videos
+                ],
+            },
+        )  # fmt: skip
+        return record
 
 
 def read_record(folder: Path) -> Record:

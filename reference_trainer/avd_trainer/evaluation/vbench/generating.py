@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
 from avd_trainer.data.video_files import save_clip
-from avd_trainer.evaluation.vbench.folder import UNFINISHED, Record, Recorded, folders_of
+from avd_trainer.evaluation.vbench.folder import Record, Recorded, folders_of
 from avd_trainer.inference.choices import Rates
 from avd_trainer.inference.generation import decode_clips, sample_clips
-from avd_trainer.inference.students import Shape, Student
+from avd_trainer.inference.students import Shape, Student, identify
 from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE
-from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 
 Part = tuple[int, int]
@@ -68,7 +65,7 @@ def describe(
     stride = SPATIAL_STRIDES[student.latent_space]
     _, _, height, width = sampling.shape
     return {
-        "student": _identify(student, with_interpolator=max(sampling.rates) > 1),
+        "student": identify(student, with_interpolator=max(sampling.rates) > 1),
         "timesteps": list(student.timesteps),
         "sampler": student.sampler,
         "rates": list(sampling.rates),
@@ -102,7 +99,7 @@ def generate_videos(
     """Make videos, one after the other: each is written before the next one is sampled.
 
     Transformer and VAE stay in memory together. A file appears whole or not at all, so a run that was killed loses one
-    video.
+    video. It may leave a folder ``unfinished-*``; others never touch that, since nobody knows who is still at work.
 
     Args:
         student: The student.
@@ -115,8 +112,7 @@ def generate_videos(
     Raises:
         UserError: If weights are missing or damaged, or a file cannot be written.
     """
-    unfinished = folder / UNFINISHED
-    for name in (*folders_of(record), UNFINISHED):
+    for name in folders_of(record):
         (folder / name).mkdir(exist_ok=True)
     samples = sample_clips(
         student, [each.shown for each in wanted], [sampling.rates], sampling.shape,
@@ -124,25 +120,9 @@ def generate_videos(
     )  # fmt: skip
     latents = (sample.latents for (sample,) in samples)
     videos = decode_clips(student, latents, device=sampling.device, dtype=sampling.dtype)
-    for each, video in zip(wanted, videos, strict=True):
-        # Not beside the others until it is whole: VBench looks at whatever lies there. The name is of its own, should
-        # a command run twice.
-        (file,) = save_clip(video[:, : sampling.frames], unfinished / uuid4().hex, sampling.fps, ["mp4"])
-        os.replace(file, folder / each.video.file)
-        on_video()
-    if all((folder / each.video.file).exists() for each in record.videos):
-        shutil.rmtree(unfinished)  # with what killed runs have left
-
-
-def _identify(student: Student, *, with_interpolator: bool) -> str:
-    """A word for a student's weights, wherever they lie."""
-    digest = hashlib.blake2b(digest_size=12)
-    with open_weights(student.transformer) as weights:
-        digest.update(weights.digest().encode())
-    if student.adapters is not None:
-        digest.update(student.adapters.read_bytes())
-    if with_interpolator:
-        assert student.interpolator is not None
-        for name, tensor in student.interpolator.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    # Not beside the others until it is whole: VBench looks at whatever lies there. The folder is of this process alone.
+    with tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-") as unfinished:
+        for each, video in zip(wanted, videos, strict=True):
+            (file,) = save_clip(video[:, : sampling.frames], Path(unfinished) / "video", sampling.fps, ["mp4"])
+            os.replace(file, folder / each.video.file)
+            on_video()
