@@ -330,8 +330,8 @@ def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[
             )
         values = read_values(file)
         waiting += [values[key] for key in keys if isinstance(values.get(key), str)]
-        weights = _extended(folder, name, "student_weights")
-        waiting += [weights.removeprefix(START)] if weights.startswith(START) else []
+        start = named_start(_extended(folder, name, "student_weights"))
+        waiting += [] if start is None else [start]
     return found
 
 
@@ -349,8 +349,12 @@ def _extended(folder: Path, name: str, key: str) -> str:
 
 def start_of(run: TrainConfig) -> str | None:
     """The variant whose student a run starts from; None if it starts from none."""
-    weights = run.student_weights or ""
-    return weights.removeprefix(START) if weights.startswith(START) else None
+    return named_start(run.student_weights)
+
+
+def named_start(weights: str | None) -> str | None:
+    """The variant that ``student_weights`` name; None if they are others, or none."""
+    return weights.removeprefix(START) if weights is not None and weights.startswith(START) else None
 
 
 def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
