@@ -153,6 +153,21 @@ def test_what_was_measured_once_stays(name: str, tmp_path: Path, timed: list[str
     assert [unit.variant for unit in both.units([1])][2:] == ["avd", "avd-seconds"]  # dmd only says what it costs
 
 
+def test_a_study_begun_by_forwards_goes_on_by_seconds_too(name: str, tmp_path: Path, timed: list[str]) -> None:
+    folder = tmp_path / "out"
+    (tmp_path / "forwards").mkdir()
+    only = write_study(tmp_path / "forwards" / "small", study=BUDGET + "\n    budgets: [forwards]")
+    first = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
+    both = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
+    assert timed == ["dmd", "avd"]
+    assert {each: run for each, run in both.variants.items() if each != "avd-seconds"} == first.variants
+    saved = read_json(folder / "study.json")["costs"]
+    assert (saved["dmd"]["seconds"], saved["avd"]["seconds"]) == (3.0, 5.0)
+    assert both.run("avd-seconds").max_steps == 12
+    assert claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder).variants == first.variants
+    assert timed == ["dmd", "avd"]
+
+
 def test_the_table_says_what_a_step_costs(name: str, tmp_path: Path, timed: list[str]) -> None:
     folder = tmp_path / "out"
     study = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
