@@ -225,6 +225,14 @@ def test_a_step_is_timed_all_over_the_run(data: TrainingData, make_config: MakeC
     [
         ({"study": BUDGET.replace("budget_of: dmd", "budget_of: nobody")}, "has no variant 'nobody'"),
         ({"study": BUDGET.replace("budget_of: dmd", "budget_of: teacher")}, "budget_of must be a variant that trains"),
+        (
+            {"study": BUDGET + "\n    budgets: [forwards, forwards]"},
+            "budgets must be named once each, got forwards, for",
+        ),
+        (
+            {"study": BUDGET.replace("budget_of: dmd", "budgets: [forwards]")},
+            "budgets are of budget_of, the variant that says what students may cost, got forwards alone",
+        ),
         ({"study": BUDGET, "avd-seconds": "# Taken.\nextends: dmd"}, "avd-seconds cannot be the name of a variant"),
     ],
 )
