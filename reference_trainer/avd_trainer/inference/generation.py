@@ -191,9 +191,18 @@ def load_student(student: Student, device: torch.device, dtype: torch.dtype) -> 
     Raises:
         UserError: If weights are missing or damaged, or do not fit each other.
     """
-    transformer = load_transformer(student.transformer, device, dtype)
-    if student.adapters is not None:
-        merge_adapters(transformer, read_adapters(student.adapters))
+    return load_merged(student.transformer, student.adapters, device, dtype)
+
+
+def load_merged(source: str, adapters: Path | None, device: torch.device, dtype: torch.dtype) -> WanTransformer3DModel:
+    """A transformer with the adapters of a file merged into it; None for a whole model.
+
+    Raises:
+        UserError: As :func:`load_student`.
+    """
+    transformer = load_transformer(source, device, dtype)
+    if adapters is not None:
+        merge_adapters(transformer, read_adapters(adapters))
     return transformer
 
 

@@ -49,7 +49,7 @@ class EquilibriumConfig(DistillationConfig):
     adds. Ours: 0.1 in bfloat16, where rounding in the backbone changes logits by more than a perturbation of 0.01."""
     r1_precision: Literal["run", "float32"] = "run"
     """In what the backbone sees what STR1 compares: in the run's precision, or in float32 where that is bfloat16. Then
-    the paper's 0.01 is not lost in rounding, and the clip is seen once more. Ours."""
+    the paper's 0.01 is not lost in rounding, and the clip is seen once more. Runs in float32 refuse it. Ours."""
     csds_weight: float = Field(default=10.0, ge=0)
     """Weight of conditional score distillation; 0 leaves it out. Paper: 10."""
     csds_timesteps: ScoreTimestepsConfig = ScoreTimestepsConfig()
@@ -69,6 +69,14 @@ class EquilibriumConfig(DistillationConfig):
         if self.motion is not None and self.avd is not None and self.avd.motion is not None:
             raise ValueError("motion and avd.motion are the same term: it would count twice. Set one of them to null")
         return self
+
+    def check_precision(self, precision: str) -> None:
+        super().check_precision(precision)
+        if precision == "float32" and self.r1_precision == "float32":
+            raise ValueError(
+                "precision=float32 and method.r1_precision=float32 exclude each other: STR1 is in float32 already, and "
+                "the clip would be seen once more for nothing. Leave method.r1_precision at run"
+            )
 
     @property
     def backbone(self) -> str:

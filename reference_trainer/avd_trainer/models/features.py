@@ -40,7 +40,8 @@ def block_outputs(
         condition: What the B samples are conditioned on.
         blocks: Which ones, rising, counted from 0.
         dtype: In what the blocks compute, where that is more precise than what ``model`` does; its weights are rounded
-            as ever.
+            as ever. The time is embedded in float32 in any precision, as its embedder's weights are
+            (:func:`avd_trainer.models.transformer.computes_in_float32`), to whose type diffusers casts it.
 
     Returns:
         For each of them ``[B, L, D]`` in float32; the L tokens are patches, frame by frame and row by row.

@@ -39,7 +39,7 @@ def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> S
 
     Args:
         study: As it was loaded.
-        known: Costs that were measured before, by variant.
+        known: Costs that were found before, by variant; with seconds where a budget is in seconds.
         measure: Times the others.
     """
     of = study.config.budget_of

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from avd_core import step_rates
 from avd_trainer.config.loading import ConfigError, load_config, read_values
@@ -84,6 +84,19 @@ class StudyConfig(Section):
     """Whether the study is to choose, of the variants of each method, one (:mod:`avd_trainer.studies.choices`)."""
     evaluation: StudyEvaluationConfig = StudyEvaluationConfig()
     """How they are measured."""
+
+    @model_validator(mode="after")
+    def _check_budgets(self) -> Self:
+        given = ", ".join(self.budgets)
+        if "budgets" in self.model_fields_set and self.budget_of is None:
+            raise ValueError(
+                f"budgets are of budget_of, the variant that says what students may cost, got {given} alone"
+            )
+        if "forwards" not in self.budgets:
+            raise ValueError("budgets must have forwards, which each study of a budget begins with")
+        if len(set(self.budgets)) < len(self.budgets):
+            raise ValueError(f"budgets must be named once each, got {given}")
+        return self
 
 
 class TeacherVariant(Section):
@@ -330,8 +343,8 @@ def _with_needs(folder: Path, names: Iterable[str], keys: Sequence[str]) -> set[
             )
         values = read_values(file)
         waiting += [values[key] for key in keys if isinstance(values.get(key), str)]
-        weights = _extended(folder, name, "student_weights")
-        waiting += [weights.removeprefix(START)] if weights.startswith(START) else []
+        start = named_start(_extended(folder, name, "student_weights"))
+        waiting += [] if start is None else [start]
     return found
 
 
@@ -349,8 +362,12 @@ def _extended(folder: Path, name: str, key: str) -> str:
 
 def start_of(run: TrainConfig) -> str | None:
     """The variant whose student a run starts from; None if it starts from none."""
-    weights = run.student_weights or ""
-    return weights.removeprefix(START) if weights.startswith(START) else None
+    return named_start(run.student_weights)
+
+
+def named_start(weights: str | None) -> str | None:
+    """The variant that ``student_weights`` name; None if they are others, or none."""
+    return weights.removeprefix(START) if weights is not None and weights.startswith(START) else None
 
 
 def _load_variant(file: Path, overrides: Sequence[str]) -> Variant:
@@ -370,8 +387,6 @@ def _check(study: Study, folder: Path) -> None:
         own = study.variants[of]
         if not isinstance(own, TrainConfig) or not study.is_measured(of) or start_of(own) is not None:
             raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
-    if "forwards" not in study.config.budgets:
-        raise ConfigError(f"{folder / STUDY}: budgets must have forwards, which each study of a budget begins with.")
     for name, variant in study.variants.items():
         file = folder / f"{name}.yaml"
         if not study.titles[name]:

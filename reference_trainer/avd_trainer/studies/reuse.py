@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from avd_trainer.config.differences import differences
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
-from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit
+from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit, named_start
 from avd_trainer.studies.runner import SAVED, UNITS, claim_study, do_once, result_file
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import LOCK
@@ -22,8 +22,8 @@ REUSED = "reused_from"
 def reuse(study: Study, folder: Path, other: Path, seeds: Sequence[int]) -> list[Unit]:
     """Copy what another study has done of this one: students of the same values and seed, and what they measure.
 
-    A student depends on its values and its seed only, and so do its noises, so that it would be the same here to the
-    last digit on the same machine. Names of variants need not agree.
+    A student depends on its values, those of the student that it starts from, and its seed only, and so do its noises,
+    so that it would be the same here to the last digit on the same machine. Names of variants need not agree.
 
     Args:
         study: The one that is to be done.
@@ -47,11 +47,9 @@ def reuse(study: Study, folder: Path, other: Path, seeds: Sequence[int]) -> list
             "values there."
         )
     study = claim_study(study, folder)
-    values = study.values()
-    same = {  # by `differences`, to which an option that came later and is not used makes none
-        name: next(
-            (each for each, its in saved["variants"].items() if not differences(its, values["variants"][name])), None
-        )
+    mine, theirs = study.values()["variants"], saved["variants"]
+    same = {
+        name: next((each for each in theirs if _are_same(mine, name, theirs, each)), None)
         for name, variant in study.variants.items()
         if isinstance(variant, TrainConfig) and name in study.worked_on
     }
@@ -60,9 +58,22 @@ def reuse(study: Study, folder: Path, other: Path, seeds: Sequence[int]) -> list
     return [
         unit
         for unit in study.units(seeds)
-        if (theirs := same.get(unit.variant))
-        and _copy(folder, unit, other, unit._replace(variant=theirs), saved["study"])
+        if (source := same.get(unit.variant))
+        and _copy(folder, unit, other, unit._replace(variant=source), saved["study"])
     ]
+
+
+Variants = Mapping[str, Mapping[str, Any]]
+"""Values of a study's variants, by name."""
+
+
+def _are_same(mine: Variants, name: str, theirs: Variants, other: str) -> bool:
+    """Whether two variants have the same values by whatever name, and so have those that they start from."""
+    start, its = (named_start(of[each].get("student_weights")) for of, each in ((mine, name), (theirs, other)))
+    # By `differences`, to which an option that came later and is not used makes none.
+    if start is None or its is None:
+        return not differences(theirs[other], mine[name])
+    return not differences(theirs[other], mine[name], ("student_weights",)) and _are_same(mine, start, theirs, its)
 
 
 def _copy(folder: Path, unit: Unit, other: Path, source: Unit, name: str) -> bool:

@@ -126,8 +126,10 @@ def claim_study(study: Study, folder: Path) -> Study:
 def _share_budget(study: Study, folder: Path, saved: Mapping[str, Mapping[str, float]]) -> Study:
     if study.config.budget_of is None:
         return study
-    known = {name: Cost(**values) for name, values in saved.items()}
-    unknown = len(students(study).keys() - known.keys()) if "seconds" in study.config.budgets else 0
+    timed = "seconds" in study.config.budgets
+    found = {name: Cost(**values) for name, values in saved.items()}
+    known = {name: cost for name, cost in found.items() if not timed or cost.seconds is not None}
+    unknown = len(students(study).keys() - known.keys()) if timed else 0
     with join_ranks() as ranks, ProgressBar("measuring what a step costs", unknown) as bar:
         place = Workplace(study, folder / UNITS, ranks)
 

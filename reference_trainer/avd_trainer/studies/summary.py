@@ -100,7 +100,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
             },
             "values": saved["variants"][name],
         }
-    chosen = choose(variants, {name: each["mean"] for name, each in real["spreads"].items()} if real else {})
+    means = {name: each["mean"] for name, each in real["spreads"].items()} if real else {}
     return {
         "study": study.name,
         "title": study.title,
@@ -113,7 +113,7 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
         "reference": real,
         "controls": controls,
         "variants": variants,
-        CHOICES: [choice._asdict() for choice in chosen] if study.config.choose else [],
+        CHOICES: [choice._asdict() for choice in choose(variants, means, seeds)] if study.config.choose else [],
         COSTS: saved.get(COSTS, {}),
         "environment": environment(),
     }
@@ -177,14 +177,17 @@ def _choices(results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Of each method the lowest mean rank, among its settings, of the distance to real clips in the headline "
         f"measures; of those within {NEAR:g} of the lowest, the nearest in saturation. Without settings of which a "
-        "seed diverged. As long as seeds are missing, this is a guess.",
+        "seed diverged, and over the seeds that all others have. As long as seeds are missing, this is a guess.",
         "",
-        "| | chosen | mean ranks |",
-        "| --- | --- | --- |",
+        "| | chosen | mean ranks | diverged | seeds |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for each in results[CHOICES]:
         ranks = ", ".join(f"{name} {rank:.2f}" for name, rank in each["ranks"].items())
-        lines.append(f"| {each['method']} | {each['chosen']} | {ranks} |")
+        seeds = ", ".join(map(str, each["seeds"])) + ("" if each["complete"] else " (some are missing)")
+        lines.append(
+            f"| {each['method']} | {each['chosen'] or 'none'} | {ranks} | {', '.join(each['diverged'])} | {seeds} |"
+        )
     return lines
 
 

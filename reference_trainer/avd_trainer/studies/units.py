@@ -29,10 +29,10 @@ from avd_trainer.data.sources import TrainingData, held_out_shapes, load_clips
 from avd_trainer.evaluation.controls import RENDERING, Encoded, controls_of_shapes
 from avd_trainer.evaluation.measures import measure
 from avd_trainer.evaluation.reference import encode_rendering, reference_of_shapes
-from avd_trainer.inference.generation import load_student
-from avd_trainer.inference.students import open_student_or_run
+from avd_trainer.inference.generation import load_merged
 from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.adapters import ADAPTERS
 from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.condition import Condition
@@ -210,9 +210,12 @@ class Workplace:
             for other in others:
                 trained = LatentFrameInterpolator.from_pretrained(self._product(other))
                 interpolator = trained.to(self.ranks.device)
-        self._product(source)  # which says where there is none
-        student = open_student_or_run(self.run_folder(source))
-        model = VelocityModel(load_student(student, self.ranks.device, torch.float32))
+        # How it is sampled its variant says, so that a student by an earlier version, which does not, will do.
+        product = self._product(source)
+        adapters = product / ADAPTERS if (product / ADAPTERS).is_file() else None
+        weights = str(product) if adapters is None else self.study.run(source.variant).teacher
+        assert weights is not None, "adapters are those of a teacher"
+        model = VelocityModel(load_merged(weights, adapters, self.ranks.device, torch.float32))
         return few_step_sample(model, method.few_steps, interpolator, half_rate_steps, method.sampled_by)
 
     def _product(self, unit: Unit) -> Path:

@@ -72,6 +72,13 @@ def test_what_contradicts_the_method_is_refused(changes: dict[str, Any], message
         VPAEMethodConfig.model_validate(changes)
 
 
+def test_a_run_in_float32_does_not_ask_for_str1_in_float32(make_config: MakeConfig) -> None:
+    method = {"r1_precision": "float32"}
+    assert make_config("vpae", precision="bfloat16", method=method).method.r1_precision == "float32"
+    with pytest.raises(ValueError, match=r"precision=float32 and method.r1_precision=float32 exclude each other"):
+        make_config("vpae", precision="float32", method=method)
+
+
 def test_blocks_that_are_not_there_are_refused(make_trainer: MakeTrainer) -> None:
     with pytest.raises(ValueError, match=r"blocks must rise within 0 to 0, the blocks of this transformer, got \[3\]"):
         make_trainer("vpae", method={"head": {"blocks": [3]}})

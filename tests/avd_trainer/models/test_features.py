@@ -149,6 +149,16 @@ def test_a_feature_does_not_depend_on_how_many_are_tapped(deep_teacher: Path) ->
     assert torch.equal(alone, among)
 
 
+def test_the_time_is_not_rounded_where_a_model_in_bfloat16_is_asked_in_float32(deep_teacher: Path) -> None:
+    """diffusers casts it to its embedder's weights' type, whatever is asked for."""
+    model = VelocityModel(load_transformer(str(deep_teacher), dtype=torch.bfloat16), dtype=torch.bfloat16)
+    seen: list[torch.dtype] = []
+    embedder = model.module.condition_embedder.time_embedder
+    embedder.register_forward_hook(lambda _, inputs, output: seen.extend((inputs[0].dtype, output.dtype)))
+    block_outputs(model, *model_inputs(text_dim=6), [0], dtype=torch.float32)
+    assert seen == [torch.float32] * 2
+
+
 def test_blocks_that_are_not_there_are_refused(deep_teacher: Path) -> None:
     model = VelocityModel(load_transformer(str(deep_teacher)))
     for blocks in ([], [2, 1], [1, 1], [-1], [4]):

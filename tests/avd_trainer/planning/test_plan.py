@@ -1,6 +1,8 @@
 """The plan as a person sees it."""
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +65,22 @@ def test_a_plan_warns_of_data_forcing_from_the_teacher_itself() -> None:
         for overrides in ([], ["student_weights=runs/dmd2/student"])
     ]
     assert ["warning: data_forcing starts from the teacher itself" in rendered(plan) for plan in plans] == [True, False]
+
+
+def test_the_page_says_what_methods_need_for_14b() -> None:
+    """Of the methods that are quick to plan; the others take most of a minute."""
+    page = (Path(__file__).parents[3] / "docs" / "memory.md").read_text()
+    table = page.partition("| `wan2.1-14b` |")[2].partition("\n\n")[0].splitlines()[2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert len(rows) > 6
+    for methods, *told in rows:
+        for method in set(re.findall(r"`(\w+)`", methods)) & {"lcm", "scm", "avd", "dmd", "data_forcing", "rcm"}:
+            data = {"data": {"kind": "shards", "path": "not/there"}}
+            config = load_config(TrainConfig, "wan2.1-14b", [], data, method=method)
+            # Memory without end, so that no changes are looked for.
+            needed = [make_plan(config, gpus=gpus, gpu_memory=1e6).worst.needed / GB for gpus in (8, 24)]
+            assert told[:2] == [f"**{each:.1f}**" if each > 80 else f"{each:.1f}" for each in needed], method
+            assert told[2].startswith("as ") == (needed[0] <= 80), method
 
 
 def plan_command(*arguments: str) -> str:

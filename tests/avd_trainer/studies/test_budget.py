@@ -153,6 +153,21 @@ def test_what_was_measured_once_stays(name: str, tmp_path: Path, timed: list[str
     assert [unit.variant for unit in both.units([1])][2:] == ["avd", "avd-seconds"]  # dmd only says what it costs
 
 
+def test_a_study_begun_by_forwards_goes_on_by_seconds_too(name: str, tmp_path: Path, timed: list[str]) -> None:
+    folder = tmp_path / "out"
+    (tmp_path / "forwards").mkdir()
+    only = write_study(tmp_path / "forwards" / "small", study=BUDGET + "\n    budgets: [forwards]")
+    first = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
+    both = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
+    assert timed == ["dmd", "avd"]
+    assert {each: run for each, run in both.variants.items() if each != "avd-seconds"} == first.variants
+    saved = read_json(folder / "study.json")["costs"]
+    assert (saved["dmd"]["seconds"], saved["avd"]["seconds"]) == (3.0, 5.0)
+    assert both.run("avd-seconds").max_steps == 12
+    assert claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder).variants == first.variants
+    assert timed == ["dmd", "avd"]
+
+
 def test_the_table_says_what_a_step_costs(name: str, tmp_path: Path, timed: list[str]) -> None:
     folder = tmp_path / "out"
     study = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
@@ -210,6 +225,14 @@ def test_a_step_is_timed_all_over_the_run(data: TrainingData, make_config: MakeC
     [
         ({"study": BUDGET.replace("budget_of: dmd", "budget_of: nobody")}, "has no variant 'nobody'"),
         ({"study": BUDGET.replace("budget_of: dmd", "budget_of: teacher")}, "budget_of must be a variant that trains"),
+        (
+            {"study": BUDGET + "\n    budgets: [forwards, forwards]"},
+            "budgets must be named once each, got forwards, for",
+        ),
+        (
+            {"study": BUDGET.replace("budget_of: dmd", "budgets: [forwards]")},
+            "budgets are of budget_of, the variant that says what students may cost, got forwards alone",
+        ),
         ({"study": BUDGET, "avd-seconds": "# Taken.\nextends: dmd"}, "avd-seconds cannot be the name of a variant"),
     ],
 )

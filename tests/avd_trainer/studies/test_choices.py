@@ -3,18 +3,18 @@
 from typing import Any
 
 from avd_trainer.evaluation.measures import ALL_MEASURES
-from avd_trainer.studies.choices import choose
+from avd_trainer.studies.choices import CHOICES, Choice, choose
+from avd_trainer.studies.summary import _choices
 
+SEEDS = [100, 101, 102]
 REAL = {"saturation_error": 0.0, "motion_distance": 0.0, "visible": 1.0, "kind": 1.0}
 
 
 def variant(method: str, *, seeds: int = 3, failed: bool = False, **measures: float) -> dict[str, Any]:
-    found = {name: {"mean": value} for name, value in (REAL | measures).items()}
-    runs: dict[str, dict[str, Any]] = {str(100 + seed): {} for seed in range(seeds)}
+    runs: dict[str, dict[str, Any]] = {str(100 + seed): {"values": REAL | measures} for seed in range(seeds)}
     return {
         "values": {"method": {"kind": method}},
-        "measures": found,
-        "seeds": runs | ({"103": {"failed": "diverged"}} if failed else {}),
+        "seeds": runs | ({"102": {"values": None, "failed": "diverged"}} if failed else {}),
     }
 
 
@@ -29,7 +29,7 @@ def test_the_lowest_mean_rank_among_a_methods_own_is_chosen() -> None:
         "faster": variant("lcm", saturation_error=0.03, motion_distance=0.02, kind=0.8),
         "other": variant("pcm", motion_distance=0.0001),
     }
-    (choice,) = choose(variants, REAL)  # of pcm there is one setting
+    (choice,) = choose(variants, REAL, SEEDS)  # of pcm there is one setting
     assert (choice.method, choice.chosen) == ("lcm", "fast")
     # Nothing is invisible in any of them, so that three measures are ranked.
     assert choice.ranks == {"slow": (1 + 3 + 2) / 3, "fast": (2 + 1 + 1) / 3, "faster": (3 + 2 + 3) / 3}
@@ -40,9 +40,45 @@ def test_of_those_that_are_near_the_nearer_in_saturation_is() -> None:
         "a": variant("dmd", saturation_error=0.02, motion_distance=0.01, kind=1.0),
         "b": variant("dmd", saturation_error=-0.01, motion_distance=0.02, kind=1.0),
     }
-    (choice,) = choose(variants, REAL)
+    (choice,) = choose(variants, REAL, SEEDS)
     assert choice.ranks == {"a": 1.5, "b": 1.5}
     assert choice.chosen == "b"
+
+
+def test_settings_are_counted_before_those_that_diverged_are_dropped() -> None:
+    variants = {
+        "a": variant("dmd", failed=True),
+        "b": variant("dmd", saturation_error=0.02),
+        "c": variant("lcm", failed=True),
+        "d": variant("lcm", failed=True),
+    }
+    one, none = choose(variants, REAL, SEEDS)
+    assert one == Choice("dmd", "b", {"b": 1.0}, ["a"], SEEDS, complete=True)
+    assert none == Choice("lcm", None, {}, ["c", "d"], [], complete=True)
+
+
+def test_settings_of_unequal_seeds_are_ranked_over_those_that_all_have() -> None:
+    """By the mean over all of its seeds b would be the farther one."""
+    variants = {
+        "a": variant("dmd", saturation_error=0.02, seeds=2),
+        "b": variant("dmd", saturation_error=0.01),
+        "later": variant("dmd", seeds=0),
+    }
+    variants["b"]["seeds"]["102"]["values"]["saturation_error"] = 1.0
+    assert choose(variants, REAL, SEEDS) == [Choice("dmd", "b", {"a": 2.0, "b": 1.0}, [], SEEDS[:2], complete=False)]
+    variants["a"]["seeds"] = {"102": variants["a"]["seeds"]["100"]}
+    del variants["b"]["seeds"]["102"]
+    assert choose(variants, REAL, SEEDS) == [Choice("dmd", None, {}, [], [], complete=False)]
+
+
+def test_the_same_setting_for_equal_seconds_is_none_of_its_own() -> None:
+    assert choose({"a": variant("dmd"), "a-seconds": variant("dmd")}, REAL, SEEDS) == []
+
+
+def test_the_table_says_seeds_and_what_is_missing() -> None:
+    variants = {"a": variant("dmd", seeds=2), "b": variant("dmd"), "c": variant("dmd", failed=True)}
+    chosen = [choice._asdict() for choice in choose(variants, REAL, SEEDS)]
+    assert _choices({CHOICES: chosen})[-1] == "| dmd | a | a 1.00, b 1.00 | c | 100, 101 (some are missing) |"
 
 
 def test_a_setting_that_diverges_is_not_chosen_and_nothing_is_without_real_clips() -> None:
@@ -51,6 +87,6 @@ def test_a_setting_that_diverges_is_not_chosen_and_nothing_is_without_real_clips
         "b": variant("dmd", saturation_error=0.02),
         "c": variant("dmd", saturation_error=0.03),
     }
-    (choice,) = choose(variants, REAL)
+    (choice,) = choose(variants, REAL, SEEDS)
     assert (choice.chosen, choice.ranks.keys()) == ("b", {"b", "c"})
-    assert choose(variants, {}) == []
+    assert choose(variants, {}, SEEDS) == []

@@ -42,6 +42,26 @@ def test_the_same_values_are_copied_and_others_are_not(study: Study, done: Path,
     assert (tmp_path / "mine/units/matching-1/run/student/config.json").exists()
 
 
+def test_a_student_is_copied_only_where_the_one_that_it_started_from_was_the_same(done: Path, tmp_path: Path) -> None:
+    earlier = tmp_path / "earlier"
+    shutil.copytree(done, earlier)
+    saved, units = read_json(earlier / "study.json"), earlier / "units"
+    for name, start in (("on", "avd"), ("further", "on")):
+        saved["variants"][name] = saved["variants"]["dmd"] | {"student_weights": f"variant:{start}"}
+        shutil.copytree(units / "dmd-1", units / f"{name}-1")
+        shutil.copy(units / "dmd-1.json", units / f"{name}-1.json")
+    write_json(earlier / "study.json", saved)
+    listed = OTHER.replace("[matching, avd]", "[matching, avd, again, last]")
+    again, last = ("# Goes on.\nextends: matching\nstudent_weights: variant:" + start for start in ("avd", "again"))
+    for output, avd, copied in (
+        ("other", NAMES["avd"], ["matching-1"]),
+        ("same", NAMES["avd"].replace("0.25", "0.5"), ["matching-1", "avd-1", "again-1", "last-1"]),
+    ):
+        files = NAMES | {"study": listed, "avd": avd, "again": again, "last": last}
+        study = load_study(write_study(tmp_path / f"study-{output}", **files))
+        assert [str(unit) for unit in reuse(study, tmp_path / output, earlier, [1])][2:] == copied
+
+
 def test_an_option_that_came_later_and_is_not_used_makes_no_difference(
     study: Study, done: Path, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
+from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -19,13 +20,15 @@ from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.inference.generation import load_student
 from avd_trainer.inference.students import open_student_or_run
-from avd_trainer.models.transformer import load_transformer
+from avd_trainer.models.adapters import ADAPTERS, Adapters, merge_adapters, program_tensors
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_study
 from avd_trainer.studies.students import evaluate_students
-from avd_trainer.studies.units import Workplace
+from avd_trainer.studies.units import Workplace, few_step_sample
 from avd_trainer.training.config import TrainConfig
 from small_study import write_study
 
@@ -160,6 +163,30 @@ def test_a_student_has_the_values_that_its_study_gives_it(tmp_path: Path) -> Non
     found = evaluated.results["variants"]["dmd"]["seeds"]
     for noise, values in enumerate(expected):
         assert found[str(noise)]["values"] == pytest.approx(values, rel=1e-4, abs=1e-5)
+
+
+def test_a_study_samples_students_of_earlier_versions_whole_or_as_adapters(tmp_path: Path) -> None:
+    """Their ``export.json`` does not say how to make clips, which the study does."""
+    study = load_study(write_study(tmp_path / "small"))
+    torch.manual_seed(0)
+    matrices = {f"blocks.0.attn1.to_{part}": (torch.randn(2, 96), torch.randn(96, 2)) for part in "qk"}
+    merged = load_transformer("bundled:tiny")
+    merge_adapters(merged, Adapters(matrices, 1.0))
+    noise = torch.randn(1, 16, 3, 6, 10)
+    condition, streams = Condition(torch.randn(1, 4, 32)), [torch.Generator()]
+    with join_ranks() as ranks:
+        place = Workplace(study, tmp_path / "work", ranks)
+        whole, adapters = (place.run_folder(Unit("dmd", seed)) / "student" for seed in (1, 2))
+        merged.save_pretrained(whole)
+        adapters.mkdir(parents=True)
+        save_file(program_tensors(Adapters(matrices, 1.0), torch.float32), adapters / ADAPTERS)
+        samples = []
+        for seed, folder in ((1, whole), (2, adapters)):
+            write_json(folder / "export.json", {"weights": "ema"})
+            samples.append(place._student(Unit("dmd", seed))(noise, [s.manual_seed(0) for s in streams], condition))
+    expected = few_step_sample(VelocityModel(merged), (1000, 500))(noise, [streams[0].manual_seed(0)], condition)
+    for sample in samples:
+        torch.testing.assert_close(sample, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_run_without_checkpoints_is_opened_by_its_student_and_not_called_unfinished(
