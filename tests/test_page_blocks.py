@@ -105,7 +105,9 @@ def test_other_blocks_are_commands_that_exist(page: str) -> None:
                 assert (ROOT / script[1]).exists(), line
             else:
                 assert re.match(
-                    r"hf download [\w-]+/|(?:avd )?torchrun .*(?:-m avd_trainer|\.\.\.)|tensorboard --logdir ", command
+                    r"hf download [\w-]+/|(?:avd )?torchrun .*(?:-m avd_trainer|\.\.\.)|tensorboard --logdir "
+                    r"|vbench evaluate ",
+                    command,
                 ), f"{line}: run or check it, or name the block in SHOWN"
 
 

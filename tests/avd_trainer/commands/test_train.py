@@ -1,5 +1,6 @@
 """``avd train`` as a person meets it: trying it without writing, going on, and what is said at the end."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ def run(*arguments: object) -> tuple[int, str]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of one step, and what it printed."""
+    """A run of two steps, and what it printed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    status, printed = run("train", "tiny", "--output", folder, *SMALL)
+    status, printed = run("train", "tiny", "--output", folder, *SMALL, "--max-steps", "2")
     assert status == 0, printed
     return folder, printed
 
@@ -39,15 +40,16 @@ def test_a_run_says_how_it_computes_and_what_comes_next(finished: tuple[Path, st
     assert "going on" not in printed
 
 
-def test_resume_takes_all_values_from_the_run(finished: tuple[Path, str]) -> None:
-    folder, _ = finished
-    status, printed = run("train", "--resume", folder, "--set", "max_steps=2")
+def test_resume_takes_all_values_from_the_run(finished: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    status, printed = run("train", "--resume", folder, "--set", "max_steps=3")
     assert status == 0, printed
-    assert "avd: going on at step 1 of 2." in printed
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "avd: going on at step 2 of 3." in printed
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 3
     status, printed = run("train", "--resume", folder)
     assert status == 0
-    assert "avd: all 2 steps are done already." in printed
+    assert "avd: all 3 steps are done already." in printed
 
 
 @pytest.mark.parametrize(

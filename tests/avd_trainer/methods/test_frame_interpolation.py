@@ -444,7 +444,10 @@ def test_the_command_trains_on_shapes_without_any_data(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["wan2.1"], "data: Field required. Pass --data DIR"),
-        (["wan2.1-14b"], "Preset wan2.1-14b has no values for method 'frame_interpolation'. It has avd, dmd, vpae."),
+        (
+            ["wan2.1-14b"],
+            "Preset wan2.1-14b has no values for method 'frame_interpolation'. It has avd, data_forcing, ",
+        ),
         (["tiny", "--videos", "a", "--data", "b"], "--videos and --data exclude each other"),
         (["tiny", "--videos", "/nowhere"], "/nowhere is not a folder"),
     ],
