@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from numpy.typing import NDArray
 
-from avd_trainer.data.decoding import ROUNDING, scaled
+from avd_trainer.data.decoding import ROUNDING, scaled, shown_size
 from avd_trainer.data.preparation.clip_reader import ClipFrames
 from avd_trainer.data.preparation.stage import FrameRequest, Frames, Span
 
@@ -57,8 +59,9 @@ class KeptFrames:
             self._origin = frame.time
             self.begin_scene(0)
             return
-        for clip in self._gathering.values():
-            clip.see(frame)
+        for span, clip in list(self._gathering.items()):
+            with self._or_dropped(span):
+                clip.see(frame)
         self._go_on()
 
     def begin_scene(self, start: int) -> None:
@@ -69,8 +72,9 @@ class KeptFrames:
 
     def end(self, hold: float) -> None:
         """Take in that the file is over, and its last frame stays on screen for ``hold`` seconds."""
-        for clip in self._gathering.values():
-            clip.end(hold)
+        for span, clip in list(self._gathering.items()):
+            with self._or_dropped(span):
+                clip.end(hold)
         self._put_away()
         self._gathering.clear()
         self._recent.clear()
@@ -99,10 +103,20 @@ class KeptFrames:
             if (self._recent[0].time or 0.0) - self._origin > start + ROUNDING:
                 continue  # what it began with is gone
             clip = ClipFrames(start, self._fps, self._requests, self._origin)
-            for frame in self._recent:
-                clip.see(frame)
             self._gathering[span] = clip
+            with self._or_dropped(span):
+                for frame in self._recent:
+                    clip.see(frame)
             self._put_away()
+
+    @contextmanager
+    def _or_dropped(self, span: Span) -> Iterator[None]:
+        """Gather no more of a clip if one of its frames cannot be resized: it will be decoded again, and judged alone,
+        where an error here would cost the whole file."""
+        try:
+            yield
+        except (FFmpegError, ValueError):
+            del self._gathering[span]
 
     def _put_away(self) -> None:
         for span in [span for span, clip in self._gathering.items() if clip.whole]:

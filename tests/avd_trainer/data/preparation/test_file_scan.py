@@ -10,7 +10,9 @@ from typing import NamedTuple
 import av
 import numpy as np
 import pytest
+from av.error import FFmpegError
 
+from avd_trainer.data.preparation import clip_reader
 from avd_trainer.data.preparation.clip_reader import VideoReader
 from avd_trainer.data.preparation.file_scan import FileScan, KeptFrames
 from avd_trainer.data.preparation.journal import FileState
@@ -112,6 +114,27 @@ def test_no_more_is_kept_than_is_allowed(tmp_path: Path) -> None:
     # Those that have begun when it is reached are gathered to their end.
     assert there[:3] == [True] * 3
     assert not any(there[5:])
+
+
+def test_a_clip_whose_frames_cannot_be_resized_is_left_to_the_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = {
+        0.875: ValueError("odd"),
+        1.3125: FFmpegError(22, "odd"),
+    }  # amid a clip, and where a scene's first one begins
+    resize = clip_reader._resize
+
+    def fail(frame: av.VideoFrame, request: FrameRequest) -> object:
+        if frame.time in bad:
+            raise bad[frame.time]
+        return resize(frame, request)
+
+    monkeypatch.setattr(clip_reader, "_resize", fail)
+    kept = KeptFrames(CLIP.fps, REQUESTS, clips_ahead, PLENTY)
+    assert len(scan(write_video(tmp_path / "video.mp4", (60,)), kept, scenes=(20,))) == 60
+    there = [kept.take(Span(start, start + 625), REQUESTS) is not None for start in (0, 625, 1350, 1975, 2600)]
+    assert there == [True, False, False, True, True]
 
 
 def write_change(path: Path, size: tuple[int, int]) -> Path:
