@@ -88,9 +88,7 @@ class KeptFrames:
 
     def drop(self, span: Span) -> None:
         """Forget a clip."""
-        clip = self._clips.pop(span, None)
-        if clip is not None:
-            self._bytes -= clip.nbytes
+        self._clips.pop(span, None)
 
     def _go_on(self) -> None:
         """Put whole clips away, and begin to gather the next one as soon as the one before it has begun."""
@@ -136,27 +134,40 @@ class FileScan:
         self._path, self._kept = path, kept
 
     def frames(self, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order.
+        """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order and of one size.
 
         Args:
             short_side: Height or width that they get, whichever is less, in pixels; roughly resized.
 
         Raises:
-            FFmpegError, OSError, ValueError: If they cannot be decoded or have no times.
+            FFmpegError, OSError, ValueError: If they cannot be decoded, have no times, or change their shape.
         """
         with av.open(self._path) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # there are as many processes as cores
             first: int | None = None
+            shape, size = None, None
             for frame in container.decode(stream):
                 if frame.time is None:
                     raise ValueError("its frames have no times; convert it to MP4")
                 self._kept.see(frame)
                 time = round(1000 * frame.time)
                 first = time if first is None else first
-                yield time - first, scaled(frame, short_side, roughly=True)
+                pixels = scaled(frame, short_side, roughly=True)
+                if shape is not None and pixels.shape != shape:
+                    raise ValueError(
+                        f"its picture changes from {size} to {_size(frame)} at {(time - first) / 1000:g} s; "
+                        "split it there"
+                    )
+                shape, size = pixels.shape, _size(frame)
+                yield time - first, pixels
             self._kept.end(float(1 / stream.average_rate) if stream.average_rate else 0.0)
 
     def begin_scene(self, start: int) -> None:
         """Tell that a scene was found to begin, in milliseconds from the first frame; the first one does by itself."""
         self._kept.begin_scene(start)
+
+
+def _size(frame: av.VideoFrame) -> str:
+    height, width = shown_size(frame)
+    return f"{width}x{height}"

@@ -239,3 +239,10 @@ def test_a_clip_whose_kept_frames_change_their_size_fails_alone(tmp_path: Path) 
     assert failed[changing].startswith("its frames cannot be decoded")
     begun = [(each.row, each.doing) for each in worker.messages if isinstance(each, Begun)]
     assert (changing, DECODING) in begun  # before it is tried: what ends the process there is blamed on this clip
+
+
+def test_a_picture_that_changes_its_shape_is_told_with_sizes_and_time(tmp_path: Path) -> None:
+    path = write_change(tmp_path / "video.ts", (64, 64))
+    # FFmpeg may give the first frame behind a change the time of the one before it.
+    with pytest.raises(ValueError, match=r"^its picture changes from 64x48 to 64x64 at 0\.(76|8) s; split it there$"):
+        scan(path, KeptFrames(CLIP.fps, (), clips_ahead, PLENTY))
