@@ -23,6 +23,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -260,11 +261,12 @@ def measure_mix(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
     """Megabytes of main memory of this process and of its worker while it goes through files of several sizes, shapes
     and lengths, each four times as often as processes are compared on."""
     folder.mkdir(parents=True)
-    recipe = load_recipe("paper", [*OFF, "size.min=null", "framing.max=null", "span.margin=0"])
+    recipe = load_recipe("paper", [*OFF, "size.min=null", "framing.max=null", "cut.least_change=255"])
+    kinds = ((480, 832, 1), (720, 1280, 1), (832, 480, 1), (480, 832, 5))
     sources = [
         _enlarge(path, folder / f"{path.stem}-{height}-{times}.mp4", height, width, times)
         for path in make_clips(folder / "clips")
-        for height, width, times in ((480, 832, 1), (720, 1280, 1), (832, 480, 1), (480, 832, 5))
+        for height, width, times in kinds
     ]
     count = 4 * asked.files
     _fill(folder / "videos", sources, count)
@@ -279,6 +281,7 @@ def measure_mix(folder: Path, asked: argparse.Namespace) -> dict[str, object]:
         schedule = Schedule(journal, recipe, folder / "videos", list_videos(folder / "videos"), names, on_file=look)
         LocalEngine(recipe, folder / "prepared", 1).run(schedule)
         clips = len(select(journal, recipe, finished=False).clips)
+    assert clips == sum(kinds[number % len(kinds)][-1] for number in range(count)), clips
     tenths = [seen[(count * part) // 10 - 1] for part in range(1, 11)]
     return {
         "files": count,
@@ -296,7 +299,7 @@ def _enlarge(path: Path, output: Path, height: int, width: int, times: int) -> P
         frames = [frame.reformat(width=width, height=height, threads=1) for frame in source.decode(video=0)]
         for number in range(times * len(frames)):
             frame = frames[number % len(frames)]
-            frame.pts = None
+            frame.pts, frame.time_base = number, Fraction(1, 16)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return output

@@ -189,18 +189,22 @@ def find_rows(path: Path, clip: str) -> list[dict[str, Any]]:
     if not rows:
         raise UserError(
             f"{path} has no clip {clip}. Pass a video's path below the folder of videos, such as "
-            f"{json.loads(next(iter(dataset.column(PROVENANCE))))['file']}, or a clip's id from the report."
+            f"{json.loads(next(iter(dataset.column(PROVENANCE))))['file']}, or a clip's id from the report; "
+            "or it was left out: report.html says why."
         )
     return rows
 
 
 def _expect_one_size(path: Path) -> None:
-    sizes = sorted({shard.parent for shard in path.glob("*/*.parquet")})
-    if sizes and not any(path.glob("*.parquet")):
-        raise UserError(
-            f"{path} is no data set, but holds {', '.join(size.name for size in sizes)}; with several framing.sizes "
-            f"there is one for each, since training reads one size at a time. Look at one: avd data inspect {sizes[0]}"
-        )
+    if any(path.glob("*.parquet")) or not (sizes := sorted({shard.parent for shard in path.rglob("*.parquet")})):
+        return
+    if len(sizes) == 1:
+        raise UserError(f"{path} is no data set: the data set is {sizes[0]}. Pass that folder.")
+    raise UserError(
+        f"{path} is no data set, but holds {', '.join(str(size.relative_to(path)) for size in sizes)}; with several "
+        f"framing.sizes there is one for each, since training reads one size at a time. Look at one: avd data inspect "
+        f"{sizes[0]}"
+    )
 
 
 def _provenance(dataset: ShardDataset) -> Provenance | None:

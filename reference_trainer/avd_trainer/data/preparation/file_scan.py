@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
+from av.error import FFmpegError
 from numpy.typing import NDArray
 
-from avd_trainer.data.decoding import ROUNDING, scaled
+from avd_trainer.data.decoding import ROUNDING, scaled, shown_size
 from avd_trainer.data.preparation.clip_reader import ClipFrames
 from avd_trainer.data.preparation.stage import FrameRequest, Frames, Span
 
@@ -57,8 +59,9 @@ class KeptFrames:
             self._origin = frame.time
             self.begin_scene(0)
             return
-        for clip in self._gathering.values():
-            clip.see(frame)
+        for span, clip in list(self._gathering.items()):
+            with self._or_dropped(span):
+                clip.see(frame)
         self._go_on()
 
     def begin_scene(self, start: int) -> None:
@@ -69,8 +72,9 @@ class KeptFrames:
 
     def end(self, hold: float) -> None:
         """Take in that the file is over, and its last frame stays on screen for ``hold`` seconds."""
-        for clip in self._gathering.values():
-            clip.end(hold)
+        for span, clip in list(self._gathering.items()):
+            with self._or_dropped(span):
+                clip.end(hold)
         self._put_away()
         self._gathering.clear()
         self._recent.clear()
@@ -84,9 +88,7 @@ class KeptFrames:
 
     def drop(self, span: Span) -> None:
         """Forget a clip."""
-        clip = self._clips.pop(span, None)
-        if clip is not None:
-            self._bytes -= clip.nbytes
+        self._clips.pop(span, None)
 
     def _go_on(self) -> None:
         """Put whole clips away, and begin to gather the next one as soon as the one before it has begun."""
@@ -99,10 +101,20 @@ class KeptFrames:
             if (self._recent[0].time or 0.0) - self._origin > start + ROUNDING:
                 continue  # what it began with is gone
             clip = ClipFrames(start, self._fps, self._requests, self._origin)
-            for frame in self._recent:
-                clip.see(frame)
             self._gathering[span] = clip
+            with self._or_dropped(span):
+                for frame in self._recent:
+                    clip.see(frame)
             self._put_away()
+
+    @contextmanager
+    def _or_dropped(self, span: Span) -> Iterator[None]:
+        """Gather no more of a clip if one of its frames cannot be resized: it will be decoded again, and judged alone,
+        where an error here would cost the whole file."""
+        try:
+            yield
+        except (FFmpegError, ValueError):
+            del self._gathering[span]
 
     def _put_away(self) -> None:
         for span in [span for span, clip in self._gathering.items() if clip.whole]:
@@ -122,27 +134,40 @@ class FileScan:
         self._path, self._kept = path, kept
 
     def frames(self, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order.
+        """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order and of one size.
 
         Args:
             short_side: Height or width that they get, whichever is less, in pixels; roughly resized.
 
         Raises:
-            FFmpegError, OSError, ValueError: If they cannot be decoded or have no times.
+            FFmpegError, OSError, ValueError: If they cannot be decoded, have no times, or change their shape.
         """
         with av.open(self._path) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # there are as many processes as cores
             first: int | None = None
+            shape, size = None, None
             for frame in container.decode(stream):
                 if frame.time is None:
                     raise ValueError("its frames have no times; convert it to MP4")
                 self._kept.see(frame)
                 time = round(1000 * frame.time)
                 first = time if first is None else first
-                yield time - first, scaled(frame, short_side, roughly=True)
+                pixels = scaled(frame, short_side, roughly=True)
+                if shape is not None and pixels.shape != shape:
+                    raise ValueError(
+                        f"its picture changes from {size} to {_size(frame)} at {(time - first) / 1000:g} s; "
+                        "split it there"
+                    )
+                shape, size = pixels.shape, _size(frame)
+                yield time - first, pixels
             self._kept.end(float(1 / stream.average_rate) if stream.average_rate else 0.0)
 
     def begin_scene(self, start: int) -> None:
         """Tell that a scene was found to begin, in milliseconds from the first frame; the first one does by itself."""
         self._kept.begin_scene(start)
+
+
+def _size(frame: av.VideoFrame) -> str:
+    height, width = shown_size(frame)
+    return f"{width}x{height}"

@@ -316,16 +316,18 @@ class Worker:
         names = tuple(chosen.stage.name for chosen, *_ in wanted)
         requests = [request for *_, request in wanted]
         assert row.span is not None
-        if source.kept is not None and (kept := source.kept.take(row.span, requests)) is not None:
-            return dict(zip(names, kept, strict=True))
         self._decoding = Begun(row.id, names, DECODING, self._recipe.head.decode_limit, self._weights)
         self._begin(self._decoding)
         began = time.monotonic()
         try:
-            frames = source.reader.read(row.span, requests)
+            frames = None if source.kept is None else source.kept.take(row.span, requests)
+            decoded = frames is None
+            if frames is None:
+                frames = source.reader.read(row.span, requests)
         except (FFmpegError, OSError, ValueError) as error:
             return dict.fromkeys(names, Failed(f"its frames cannot be decoded: {reason(error)}"))
-        self._tell(Found(row.id, DECODING, Done({}), time.monotonic() - began))
+        if decoded:
+            self._tell(Found(row.id, DECODING, Done({}), time.monotonic() - began))
         return dict(zip(names, frames, strict=True))
 
     def _scan(self, task: Task, row: Row) -> FileScan:

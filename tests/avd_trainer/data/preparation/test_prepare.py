@@ -72,9 +72,11 @@ def test_the_story_of_a_folder(toy: ToyRun) -> None:
     assert first["clip"] == {"frames": 5, "fps": 10.0}
     assert find_rows(toy.output / "data", clip.id) == [{"id": clip.id, **first, "caption": dataset[0].caption}]
     assert len(find_rows(toy.output / "data", clip.path)) == sum(row.path == clip.path for row in done.selection.kept)
-    with pytest.raises(UserError, match=r"has no clip none\.mp4. Pass a video's path .* such as .*\.mp4"):
+    with pytest.raises(
+        UserError, match=r"has no clip none\.mp4. Pass a video's path .* such as .*\.mp4.* left out: report"
+    ):
         find_rows(toy.output / "data", "none.mp4")
-    with pytest.raises(UserError, match=f"is no data set, but holds data; .* avd data inspect {toy.output}/data"):
+    with pytest.raises(UserError, match=f"is no data set: the data set is {toy.output}/data"):
         inspect(toy.output)
     again = toy.prepare(chosen)
     assert again.unchanged
@@ -115,6 +117,9 @@ def test_clips_of_several_sizes_are_data_sets_of_their_own(toy: ToyRun) -> None:
     done = toy.prepare()
     assert done.data == {toy.output / "data" / "8x16": 3, toy.output / "data" / "8x8": 3}
     assert ShardDataset(toy.output / "data" / "8x16").latent_shape == (16, 2, 2, 4)
+    for folder, named in ((toy.output, "data/8x16, data/8x8"), (toy.output / "data", "8x16, 8x8")):
+        with pytest.raises(UserError, match=f"holds {named}; .* avd data inspect {toy.output}/data/8x16"):
+            inspect(folder)
 
 
 def test_the_shards_of_parts_that_are_merged_are_those_of_one_run(toy: ToyRun) -> None:
