@@ -59,6 +59,7 @@ def test_vbench_2(checkout: Callable[[str], Path], run_in_host: RunInHost, tmp_p
     shown = read_augmented(lists / "VBench2_full_text.txt", lists / "prompt_aug" / "Wanx_full_text_aug.txt")
     videos = record_videos(suite.videos(list(suite.prompts)), shown, seed=0)
     folder = tmp_path / "avd"
+    folder.mkdir()
     record = Record(suite.rules, "tiny", {"frames": 81, "fps": 16.0, "samples": None}, videos)
     claim(folder, record)
     for each in videos:
