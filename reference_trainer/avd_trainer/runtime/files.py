@@ -19,9 +19,9 @@ def claim_folder(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{uuid4().hex}"
+        probe = folder / ".writable"  # always this one, so that what a killed process left goes with the next
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written to: {error.strerror}. Choose another folder.") from error
 
