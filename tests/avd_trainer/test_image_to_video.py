@@ -14,11 +14,9 @@ import torch
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_integrations.diffusers import FewStepScheduler
-from avd_trainer.commands.app import app
 from avd_trainer.config.sections import ArchitectureConfig, ShapesData, ShardsData
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData, encode_shapes
@@ -47,6 +45,7 @@ from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.run import train
 from avd_trainer.training.trainer import Trainer
+from command_line import run_command as run
 from in_process import prepared_in_this_process
 from launches import on_ranks
 from runs import ARCHITECTURE, LORA, both, in_memory, load_data_of, tiny_config, weights
@@ -62,14 +61,6 @@ PROMPT = "a red circle"
 def _in_this_process() -> Iterator[None]:
     with prepared_in_this_process():
         yield
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from avd_core import derive_floor
-from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.methods.registry import list_methods
@@ -18,20 +16,13 @@ from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
+from command_line import run_command as run
 from runs import load_data_of
 
 FEW_STEPS = ["--max-steps", "2", "--set", "batch_size=2"]
 FEW_SAMPLES = ["--set", "evaluation.samples=8", "--set", "evaluation.teacher_steps=2"]
 SMALL = [*FEW_STEPS, "--set", "data.clips=16"]
 SMALL_DEMO = [*SMALL, *FEW_SAMPLES]
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 def weights(folder: Path) -> torch.Tensor:

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-from avd_trainer.commands.app import app
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.training.checkpoint import latest_checkpoint, read_state
+from command_line import run_command as run
 from in_process import prepared_in_this_process
 
 QUICK = ("--set", "batch_size=2", "--set", "method.online_updates=1", "--set", "data.workers=0")
@@ -23,14 +22,6 @@ QUICK = ("--set", "batch_size=2", "--set", "method.online_updates=1", "--set", "
 def _in_this_process() -> Iterator[None]:
     with prepared_in_this_process():
         yield
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 def encode(folder: Path, seed: int, *options: object) -> Path:

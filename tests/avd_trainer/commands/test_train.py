@@ -4,22 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from avd_trainer.commands.app import app
+from command_line import run_command as run
 
 SMALL = [
     "--max-steps", "1", "--set", "batch_size=2", "--set", "data.clips=16", "--set", "data.held_out=8",
     "--set", "samples.every=null",
 ]  # fmt: skip
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed, in one line."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")

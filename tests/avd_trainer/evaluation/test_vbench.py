@@ -14,11 +14,9 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_integrations.diffusers import FewStepScheduler
-from avd_trainer.commands.app import app
 from avd_trainer.data.video_files import save_clip
 from avd_trainer.evaluation.vbench import folder as folders
 from avd_trainer.evaluation.vbench import generating
@@ -29,6 +27,7 @@ from avd_trainer.evaluation.vbench.generating import Sampling, describe
 from avd_trainer.evaluation.vbench.suites import VBENCH, VBENCH_2, read_augmented, read_suite
 from avd_trainer.inference.students import open_student
 from avd_trainer.runtime.errors import UserError
+from command_line import run_command as run
 from vbench_suites import LONG, write_suite, write_vbench, write_vbench_2
 
 # 5 frames of 1 a second: 5 s, one more than VBench takes.
@@ -45,14 +44,6 @@ with open(folder + "/.lock", "w") as file:
 """
 """Write another folder's record into one, as long as nobody else is in it."""
 DYNAMIC = [f"videos/{prompt}-{index}.mp4" for prompt in MOVING for index in range(5)]
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,10 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from PIL import Image, ImageSequence
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tiny_pipeline
 from avd_core import HalfRateInterpolationSampler, LatentFrameInterpolator
 from avd_integrations.diffusers import FewStepScheduler
-from avd_trainer.commands.app import app
 from avd_trainer.config.loading import load_config, save_config
 from avd_trainer.data.video_files import save_clip, save_grid
 from avd_trainer.inference import generation
@@ -34,20 +32,13 @@ from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbeddi
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.config import TrainConfig
+from command_line import run_command as run
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
 FULL, HALF = (1, 1, 1, 1), (2, 2, 1, 1)
 SHAPE = (16, 5, 4, 6)
 SIZE = ("--size", "24x16x17")
 RED = "a red circle moves left"
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 def sample_clips(student: Student, prompts: Sequence[str], *rates: Sequence[int], **options: Any) -> list[list[Tensor]]:

@@ -10,10 +10,8 @@ import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import save_file
 from torch import Tensor
-from typer.testing import CliRunner
 
 import tiny_pipeline
-from avd_trainer.commands.app import app
 from avd_trainer.commands.compare import _common_shape, titles_of
 from avd_trainer.config.loading import load_config, save_config
 from avd_trainer.evaluation.controls import CONTROLS
@@ -30,18 +28,11 @@ from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_stu
 from avd_trainer.studies.students import evaluate_students
 from avd_trainer.studies.units import Workplace, few_step_sample
 from avd_trainer.training.config import TrainConfig
+from command_line import run_command as command
 from small_study import write_study
 
 CPU = torch.device("cpu")
 RED = "a red circle moves left"
-
-
-def command(*arguments: object) -> tuple[int, str]:
-    """Exit status and everything that was printed."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, " ".join(result.output.split())
 
 
 @pytest.fixture(scope="module")
