@@ -50,7 +50,7 @@ class LatentStatistics:
 
 _SMOOTHED = ("variance", "saturation", "gradient_ratio", "logit_gap", "hinge_loss")
 _SHARPNESS = (
-    f'Set deviation="standardized" with a sharpness of 3, or the sharpness to 3 * {PAPER_SPREAD} / the spread of the '
+    f'set deviation="standardized" with a sharpness of 3, or the sharpness to 3 * {PAPER_SPREAD} / the spread of the '
     "losses around their means"
 )
 
@@ -337,12 +337,12 @@ def _rules(
         Rule(
             "weights_switch", "switched", max_switched, True,
             "the adaptive weights are a switch: most lie in the outer tenths of their range, so clips count fully or "
-            f"not at all. {_SHARPNESS}",
+            f"not at all: {_SHARPNESS}",
         ),
         Rule(
             "weights_constant", "weight_spread", min_weight_spread, False,
-            "the adaptive weights are a constant: all clips count nearly alike, as in plain regression. "
-            f"{_SHARPNESS}",
+            "the adaptive weights are a constant: all clips count nearly alike, as in plain regression. That is right "
+            f"where all of them fit their captions. Where some do not: {_SHARPNESS}",
         ),
         Rule(
             "regression_dominates", "gradient_ratio", math.inf if max_ratio is None else max_ratio, True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -267,10 +268,12 @@ def _remarks(steps: tuple[StepWeights, ...], options: RegressionConfig, paper_sh
         )
     if options.sharpness > 0 and (constant := [step for step in steps if step.is_constant]):
         remarks.append(
-            f"at t = {_times(constant)} the weight is nearly a constant, as in plain regression. Set {remedy}, for the "
+            f"at t = {_times(constant)} the weight is nearly a constant on these clips, as in plain regression. That is "
+            f"right where all of them fit their captions{_far_off(options)}. Where some do not, set {remedy}, for the "
             "paper's curve."
         )
-    if options.judged != "excess" and (energetic := [step for step in steps if step.follows_energy]):
+    # A constant turns off nothing, whatever it goes by.
+    if energetic := [step for step in steps if step.follows_energy and not step.is_constant]:
         for contrast, sign in (("high", 1), ("low", -1)):
             if not (steps_so := [step for step in energetic if sign * (step.energy_correlation or 0.0) > 0]):
                 continue
@@ -278,10 +281,16 @@ def _remarks(steps: tuple[StepWeights, ...], options: RegressionConfig, paper_sh
             remarks.append(
                 f"at t = {_times(steps_so)} what the weight judges goes by the clip's own energy (correlation "
                 f"{strongest:.2f}): it would turn off clips of {contrast} contrast rather than clips that fit badly. "
-                "Set method.regression.judged=excess and deviation=standardized; that costs one more forward of the "
-                "teacher."
+                f"Set method.regression.judged={'loss' if options.judged == 'relative' else 'relative'}."
             )
     return remarks
+
+
+def _far_off(options: RegressionConfig) -> str:
+    """How far off a clip has to be to lose most of its weight."""
+    if options.deviation == "standardized":
+        return ""
+    return f": one that is off by {math.log(9) / options.sharpness:.2g} more than the mean has a tenth of it still"
 
 
 def _times(steps: list[StepWeights]) -> str:
