@@ -66,7 +66,8 @@ def test_a_run_goes_on_from_one_that_is_its_beginning_as_if_it_had_begun_itself(
     """Also what the monitors say, who speak in the steps between the halves of both."""
     clips.latents.mul_(0.1)  # beside these, the samples of an untrained student are wild
     data, whole, parts = both(in_memory(clips)), tmp_path / "whole", tmp_path / "parts"
-    shorter, longer = configure(max_steps=13), configure(max_steps=31, monitor_grace=6)
+    one_step = {"few_steps": [1000]}  # so that all samples are finished, and judged
+    shorter, longer = configure(one_step, max_steps=13), configure(one_step, max_steps=31, monitor_grace=6)
     assert is_beginning(shorter, longer)
     for config, folder in ((longer, whole), (shorter, parts), (longer, parts)):
         assert train(config, folder, ranks, data=data)
