@@ -64,14 +64,15 @@ def run_processes(
         try:
             for process in processes.values():
                 process.start()
-            running = True
-            while running:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+            while True:
                 running = any(process.is_alive() for process in processes.values())
                 failed += [log for log, process in processes.items() if process.exitcode and log not in failed]
                 if signals.received is not None or (failed and until_failure):
                     _stop(processes.values())
                 on_look()
+                if not running:
+                    break
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         finally:
             _stop(processes.values())
     return Ended(failed, signals.received)
