@@ -40,17 +40,22 @@ def demo(
             return
         if blind_seed is not None:
             raise UserError("--blind-seed is about the pairs of --blind. Pass both, or --set seed=... for training.")
+        import torch
+
         from avd_trainer.config.loading import load_config
         from avd_trainer.runtime.ranks import join_ranks
         from avd_trainer.studies.demo import ANIMATION, METRICS, REPORT, VERDICT, DemoConfig, run_demo
+        from avd_trainer.studies.findings import STUDENTS
         from avd_trainer.studies.verdict import render_verdict
 
         own = {} if videos is None else {**clips_of(videos, None), "calibrate": _to_calibrate(set_ or [])}
         config = load_config(DemoConfig, "tiny", overrides_of(set_, max_steps), own)
         with join_ranks() as ranks:
+            jobs = 1
             if ranks.device.type == "cpu":
                 say(describe_threads())
-            findings = run_demo(config, output, ranks)
+                jobs = min(torch.get_num_threads(), len(STUDENTS))  # so small a model gains little by a second thread
+            findings = run_demo(config, output, ranks, jobs=jobs)
         if findings is None:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
             return

@@ -45,9 +45,10 @@ def study(
         # Before PyTorch loads: as many processes as cores do more than one process with as many threads, and the number
         # of threads changes results in the last digit.
         os.environ["OMP_NUM_THREADS"] = "1"
+        from avd_trainer.runtime.processes import FailedProcessError
         from avd_trainer.studies.definition import load_study, parse_seeds
         from avd_trainer.studies.reuse import reuse as reuse_study
-        from avd_trainer.studies.runner import SAVED, FailedProcessError, run_study
+        from avd_trainer.studies.runner import SAVED, run_study
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
 
         found = load_study(name, set_ or [], None if variants is None else variants.split(","), baseline)

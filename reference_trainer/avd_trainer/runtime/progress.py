@@ -58,9 +58,15 @@ class ProgressBar:
 
     def advance(self, values: Mapping[str, float] | None = None) -> None:
         """One more is done; ``values`` are shown below the bar."""
-        self._done += 1
+        self.reach(self._done + 1, values)
+
+    def reach(self, done: int, values: Mapping[str, float] | None = None) -> None:
+        """So many are done, by whomever; where it is no more than before, nothing happens."""
+        if done <= self._done:
+            return
         now = time.monotonic()
-        self._recent.append(now)
+        self._recent.extend([now] * (done - self._done))
+        self._done = done
         if self._quiet:
             return
         shown = " ".join(f"{name} {value:.3g}" for name, value in (values or {}).items())

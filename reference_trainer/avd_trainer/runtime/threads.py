@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 SPINS = "10000"
 """How often a waiting thread looks before it sleeps: microseconds, where OpenMP's default is up to seconds."""
@@ -30,6 +32,19 @@ def spin_briefly() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, so that results are those of a process that has but one."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def describe_threads() -> str:

@@ -6,7 +6,9 @@ many as take the same time, as ``NAME-seconds``. Seconds are measured once, wher
 ``study.json`` with the steps that follow from them.
 
 A run of another length has phases of another length: each keeps the share of the run that it has of its file's own
-``max_steps``. So the mean cost of a step hardly depends on their number.
+``max_steps``. So the mean cost of a step hardly depends on their number. Where a method has no phases, the two runs of
+a variant differ in their number of steps alone: the shorter one is trained first, and the longer one goes on from it
+(:attr:`avd_trainer.studies.definition.Study.beginnings`). For that the monitors begin at the same step in both.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> S
     as_long: dict[str, TrainConfig] = {}
     if timing is not None:
         steps = {name: runs[of].max_steps * _seconds(costs[of]) / _seconds(costs[name]) for name in runs}
-        as_long = {name: _lasting(run, max(1, round(steps[name]))) for name, run in runs.items()}
+        as_long = {name: _judged_like(equal[name], _lasting(run, round(steps[name]))) for name, run in runs.items()}
     variants: dict[str, Variant] = {}
     for name, variant in study.variants.items():
         variants[name] = equal.get(name, variant)
@@ -122,9 +124,15 @@ def _forwards(run: TrainConfig, steps: int) -> float:
 def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
     """A run for the most steps that cost no more; at least one. A step's mean cost may depend on their number."""
     most = bisect_right(range(1, int(budget) + 2), budget, key=lambda steps: _forwards(run, steps))
-    return _lasting(run, max(1, most))
+    return _lasting(run, most)
+
+
+def _judged_like(other: TrainConfig, run: TrainConfig) -> TrainConfig:
+    """A run whose monitors begin to judge at the step at which those of another one do, whatever its length."""
+    return run.model_copy(update={"monitor_grace": other.grace})
 
 
 def _lasting(run: TrainConfig, steps: int) -> TrainConfig:
-    """The run with so many steps, of which its phases have the same shares."""
+    """The run with so many steps, at least one, of which its phases have the same shares."""
+    steps = max(1, steps)
     return run.model_copy(update={"max_steps": steps, "method": run.method.scaled(steps / run.max_steps)})

@@ -29,6 +29,7 @@ from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.studies.catalog import STUDY, describe, find_study
 from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.folder import is_beginning
 
 SHARED = "_"
 """Files whose names begin so are no variants; others extend them."""
@@ -220,12 +221,27 @@ class Study:
         once += [Unit(name, self.run(name).seed) for name in worked_on if not self.is_measured(name)]
         return once + [Unit(name, seed) for seed in seeds for name in worked_on if self.is_measured(name)]
 
+    @cached_property
+    def beginnings(self) -> Mapping[str, str]:
+        """By variant the one whose run is the beginning of its own, which goes on where that one ends.
+
+        Of several the longest, so that no step of a seed is trained twice. Only those that there is work for.
+        """
+        runs = {name: run for name, run in self.variants.items() if isinstance(run, TrainConfig)}
+        names = sorted((name for name in runs if name in self.worked_on), key=lambda name: runs[name].max_steps)
+        found: dict[str, str] = {}
+        for place, name in enumerate(names):
+            for earlier in names[:place]:
+                if is_beginning(runs[earlier], runs[name]):
+                    found[name] = earlier
+        return found
+
     def needs(self, unit: Unit) -> list[Unit]:
-        """The units whose results a unit starts from."""
+        """The units that have to be done before a unit: those whose results it starts from, and its beginning."""
         variant = self.variants.get(unit.variant)
         if isinstance(variant, TrainConfig):
-            start = start_of(variant)
-            return [] if start is None else [Unit(start, unit.seed)]
+            first = (start_of(variant), self.beginnings.get(unit.variant))
+            return [Unit(name, unit.seed) for name in first if name is not None]
         if not isinstance(variant, HalfRateVariant):
             return []
         needed = [Unit(variant.of, unit.seed)]

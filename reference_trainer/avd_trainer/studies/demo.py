@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,9 +28,11 @@ from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbeddi
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_text
+from avd_trainer.runtime.processes import FailedProcessError, run_processes
 from avd_trainer.runtime.progress import ProgressBar
-from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.runtime.terminal import say
+from avd_trainer.runtime.threads import one_thread
 from avd_trainer.studies.blind import write_blind_check
 from avd_trainer.studies.demo_calibration import Part, calibrated
 from avd_trainer.studies.demo_clips import DemoClips
@@ -45,9 +48,12 @@ from avd_trainer.training.run import train
 REAL = "real"
 CLIPS_IN_ANIMATION = 6
 CLIPS_TO_CALIBRATE = 64
+LINES_OF_FAILURE = 10
+"""How much of what a process has printed is shown where it failed."""
 DEMO = "avd demo"
 """The command that writes demos."""
 CONFIG = "demo.yaml"
+LOGS = "logs"
 CLIPS = "clips.safetensors"
 ANIMATION = "demo.gif"
 REPORT = "report.png"
@@ -74,7 +80,7 @@ class DemoConfig(TrainConfig):
     set by ``--set``. The demo's ``calibration.json`` says what came of it."""
 
 
-def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
+def run_demo(config: DemoConfig, output: Path, ranks: Ranks, *, jobs: int = 1) -> Findings | None:
     """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
 
     A demo that was stopped goes on where it stands. Of one that is finished nothing is done again.
@@ -84,12 +90,15 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
         output: Empty, or that of the same demo. Gets ``demo.yaml``, ``demo.gif``, ``report.png``, ``verdict.md``,
             ``metrics.json``, ``clips.safetensors``, and a folder for each of the two runs; where
             values are chosen by the clips, ``calibration.json``.
-        ranks: The one process of the demo.
+        ranks: The process of the demo.
+        jobs: With 1 this process trains one student after the other; with 2 each is trained in a process of its own,
+            at the same time, which prints to ``logs``. In one thread each, so that students are the same either way.
 
     Returns:
         What was measured; None where a signal asked it to stop, with everything saved.
 
     Raises:
+        FailedProcessError: If a process has failed; the other one was asked to save and stop.
         UserError: If there are several ranks, the data is not in memory, the method is not AVD, or ``output`` holds
             something else or a demo of other settings; otherwise as :func:`train`.
     """
@@ -112,7 +121,7 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks) -> Findings | None:
         config, config.calibrate, real.train, output, samples=min(samples, CLIPS_TO_CALIBRATE), steps=teacher_steps
     )
     if not (output / CLIPS).exists():
-        made = _make_clips(config, method, real, output, ranks)
+        made = _make_clips(config, method, real, output, ranks, jobs)
         if made is None:
             return None
         made.save(output / CLIPS)
@@ -166,7 +175,7 @@ def write_blind_pairs(output: Path, seed: int) -> Path:
 
 
 def _make_clips(
-    config: DemoConfig, method: AVDMethodConfig, real: RealSide, output: Path, ranks: Ranks
+    config: DemoConfig, method: AVDMethodConfig, real: RealSide, output: Path, ranks: Ranks, jobs: int
 ) -> DemoClips | None:
     """Sample from the teacher, train the students and sample from them; None where a signal asked to stop."""
     assert config.teacher is not None  # the method needs one
@@ -195,14 +204,57 @@ def _make_clips(
         )
     engine = config.model_dump(exclude={"evaluation", "calibrate", "method"})
     shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
-    for name, own in zip(STUDENTS, (DMDMethodConfig(**shared), method), strict=True):
-        run = TrainConfig(**engine, method=own)
-        if not train(run, output / name, ranks, data=TrainingData(memory, memory), description=name):
-            return None
+    methods = (DMDMethodConfig(**shared), method)
+    runs = {name: TrainConfig(**engine, method=own) for name, own in zip(STUDENTS, methods, strict=True)}
+    if not _train_students(runs, output, TrainingData(memory, memory), ranks, jobs):
+        return None
+    for name in runs:
         student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
         with torch.no_grad():
             latents[name] = few_step_rollout(student, condition, shape, method.few_steps, _same_noise(samples)).x_0
     return DemoClips(captions, latents)
+
+
+def _train_students(runs: Mapping[str, TrainConfig], output: Path, data: TrainingData, ranks: Ranks, jobs: int) -> bool:
+    """Train a student by each run, in folders of their names; False where a signal asked to stop."""
+    if jobs == 1:
+        with one_thread():
+            return all(train(run, output / name, ranks, data=data, description=name) for name, run in runs.items())
+    (output / LOGS).mkdir(exist_ok=True)
+    logs = {name: output / LOGS / f"{name}.txt" for name in runs}
+    say(f"Training {' and '.join(runs)} at the same time, in one thread each. They print to {output / LOGS}.")
+
+    def look() -> None:
+        done = {name: _steps_logged(output / name) for name in runs}
+        bar.reach(sum(done.values()), done)
+
+    steps = sum(run.max_steps for run in runs.values())
+    begun = sum(_steps_logged(output / name) for name in runs)
+    with ProgressBar(" and ".join(runs), steps, start=begun) as bar:
+        ended = run_processes(
+            {logs[name]: partial(_train_student, run, output / name, data, name) for name, run in runs.items()},
+            preload="avd_trainer.studies.demo",
+            on_look=look,
+            until_failure=True,
+        )
+    if ended.signal is None and ended.failed:
+        log = ended.failed[0]
+        said = "\n".join(log.read_text().splitlines()[-LINES_OF_FAILURE:])
+        raise FailedProcessError(
+            f"Training {log.stem} failed. {log} ends with:\n{said}\nMend it and run the same command again: what is "
+            "saved stays."
+        )
+    return ended.signal is None
+
+
+def _train_student(run: TrainConfig, folder: Path, data: TrainingData, name: str) -> None:
+    with join_ranks() as ranks:
+        train(run, folder, ranks, data=data, description=name)
+
+
+def _steps_logged(run: Path) -> int:
+    log = run / METRICS_FILE
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def _claim(config: DemoConfig, output: Path) -> None:

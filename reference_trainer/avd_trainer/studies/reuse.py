@@ -13,7 +13,7 @@ from avd_trainer.runtime.files import read_json
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, Study, Unit, named_start
 from avd_trainer.studies.runner import SAVED, UNITS, claim_study, do_once, result_file
 from avd_trainer.training.config import TrainConfig
-from avd_trainer.training.folder import LOCK
+from avd_trainer.training.folder import CHECKPOINTS, LOCK
 
 REUSED = "reused_from"
 """Key of a unit's results: the study and the unit that they were taken from."""
@@ -82,7 +82,8 @@ def _copy(folder: Path, unit: Unit, other: Path, source: Unit, name: str) -> boo
         return False
 
     def copy(own: Path) -> dict[str, Any]:
-        shutil.copytree(other / UNITS / str(source), own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LOCK))
+        left = shutil.ignore_patterns(LOCK, CHECKPOINTS)  # whose state another run there goes on from
+        shutil.copytree(other / UNITS / str(source), own, dirs_exist_ok=True, ignore=left)
         results: dict[str, Any] = read_json(result_file(other, source))
         return results | {"variant": unit.variant, REUSED: f"{name}/{source}"}
 

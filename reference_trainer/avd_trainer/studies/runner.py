@@ -7,17 +7,17 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from avd_trainer.config.differences import differences
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, read_json, write_json
+from avd_trainer.runtime.processes import SECONDS_BETWEEN_LOOKS, FailedProcessError, run_processes
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.runtime.signals import StopSignals
-from avd_trainer.runtime.terminal import readable_errors
 from avd_trainer.studies.budget import share_budget, students
 from avd_trainer.studies.definition import COSTS, Cost, Study, Unit
 from avd_trainer.studies.units import StoppedError, Workplace
@@ -29,12 +29,6 @@ OVERRIDES = "overrides"
 """Key of ``study.json``: ``--set`` of the latest call, for the command that would do it again; values are compared."""
 UNITS = "units"
 LOGS = "logs"
-SECONDS_BETWEEN_LOOKS = 1.0
-"""How long a process waits for units that others work at before it looks again whether one is free."""
-
-
-class FailedProcessError(UserError):
-    """A process of a study has failed; what the others did is there."""
 
 
 def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1) -> bool:
@@ -61,30 +55,22 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
     if jobs == 1:
         return _work(study, folder, seeds)
     left = _missing(study, folder, seeds)
+    if not left:
+        return True
     (folder / LOGS).mkdir(exist_ok=True)
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["avd_trainer.studies.units"])  # imported once for all
-    own = [folder / LOGS / f"{socket.gethostname()}-{os.getpid()}-{number}.txt" for number in range(jobs)]
-    processes = [context.Process(target=_work_unseen, args=(study, folder, seeds, log)) for log in own[: len(left)]]
+    number = min(jobs, len(left))
+    own = [folder / LOGS / f"{socket.gethostname()}-{os.getpid()}-{place}.txt" for place in range(number)]
     total = len(study.units(seeds))
-    shown = total - len(left)
-    with StopSignals() as signals, ProgressBar(study.name, total, start=shown) as bar:
-        for process in processes:
-            process.start()
-        while any(process.is_alive() for process in processes):
-            time.sleep(SECONDS_BETWEEN_LOOKS)
-            if signals.received is not None:
-                for process in processes:
-                    process.terminate()  # which they take as a request to save and stop
-            done = total - len(_missing(study, folder, seeds))
-            for _ in range(done - shown):
-                bar.advance()
-            shown = done
-    failed = [log for process, log in zip(processes, own, strict=False) if process.exitcode]
+    with ProgressBar(study.name, total, start=total - len(left)) as bar:
+        ended = run_processes(
+            dict.fromkeys(own, partial(_work, study, folder, seeds)),
+            preload="avd_trainer.studies.units",
+            on_look=lambda: bar.reach(total - len(_missing(study, folder, seeds))),
+        )
     missing = _missing(study, folder, seeds)
-    if failed and missing and signals.received is None:
+    if ended.failed and missing and ended.signal is None:
         raise FailedProcessError(
-            f"{len(failed)} of {len(processes)} processes failed; {failed[0]} says why. Mend it and run the same "
+            f"{len(ended.failed)} of {number} processes failed; {ended.failed[0]} says why. Mend it and run the same "
             "command again: what is done stays."
         )
     return not missing
@@ -187,12 +173,3 @@ def do_once(folder: Path, unit: Unit, work: Callable[[Path], dict[str, Any]]) ->
             return False
         write_json(result_file(folder, unit), work(own))
         return True
-
-
-def _work_unseen(study: Study, folder: Path, seeds: Sequence[int], log: Path) -> None:
-    """:func:`_work` in a process of its own that prints to a file."""
-    with log.open("w") as file:
-        for stream in (1, 2):
-            os.dup2(file.fileno(), stream)
-    with readable_errors():
-        _work(study, folder, seeds)

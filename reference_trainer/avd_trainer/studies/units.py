@@ -42,19 +42,23 @@ from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment
+from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies.budget import time_step
-from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit
+from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit, start_of
 from avd_trainer.studies.deviations import read_deviations
 from avd_trainer.studies.monitoring import judge_samples, read_findings
+from avd_trainer.training.checkpoint import latest_checkpoint
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS
 from avd_trainer.training.metrics_log import METRICS_FILE
 from avd_trainer.training.run import FINDINGS, train
 
 RUN = "run"
-"""The run in a unit's folder; what it trained stays, its checkpoints go when it is done."""
+"""The run in a unit's folder; what it trained stays, its checkpoints go when nothing goes on from them any more."""
+BEGINNING = "beginning"
+"""Key of a unit's results, and file in its folder: the unit whose run its own has gone on from, and at which step."""
 
 Stopping = Callable[[], bool]
 """Whether somebody asked the study to stop."""
@@ -86,11 +90,12 @@ class Workplace:
         """Train where the variant is trained, and measure where it makes clips.
 
         Returns:
-            ``seconds`` that it took since this process began it, and ``environment``. Of a variant that makes clips
-            also ``noises``, the measures of each of several noises, ``monitor``, what a
-            :class:`avd_core.CollapseMonitor` says of them, and ``deviations`` that the adaptive weight judged; or
-            ``failed``, why there are none: a student that diverged is a result, too. Of ``reference`` the ``spreads``
-            of real clips, of ``controls`` the ``controls``.
+            ``seconds`` that it took since this process began it, and ``environment``. Of a run that has gone on from
+            another unit's also ``beginning``, the unit and the step; ``seconds`` then has ``train_rest``, of the steps
+            after that, and no ``train``. Of a variant that makes clips also ``noises``, the measures of each of several
+            noises, ``monitor``, what a :class:`avd_core.CollapseMonitor` says of them, and ``deviations`` that the
+            adaptive weight judged; or ``failed``, why there are none: a student that diverged is a result, too. Of
+            ``reference`` the ``spreads`` of real clips, of ``controls`` the ``controls``.
 
         Raises:
             StoppedError: If somebody asked to stop.
@@ -103,6 +108,10 @@ class Workplace:
             result |= self._results(unit, seconds)
         except NonFiniteError as error:
             result["failed"] = str(error)
+        if (beginning := self._beginning_file(unit)).exists():
+            result[BEGINNING] = read_json(beginning)
+            if "train" in seconds:
+                seconds["train_rest"] = seconds.pop("train")
         seconds["all"] = round(time.monotonic() - start, 1)
         return result | {"seconds": seconds, "environment": environment()}
 
@@ -157,13 +166,53 @@ class Workplace:
 
     def _train(self, unit: Unit, config: TrainConfig) -> None:
         folder = self.run_folder(unit)
-        if not (folder / config.method.main_role).exists():  # written whole, after the last step
-            start = [str(self._product(needed)) for needed in self.study.needs(unit)]
-            weights = start[0] if start else config.student_weights
+        if not self._is_trained(unit):
+            self._take_over(unit)
+            start = start_of(config)
+            weights = config.student_weights if start is None else str(self._product(Unit(start, unit.seed)))
             seeded = config.model_copy(update={"seed": unit.seed, "student_weights": weights})
             if not train(seeded, folder, self.ranks, data=self._training_data(config), description=str(unit)):
                 raise StoppedError
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        if not self._is_awaited(unit):
+            shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+    def _take_over(self, unit: Unit) -> None:
+        """Let a run that has not begun go on where the run that is its beginning has ended, which gives up its state.
+
+        Where that one was copied from another study, there is no state, and the run begins itself.
+
+        Raises:
+            NonFiniteError: If that one has diverged.
+        """
+        beginning = self.study.beginnings.get(unit.variant)
+        if beginning is None or self._has_begun(unit):
+            return
+        earlier = Unit(beginning, unit.seed)
+        there, here = self.run_folder(earlier), self.run_folder(unit)
+        if not self._is_trained(earlier):  # and done all the same
+            raise NonFiniteError(f"{earlier} has diverged, and its steps are the first ones of this run.")
+        if (there / CHECKPOINTS).exists():
+            steps = self.study.run(beginning).max_steps
+            write_json(self._beginning_file(unit), {"unit": str(earlier), "steps": steps})
+            here.mkdir(exist_ok=True)
+            shutil.copy(there / METRICS_FILE, here / METRICS_FILE)
+            shutil.rmtree(here / CHECKPOINTS, ignore_errors=True)  # none of them is whole
+            (there / CHECKPOINTS).rename(here / CHECKPOINTS)  # last, and all at once: before, nothing has begun
+
+    def _is_awaited(self, unit: Unit) -> bool:
+        """Whether another run is to go on from the state of this one."""
+        later = (Unit(name, unit.seed) for name, each in self.study.beginnings.items() if each == unit.variant)
+        return not all(map(self._has_begun, later))
+
+    def _has_begun(self, unit: Unit) -> bool:
+        return self._is_trained(unit) or latest_checkpoint(self.run_folder(unit) / CHECKPOINTS) is not None
+
+    def _is_trained(self, unit: Unit) -> bool:
+        # What a run trains is written whole, after the last step.
+        return (self.run_folder(unit) / self.study.run(unit.variant).method.main_role).exists()
+
+    def _beginning_file(self, unit: Unit) -> Path:
+        return self.folder / str(unit) / f"{BEGINNING}.json"
 
     def _sample(self, unit: Unit, noise: int, bar: ProgressBar) -> Tensor:
         """``[N, C, F, h, w]``: a clip for each held-out caption."""

@@ -31,6 +31,10 @@ else:
     ]
 
 
+GRACE = 100
+"""Steps at its start that the monitors leave unjudged; of a run that is shorter than twice as many, half."""
+
+
 class TrainConfig(Section):
     """A run of any method."""
 
@@ -62,6 +66,8 @@ class TrainConfig(Section):
     """Gradients are clipped to this norm; None leaves them as they are. Paper of AVD: 10."""
     max_skipped_steps: int = Field(default=10, ge=1)
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
+    monitor_grace: int | None = Field(default=None, ge=0)
+    """Steps at the start that the monitors leave unjudged. None: 100, of a run shorter than 200 steps half of it."""
     parallel: ParallelConfig = ParallelConfig()
     """How the run spreads over its ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -86,6 +92,11 @@ class TrainConfig(Section):
         if self.prompts is not None and not isinstance(self.data, ShardsData):
             raise ValueError("prompts need data of kind shards, whose text embeddings are of the same encoder")
         return self
+
+    @property
+    def grace(self) -> int:
+        """Steps at the start that the monitors leave unjudged."""
+        return min(GRACE, self.max_steps // 2) if self.monitor_grace is None else self.monitor_grace
 
     @property
     def few_steps(self) -> tuple[float, ...] | None:

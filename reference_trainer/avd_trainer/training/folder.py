@@ -32,6 +32,7 @@ TRAIN = "avd train"
 # file by file, so it does not matter where they lie.
 CHANGEABLE = (
     "max_skipped_steps",
+    "monitor_grace",
     "micro_batch_size",
     "parallel.",
     "checkpoint.",
@@ -112,6 +113,24 @@ def check_run(folder: Path, config: TrainConfig) -> int | None:
     return None
 
 
+def is_beginning(shorter: TrainConfig, longer: TrainConfig) -> bool:
+    """Whether a run is the beginning of another one, bit for bit: both differ in their number of steps alone.
+
+    So the longer one may go on from the last checkpoint of the shorter one, and what it leaves is what it would have
+    left if it had begun itself. Two runs of one length are the beginning of each other.
+    """
+
+    def rest(config: TrainConfig) -> TrainConfig:
+        return config.model_copy(update={"max_steps": longer.max_steps, "monitor_grace": longer.grace})
+
+    return (
+        shorter.max_steps <= longer.max_steps
+        and _has_free_length(longer)
+        and shorter.grace == longer.grace
+        and rest(shorter) == rest(longer)
+    )
+
+
 @contextmanager
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Keep a second process out of a folder; the system lets go of the lock however the first one ends.
@@ -138,11 +157,7 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) -> None:
     changeable = CHANGEABLE + (CHANGEABLE_OF_SHARDS if isinstance(config.data, ShardsData) else ())
-    if all(
-        role.optimizer.schedule == "constant"
-        for role in config.method.roles().values()
-        if isinstance(role, Trained | Built)
-    ):  # otherwise the learning rate depends on it from the first step
+    if _has_free_length(config):
         changeable += ("max_steps",)
     # Options that came to be since the run was started count as at their defaults, which change nothing.
     completed = validate(TrainConfig, saved, str(where)).model_dump(mode="json")
@@ -151,3 +166,9 @@ def _check_same_run(config: TrainConfig, saved: Mapping[str, Any], where: Path) 
             f"This configuration is not the one that {where} was saved with:\n" + "\n".join(differing) + "\n"
             "Run with the saved values to go on, or choose a new --output to start over."
         )
+
+
+def _has_free_length(config: TrainConfig) -> bool:
+    """Whether no step of a run depends on how many there are; otherwise its learning rates do, from the first on."""
+    trained = [role for role in config.method.roles().values() if isinstance(role, Trained | Built)]
+    return all(role.optimizer.schedule == "constant" for role in trained)

@@ -48,8 +48,6 @@ from avd_trainer.training.optimizers import (
 
 # Real latents that the monitors' references are measured on.
 REFERENCE_CLIPS = 64
-# Steps at its start that the monitors leave unjudged; of a run that is shorter than twice as many, half.
-GRACE = 100
 
 
 class Trainer:
@@ -123,9 +121,8 @@ class Trainer:
         self.spectrum: SpectralRolloffMonitor | None = None
         if ranks.first and options is not None:
             latents = _reference_latents(data.clips)
-            grace = min(GRACE, config.max_steps // 2)
-            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), grace=grace, **options)
-            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents), grace=grace)
+            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), grace=config.grace, **options)
+            self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents), grace=config.grace)
             self._monitors = {"monitor": self.monitor, "spectrum": self.spectrum}
         callbacks: dict[str, dict[str, Callback]] = {name: {**self._averages_of(name)} for name in self._rules}
         for (role_name, part), guard in self.guards.items():

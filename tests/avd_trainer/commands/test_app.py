@@ -14,6 +14,7 @@ from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.methods.registry import list_methods
 from avd_trainer.models.transformer import load_transformer
 from avd_trainer.runtime.ranks import join_ranks
+from avd_trainer.studies import demo
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from command_line import run_command as run
@@ -171,6 +172,18 @@ def check_demo(output: Path, measures: Sequence[str]) -> dict[str, dict[str, flo
         assert animation.n_frames == 17  # type: ignore[attr-defined]
     assert not list(output.rglob("*.part"))
     return metrics
+
+
+@pytest.mark.parametrize(("threads", "jobs"), [(1, 1), (2, 2), (16, 2)])
+def test_the_demo_trains_both_students_at_once_where_there_are_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, jobs: int
+) -> None:
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(demo, "run_demo", lambda *_, jobs: asked.append(jobs))
+    status, printed = run("demo", "--output", tmp_path)
+    assert (status, asked) == (0, [jobs])
+    assert "Stopped on request" in printed
 
 
 def test_the_demo_writes_its_pictures_and_numbers_once(tmp_path: Path) -> None:

@@ -33,6 +33,18 @@ def work(bar: ProgressBar, now: list[float], seconds: Sequence[float]) -> None:
             bar.advance({"loss": 1 / number})
 
 
+def test_what_others_do_is_shown_as_it_is_seen(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
+    shown = show(monkeypatch)
+    with ProgressBar("both", 8, start=2) as bar:
+        for done in (2, 5, 4, 8):  # steps that are logged anew are not undone here
+            clock[0] += 12
+            bar.reach(done, {"dmd": done})
+    assert shown.getvalue().splitlines() == [
+        "both: 5/8, 24 s left dmd 5 (0.125/s, peak 2.3 GB)",
+        "both: 8/8, 0 s left dmd 8 (0.125/s, peak 2.3 GB)",
+    ]
+
+
 def test_elsewhere_there_are_plain_lines(monkeypatch: pytest.MonkeyPatch, clock: list[float]) -> None:
     shown = show(monkeypatch)
     work(ProgressBar("train", 4, samples=8), clock, [2, 2, 8, 4])

@@ -1,6 +1,8 @@
 """Students that may cost the same: how many steps that comes to, and that it stays so."""
 
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,14 +12,16 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Turn, forward_equivalents
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
-from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies import budget, units
 from avd_trainer.studies.budget import share_budget, time_step
-from avd_trainer.studies.definition import Cost, Study, load_study
+from avd_trainer.studies.definition import Cost, Study, Unit, load_study
 from avd_trainer.studies.runner import claim_study, run_study
 from avd_trainer.studies.summary import render, write_summary
+from avd_trainer.studies.units import Workplace
+from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.config import TrainConfig
-from runs import MakeConfig, MakeTrainer
+from runs import MakeConfig, MakeTrainer, curve, outcome
 from small_study import write_study
 
 BUDGET = """
@@ -59,7 +63,9 @@ def test_steps_follow_from_forwards_and_from_seconds(name: str) -> None:
     assert Cost(**study.values()["costs"]["avd"]) == study.costs["avd"]
     run = study.run("avd")
     assert forward_equivalents(run.method.calls(1)) == FORWARDS["avd"]
-    assert study.run("avd-seconds") == run.model_copy(update={"max_steps": 13})
+    # Its monitors begin where those of the other begin, so that one may go on from the other.
+    assert study.run("avd-seconds") == run.model_copy(update={"max_steps": 13, "monitor_grace": run.grace})
+    assert study.beginnings == {"avd": "avd-seconds"}  # 15 steps and 13
     assert {unit.variant for unit in study.units([1])} >= {"dmd", "avd", "avd-seconds", "teacher", "half-rate"}
 
 
@@ -99,6 +105,7 @@ def test_a_cost_that_changes_over_a_run_is_that_of_the_whole(tmp_path: Path) -> 
     assert cost[1] == pytest.approx(cost[0] + 12 * (run.max_steps - primed))
     assert cost[1] <= 40 * FORWARDS["dmd"] < cost[1] + 12
     assert (primed, study.run("vpae-seconds").method.priming_steps) == (round(run.max_steps / 10), 8)  # 4 of 40
+    assert study.beginnings == {}  # phases have other lengths from the start
 
 
 @pytest.mark.parametrize(
@@ -262,7 +269,104 @@ def test_a_study_from_start_to_end(tmp_path: Path) -> None:
     steps = [found["variants"][name]["values"]["max_steps"] for name in ("avd", "avd-seconds")]
     (line,) = [each for each in table.splitlines() if each.startswith(f"| avd | {2 * FORWARDS['avd']:g} | ")]
     assert line.endswith(f" | {steps[0]} | {steps[1]} |")
+    assert not list(folder.rglob("checkpoints"))
     judged = table.partition("## What the monitor says")[2]
     assert [name for name in ("dmd", "avd", "avd-seconds", "again") if f"\n| {name} | " in judged] == list(
         found["variants"]
     )
+
+
+# --- One run goes on from the other
+
+
+EARLIER, LATER = Unit("avd", 1), Unit("avd-seconds", 1)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
+    """A study in which a step of avd takes two thirds of one of dmd, and its units: the shorter run is done."""
+    folder = tmp_path_factory.mktemp("begun")
+    whole = load_study(write_study(folder / "small", study=BUDGET), ["max_steps=4"])
+    study = share_budget(whole, {}, lambda run: {"dmd": 3.0, "avd": 2.0}[run.method.kind])
+    assert [study.run(unit.variant).max_steps for unit in (EARLIER, LATER)] == [3, 6]
+    with join_ranks() as ranks:
+        Workplace(study, folder / "units", ranks).do(EARLIER)
+    return study, folder / "units"
+
+
+@pytest.fixture
+def place(begun: tuple[Study, Path], tmp_path: Path, ranks: Ranks) -> Workplace:
+    study, folder = begun
+    return Workplace(study, Path(shutil.copytree(folder, tmp_path / "units")), ranks)
+
+
+def states(place: Workplace) -> dict[str, list[int]]:
+    """Steps that are saved, by unit."""
+    found = {str(unit): list_checkpoints(place.run_folder(unit) / "checkpoints") for unit in (EARLIER, LATER)}
+    return {unit: [step for step, _ in steps] for unit, steps in found.items() if steps}
+
+
+def test_what_two_runs_have_in_common_is_trained_once(place: Workplace, tmp_path: Path, ranks: Ranks) -> None:
+    assert place.study.needs(LATER) == [EARLIER]
+    assert states(place) == {"avd-1": [2, 3]}
+    alone = Workplace(place.study, Path(shutil.copytree(place.folder, tmp_path / "alone")), ranks)
+    shutil.rmtree(alone.run_folder(EARLIER) / "checkpoints")  # as where it was copied from another study
+    rest, whole = place.do(LATER), alone.do(LATER)
+    assert outcome(place.run_folder(LATER)) == outcome(alone.run_folder(LATER))
+    assert rest.pop("beginning") == {"unit": "avd-1", "steps": 3}
+    assert rest.pop("seconds").keys() == {"train_rest", "sample", "measure", "all"}
+    assert whole.pop("seconds").keys() == {"train", "sample", "measure", "all"}
+    assert rest == whole
+    assert rest["deviations"]
+    assert not [*place.folder.rglob("checkpoints"), *alone.folder.rglob("checkpoints")]
+
+
+class KilledError(Exception):
+    """In place of a kill."""
+
+
+@pytest.mark.parametrize("during", ["pathlib.Path.rename", "avd_trainer.studies.units.train"])
+def test_a_unit_that_is_killed_as_it_takes_over_goes_on(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    def kill(*_: object, **__: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(during, kill)
+        with pytest.raises(KilledError):
+            place.do(LATER)
+    assert list(states(place).values()) == [[2, 3]]
+    assert place.do(LATER)["seconds"].keys() >= {"train_rest"}
+    assert [step["step"] for step in curve(place.run_folder(LATER))] == [1, 2, 3, 4, 5, 6]
+    assert states(place) == {}
+
+
+def test_state_goes_where_nothing_goes_on_from_it_any_more(place: Workplace) -> None:
+    (place.run_folder(LATER) / "student").mkdir(parents=True)  # as where another process was faster
+    place.do(EARLIER)
+    assert states(place) == {}
+
+
+def test_a_run_has_no_beginning_that_nobody_asked_for(place: Workplace) -> None:
+    assert replace(place.study, worked_on={"avd-seconds"}).needs(LATER) == []
+
+
+def test_where_the_beginning_has_diverged_so_has_the_rest(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(place.run_folder(EARLIER) / "student")  # which a run that diverged does not leave
+    monkeypatch.setattr(units, "train", None)
+    assert place.do(LATER)["failed"] == "avd-1 has diverged, and its steps are the first ones of this run."
+
+
+def test_of_two_runs_of_one_length_the_second_trains_nothing(
+    place: Workplace, ranks: Ranks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = place.study.run("avd")
+    both = replace(place.study, variants={**place.study.variants, "avd-seconds": run})
+    other = Workplace(both, place.folder, ranks).do(LATER)
+    assert other["beginning"] == {"unit": "avd-1", "steps": 3}
+    assert "avd-seconds-1: all 3 steps are done already" in capsys.readouterr().out
+    student = "student/diffusion_pytorch_model.safetensors"
+    one, same = (place.run_folder(unit) / student for unit in (EARLIER, LATER))
+    assert one.read_bytes() == same.read_bytes()
+    assert states(place) == {}

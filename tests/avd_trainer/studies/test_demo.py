@@ -1,8 +1,12 @@
 """A demo is what a person waited for: it goes on where it stands, and nothing of it is deleted."""
 
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from avd_trainer.data.moving_shapes import Scene
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.processes import Ended, FailedProcessError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies import demo
 from avd_trainer.studies.demo import DemoConfig, run_demo, write_blind_pairs
@@ -69,6 +74,51 @@ def test_a_stopped_demo_goes_on(finished: tuple[Path, Findings]) -> None:
     assert list(findings.rows) == ["teacher", "dmd", "avd"]
     assert findings.rows["dmd"] != findings.rows["avd"]
     assert not list(folder.rglob("*.part"))
+
+
+def test_students_that_are_trained_at_the_same_time_are_the_same(
+    finished: tuple[Path, Findings], tmp_path: Path, ranks: Ranks
+) -> None:
+    """Also where Ctrl-C came between."""
+    begun = tmp_path / "logs" / "avd.txt"
+
+    def interrupt() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    person = threading.Thread(target=interrupt)
+    person.start()
+    assert run_demo(config(), tmp_path, ranks, jobs=2) is None
+    person.join()
+    assert not (tmp_path / "clips.safetensors").exists()
+    assert run_demo(config(), tmp_path, ranks, jobs=2) is not None
+    mine, theirs = (DemoClips.load(folder / "clips.safetensors").latents for folder in (tmp_path, finished[0]))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_progress_is_that_of_both_students_and_a_failure_is_shown(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ends = [Ended([], "SIGINT"), Ended([tmp_path / "logs" / "avd.txt"], None)]
+
+    def ended(calls: Mapping[Path, object], *, on_look: Callable[[], None], **_: object) -> Ended:
+        assert [log.name for log in calls] == ["dmd.txt", "avd.txt"]
+        for name in ("dmd", "avd"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "metrics.jsonl").write_text("{}\n{}\n")
+        (tmp_path / "logs" / "avd.txt").write_text("error: The disk is full.\n")
+        on_look()
+        return ends.pop(0)
+
+    monkeypatch.setattr(demo, "run_processes", ended)
+    assert run_demo(config(), tmp_path, ranks, jobs=2) is None
+    assert "dmd and avd: 4/4, 0 s left dmd 2 avd 2 " in capsys.readouterr().err
+    failed = r"Training avd failed. .*avd.txt ends with:\nerror: The disk is full.\nMend it and run the same command"
+    with pytest.raises(FailedProcessError, match=failed):
+        run_demo(config(), tmp_path, ranks, jobs=2)
+    assert "dmd and avd" not in capsys.readouterr().err  # none of it was to do
 
 
 def test_all_rows_the_reference_and_the_controls_are_measured(finished: tuple[Path, Findings]) -> None:

@@ -42,6 +42,15 @@ def test_the_same_values_are_copied_and_others_are_not(study: Study, done: Path,
     assert (tmp_path / "mine/units/matching-1/run/student/config.json").exists()
 
 
+def test_state_that_another_run_goes_on_from_stays_where_it_is(study: Study, done: Path, tmp_path: Path) -> None:
+    earlier = Path(shutil.copytree(done, tmp_path / "earlier"))
+    state = Path("run/checkpoints/step-00000002")
+    (earlier / "units/dmd-1" / state).mkdir(parents=True)
+    reuse(study, tmp_path / "mine", earlier, [1])
+    assert (tmp_path / "mine/units/matching-1/run/student").is_dir()
+    assert not list((tmp_path / "mine").rglob("checkpoints"))
+
+
 def test_a_student_is_copied_only_where_the_one_that_it_started_from_was_the_same(done: Path, tmp_path: Path) -> None:
     earlier = tmp_path / "earlier"
     shutil.copytree(done, earlier)

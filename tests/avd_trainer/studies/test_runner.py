@@ -18,13 +18,15 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.models.condition import Condition
+from avd_trainer.runtime import processes
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
+from avd_trainer.runtime.processes import FailedProcessError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies import runner, units
 from avd_trainer.studies.definition import REFERENCE, Study, Unit, load_study
-from avd_trainer.studies.runner import FailedProcessError, run_study
+from avd_trainer.studies.runner import run_study
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.config import TrainConfig
@@ -280,7 +282,7 @@ def test_a_failed_process_is_a_failure_only_where_something_is_left(
             return False
 
     context = SimpleNamespace(Process=FailingProcess, set_forkserver_preload=lambda _: None)
-    monkeypatch.setattr(runner, "get_context", lambda _: context)
+    monkeypatch.setattr(processes, "get_context", lambda _: context)
     if finishes:
         assert run_study(study, copy, SEEDS, jobs=2)
     else:

@@ -15,7 +15,7 @@ from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import folder
 from avd_trainer.training.checkpoint import read_state
 from avd_trainer.training.config import TrainConfig
-from avd_trainer.training.folder import check_run, claim_run, locked, method_of_run
+from avd_trainer.training.folder import check_run, claim_run, is_beginning, locked, method_of_run
 from avd_trainer.training.run import train
 from launches import Launch
 from runs import MakeConfig, files, outcome
@@ -54,6 +54,29 @@ def test_a_schedule_that_depends_on_the_length_of_a_run_fixes_it(
     train(make_config(kind, method=method, max_steps=1, **changes), tmp_path, ranks, data=data)
     with pytest.raises(ConfigError, match="  max_steps: 1 there, 2 now"):
         train(make_config(kind, method=method, max_steps=2, **changes), tmp_path, ranks, data=data)
+
+
+@pytest.mark.parametrize(
+    ("kind", "of_shorter", "of_longer", "expected"),
+    [
+        ("dmd", {"max_steps": 200}, {"max_steps": 300}, True),
+        ("dmd", {"max_steps": 300}, {"max_steps": 300}, True),
+        ("dmd", {"max_steps": 300}, {"max_steps": 200}, False),
+        ("dmd", {"max_steps": 10}, {"max_steps": 20}, False),  # the monitors judge from step 5 on, and from 10 on
+        ("dmd", {"max_steps": 10}, {"max_steps": 20, "monitor_grace": 5}, True),
+        ("dmd", {"max_steps": 200}, {"max_steps": 300, "seed": 1}, False),
+        (
+            "frame_interpolation",
+            {"max_steps": 200, "method": {"optimizer": {"schedule": "cosine"}}},
+            {"max_steps": 300, "method": {"optimizer": {"schedule": "cosine"}}},
+            False,
+        ),
+    ],
+)
+def test_a_run_is_the_beginning_of_one_that_is_longer_and_otherwise_the_same(
+    make_config: MakeConfig, kind: str, of_shorter: dict[str, Any], of_longer: dict[str, Any], expected: bool
+) -> None:
+    assert is_beginning(make_config(kind, **of_shorter), make_config(kind, **of_longer)) is expected
 
 
 def test_options_that_came_to_be_since_a_run_was_started_are_at_their_defaults(

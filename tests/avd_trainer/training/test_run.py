@@ -24,13 +24,15 @@ from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import trainer as trainer_module
 from avd_trainer.training.checkpoint import list_checkpoints, read_state
 from avd_trainer.training.config import TrainConfig
+from avd_trainer.training.folder import is_beginning
 from avd_trainer.training.run import train
 from launches import Launch, on_ranks
-from runs import EMBED, MakeConfig, both, curve, files, outcome, saved_steps
+from runs import EMBED, MakeConfig, both, curve, files, in_memory, outcome, saved_steps
 
 STUDENT = "student/diffusion_pytorch_model.safetensors"
 
@@ -56,6 +58,21 @@ def test_the_same_command_goes_on(configure: MakeConfig, data: TrainingData, tmp
     assert curve(parts) == curve(whole)
     assert saved_steps(whole) == [2, 4]
     assert saved_steps(parts) == [3, 4]
+
+
+def test_a_run_goes_on_from_one_that_is_its_beginning_as_if_it_had_begun_itself(
+    configure: MakeConfig, clips: CaptionedLatents, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Also what the monitors say, who speak in the steps between the halves of both."""
+    clips.latents.mul_(0.1)  # beside these, the samples of an untrained student are wild
+    data, whole, parts = both(in_memory(clips)), tmp_path / "whole", tmp_path / "parts"
+    one_step = {"few_steps": [1000]}  # so that all samples are finished, and judged
+    shorter, longer = configure(one_step, max_steps=13), configure(one_step, max_steps=31, monitor_grace=6)
+    assert is_beginning(shorter, longer)
+    for config, folder in ((longer, whole), (shorter, parts), (longer, parts)):
+        assert train(config, folder, ranks, data=data)
+    assert outcome(parts) == outcome(whole)
+    assert {finding["step"] for finding in read_json(parts / "findings.json")["findings"]} >= {10}
 
 
 def test_a_finished_run_stays_as_it_is(configure: MakeConfig, data: TrainingData, tmp_path: Path, ranks: Ranks) -> None:

@@ -61,9 +61,14 @@ def test_the_monitor_names_a_student_that_jitters(make_trainer: MakeTrainer, cli
     assert {"jitter", "oversaturated"} <= {finding.kind for finding in trainer.monitor.findings}
 
 
-@pytest.mark.parametrize(("max_steps", "grace"), [(3, 1), (99, 49), (200, 100), (1000, 100)])
-def test_the_monitors_grace_is_at_most_half_of_the_run(make_trainer: MakeTrainer, max_steps: int, grace: int) -> None:
-    trainer = make_trainer("dmd", max_steps=max_steps)
+@pytest.mark.parametrize(
+    ("max_steps", "asked", "grace"),
+    [(3, None, 1), (99, None, 49), (200, None, 100), (1000, None, 100), (99, 70, 70), (1000, 0, 0)],
+)
+def test_the_monitors_grace_is_at_most_half_of_the_run_unless_it_is_asked_for(
+    make_trainer: MakeTrainer, max_steps: int, asked: int | None, grace: int
+) -> None:
+    trainer = make_trainer("dmd", max_steps=max_steps, monitor_grace=asked)
     assert trainer.monitor is not None
     assert trainer.spectrum is not None
     assert (trainer.monitor.grace, trainer.spectrum.grace) == (grace, grace)
