@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 from avd_trainer.data.preparation import clip_reader
 from avd_trainer.data.preparation.clip_reader import VideoReader
@@ -69,7 +70,7 @@ def clips_ahead(start: int, first: bool) -> Iterator[Span]:
 
 def scan(path: Path, kept: KeptFrames, scenes: tuple[int, ...] = ()) -> list[int]:
     """Go through a file; scenes are told two frames after they begin, by numbers of frames. The times."""
-    pass_ = FileScan(path, kept)
+    pass_ = FileScan(path, lambda: kept)
     times = []
     for number, (time, _) in enumerate(pass_.frames(32)):
         times.append(time)
@@ -125,10 +126,10 @@ def test_a_clip_whose_frames_cannot_be_resized_is_left_to_the_reader(
     }  # amid a clip, and where a scene's first one begins
     resize = clip_reader._resize
 
-    def fail(frame: av.VideoFrame, request: FrameRequest) -> object:
+    def fail(frame: av.VideoFrame, request: FrameRequest, by: VideoReformatter) -> object:
         if frame.time in bad:
             raise bad[frame.time]
-        return resize(frame, request)
+        return resize(frame, request, by)
 
     monkeypatch.setattr(clip_reader, "_resize", fail)
     kept = KeptFrames(CLIP.fps, REQUESTS, clips_ahead, PLENTY)
@@ -209,10 +210,10 @@ def test_a_file_is_decoded_once_for_its_cuts_and_its_clips(tmp_path: Path, monke
     assert len(results["cut"]["scenes"]) == 2
     assert len(clips.rows) == 7
     once = worker.found(clips)
-    assert len(opened) == 2  # by probe, which reads the first frame, and by cut
+    assert len(opened) == 1  # by probe, which reads the first frame; cut goes on from there
     assert len(once) == 7 * len(clips.rows[0].stages)
     again = Told(recipe, tmp_path / "prepared").found(clips)  # which kept nothing
-    assert len(opened) == 3
+    assert len(opened) == 2
     assert once == {key: outcome for key, outcome in again.items() if key[1] != DECODING}
 
 

@@ -40,6 +40,17 @@ def test_cuts_that_follow_each_other_faster_than_the_shortest_scene_count_once()
     assert len(scenes(video, shortest=1)) == 3
 
 
+def test_a_change_too_small_or_beside_others_is_no_cut() -> None:
+    grey = np.full((2, 30, 72, 128, 3), 100, np.uint8)
+    grey[1] += 42  # of brightness, which is a third of what is looked at
+    video = np.concatenate(grey)
+    assert len(scenes(video, least_change=13.9)) == 2
+    assert len(scenes(video, least_change=14.1)) == 1
+    video[28] += 63  # two changes of 21 before the 14: each is 2.4 times the mean of the four around it
+    assert len(scenes(video, threshold=2.45)) == 1
+    assert [span.start for span in scenes(video, threshold=2.35)] == [0, 28 * 40]
+
+
 def test_times_of_a_variable_rate_are_the_frames_own() -> None:
     video = np.concatenate([scene(0, 30), scene(1, 30)])
     times = np.cumsum(np.random.default_rng(0).integers(10, 90, 60)) + 500
@@ -50,7 +61,8 @@ def test_times_of_a_variable_rate_are_the_frames_own() -> None:
 
 def run(path: Path, settings: CutSettings) -> list[list[int]]:
     row = Row("0", path, "0", None, {"probe": {"milliseconds": 2500}})
-    outcome = Cut(settings, CLIP).run(row, FileScan(path, KeptFrames(16.0, [], lambda start, first: iter(()), 0)))
+    with FileScan(path, lambda: KeptFrames(16.0, [], lambda start, first: iter(()), 0)) as scan:
+        outcome = Cut(settings, CLIP).run(row, scan)
     assert isinstance(outcome, Done)
     scenes: list[list[int]] = outcome.values["scenes"]
     return scenes
