@@ -64,9 +64,14 @@ def find_caption(path: Path) -> FoundCaption:
     """
     beside = path.with_suffix(".txt")
     if not beside.is_file():
-        return FoundCaption(path.stem.replace("_", " ").replace("-", " "))
+        return FoundCaption(name_as_caption(path))
     text, encoding = _decode_text(beside.read_bytes())
     return FoundCaption(text.strip(), beside.name, encoding)
+
+
+def name_as_caption(path: Path) -> str:
+    """A video's name with separators as blanks: a makeshift caption."""
+    return path.stem.replace("_", " ").replace("-", " ")
 
 
 def caption_of(path: Path) -> str:

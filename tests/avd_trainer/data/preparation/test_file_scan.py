@@ -217,6 +217,23 @@ def test_a_file_is_decoded_once_for_its_cuts_and_its_clips(tmp_path: Path, monke
     assert once == {key: outcome for key, outcome in again.items() if key[1] != DECODING}
 
 
+@pytest.mark.parametrize("clips_of_room", [1, 2.5, 100])
+def test_a_worker_keeps_frames_in_a_sixteenth_of_its_memory(tmp_path: Path, clips_of_room: float) -> None:
+    path = write_video(tmp_path / "video.mp4", (60,))
+    plenty = Told(recipe_of(), tmp_path / "prepared")
+    clips = plenty.scan(path).clips
+    assert len(clips.rows) == 6
+    kept = plenty._worker._kept
+    assert kept is not None
+    a_clip = kept[2]._bytes / 6
+    worker = Told(recipe_of(f"memory_gb={16 * clips_of_room * a_clip / 1e9}"), tmp_path / "prepared")
+    worker.scan(path)
+    worker.found(clips)
+    again = sum(isinstance(each, Found) and each.stage == DECODING for each in worker.messages)
+    # The clip with which it is full is gathered to its end, and the one that had begun by then.
+    assert again == max(0, 6 - {1: 2, 2.5: 4, 100: 6}[clips_of_room])
+
+
 def test_what_was_kept_of_one_file_is_not_taken_for_another(tmp_path: Path) -> None:
     recipe = recipe_of()
     worker, fresh = (Told(recipe, tmp_path / "prepared") for _ in range(2))
