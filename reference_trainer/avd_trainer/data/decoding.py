@@ -161,7 +161,7 @@ def fit(frame: av.VideoFrame, height: int, width: int, by: VideoReformatter | No
         frame: Of a video.
         height: In pixels.
         width: Likewise.
-        by: What resizes. The same one for many frames that get one size prepares once, which counts where they become small.
+        by: What resizes. The same one for many frames that get one size prepares once, which counts for small sizes.
     """
     turns = _turns(frame)
     if turns % 2:
