@@ -82,8 +82,12 @@ def inspect(
         from avd_trainer.data.inspection import find_rows, inspect
 
         if clip is not None:
+            from avd_trainer.data.preparation.left_out import why_left_out
+
             for row in find_rows(path, clip):
                 _print_table(_row_lines(row))
+            for other in why_left_out(path, clip):
+                say(other)
             return
         _print_report(inspect(path, latents))
 
@@ -172,7 +176,8 @@ def encode(
     """Cut your own videos into clips and encode them with their captions. The same command again goes on."""
     with readable_errors():
         from avd_trainer.data.encode import FORMATS, ClipFormat
-        from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, encode_recipe, encode_videos
+        from avd_trainer.data.preparation.encoding import ADVICE, encode_recipe, encode_videos
+        from avd_trainer.data.preparation.summary import LEFT_OUT
 
         default = FORMATS["block-dct-4" if model == TINY else "wan"]
         recipe = encode_recipe(

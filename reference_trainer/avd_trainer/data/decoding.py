@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import av
 import numpy as np
 from av.error import FFmpegError
-from av.video.reformatter import Interpolation
+from av.video.reformatter import Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from avd_trainer.runtime.errors import UserError
@@ -64,9 +64,14 @@ def find_caption(path: Path) -> FoundCaption:
     """
     beside = path.with_suffix(".txt")
     if not beside.is_file():
-        return FoundCaption(path.stem.replace("_", " ").replace("-", " "))
+        return FoundCaption(name_as_caption(path))
     text, encoding = _decode_text(beside.read_bytes())
     return FoundCaption(text.strip(), beside.name, encoding)
+
+
+def name_as_caption(path: Path) -> str:
+    """A video's name with separators as blanks: a makeshift caption."""
+    return path.stem.replace("_", " ").replace("-", " ")
 
 
 def caption_of(path: Path) -> str:
@@ -149,25 +154,35 @@ class OnScreen:
             self._time = next(self._wanted, None)
 
 
-def fit(frame: av.VideoFrame, height: int, width: int) -> NDArray[np.uint8]:
-    """Resize a frame to cover ``height`` x ``width``, and cut out its centre; ``[height, width, 3]`` RGB."""
+def fit(frame: av.VideoFrame, height: int, width: int, by: VideoReformatter | None = None) -> NDArray[np.uint8]:
+    """Resize a frame to cover ``height`` x ``width``, and cut out its centre; ``[height, width, 3]`` RGB.
+
+    Args:
+        frame: Of a video.
+        height: In pixels.
+        width: Likewise.
+        by: What resizes. The same one for many frames that get one size prepares once, which counts for small sizes.
+    """
     turns = _turns(frame)
     if turns % 2:
         height, width = width, height
     scale = max(height / frame.height, width / frame.width)
-    pixels = _resized(frame, max(height, round(frame.height * scale)), max(width, round(frame.width * scale)))
+    pixels = _resized(frame, max(height, round(frame.height * scale)), max(width, round(frame.width * scale)), by)
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
     return np.rot90(pixels[top : top + height, left : left + width], turns)
 
 
-def scaled(frame: av.VideoFrame, short_side: int | None, *, roughly: bool = False) -> NDArray[np.uint8]:
+def scaled(
+    frame: av.VideoFrame, short_side: int | None, by: VideoReformatter | None = None, *, roughly: bool = False
+) -> NDArray[np.uint8]:
     """Resize a frame so that its lesser side has ``short_side`` pixels, or not at all; ``[H, W, 3]`` RGB.
 
-    ``roughly`` takes half the time where it shrinks, since it leaves out pixels rather than averaging all.
+    ``by`` is that of :func:`fit`. ``roughly`` takes half the time where it shrinks, since it leaves out pixels rather
+    than averaging all.
     """
     scale = 1.0 if short_side is None else short_side / min(frame.height, frame.width)
     height, width = round(frame.height * scale), round(frame.width * scale)
-    return np.rot90(_resized(frame, height, width, roughly=roughly), _turns(frame))
+    return np.rot90(_resized(frame, height, width, by, roughly=roughly), _turns(frame))
 
 
 def shown_size(frame: av.VideoFrame) -> tuple[int, int]:
@@ -180,8 +195,11 @@ def _turns(frame: av.VideoFrame) -> int:
     return round(frame.rotation / 90)
 
 
-def _resized(frame: av.VideoFrame, height: int, width: int, *, roughly: bool = False) -> NDArray[np.uint8]:
-    resized = frame.reformat(
+def _resized(
+    frame: av.VideoFrame, height: int, width: int, by: VideoReformatter | None, *, roughly: bool = False
+) -> NDArray[np.uint8]:
+    resized = (by or VideoReformatter()).reformat(
+        frame,
         width=width,
         height=height,
         format="rgb24",

@@ -171,8 +171,10 @@ def find_rows(path: Path, clip: str) -> list[dict[str, Any]]:
         Of each row, ``id`` and ``caption`` besides what its provenance says; in order of the data set.
 
     Raises:
-        UserError: As :func:`inspect`, if the data set says nothing of its videos, or no row is of this clip.
+        UserError: As :func:`inspect`, if the data set says nothing of its videos, or no row is of this clip; then it
+            says which stage left it out, and why, if that is known.
     """
+    from avd_trainer.data.preparation.left_out import why_left_out
     from avd_trainer.data.preparation.schedule import clip_id
     from avd_trainer.data.preparation.stage import Span
 
@@ -186,6 +188,8 @@ def find_rows(path: Path, clip: str) -> list[dict[str, Any]]:
         id_ = clip_id(row["sha256"], Span(*row["span"]))
         if clip in (row["file"], id_):
             rows.append({"id": id_, **row, "caption": caption})
+    if not rows and (why := why_left_out(path, clip)):
+        raise UserError(f"{path} has no clip {clip}:\n" + "\n".join(f"  {each}" for each in why))
     if not rows:
         raise UserError(
             f"{path} has no clip {clip}. Pass a video's path below the folder of videos, such as "

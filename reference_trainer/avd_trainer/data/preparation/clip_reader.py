@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,9 +11,11 @@ from typing import Protocol, Self
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from avd_trainer.data.decoding import ROUNDING, OnScreen, fit, scaled
+from avd_trainer.data.preparation.open_video import OpenVideo
 from avd_trainer.data.preparation.stage import ClipSettings, FrameRequest, Frames, Span
 
 _SEEK_BEYOND = 20.0
@@ -107,41 +109,34 @@ class VideoReader:
 
     def _close(self) -> None:
         if self._video is not None:
-            self._video.container.close()
+            self._video.close()
             self._video = None
 
 
 class _Video:
-    """An open video; times are in seconds from its first frame.
+    """An open video whose clips are read; times are in seconds from its first frame.
 
     Attributes:
-        container: To be closed.
         origin: The first frame's own time.
         hold: How long the last frame stays on screen.
         jumps: Whether :meth:`jump` can be relied on.
     """
 
     def __init__(self, path: Path) -> None:
-        self.container = av.open(path)
-        try:
-            if not self.container.streams.video:
-                raise ValueError("it has no video stream")
-            self._stream = self.container.streams.video[0]
-            self._stream.codec_context.thread_count = 1  # there are as many processes as cores
-            self.hold = float(1 / self._stream.average_rate) if self._stream.average_rate else 0.0
-            self.jumps = any(name in self.container.format.name for name in _EXACT)
-            self._decoded = self.container.decode(self._stream)
-            first = next(self._decoded, None)
-            if first is None:
-                raise ValueError("it has no frames")
-            if first.time is None:
-                raise ValueError("its frames have no times; convert it to MP4")
-        except BaseException:
-            self.container.close()
-            raise
-        self.origin = first.time
+        self._video = OpenVideo(path)
+        first = self._video.first
+        if first.time is None:
+            self.close()
+            raise ValueError("its frames have no times; convert it to MP4")
+        self.origin, self.hold = first.time, self._video.hold
+        self.jumps = any(name in self._video.container.format.name for name in _EXACT)
+        self._decoded = self._video.rest
         # The frame on screen and the one that says how long: the next clip may begin between them.
         self._recent = deque([first], maxlen=2)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._video.close()
 
     @property
     def now(self) -> float:
@@ -154,10 +149,10 @@ class _Video:
 
     def jump(self, time: float) -> bool:
         """Go to the last key frame that is not later; False if that did not succeed."""
-        time_base = self._stream.time_base
-        assert time_base is not None
-        self.container.seek(int((time + self.origin) / time_base), stream=self._stream)
-        self._decoded = self.container.decode(self._stream)
+        container, stream = self._video.container, self._video.stream
+        assert stream.time_base is not None
+        container.seek(int((time + self.origin) / stream.time_base), stream=stream)
+        self._decoded = container.decode(stream)
         self._recent.clear()
         return self.skip() and self.now <= time + ROUNDING
 
@@ -189,6 +184,7 @@ class ClipFrames:
         last = max(index for request in requests for index in request.indices)
         self._screen = OnScreen([start + index / fps for index in range(last + 1)], origin)
         self._found: dict[FrameRequest, list[NDArray[np.uint8]]] = {request: [] for request in requests}
+        self._resizing = defaultdict[tuple[object, ...], VideoReformatter](VideoReformatter)
         self.shown = 0
         self.nbytes = 0
 
@@ -210,8 +206,9 @@ class ClipFrames:
         self._add(self._screen.end(hold))
 
     def frames(self, requests: Sequence[FrameRequest]) -> list[Frames]:
-        """What some of the requests asked for, if all is there."""
-        return [np.stack(self._found[request]) for request in requests]
+        """What some of the requests asked for, if all is there; equal requests get one array."""
+        found = {request: np.stack(self._found[request]) for request in set(requests)}
+        return [found[request] for request in requests]
 
     def _add(self, frames: Iterable[av.VideoFrame]) -> None:
         for frame in frames:
@@ -220,11 +217,13 @@ class ClipFrames:
                 if self.shown in request.indices:
                     how = request[1:]
                     if how not in resized:
-                        resized[how] = np.ascontiguousarray(_resize(frame, request))  # no part of a larger one
+                        resized[how] = np.ascontiguousarray(
+                            _resize(frame, request, self._resizing[how])
+                        )  # no part of a larger one
                         self.nbytes += resized[how].nbytes
                     found.append(resized[how])
             self.shown += 1
 
 
-def _resize(frame: av.VideoFrame, request: FrameRequest) -> NDArray[np.uint8]:
-    return scaled(frame, request.short_side) if request.cover is None else fit(frame, *request.cover)
+def _resize(frame: av.VideoFrame, request: FrameRequest, by: VideoReformatter) -> NDArray[np.uint8]:
+    return scaled(frame, request.short_side, by) if request.cover is None else fit(frame, *request.cover, by)

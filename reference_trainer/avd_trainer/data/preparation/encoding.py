@@ -12,7 +12,7 @@ from avd_trainer.data.preparation.needs import HUB_ID
 from avd_trainer.data.preparation.prepare import DATA, RECIPE, Prepared, Workers, prepare
 from avd_trainer.data.preparation.recipe import Recipe, load_recipe
 from avd_trainer.data.preparation.selection import select
-from avd_trainer.data.preparation.summary import Advice, all_left_out, summarise
+from avd_trainer.data.preparation.summary import LEFT_OUT, Advice, all_left_out, summarise
 from avd_trainer.data.schema import UNCONDITIONAL, UNFINISHED
 from avd_trainer.data.shard_writing import expect_no_shards, writable
 from avd_trainer.models.codecs.latent_space import LatentSpace
@@ -24,8 +24,6 @@ WORK = f"encoding{UNFINISHED}"
 """Folder within that of the data set, with what is done already; removed when the shards are there."""
 REMOVED = "encoding.removed"
 """The name under which it is removed: whatever a kill leaves of it is never taken for what can be gone on with."""
-LEFT_OUT = "left_out.json"
-"""Beside the shards: every file and clip that was left out, with its reason."""
 DETAIL = 0.4
 """A picture that was enlarged k times holds no less than this share, divided by k, of its size in detail; see the stage
 ``detail``."""

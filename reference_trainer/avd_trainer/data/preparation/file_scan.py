@@ -8,15 +8,20 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 
 from avd_trainer.data.decoding import ROUNDING, scaled, shown_size
 from avd_trainer.data.preparation.clip_reader import ClipFrames
+from avd_trainer.data.preparation.open_video import OpenVideo
 from avd_trainer.data.preparation.stage import FrameRequest, Frames, Span
 
 _RECENT = 4
@@ -123,15 +128,37 @@ class KeptFrames:
 
 
 class FileScan:
-    """All frames of a file, for a stage; those that ``kept`` wants are kept on the way.
+    """A file that stages look at whole: opened once, at the first look, and gone through from there.
+
+    A context manager, which closes the file.
 
     Args:
         path: The file.
-        kept: Filled while frames are iterated over.
+        keep: Makes what is filled while frames are iterated over; asked when that begins.
     """
 
-    def __init__(self, path: Path, kept: KeptFrames) -> None:
-        self._path, self._kept = path, kept
+    def __init__(self, path: Path, keep: Callable[[], KeptFrames]) -> None:
+        self._path, self._keep = path, keep
+        self._video: OpenVideo | None = None
+        self._kept: KeptFrames | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def open(self) -> OpenVideo:
+        """The file and its first frame.
+
+        Raises:
+            FFmpegError, OSError, ValueError: If it cannot be decoded.
+        """
+        if self._video is None:
+            self._video = OpenVideo(self._path)
+        return self._video
 
     def frames(self, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order and of one size.
@@ -142,18 +169,19 @@ class FileScan:
         Raises:
             FFmpegError, OSError, ValueError: If they cannot be decoded, have no times, or change their shape.
         """
-        with av.open(self._path) as container:
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1  # there are as many processes as cores
-            first: int | None = None
-            shape, size = None, None
-            for frame in container.decode(stream):
+        video, kept = self.open(), self._keep()
+        self._kept = kept
+        first: int | None = None
+        shape, size = None, None
+        by = VideoReformatter()
+        try:
+            for frame in chain([video.first], video.rest):
                 if frame.time is None:
                     raise ValueError("its frames have no times; convert it to MP4")
-                self._kept.see(frame)
+                kept.see(frame)
                 time = round(1000 * frame.time)
                 first = time if first is None else first
-                pixels = scaled(frame, short_side, roughly=True)
+                pixels = scaled(frame, short_side, by, roughly=True)
                 if shape is not None and pixels.shape != shape:
                     raise ValueError(
                         f"its picture changes from {size} to {_size(frame)} at {(time - first) / 1000:g} s; "
@@ -161,11 +189,19 @@ class FileScan:
                     )
                 shape, size = pixels.shape, _size(frame)
                 yield time - first, pixels
-            self._kept.end(float(1 / stream.average_rate) if stream.average_rate else 0.0)
+            kept.end(video.hold)
+        finally:
+            self._close()  # whoever goes through it again begins anew
 
     def begin_scene(self, start: int) -> None:
         """Tell that a scene was found to begin, in milliseconds from the first frame; the first one does by itself."""
+        assert self._kept is not None
         self._kept.begin_scene(start)
+
+    def _close(self) -> None:
+        if self._video is not None:
+            self._video.close()
+            self._video = None
 
 
 def _size(frame: av.VideoFrame) -> str:

@@ -8,6 +8,7 @@ systems cannot hold. Only one process writes to a journal; parts of a large run 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -45,6 +46,11 @@ ON CONFLICT DO UPDATE SET outcome = excluded.outcome, seconds = excluded.seconds
 WHERE outcome NOT LIKE '{_DONE}%' AND excluded.outcome LIKE '{_DONE}%'
 """
 """What a part found, beside what is there: what a stage has done, wherever, is in place of its failures."""
+
+
+def number_of(path: str) -> int:
+    """A number that depends on a file's path alone: it says which files a sample has, and a part."""
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
 
 
 class FileState(NamedTuple):
@@ -114,7 +120,7 @@ class Journal:
     Args:
         folder: Of the prepared videos; made if need be.
         part: ``(i, n)`` for the i-th of n parts, which has a journal of its own that begins with what the whole has
-            recorded; None for the whole, which takes over what parts have recorded.
+            recorded of its files; None for the whole, which takes over what parts have recorded.
         write: Whether to write, or to read alone.
 
     Raises:
@@ -250,12 +256,21 @@ class Journal:
             lock.flush()
 
     def _begin_with_the_whole(self) -> None:
-        """Let a new part know what stages found before in a sample or in the whole, so that it is not done again."""
+        """Let a new part know what was found before of its files, in a sample or in the whole, so that it is not done
+        again."""
         whole = self.folder / _WHOLE
-        if not whole.is_file() or list(self._rows("SELECT 1 FROM outcomes LIMIT 1")):
+        if not whole.is_file() or list(self._rows("SELECT 1 FROM files UNION SELECT 1 FROM outcomes LIMIT 1")):
             return
-        with self._attached(whole, "whole"), self._readable_errors():
-            self._database.execute("INSERT INTO main.outcomes SELECT * FROM whole.outcomes")
+        assert self.part is not None
+        index, count = self.part
+        with self._attached(whole, "whole"), self._readable_errors(), self.transaction():
+            self._database.create_function("is_mine", 1, lambda path: number_of(path) % count == index)
+            self._database.execute("INSERT INTO main.files SELECT * FROM whole.files WHERE is_mine(path)")
+            # Keys of a file's outcomes, and of its clips', begin with the same 16 digits of its SHA-256.
+            self._database.execute(
+                "INSERT INTO main.outcomes SELECT * FROM whole.outcomes "
+                "WHERE substr(row, 1, 16) IN (SELECT substr(sha256, 1, 16) FROM main.files)"
+            )
 
     @contextmanager
     def _attached(self, path: Path, name: str) -> Iterator[None]:

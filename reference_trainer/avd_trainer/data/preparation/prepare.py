@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -118,7 +119,7 @@ def prepare(
         write_text(output / RECIPE, recipe.to_yaml())
         write_json(output / SOURCE, {"videos": str(videos.absolute())})
         if sample is None:
-            _forget_others(journal, paths, videos)
+            _forget_others(journal, every, videos)
         work = _Work(journal, recipe, videos, paths, workers, look=True, retry=retry, tried=set())
         _score(work)
         selection = _finish(work) if part is None else select(journal, recipe, finished=False)
@@ -146,12 +147,14 @@ def select_again(prepared: Path, output: Path, overrides: Sequence[str], workers
         workers: Who works.
 
     Raises:
-        UserError: As :func:`prepare`, or if ``output`` holds shards.
+        UserError: As :func:`prepare`, or if ``output`` holds anything.
     """
     from avd_trainer.data.shard_writing import expect_no_shards
 
     for folder in (output, *(path for path in output.glob("*") if path.is_dir())):  # clips of each size have their own
         expect_no_shards(folder)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UserError(f"--output {output} holds something else already. Choose a folder that is empty or not there.")
     with Journal(prepared, write=False):
         pass  # says what to do if there is none, and makes none
     recipe = load_recipe(prepared / RECIPE, overrides)
@@ -232,8 +235,14 @@ def _run(work: _Work, stages: Sequence[Chosen], clips: Collection[str] | None) -
 
 
 def _write(journal: Journal, recipe: Recipe, done: Prepared, output: Path, *, replace: bool) -> Prepared:
-    """Write the shards of the kept clips, of which there is one at least."""
+    """Write the shards of the kept clips, of which there is one at least.
+
+    They get their place when all are whole, those of each size at once: what a kill leaves of them is done again, and
+    shards of another selection stay until then.
+    """
     from avd_trainer.data.preparation.shards import fingerprint, write_shards
+    from avd_trainer.data.schema import UNFINISHED
+    from avd_trainer.data.shard_writing import writable
 
     clips = done.selection.kept
     key = fingerprint(recipe, clips)
@@ -243,17 +252,17 @@ def _write(journal: Journal, recipe: Recipe, done: Prepared, output: Path, *, re
         if before["fingerprint"] == key:
             there = {output / name: rows for name, rows in before["data"].items()}
             return done._replace(data=there, unchanged=True)
-    # Shards of another selection stay until the new ones are whole.
-    new = output.with_name(f"{output.name}.new") if replace else output
-    if replace:
-        shutil.rmtree(new, ignore_errors=True)
+    new = output.with_name(output.name + UNFINISHED)
+    shutil.rmtree(new, ignore_errors=True)
     with ProgressBar("writing clips", len(clips)) as bar:
         written = write_shards(journal, recipe, clips, new, bar.advance)
     data = {str(folder.relative_to(new)): rows for folder, rows in written.items()}
     write_text(new / RECIPE, recipe.to_yaml())
-    write_json(new / SELECTION, {"fingerprint": key, "data": data})
+    prepared = os.path.relpath(journal.folder, output) if replace else str(journal.folder.absolute())
+    write_json(new / SELECTION, {"fingerprint": key, "data": data, "prepared": prepared})
     if replace:
         shutil.rmtree(output, ignore_errors=True)
+    with writable(output):
         new.rename(output)
     return done._replace(data={output / name: rows for name, rows in data.items()})
 

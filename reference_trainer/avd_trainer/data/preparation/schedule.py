@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections import deque
@@ -11,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from avd_trainer.data.decoding import VIDEO_SUFFIXES, reason
-from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile, Outcomes
+from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile, Outcomes, number_of
 from avd_trainer.data.preparation.recipe import Chosen, Recipe
 from avd_trainer.data.preparation.sidecars import read_sidecars
 from avd_trainer.data.preparation.stage import SPAN, Done, Failed, Row, Span, Values
@@ -57,13 +56,13 @@ def list_videos(folder: Path) -> list[str]:
 
 def part_of(paths: Iterable[str], index: int, count: int) -> list[str]:
     """The files of one of ``count`` parts. Which part a file is in depends on its path alone."""
-    return [path for path in paths if _number(path) % count == index]
+    return [path for path in paths if number_of(path) % count == index]
 
 
 def sample_of(paths: Sequence[str], share: float) -> list[str]:
     """A share of files, at least one; the same ones each time, and all of them in any larger share."""
     count = max(1, round(share * len(paths)))
-    return sorted(sorted(paths, key=lambda path: (_number(path), path))[:count])
+    return sorted(sorted(paths, key=lambda path: (number_of(path), path))[:count])
 
 
 def clip_id(sha256: str, span: Span) -> str:
@@ -268,7 +267,3 @@ def _with_sidecars(file: KnownFile, path: Path) -> KnownFile:
         return file._replace(**read_sidecars(path)._asdict())
     except (OSError, ValueError) as error:
         return KnownFile(file.path, file.state, None, reason(error))
-
-
-def _number(path: str) -> int:
-    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")

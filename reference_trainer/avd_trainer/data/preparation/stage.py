@@ -16,13 +16,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from avd_trainer.config.sections import Section
+
+if TYPE_CHECKING:
+    from avd_trainer.data.preparation.open_video import OpenVideo
 
 SPAN = "span"
 """Name of the file stage that says which clips a file has: ``{"clips": [[start, end], ...]}`` in milliseconds."""
@@ -250,7 +253,7 @@ class Stage(ABC, Generic[S_co]):
 
 
 class FileStage(Stage[S_co]):
-    """A stage of whole files; it opens the file itself."""
+    """A stage of whole files that needs no look into them: what other stages found is enough."""
 
     reads_clip = False
 
@@ -272,7 +275,10 @@ class FileStage(Stage[S_co]):
 
 
 class Scan(Protocol):
-    """All frames of a file, decoded once for a :class:`ScanStage` and for the clips that its scenes give."""
+    """A file, opened once for all :class:`ScanStage`, and decoded once for them and the clips that its scenes give."""
+
+    def open(self) -> OpenVideo:
+        """The file and its first frame, for what it says about itself; :meth:`frames` goes on from there."""
 
     def frames(self, short_side: int) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Times in milliseconds from the first frame and ``[H, W, 3]`` RGB of all frames, in order.
@@ -286,7 +292,7 @@ class Scan(Protocol):
 
 
 class ScanStage(Stage[S_co]):
-    """A stage of whole files that looks at all of their frames."""
+    """A stage of whole files that looks into them: at their first frame, or at all."""
 
     reads_clip = False
 
@@ -310,7 +316,8 @@ class ClipStage(Stage[S_co]):
 
         Args:
             row: The clip.
-            frames: Those asked for, ``[F, H, W, 3]`` RGB uint8; ``[0, 0, 0, 3]`` if none were.
+            frames: Those asked for, ``[F, H, W, 3]`` RGB uint8; ``[0, 0, 0, 3]`` if none were. Not to be written to:
+                stages that ask for the same share them.
 
         Returns:
             Values, or why there are none. An error that it raises is recorded as :class:`Failed`, in the error's words.

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from avd_trainer.data.decoding import UTF_8, FoundCaption, find_caption
+from avd_trainer.data.decoding import UTF_8, FoundCaption, find_caption, name_as_caption
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.recipe import Recipe
 from avd_trainer.data.preparation.selection import Clip, Dropped, Selection
 from avd_trainer.data.preparation.stage import SPAN, Done, Span
 from avd_trainer.runtime.errors import UserError
 
+LEFT_OUT = "left_out.json"
+"""Beside encoded shards: every file and clip that was left out, with its reason."""
 MOST_NAMES = 3
 """Names that stand beside a reason; the rest is counted."""
 _PARTICULARS = re.compile(r"\s*\([^()]*\)")
@@ -73,8 +75,8 @@ class Summary(NamedTuple):
         without_clips: Files that gave no clip.
         dropped: Clips that were left out.
         shorter: For files that are too short; None if there are none, or no length fits.
-        captions: What text files beside the videos say, by the path of each video that gave a clip; None if captions
-            are not from such files, or the videos are no longer there.
+        captions: What text files beside the videos said to this run, by the path of each video that gave a clip; None
+            if captions are not from such files.
     """
 
     files: int
@@ -122,10 +124,10 @@ def summarise(journal: Journal, recipe: Recipe, selection: Selection, videos: Pa
         journal: Open.
         recipe: With which it was filled.
         selection: Made of them.
-        videos: Folder of the files, whose captions are counted.
+        videos: Folder of the files; how a text file was read is seen there, if it says what it said to the run.
     """
     meanings = {name: chosen.stage.score.meaning for name, chosen in recipe.stages.items() if chosen.stage.score}
-    dropped = [(_place(selection.clips[id_]), why) for id_, why in selection.dropped.items()]
+    dropped = [(place_of(selection.clips[id_]), why) for id_, why in selection.dropped.items()]
     return Summary(
         files=selection.files,
         clips=len(selection.clips),
@@ -145,11 +147,10 @@ def list_names(names: tuple[str, ...]) -> str:
 
 def all_left_out(selection: Selection) -> dict[str, dict[str, str]]:
     """Everything that was left out, each with its own reason; JSON-able."""
+    dropped = {place_of(selection.clips[id_]): why for id_, why in sorted(selection.dropped.items())}
+    kinds = {"files": dict(sorted(selection.dropped_files.items())), "clips": dropped}
     return {
-        "files": {path: f"{why.stage}: {why.reason}" for path, why in sorted(selection.dropped_files.items())},
-        "clips": {
-            _place(selection.clips[id_]): f"{why.stage}: {why.reason}" for id_, why in sorted(selection.dropped.items())
-        },
+        kind: {name: f"{why.stage}: {why.reason}" for name, why in left_out.items()} for kind, left_out in kinds.items()
     }
 
 
@@ -157,7 +158,8 @@ def _total(groups: Iterable[LeftOut]) -> int:
     return sum(len(group.names) for group in groups)
 
 
-def _place(clip: Clip) -> str:
+def place_of(clip: Clip) -> str:
+    """A clip's file and start, in words."""
     return f"{clip.path} at {clip.span.start / 1000:g} s"
 
 
@@ -213,10 +215,21 @@ def _shorter(journal: Journal, recipe: Recipe, short: list[str]) -> ShorterLengt
 
 def _captions(recipe: Recipe, selection: Selection, videos: Path) -> dict[str, FoundCaption] | None:
     caption = recipe.stages.get("caption")
-    if caption is None or getattr(caption.settings, "by", None) != "file" or not videos.is_dir():
+    if caption is None or getattr(caption.settings, "by", None) != "file":
         return None
-    paths = sorted({clip.path for clip in selection.clips.values()})
-    return {path: find_caption(videos / path) for path in paths}
+    said = {clip.path: clip.caption for clip in selection.clips.values()}
+    return {path: _found_caption(videos / path, said[path]) for path in sorted(said)}
+
+
+def _found_caption(path: Path, said: str) -> FoundCaption:
+    """What a video's caption was to the run: text files may have changed since, or be gone."""
+    try:
+        now = find_caption(path)
+    except OSError:
+        now = None
+    if now is not None and now.text == said:
+        return now
+    return FoundCaption(said, None if said == name_as_caption(path) else path.with_suffix(".txt").name)
 
 
 def _caption_lines(captions: Mapping[str, FoundCaption]) -> Iterator[str]:

@@ -268,8 +268,14 @@ class Worker:
 
     def _run(self, row_task: RowTask, task: Task, source: _Source) -> None:
         """Run the stages of a row, wave by wave: each wave needs results of earlier ones alone."""
-        assert task.state is not None
         results = dict(row_task.row.results)
+        with FileScan(task.path, lambda: self._keep(task, row_task.row._replace(results=results))) as scan:
+            self._run_waves(row_task, task, source, scan, results)
+
+    def _run_waves(
+        self, row_task: RowTask, task: Task, source: _Source, scan: FileScan, results: dict[str, Values]
+    ) -> None:
+        assert task.state is not None
         pending = [self._recipe.stages[name] for name in row_task.stages]
         while ready := [chosen for chosen in pending if all(read in results for read in chosen.stage.reads)]:
             wave = [
@@ -284,7 +290,7 @@ class Worker:
                 name = chosen.stage.name
                 given: Frames | FileScan | Failed
                 if issubclass(chosen.stage, ScanStage):
-                    given = self._scan(task, row_task.row._replace(results=results))
+                    given = scan
                 else:
                     given = request if isinstance(request, Failed) else inputs.get(name, _NO_FRAMES)
                 outcome, seconds = (given, 0.0) if isinstance(given, Failed) else self._run_stage(chosen, row, given)
@@ -330,8 +336,8 @@ class Worker:
             self._tell(Found(row.id, DECODING, Done({}), time.monotonic() - began))
         return dict(zip(names, frames, strict=True))
 
-    def _scan(self, task: Task, row: Row) -> FileScan:
-        """A pass over a file, which keeps frames for the stages ahead of its clips; ``row`` has all results so far."""
+    def _keep(self, task: Task, row: Row) -> KeptFrames:
+        """What keeps frames of a file for the stages ahead of its clips; ``row`` has all results so far."""
         requests = []
         for chosen in (self._recipe.stages[name] for name in task.ahead):
             if all(read in row.results for read in chosen.stage.reads):
@@ -344,7 +350,7 @@ class Worker:
         kept = KeptFrames(head.clip.fps, requests, clips_ahead, round(head.memory_gb * _SHARE_KEPT * 1e9))
         assert task.state is not None
         self._kept = (task.path, task.state, kept)
-        return FileScan(task.path, kept)
+        return kept
 
     def _kept_of(self, path: Path, state: FileState) -> KeptFrames | None:
         """What was kept when the file was scanned, if it was the last one; what was kept of another file goes."""

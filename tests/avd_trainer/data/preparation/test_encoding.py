@@ -17,11 +17,12 @@ from torch import Tensor
 from avd_trainer.data.encode import ClipFormat
 from avd_trainer.data.encoders import load_text_encoder
 from avd_trainer.data.inspection import inspect
-from avd_trainer.data.preparation.encoding import ADVICE, LEFT_OUT, REMOVED, WORK, encode_recipe, encode_videos
+from avd_trainer.data.preparation.encoding import ADVICE, REMOVED, WORK, encode_recipe, encode_videos
 from avd_trainer.data.preparation.journal import Journal
 from avd_trainer.data.preparation.prepare import DATA, RECIPE, Prepared, Workers
 from avd_trainer.data.preparation.stage import ClipSettings, Failed, Frames, Outcome, Row
 from avd_trainer.data.preparation.stages.latents import Latents
+from avd_trainer.data.preparation.summary import LEFT_OUT
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError

@@ -11,6 +11,7 @@ import av
 import numpy as np
 import pytest
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 
 from avd_trainer.data.preparation import clip_reader
 from avd_trainer.data.preparation.clip_reader import VideoReader
@@ -69,7 +70,7 @@ def clips_ahead(start: int, first: bool) -> Iterator[Span]:
 
 def scan(path: Path, kept: KeptFrames, scenes: tuple[int, ...] = ()) -> list[int]:
     """Go through a file; scenes are told two frames after they begin, by numbers of frames. The times."""
-    pass_ = FileScan(path, kept)
+    pass_ = FileScan(path, lambda: kept)
     times = []
     for number, (time, _) in enumerate(pass_.frames(32)):
         times.append(time)
@@ -125,10 +126,10 @@ def test_a_clip_whose_frames_cannot_be_resized_is_left_to_the_reader(
     }  # amid a clip, and where a scene's first one begins
     resize = clip_reader._resize
 
-    def fail(frame: av.VideoFrame, request: FrameRequest) -> object:
+    def fail(frame: av.VideoFrame, request: FrameRequest, by: VideoReformatter) -> object:
         if frame.time in bad:
             raise bad[frame.time]
-        return resize(frame, request)
+        return resize(frame, request, by)
 
     monkeypatch.setattr(clip_reader, "_resize", fail)
     kept = KeptFrames(CLIP.fps, REQUESTS, clips_ahead, PLENTY)
@@ -209,11 +210,28 @@ def test_a_file_is_decoded_once_for_its_cuts_and_its_clips(tmp_path: Path, monke
     assert len(results["cut"]["scenes"]) == 2
     assert len(clips.rows) == 7
     once = worker.found(clips)
-    assert len(opened) == 2  # by probe, which reads the first frame, and by cut
+    assert len(opened) == 1  # by probe, which reads the first frame; cut goes on from there
     assert len(once) == 7 * len(clips.rows[0].stages)
     again = Told(recipe, tmp_path / "prepared").found(clips)  # which kept nothing
-    assert len(opened) == 3
+    assert len(opened) == 2
     assert once == {key: outcome for key, outcome in again.items() if key[1] != DECODING}
+
+
+@pytest.mark.parametrize("clips_of_room", [1, 2.5, 100])
+def test_a_worker_keeps_frames_in_a_sixteenth_of_its_memory(tmp_path: Path, clips_of_room: float) -> None:
+    path = write_video(tmp_path / "video.mp4", (60,))
+    plenty = Told(recipe_of(), tmp_path / "prepared")
+    clips = plenty.scan(path).clips
+    assert len(clips.rows) == 6
+    kept = plenty._worker._kept
+    assert kept is not None
+    a_clip = kept[2]._bytes / 6
+    worker = Told(recipe_of(f"memory_gb={16 * clips_of_room * a_clip / 1e9}"), tmp_path / "prepared")
+    worker.scan(path)
+    worker.found(clips)
+    again = sum(isinstance(each, Found) and each.stage == DECODING for each in worker.messages)
+    # The clip with which it is full is gathered to its end, and the one that had begun by then.
+    assert again == max(0, 6 - {1: 2, 2.5: 4, 100: 6}[clips_of_room])
 
 
 def test_what_was_kept_of_one_file_is_not_taken_for_another(tmp_path: Path) -> None:

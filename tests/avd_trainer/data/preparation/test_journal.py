@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile
+from avd_trainer.data.preparation.journal import FileState, Journal, KnownFile, number_of
 from avd_trainer.data.preparation.stage import Done, Failed
 from avd_trainer.runtime.errors import UserError
 from disks import disk_with_room_for
@@ -80,6 +80,22 @@ def test_parts_become_one_and_nothing_that_is_gone_comes_back(tmp_path: Path) ->
         journal.record("flow", "d1", "clip2", Done({}), 0.0)
     with Journal(tmp_path) as journal:
         assert rows(journal) == ["clip0", "clip1", "clip2"]
+
+
+def test_a_part_begins_with_what_is_known_of_its_own_files(tmp_path: Path) -> None:
+    names = {number_of(name) % 2: name for name in ("a.mp4", "b.mp4", "c.mp4", "d.mp4")}
+    assert len(names) == 2
+    shas = {part: str(part) * 64 for part in names}
+    with Journal(tmp_path) as whole:
+        for part, name in names.items():
+            whole.add_file(FILE._replace(path=name, sha256=shas[part]))
+            whole.record("probe", "d0", shas[part], Done({"width": part}), 0.0)
+            whole.record("flow", "d1", f"{shas[part][:16]}-000000000-000005062", Done({"part": part}), 0.0)
+    for index in range(2):
+        with Journal(tmp_path, part=(index, 2)) as journal:
+            assert [(file.path, file.sha256) for file in journal.files()] == [(names[index], shas[index])]
+            assert [outcome for _, outcome, _ in journal.outcomes("probe", "d0")] == [Done({"width": index})]
+            assert [outcome for _, outcome, _ in journal.outcomes("flow", "d1")] == [Done({"part": index})]
 
 
 def test_of_two_outcomes_the_one_that_is_done_is_taken_over(tmp_path: Path) -> None:

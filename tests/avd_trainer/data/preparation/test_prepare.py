@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ import pytest
 from avd_trainer.data.inspection import find_rows, inspect
 from avd_trainer.data.preparation import recipe
 from avd_trainer.data.preparation.journal import FileState, Journal
+from avd_trainer.data.preparation.left_out import why_left_out
 from avd_trainer.data.preparation.prepare import Prepared, Workers, select_again
 from avd_trainer.data.preparation.selection import Dropped
 from avd_trainer.data.preparation.stage import Done, Row, Span
 from avd_trainer.data.preparation.worker import Found, RowTask, Task, Worker
 from avd_trainer.data.shard_reading import ShardDataset
+from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.runtime.errors import UserError
 from disks import disk_with_room_for
 from toy_runs import ToyRun, files_of, toy_recipe
@@ -180,6 +183,11 @@ def test_a_part_does_not_do_again_what_a_sample_did(toy: ToyRun) -> None:
         toy.prepare(part=(index, 2))
     scored = {line.split()[1] for line in toy.begun() if line.startswith("brightness")}
     assert scored == set(NAMES) - sampled
+    files = []
+    for index in range(2):
+        with Journal(toy.output, part=(index, 2), write=False) as journal:
+            files += [file.path for file in journal.files()]
+    assert sorted(files) == list(NAMES)
 
 
 def test_what_lies_beside_a_video_is_read_again_and_nothing_else_is_done(toy: ToyRun) -> None:
@@ -373,6 +381,78 @@ def test_selecting_again_into_shards_of_several_sizes_is_refused_before_any_work
     with pytest.raises(UserError, match=r"8x\d+ holds shards already"):
         select(toy, "contrast.gain=2.0")
     assert toy.begun() == {}
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_into_several_sizes_can_be_killed_and_run_again(toy: ToyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy.add("a.mp4", "wide.mp4")
+    toy.prepare()
+    output, sizes = toy.output.with_name("again"), []
+    begin = ShardWriter.set_unconditional
+
+    def stop_at_the_second(writer: ShardWriter, *given: Any) -> None:
+        sizes.append(given)
+        if len(sizes) == 2:
+            raise KeyboardInterrupt
+        begin(writer, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "set_unconditional", stop_at_the_second)
+        with pytest.raises(KeyboardInterrupt):
+            select(toy)
+    assert not output.exists()
+    output.mkdir()  # by hand
+    assert set(select(toy).data) == {output / size for size in ("8x16", "8x8")}
+    written = {name: files_of(toy.output / "data")[name] for name in files_of(output) if name.endswith(".parquet")}
+    assert len(written) == 2
+    assert written.items() <= files_of(output).items()
+    assert sorted(path.name for path in output.parent.iterdir() if "again" in path.name) == ["again"]
+
+
+@pytest.mark.usefixtures("by_name")
+def test_selecting_into_a_folder_of_other_things_is_refused(toy: ToyRun) -> None:
+    toy.add("a.mp4")
+    toy.prepare()
+    notes = toy.output.with_name("again") / "notes.txt"
+    notes.parent.mkdir()
+    notes.touch()
+    with pytest.raises(UserError, match=r"holds something else already\. Choose a folder that is empty or not there"):
+        select(toy)
+    assert notes.is_file()
+
+
+@pytest.mark.usefixtures("by_name")
+def test_a_clip_that_was_left_out_is_told_with_its_stage_and_reason(toy: ToyRun) -> None:
+    toy.add(*NAMES, "copy.mp4")
+    (toy.videos / "copy.mp4").write_bytes((toy.videos / "a.mp4").read_bytes())
+    data, again = toy.output / "data", toy.output.with_name("again")
+    selection = toy.prepare(toy_recipe(framing=SQUARE, brightness={"keep": 0.5})).selection
+    select(toy, "brightness.keep=0.25")
+    id_, why = next((id_, why) for id_, why in selection.dropped.items() if why.stage == "brightness")
+    clip = selection.clips[id_]
+    said = f"{clip.path} at {clip.span.start / 1000:g} s was left out by brightness: {why.reason}"
+    assert why_left_out(data, id_) == [said]
+    assert said in why_left_out(data, clip.path)
+    with pytest.raises(UserError, match=re.escape(f"has no clip {id_}:\n  {said}")):
+        find_rows(data, id_)
+    assert why_left_out(data, "copy.mp4") == [
+        "copy.mp4 was left out by reading: it has the same bytes as another file (a.mp4)"
+    ]
+    assert why_left_out(data, "none.mp4") == why_left_out(data, selection.kept[0].id) == []
+    # The other selection kept less.
+    lost = [clip.id for clip in selection.kept if why_left_out(again, clip.id)]
+    assert len(lost) == 4
+    toy.output.rename(toy.output.with_name("moved"))
+    assert why_left_out(toy.output.with_name("moved") / "data", id_) == [said]
+    assert why_left_out(again, id_) == []  # nobody knows
+
+
+def test_what_encoding_left_out_is_told_by_its_list(tmp_path: Path) -> None:
+    said = {"files": {"b.mp4": "probe: it has no video stream"}, "clips": {"a.mp4 at 0 s": "still: 0 is below 0.001"}}
+    (tmp_path / "left_out.json").write_text(json.dumps(said))
+    assert why_left_out(tmp_path, "a.mp4") == ["a.mp4 at 0 s was left out by still: 0 is below 0.001"]
+    assert why_left_out(tmp_path, "b.mp4") == ["b.mp4 was left out by probe: it has no video stream"]
+    assert why_left_out(tmp_path, "c.mp4") == []
 
 
 @pytest.mark.usefixtures("by_name")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from avd_trainer.data.decoding import FoundCaption
 from avd_trainer.data.preparation.selection import Dropped
 from avd_trainer.data.preparation.stages.span import fitting_length
-from avd_trainer.data.preparation.summary import LeftOut, _group
+from avd_trainer.data.preparation.summary import LeftOut, _found_caption, _group
 
 
 def test_reasons_that_differ_in_numbers_or_brackets_are_one() -> None:
@@ -81,3 +84,16 @@ def test_clips_of_five_seconds() -> None:
     assert fitting_length([80, 80, 30, 30, 30]) == 29
     assert fitting_length([80, 3, 3]) == 77
     assert fitting_length([4, 3]) is None
+
+
+def test_captions_are_counted_as_the_run_read_them(tmp_path: Path) -> None:
+    video, text = tmp_path / "a_dog.mp4", tmp_path / "a_dog.txt"
+    text.write_text("caf\u00e9", encoding="latin-1")
+    assert _found_caption(video, "caf\u00e9") == FoundCaption("caf\u00e9", "a_dog.txt", "windows-1252")
+    text.write_text("a cat, written since")
+    assert _found_caption(video, "") == FoundCaption("", "a_dog.txt")
+    assert _found_caption(video, "a dog") == FoundCaption("a dog")
+    text.unlink()
+    assert _found_caption(video, "two dogs") == FoundCaption("two dogs", "a_dog.txt")
+    text.mkdir()  # which cannot be read
+    assert _found_caption(video, "a dog") == FoundCaption("a dog")

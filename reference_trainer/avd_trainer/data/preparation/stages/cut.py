@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +11,9 @@ from pydantic import Field
 
 from avd_trainer.data.preparation.needs import package_missing
 from avd_trainer.data.preparation.stage import Done, Row, Scan, ScanStage, Span, StageSettings
+
+_AROUND = 2
+"""Frames before and behind one, with whose changes its own is compared."""
 
 
 class CutSettings(StageSettings):
@@ -48,27 +51,34 @@ def find_scenes(
         Scenes in order, without gaps, from 0 to the end of the last frame.
     """
     import cv2
-    from scenedetect import FrameTimecode
-    from scenedetect.detectors import AdaptiveDetector
 
     assert settings.threshold is not None
-    detector = AdaptiveDetector(
-        adaptive_threshold=settings.threshold,
-        min_content_val=settings.least_change,
-        min_scene_len=settings.shortest,
-    )
     times: list[int] = []
-    cuts: list[int] = []
+    changes: list[float] = []
+    cuts = [0]
+    before: cv2.typing.MatLike | None = None
     for time, frame in frames:
-        # The detector counts frames; times of a variable frame rate are looked up behind it.
-        position = FrameTimecode(len(times), fps=1.0)
+        colours = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)
+        changes.append(0.0 if before is None else cv2.norm(colours, before, cv2.NORM_L1) / colours.size)
         times.append(time)
-        for cut in detector.process_frame(position, cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)):
-            cuts.append(cut.frame_num)
-            on_scene(times[cut.frame_num] - times[0])
+        before = colours
+        place = len(times) - 1 - _AROUND
+        if place - cuts[-1] >= settings.shortest and _stands_out(changes[-1 - 2 * _AROUND :], settings):
+            cuts.append(place)
+            on_scene(times[place] - times[0])
     last = times[-1] - times[-2] if len(times) > 1 else 0
-    edges = [times[0], *(times[cut] for cut in sorted(set(cuts))), times[-1] + last]
+    edges = [*(times[cut] for cut in cuts), times[-1] + last]
     return [Span(start - times[0], end - times[0]) for start, end in pairwise(edges)]
+
+
+def _stands_out(changes: Sequence[float], settings: CutSettings) -> bool:
+    """Whether the change in the middle is a cut's, judged by those around it."""
+    assert settings.threshold is not None
+    if len(changes) <= 2 * _AROUND:
+        return False
+    change = changes[_AROUND]
+    around = (sum(changes) - change) / (2 * _AROUND)
+    return change >= settings.least_change and change >= settings.threshold * around
 
 
 class Cut(ScanStage[CutSettings]):
@@ -81,7 +91,7 @@ class Cut(ScanStage[CutSettings]):
 
     def missing(self) -> str | None:
         # Without a threshold, nothing is looked for.
-        return None if self.settings.threshold is None else package_missing(self.name, "scenedetect", "prepare")
+        return None if self.settings.threshold is None else package_missing(self.name, "cv2", "prepare")
 
     def run(self, row: Row, scan: Scan) -> Done:
         if self.settings.threshold is None:

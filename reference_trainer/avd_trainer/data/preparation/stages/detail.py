@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,26 +32,32 @@ def detail(frames: Frames) -> list[float]:
     """
     from scipy.fft import dctn
 
-    return [_share(np.asarray(dctn(grey.astype(np.float32), norm="ortho"))) for grey in _luma(frames)]
+    return [_share(np.asarray(dctn(grey, norm="ortho", overwrite_x=True))) for grey in _luma(frames)]
 
 
-def _luma(frames: Frames) -> list[NDArray[np.uint8]]:
+def _luma(frames: Frames) -> list[NDArray[np.float32]]:
     """As :func:`~avd_trainer.data.preparation.frames.luma`, to the digit, without OpenCV, which ``avd data encode``
     does not need."""
     # Whole numbers below 2^24, which float32 holds exactly.
-    return [((frame.astype(np.float32) @ _WEIGHTS + 2**14) / 2**15).astype(np.uint8) for frame in frames]
+    return [np.floor((frame.astype(np.float32) @ _WEIGHTS + 2**14) / 2**15) for frame in frames]
 
 
 def _share(spectrum: NDArray[np.float32]) -> float:
-    power = spectrum.astype(np.float64) ** 2
+    power = np.square(spectrum)
     power[0, 0] = 0  # the mean
     if not power.any():
         return float(1 / max(power.shape))  # of one colour: a single pixel would hold it
-    # In steps of the finer of the two sides: the box that a frequency (i, j) lies at the edge of.
     steps = max(power.shape)
-    rows, columns = (np.arange(size) * steps // size for size in power.shape)
-    held = np.cumsum(np.bincount(np.maximum(rows[:, None], columns).ravel(), power.ravel(), minlength=steps))
+    held = np.cumsum(np.bincount(_boxes(power.shape), power.ravel(), minlength=steps))
     return float((np.searchsorted(held, SHARE * held[-1]) + 1) / steps)
+
+
+@lru_cache(maxsize=4)
+def _boxes(shape: tuple[int, int]) -> NDArray[np.intp]:
+    """The box that each frequency (i, j) lies at the edge of, in steps of the finer of the two sides; flat."""
+    steps = max(shape)
+    rows, columns = (np.arange(size) * steps // size for size in shape)
+    return np.maximum(rows[:, None], columns).ravel()
 
 
 class Detail(NamedFramesStage[NamedFrames]):

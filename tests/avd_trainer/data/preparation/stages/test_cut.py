@@ -4,6 +4,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scenedetect import FrameTimecode
+from scenedetect.detectors import AdaptiveDetector
 
 from avd_trainer.data.preparation.file_scan import FileScan, KeptFrames
 from avd_trainer.data.preparation.stage import ClipSettings, Done, Frames, Row, Span
@@ -40,6 +42,38 @@ def test_cuts_that_follow_each_other_faster_than_the_shortest_scene_count_once()
     assert len(scenes(video, shortest=1)) == 3
 
 
+def test_a_change_too_small_or_beside_others_is_no_cut() -> None:
+    grey = np.full((2, 30, 72, 128, 3), 100, np.uint8)
+    grey[1] += 42  # of brightness, which is a third of what is looked at
+    video = np.concatenate(grey)
+    assert len(scenes(video, least_change=13.9)) == 2
+    assert len(scenes(video, least_change=14.1)) == 1
+    video[28] += 63  # two changes of 21 before the 14: each is 2.4 times the mean of the four around it
+    assert len(scenes(video, threshold=2.45)) == 1
+    assert [span.start for span in scenes(video, threshold=2.35)] == [0, 28 * 40]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_cuts_are_those_of_pyscenedetect(seed: int) -> None:
+    draws = np.random.default_rng(seed)
+    parts = [scene(int(draws.integers(99)), int(draws.integers(3, 40)), int(draws.integers(12))) for _ in range(8)]
+    video = np.concatenate(parts)
+    video = np.clip(video * draws.uniform(0.9, 1, (len(video), 1, 1, 1)), 0, 255).astype(np.uint8)  # flicker
+    settings = CutSettings(threshold=draws.uniform(1.5, 3), least_change=draws.uniform(5, 15), shortest=5)
+    assert settings.threshold is not None
+    detector = AdaptiveDetector(
+        adaptive_threshold=settings.threshold, min_content_val=settings.least_change, min_scene_len=settings.shortest
+    )
+    theirs = [
+        cut.frame_num
+        for number, frame in enumerate(video)
+        for cut in detector.process_frame(FrameTimecode(number, fps=1.0), cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+    ]
+    ours = find_scenes(enumerate(video), settings)
+    assert [span.start for span in ours] == [0, *theirs]
+    assert len(ours) > 1
+
+
 def test_times_of_a_variable_rate_are_the_frames_own() -> None:
     video = np.concatenate([scene(0, 30), scene(1, 30)])
     times = np.cumsum(np.random.default_rng(0).integers(10, 90, 60)) + 500
@@ -50,7 +84,8 @@ def test_times_of_a_variable_rate_are_the_frames_own() -> None:
 
 def run(path: Path, settings: CutSettings) -> list[list[int]]:
     row = Row("0", path, "0", None, {"probe": {"milliseconds": 2500}})
-    outcome = Cut(settings, CLIP).run(row, FileScan(path, KeptFrames(16.0, [], lambda start, first: iter(()), 0)))
+    with FileScan(path, lambda: KeptFrames(16.0, [], lambda start, first: iter(()), 0)) as scan:
+        outcome = Cut(settings, CLIP).run(row, scan)
     assert isinstance(outcome, Done)
     scenes: list[list[int]] = outcome.values["scenes"]
     return scenes

@@ -43,8 +43,9 @@ def test_a_moving_square_counts_by_its_area() -> None:
     assert 0.45 < flow_magnitude(one, other, "farneback") < 0.75
 
 
+@pytest.mark.parametrize("iterations", [2, 3])
 @pytest.mark.parametrize("speed", [0.2, 1.0, 4.0])
-def test_small_frames_measure_the_same_motion_in_pixels_of_480p(speed: float) -> None:
+def test_small_frames_measure_the_same_motion_in_pixels_of_480p(speed: float, iterations: int) -> None:
     """A camera that turns over a picture of natural spectrum: 0.2 is the paper's threshold."""
     picture = natural_picture(480)[..., 0].astype(float)
     turned = np.exp(2j * np.pi * np.fft.fftfreq(picture.shape[1]) * speed)
@@ -53,7 +54,7 @@ def test_small_frames_measure_the_same_motion_in_pixels_of_480p(speed: float) ->
         cv2.resize(frame, (213, 120), interpolation=cv2.INTER_AREA).round().astype(np.uint8)
         for frame in (picture, moved)
     )
-    assert 4 * flow_magnitude(one, other, "farneback") == pytest.approx(speed, rel=0.15)
+    assert 4 * flow_magnitude(one, other, "farneback", iterations) == pytest.approx(speed, rel=0.15)
 
 
 @given(frames=st.integers(2, 100), pairs=st.integers(1, 100))
@@ -75,6 +76,14 @@ def test_a_clip_has_the_mean_of_its_pairs_in_pixels_of_480p(row: Row, pairs: int
     assert wanted.short_side == 120
     assert len(outcome.values["pairs"]) == pairs
     assert outcome.values["motion"] == pytest.approx(4 * 0.5, rel=0.12)  # 480 / 120 = 4
+
+
+def test_fewer_iterations_see_fast_motion_as_slower(row: Row) -> None:
+    clip = scroll(9, 9.0)
+    few, many = (
+        Flow(Flow.Settings(iterations=count, pairs=8), ClipSettings(frames=9)).run(row, clip) for count in (1, 3)
+    )
+    assert few.values["motion"] < 0.95 * many.values["motion"]
 
 
 def test_the_unit_changes_the_number_alone(row: Row) -> None:

@@ -1,5 +1,6 @@
 import struct
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -7,10 +8,19 @@ import pytest
 import torch
 from av.error import FFmpegError
 
-from avd_trainer.data.preparation.stages.probe import probe
+from avd_trainer.data.preparation.file_scan import FileScan, KeptFrames
+from avd_trainer.data.preparation.stages import probe as stage
 from avd_trainer.data.video_files import save_clip
 
 _SIDEWAYS = [0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0]
+
+
+def probe(path: Path) -> dict[str, Any]:
+    def no_pass() -> KeptFrames:
+        raise AssertionError("the first frame is enough")
+
+    with FileScan(path, no_pass) as scan:
+        return stage.probe(scan.open())
 
 
 @pytest.fixture
