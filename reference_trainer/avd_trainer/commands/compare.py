@@ -17,18 +17,13 @@ from avd_trainer.commands.clip_files import (
     write_clips,
     write_list,
 )
-from avd_trainer.commands.sample import ComputeDtype, Device, Fps, Output, Prompts, PromptsFile, Seed
+from avd_trainer.commands.sampling_options import ComputeDtype, Device, Fps, Image, Output, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
     from avd_trainer.inference.students import Shape, Student
-
-
-Image = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What the clips begin with, for students of image to video.")
-]
 
 
 def compare(

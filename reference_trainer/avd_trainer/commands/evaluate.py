@@ -18,8 +18,8 @@ from avd_trainer.commands.clip_files import (
     expect_finished,
     read_asked_prompts,
 )
-from avd_trainer.commands.compare import Image, are_videos, titles_of
-from avd_trainer.commands.sample import ComputeDtype, Device, Prompts, PromptsFile, Seed
+from avd_trainer.commands.compare import are_videos, titles_of
+from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
