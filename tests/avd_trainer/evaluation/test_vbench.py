@@ -380,7 +380,7 @@ def test_a_student_with_adapters_makes_videos_of_both(wan_student: Path, tmp_pat
     matrices[0] *= 2
     save()
     status, printed = generate(adapted, suite, tmp_path / "out" / "adapted", *small)
-    assert (status, "made with other settings: student " in printed) == (2, True), printed
+    assert (status, "another student or other settings: student " in printed) == (2, True), printed
 
 
 def test_mistakes_are_told_before_any_work(wan_student: Path, tmp_path: Path) -> None:
