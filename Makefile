@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
-# What of the trainer calls its dependencies; raw videos are prepared by other extras.
+# What of the trainer calls its dependencies; raw videos are prepared by other extras. Old versions warn of each other.
 LOWEST_TRAINER_TESTS := $(wildcard $(addprefix tests/avd_trainer/,config models inference training runtime data/test_*.py))
 READY := $(VENV)/.ready
 HOSTS ?= runs/hosts
@@ -22,7 +22,7 @@ test: $(READY) ## run all tests, as many at a time as there are cores
 
 test-lowest: $(LOWEST)/.ready $(LOWEST)-trainer/.ready ## run tests with the lowest versions that are allowed, in .venv-lowest*
 	$(LOWEST)/bin/python -m pytest tests/avd_core
-	$(LOWEST)-trainer/bin/python -m pytest $(LOWEST_TRAINER_TESTS)
+	$(LOWEST)-trainer/bin/python -m pytest -W default $(LOWEST_TRAINER_TESTS)
 
 lint: $(READY) ## check style and format
 	$(BIN)/ruff check .
