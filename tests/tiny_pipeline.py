@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +23,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from avd_core import LatentFrameInterpolator
+from avd_integrations.diffusers import FewStepScheduler
+
 WORDS = ("a", "and", "blue", "circle", "down", "green", "left", "moves", "red", "right", "square", "the", "up")
 
 
@@ -35,6 +39,7 @@ def build(
     head_dim: int = 12,
     freq_dim: int = 16,
     image_dim: int | None = None,
+    few_steps: Sequence[float] | None = None,
 ) -> Path:
     """Save a pipeline; the same arguments give the same bytes of weights.
 
@@ -51,6 +56,7 @@ def build(
         freq_dim: Width of its timestep embedding.
         image_dim: Makes it one of image to video, in the layout of Wan2.1: width of the image encoder's tokens; an
             image has 5.
+        few_steps: Makes it a student that is sampled at these timesteps; None for a teacher of many.
 
     Returns:
         The folder.
@@ -73,18 +79,29 @@ def build(
             **({} if image_dim is None else _image_options(image_dim, heads * head_dim)),
         )
         image_encoder = None if image_dim is None else _image_encoder(image_dim)
+    many_steps = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     parts = {
         "tokenizer": tokenizer,
         "text_encoder": encoder.eval(),
         "vae": vae.eval(),
         "transformer": transformer.eval(),
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        "scheduler": many_steps if few_steps is None else FewStepScheduler(few_steps),
     }
     if image_encoder is None:
         WanPipeline(**parts).save_pretrained(folder)
     else:
         processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
         WanImageToVideoPipeline(image_encoder=image_encoder, image_processor=processor, **parts).save_pretrained(folder)
+    return folder
+
+
+def save_interpolator(folder: Path, channels: int = 16, *, seed: int = 5) -> Path:
+    """A network for half rate whose output is not zero, as that of an untrained one is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        interpolator = LatentFrameInterpolator(channels, (8, 8, 8))
+        torch.nn.init.normal_(interpolator.output.weight, std=0.3)
+    interpolator.save_pretrained(folder)
     return folder
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import tiny_pipeline
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.models.transformer import build_transformer
@@ -36,6 +37,13 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     build_transformer(ARCHITECTURE).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def wan_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Wan pipeline that diffusers saved with two few steps; no run or export of the trainer is in it. Not to be
+    changed: copy it."""
+    return tiny_pipeline.build(tmp_path_factory.mktemp("wan") / "student", few_steps=(1000, 500))
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from diffusers import WanPipeline
 
 import tiny_pipeline
-from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.vbench import check, collect, generate, prompts
 from avd_trainer.evaluation.vbench.collecting import Count, read_results
 from avd_trainer.evaluation.vbench.folder import Record, claim, record_videos
@@ -30,11 +28,9 @@ def test_vbench(checkout: Callable[[str], Path], run_in_host: RunInHost, tmp_pat
     few = [next(entry for entry in entries if dimension in entry["dimension"]) for dimension in JUDGED]
     info = tmp_path / "VBench_full_info.json"
     write_json(info, few)
-    pipeline = WanPipeline.from_pretrained(tiny_pipeline.build(tmp_path / "built"))
-    pipeline.scheduler = FewStepScheduler(timesteps=(1000,))
-    pipeline.save_pretrained(tmp_path / "student")
+    student = tiny_pipeline.build(tmp_path / "student", few_steps=(1000,))
     folder = tmp_path / "avd"
-    generate(tmp_path / "student", suite=info, output=folder, dimension=list(JUDGED), samples=2, size="128x128x5")
+    generate(student, suite=info, output=folder, dimension=list(JUDGED), samples=2, size="128x128x5")
     check(folder)
     report = run_in_host(
         "VBench", "vbench_judges.py", *map(str, (info, tmp_path / "list.json", folder / "videos", folder / "results"))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from avd_trainer.commands.sample import ComputeDtype, Device
+from avd_trainer.commands.sampling_options import ComputeDtype, Device
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.terminal import readable_errors, say
 

@@ -17,18 +17,13 @@ from avd_trainer.commands.clip_files import (
     write_clips,
     write_list,
 )
-from avd_trainer.commands.sample import ComputeDtype, Device, Fps, Output, Prompts, PromptsFile, Seed
+from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Output, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
 
 if TYPE_CHECKING:
     from avd_trainer.inference.students import Shape, Student
-
-
-Image = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="What the clips begin with, for students of image to video.")
-]
 
 
 def compare(
@@ -45,7 +40,12 @@ def compare(
         str | None,
         typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the first was trained on."),
     ] = None,
-    fps: Fps = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Frames per second of the files; needed where clips are folders of numbered pictures."
+        ),
+    ] = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -120,7 +120,7 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
 
     for folder in folders:
         expect_finished(folder)
-    names, left_out = same_names(folders)
+    names, left_out = same_names(folders, fps)
     alone = len(names) == 1
     check_output(output, alone)
     for folder in folders:
@@ -129,7 +129,7 @@ def _compare_videos(folders: Sequence[Path], output: Path, fps: float | None) ->
     # Below folders of the same names as theirs: "a/b" and "a_b" are two.
     files = [output] if alone else [output / f"{name}.mp4" for name in names]
     _check_new(files)
-    rows = [[look_at(path) for path in paths] for paths in names.values()]
+    rows = [[look_at(path, fps) for path in paths] for paths in names.values()]
     titles = titles_of(folders)
     form = common_form(file for row in rows for file in row)
     for title, column in zip(titles, zip(*rows, strict=True), strict=True):

@@ -18,8 +18,8 @@ from avd_trainer.commands.clip_files import (
     expect_finished,
     read_asked_prompts,
 )
-from avd_trainer.commands.compare import Image, are_videos, titles_of
-from avd_trainer.commands.sample import ComputeDtype, Device, Prompts, PromptsFile, Seed
+from avd_trainer.commands.compare import are_videos, titles_of
+from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
@@ -61,6 +61,12 @@ def evaluate(
         str | None,
         typer.Option(metavar="WxHxF", help="Of clips of prompts, 832x480x81. Default: what each was trained on."),
     ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Frames per second of folders of numbered pictures, which are clips with this option."
+        ),
+    ] = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -77,6 +83,7 @@ def evaluate(
         if not (videos or asked or reference):
             if image is not None or size is not None:
                 raise UserError("--image and --size are for clips of prompts: pass --prompt, or leave them out.")
+            _expect_pictures(fps, [])
             _evaluate_captions(named, output, captions or CAPTIONS, noises, seed, device)
             return
         if captions is not None:
@@ -90,8 +97,9 @@ def evaluate(
         # All that a person can get wrong comes before the models.
         for folder in (*videos.values(), *([] if reference is None else [reference])):
             expect_finished(folder)
-        sets = {title: look_into(folder) for title, folder in videos.items()}
-        real = None if reference is None else look_into(reference)
+        sets = {title: look_into(folder, fps) for title, folder in videos.items()}
+        real = None if reference is None else look_into(reference, fps)
+        _expect_pictures(fps, [file.path for files in (*sets.values(), real or ()) for file in files])
         plans = {}
         if len(videos) < len(named):
             prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises)]
@@ -259,6 +267,18 @@ def _sample(
                     save_clip(video, path.with_suffix(""), plan.student.fps, ["mp4"])
             write_json(plan.folder / PROMPTS, plan.rows)
     return {title: [look_at(file.path) for file in plan.files] for title, plan in plans.items()}
+
+
+def _expect_pictures(fps: float | None, clips: Sequence[Path]) -> None:
+    """See that ``--fps`` says something.
+
+    Raises:
+        UserError: If it was given, and no clip is a folder of pictures.
+    """
+    if fps is not None and not any(clip.is_dir() for clip in clips):
+        raise UserError(
+            "--fps is of folders of numbered pictures, and there are none: videos say their own rate. Leave it out."
+        )
 
 
 def _check_folders(students: Sequence[Path], output: Path) -> None:

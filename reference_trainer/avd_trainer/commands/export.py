@@ -60,6 +60,14 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Of a LoRA run a whole model for --format; a pipeline always is one.")
     ] = False,
+    measures: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="What was measured of the student, for its model card: measures.md of avd evaluate, vbench.md of avd "
+            "evaluate vbench collect, or any Markdown.",
+        ),
+    ] = None,
 ) -> None:
     """Write a run's student, as a pipeline for diffusers or in the files of another program."""
     with readable_errors():
@@ -71,24 +79,30 @@ def export(
         from avd_trainer.training.program_export import export_for_program
 
         precision = getattr(torch, dtype)
+        measured = None if measures is None else _read_text(measures)
         if format_ != "diffusers":
             if pipeline is not None or interpolator is not None or transformer_only:
                 raise UserError(
                     f"--format {format_} is the transformer alone: leave --pipeline, --interpolator and "
                     "--transformer-only out."
                 )
-            export_for_program(run, output, format_, weights=weights, step=step, dtype=precision, merge=merge)
+            export_for_program(
+                run, output, format_, weights=weights, step=step, dtype=precision, merge=merge, measures=measured
+            )
             say(f"{output / CARD} says how to use it.")
         elif merge:
             raise UserError("--merge is for --format comfyui or lightx2v: a pipeline is merged without it.")
         elif transformer_only:
             if pipeline is not None or interpolator is not None:
                 raise UserError("--transformer-only excludes --pipeline and --interpolator: leave it out, or them.")
+            if measures is not None:
+                raise UserError("--transformer-only writes no model card for --measures: leave one of them out.")
             export_student(run, output, weights=weights, step=step, dtype=precision)
         else:
             exported = export_pipeline(
-                run, output, weights=weights, step=step, dtype=precision, pipeline=pipeline, interpolator=interpolator
-            )
+                run, output, weights=weights, step=step, dtype=precision, pipeline=pipeline, interpolator=interpolator,
+                measures=measured,
+            )  # fmt: skip
             _say_missing(exported)
             if exported.grid_error > 2:
                 say(
@@ -97,6 +111,13 @@ def export(
                     "avd_integrations.diffusers."
                 )
         say(f"The student is in {output}.")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--measures {path} cannot be read: {error}. Pass a Markdown file in UTF-8.") from error
 
 
 def _say_missing(exported: ExportedPipeline) -> None:

@@ -7,18 +7,33 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 from traceback import clear_frames
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from avd_trainer.commands.clip_files import (
-    MOST_SEED,
     PROMPTS,
     check_output,
     clip_files,
     read_asked_prompts,
     write_clips,
     write_list,
+)
+from avd_trainer.commands.sampling_options import (
+    ComputeDtype,
+    Device,
+    Fps,
+    HalfRate,
+    HalfRateSteps,
+    Image,
+    Output,
+    Pipeline,
+    Prompts,
+    PromptsFile,
+    RatesOfSteps,
+    Seed,
+    Size,
+    asked_rates,
 )
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -28,66 +43,13 @@ if TYPE_CHECKING:
     from avd_trainer.inference.generation import Sample
     from avd_trainer.inference.students import Student
 
-Output = Annotated[
-    Path,
-    typer.Option(
-        "--output",
-        "-o",
-        help="Of one --prompt: the clip, .mp4 or .gif. Of several, or --prompts-file: a folder for them (MP4).",
-    ),
-]
-Prompts = Annotated[list[str] | None, typer.Option(help="What to show. Repeatable.")]
-PromptsFile = Annotated[Path | None, typer.Option(help="A text file in UTF-8, one prompt a line.")]
-Seed = Annotated[
-    int, typer.Option(min=0, max=MOST_SEED, help="Of the first prompt's noise; the next one has the next.")
-]
-Fps = Annotated[float | None, typer.Option(min=1, help="Frames per second of the files.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. Default: the GPU where there is one.")]
-ComputeDtype = Annotated[
-    Literal["float32", "bfloat16"] | None,
-    typer.Option(help="What models compute in. Default: bfloat16 on a GPU, float32 on the CPU."),
-]
-HalfRate = Annotated[
-    bool | None,
-    typer.Option(
-        "--half-rate/--full-rate",
-        help="Run the first half of the steps on half of the frames, or none. Default: half rate where the folder "
-        "has an interpolator.",
-    ),
-]
-HalfRateSteps = Annotated[
-    int | None, typer.Option(metavar="N", help="How many steps run at half rate, from the first.")
-]
-RatesOfSteps = Annotated[
-    str | None,
-    typer.Option(metavar="R,R,...", help="In place of that, for each step: on one frame of how many. 4,2,1,1."),
-]
-Size = Annotated[
-    str | None,
-    typer.Option(metavar="WxHxF", help="Pixels and frames, 832x480x81. Default: what the student was trained on."),
-]
-Pipeline = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SOURCE",
-        help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
-        "them. Default: what the run was trained with.",
-    ),
-]
-
 
 def sample(
     folder: Annotated[Path, typer.Argument(help="The --output folder of avd export, of any --format.")],
     output: Output,
     prompt: Prompts = None,
     prompts_file: PromptsFile = None,
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="What the clips begin with, for a student of image to video: a picture, or a video's first frame.",
-        ),
-    ] = None,
+    image: Image = None,
     half_rate: HalfRate = None,
     half_rate_steps: HalfRateSteps = None,
     rates: RatesOfSteps = None,
@@ -148,16 +110,9 @@ def _plans(
     student: Student, half_rate: bool | None, half_rate_steps: int | None, rates: str | None, side_by_side: bool
 ) -> dict[str, tuple[int, ...]]:
     """The rates of each version of a clip, by its label."""
-    from avd_trainer.inference.choices import choose_rates
-
     if side_by_side and half_rate is False:
         raise UserError("--side-by-side shows full and half rate: leave --full-rate out.")
-    chosen = choose_rates(
-        student,
-        half_rate=True if side_by_side else half_rate,
-        half_rate_steps=half_rate_steps,
-        rates=None if rates is None else read_rates(rates),
-    )
+    chosen = asked_rates(student, True if side_by_side else half_rate, half_rate_steps, rates)
     full = {"full rate": (1,) * len(student.timesteps)}
     reduced = {"half rate": chosen} if max(chosen) > 1 else {}
     return full | reduced if side_by_side else reduced or full
@@ -172,18 +127,6 @@ def describe_rates(rates: Sequence[int]) -> str:
         unit = "" if parts else " steps" if number > 1 else " step"
         parts.append(f"{number}{unit} on {ordinals.get(rate, f'every {rate}th frame')}")
     return ", ".join(parts)
-
-
-def read_rates(rates: str) -> list[int]:
-    """``4,2,1,1`` as numbers.
-
-    Raises:
-        UserError: If it is no such list.
-    """
-    try:
-        return [int(rate) for rate in rates.split(",")]
-    except ValueError as error:
-        raise UserError(f"--rates {rates}: expected a whole number for each step, such as 4,2,1,1.") from error
 
 
 def _finished(rows: Iterator[list[Sample]]) -> tuple[list[list[Sample]], BaseException | None]:

@@ -14,7 +14,7 @@ from rich.table import Table
 from avd_trainer.commands.clip_files import MOST_SEED
 from avd_trainer.commands.compare import titles_of
 from avd_trainer.commands.options import read_part
-from avd_trainer.commands.sample import (
+from avd_trainer.commands.sampling_options import (
     ComputeDtype,
     Device,
     Fps,
@@ -23,7 +23,7 @@ from avd_trainer.commands.sample import (
     Pipeline,
     RatesOfSteps,
     Size,
-    read_rates,
+    asked_rates,
 )
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -146,7 +146,7 @@ def generate(
             part_of,
         )
         from avd_trainer.evaluation.vbench.suites import read_augmented, read_suite
-        from avd_trainer.inference.choices import choose_device, choose_dtype, choose_rates, choose_shape
+        from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
         from avd_trainer.inference.students import open_student, open_student_or_run
         from avd_trainer.runtime.files import claim_folder
 
@@ -155,12 +155,7 @@ def generate(
         shown = None if augmented is None else read_augmented(*augmented)
         recorded = record_videos(videos, shown, seed)
         opened = open_student_or_run(student) if pipeline is None else open_student(student, pipeline)
-        steps = choose_rates(
-            opened,
-            half_rate=half_rate,
-            half_rate_steps=half_rate_steps,
-            rates=None if rates is None else read_rates(rates),
-        )
+        steps = asked_rates(opened, half_rate, half_rate_steps, rates)
         shape = choose_shape(opened, size, steps)
         rate, made = fps or opened.fps, decoded_frames(shape)
         kept = found.rules.frames_to_write(made, rate) if frames is None else frames

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator
+from fractions import Fraction
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -20,6 +22,8 @@ from avd_trainer.runtime.errors import UserError
 VIDEO_SUFFIXES = frozenset(
     [".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm"]
 )
+PICTURE_SUFFIXES = frozenset([".bmp", ".jpeg", ".jpg", ".png", ".webp"])
+"""Of pictures that may be the frames of a clip."""
 # Seconds by which a frame's time may be off: containers round to milliseconds.
 ROUNDING = 2e-3
 # Below this :func:`movement` nothing moves but the compression's noise.
@@ -39,6 +43,61 @@ def video_files(folder: Path) -> list[Path]:
     if not paths:
         raise UserError(f"{folder} holds no video files. Looked for {', '.join(sorted(VIDEO_SUFFIXES))}.")
     return paths
+
+
+def holds_frames(folder: Path) -> bool:
+    """Whether a folder is one clip: pictures whose names end in numbers, and no video beside them."""
+    return len(_numbered(folder)) > 1 and not any(path.suffix.lower() in VIDEO_SUFFIXES for path in folder.iterdir())
+
+
+def read_frames(path: Path, fps: float | None = None) -> Iterator[av.VideoFrame]:
+    """The frames of a video, or of a folder of numbered pictures.
+
+    Args:
+        path: Of the file, or of the folder.
+        fps: How many of a folder's pictures there are a second; a file says so itself.
+
+    Raises:
+        ValueError: If a file has no video stream, or a folder's pictures have not all one size or a number is missing.
+        FFmpegError, OSError: If a file cannot be decoded.
+    """
+    if path.is_dir():
+        assert fps is not None
+        yield from _read_pictures(path, fps)
+        return
+    with av.open(path) as container:
+        if not container.streams.video:
+            raise ValueError("it has no video stream")
+        yield from container.decode(video=0)
+
+
+def _read_pictures(folder: Path, fps: float) -> Iterator[av.VideoFrame]:
+    pictures = _numbered(folder)
+    first, size = pictures[0][0], None
+    for place, (number, path) in enumerate(pictures):
+        if number != first + place:
+            raise ValueError(f"{path.name} is where picture {first + place} should be: numbers go up by one")
+        try:
+            frame = next(read_frames(path), None)
+        except FFmpegError as error:
+            raise ValueError(f"{path.name}: {reason(error)}") from error
+        if frame is None:
+            raise ValueError(f"{path.name} holds no picture")
+        size = size or (frame.width, frame.height)
+        if (frame.width, frame.height) != size:
+            raise ValueError(f"{path.name} has {frame.width}x{frame.height} pixels, {size[0]}x{size[1]} were expected")
+        frame.pts, frame.time_base = place, 1 / Fraction(fps).limit_denominator(1001)
+        yield frame
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """A folder's pictures with the numbers in which their names end, in their order."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        number = re.search(r"\d+$", path.stem)
+        if number is not None and path.suffix.lower() in PICTURE_SUFFIXES:
+            found.append((int(number[0]), path))
+    return sorted(found)
 
 
 class FoundCaption(NamedTuple):

@@ -7,12 +7,11 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.decoding import VIDEO_SUFFIXES, reason, shown_size, video_files
+from avd_trainer.data.decoding import VIDEO_SUFFIXES, holds_frames, read_frames, reason, shown_size, video_files
 from avd_trainer.data.videos import decode_frames
 from avd_trainer.runtime.errors import UserError
 
@@ -55,7 +54,7 @@ class VideoFile(NamedTuple):
     """A video on disk.
 
     Attributes:
-        path: Where it is.
+        path: Of the file, or of a folder of numbered pictures.
         form: What it is; of a longer one, what its first ``MOST_FRAMES`` are.
         longer: Whether it has more frames than these.
     """
@@ -66,23 +65,25 @@ class VideoFile(NamedTuple):
 
 
 def holds_videos(folder: Path) -> bool:
-    """Whether there are files below a folder that look like videos."""
-    return folder.is_dir() and any(path.suffix.lower() in VIDEO_SUFFIXES for path in folder.rglob("*"))
+    """Whether there are files below a folder that look like videos, or folders of numbered pictures."""
+    paths = [folder, *folder.rglob("*")]
+    return folder.is_dir() and any(path.suffix.lower() in VIDEO_SUFFIXES or holds_frames(path) for path in paths)
 
 
-def look_at(path: Path) -> VideoFile:
+def look_at(path: Path, fps: float | None = None) -> VideoFile:
     """Decode a video once, for its size, rate and number of frames.
+
+    Args:
+        path: Of the file, or of a folder of numbered pictures.
+        fps: How many of a folder's pictures there are a second.
 
     Raises:
         UserError: If it cannot be read, or has a single frame.
     """
     try:
-        with av.open(path) as container:
-            if not container.streams.video:
-                raise ValueError("it has no video stream")
-            shown = ((frame.time, shown_size(frame)) for frame in container.decode(video=0))
-            frames = list(islice(shown, MOST_FRAMES))
-            longer = next(shown, None) is not None
+        shown = ((frame.time, shown_size(frame)) for frame in read_frames(path, fps))
+        frames = list(islice(shown, MOST_FRAMES))
+        longer = next(shown, None) is not None
         times = [time for time, _ in frames if time is not None]
         if len(frames) < 2:
             raise ValueError(f"it has {len(frames)} frame(s), at least 2 are needed")
@@ -94,21 +95,42 @@ def look_at(path: Path) -> VideoFile:
             "its clips is another set."
         ) from error
     height, width = frames[0][1]
-    fps = round((len(times) - 1) / (times[-1] - times[0]), 3)
-    return VideoFile(path, Form(width, height, len(frames), fps), longer)
+    rate = round((len(times) - 1) / (times[-1] - times[0]), 3)
+    return VideoFile(path, Form(width, height, len(frames), rate), longer)
 
 
-def look_into(folder: Path) -> list[VideoFile]:
-    """All videos below a folder, in order of their names.
+def look_into(folder: Path, fps: float | None = None) -> list[VideoFile]:
+    """All videos below a folder, in order of their names, and with ``fps`` its folders of numbered pictures.
 
     Raises:
         UserError: If there are none, or one cannot be read.
     """
-    return [look_at(path) for path in video_files(folder)]
+    return [look_at(path, fps) for path in clips_in(folder, fps)]
 
 
-def same_names(folders: Sequence[Path]) -> tuple[dict[str, list[Path]], int]:
-    """Files that have one name, but for its ending, in each of several folders; and how many files have not.
+def clips_in(folder: Path, fps: float | None) -> list[Path]:
+    """The videos below a folder; with ``fps``, their rate, also folders of numbered pictures, or the folder itself.
+
+    Raises:
+        UserError: If there are none.
+    """
+    below = sorted([folder, *folder.rglob("*")])
+    videos = [path for path in below if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()]
+    pictures = [path for path in below if holds_frames(path)]
+    if pictures and fps is not None:
+        return sorted([*videos, *pictures])
+    if pictures and not videos:
+        raise UserError(
+            f"{folder} holds no video files, but numbered pictures in {pictures[0]}. If they are the frames of clips, "
+            "say by --fps how many of them there are a second."
+        )
+    return video_files(folder)
+
+
+def same_names(folders: Sequence[Path], fps: float | None = None) -> tuple[dict[str, list[Path]], int]:
+    """Clips that have one name, but for its ending, in each of several folders; and how many clips have not.
+
+    ``fps`` is that of :func:`clips_in`.
 
     Raises:
         UserError: If there is no such name, or a folder has it twice.
@@ -116,8 +138,8 @@ def same_names(folders: Sequence[Path]) -> tuple[dict[str, list[Path]], int]:
     found = []
     for folder in folders:
         named: dict[str, Path] = {}
-        for path in video_files(folder):
-            name = path.relative_to(folder).with_suffix("").as_posix()
+        for path in clips_in(folder, fps):
+            name = (path if path.is_dir() else path.with_suffix("")).relative_to(folder).as_posix()
             if name in named:
                 raise UserError(f"{path} and {named[name]} have one name. Take one of them out.")
             named[name] = path
@@ -170,7 +192,8 @@ def read_clip(file: VideoFile, form: Form) -> Tensor:
     """
     fps = None if file.form.has_rate(form.fps) else form.fps
     try:
-        frames = list(islice(decode_frames(file.path, form.height, form.width, fps), form.frames))
+        decoded = decode_frames(file.path, form.height, form.width, fps, pictures_fps=file.form.fps)
+        frames = list(islice(decoded, form.frames))
         if len(frames) < form.frames:
             raise ValueError(f"it gives {len(frames)} frames, expected {form.frames}")
     except (FFmpegError, OSError, ValueError) as error:

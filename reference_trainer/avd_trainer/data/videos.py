@@ -7,12 +7,21 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import av
 import torch
 from av.error import FFmpegError
 from torch import Tensor
 
-from avd_trainer.data.decoding import STILL, UTF_8, at_rate, find_caption, fit, movement, reason, video_files
+from avd_trainer.data.decoding import (
+    STILL,
+    UTF_8,
+    at_rate,
+    find_caption,
+    fit,
+    movement,
+    read_frames,
+    reason,
+    video_files,
+)
 from avd_trainer.data.in_memory import CaptionedLatents
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.errors import UserError
@@ -80,28 +89,29 @@ def load_videos(
     return train, held_out
 
 
-def decode_frames(path: Path, height: int, width: int, fps: float | None = None) -> Iterator[Tensor]:
+def decode_frames(
+    path: Path, height: int, width: int, fps: float | None = None, *, pictures_fps: float | None = None
+) -> Iterator[Tensor]:
     """Decode a video frame by frame.
 
     Args:
-        path: The file.
+        path: The file; or a folder of numbered pictures, with ``pictures_fps``.
         height: A frame is resized to cover ``height`` x ``width``, and its centre is cut out.
         width: In pixels.
         fps: Frames per second, by repeating or leaving out frames; None gives those of the file.
+        pictures_fps: How many of a folder's pictures there are a second.
 
     Yields:
         ``[3, height, width]`` uint8. Resized while decoding, so a long video never fills the memory.
 
     Raises:
-        ValueError: If the file has no video stream, or its frames no times.
+        ValueError: If the file has no video stream, or its frames no times; see
+            :func:`~avd_trainer.data.decoding.read_frames`.
         FFmpegError, OSError: If it cannot be decoded.
     """
-    with av.open(path) as container:
-        if not container.streams.video:
-            raise ValueError("it has no video stream")
-        frames = container.decode(video=0)
-        for frame in frames if fps is None else at_rate(frames, fps):
-            yield torch.from_numpy(fit(frame, height, width).transpose(2, 0, 1).copy())
+    frames = read_frames(path, pictures_fps)
+    for frame in frames if fps is None else at_rate(frames, fps):
+        yield torch.from_numpy(fit(frame, height, width).transpose(2, 0, 1).copy())
 
 
 def read_picture(path: Path, height: int, width: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -155,30 +155,13 @@ def open_student_or_run(folder: Path) -> Student:
             f"{folder} is a run without a student: it is not finished, or trains something else. Export it first: "
             f"`avd export {folder} --output DIR`, and pass DIR."
         )
-    told, about = _read_json(student / ABOUT) if (student / ABOUT).is_file() else {}, read_about(student)
-    if about.latent_space is None or "timesteps" not in told:
-        raise UserError(
-            f"{student} does not say how to make clips: it is of a run by an earlier version. Export the run again: "
-            f"`avd export {folder} --output DIR`, and pass DIR; without a checkpoint, run it again."
-        )
     file = student / ADAPTERS
-    adapters = file if file.is_file() else None
-    transformer = str(student) if adapters is None else config.teacher or ""
-    with open_weights(transformer) as weights:
-        architecture = weights.config
-    steps = _check_few_steps(told["timesteps"], told.get("sampler", "re-noise"), student / ABOUT)
-    return Student(
-        folder=folder,
-        transformer=transformer,
-        adapters=adapters,
-        pipeline=_pipeline_of(folder, sources, about.latent_space, architecture),
-        timesteps=steps.timesteps,
-        sampler=steps.sampler,
-        latent_space=about.latent_space,
-        clip=about.clip,
-        fps=about.fps,
-        architecture=architecture,
-        interpolator=None,
+    return _open_weights(
+        folder,
+        student / ABOUT,
+        file if file.is_file() else student,
+        config.teacher or "",
+        lambda space, architecture: _pipeline_of(folder, sources, space, architecture),
     )
 
 
@@ -219,31 +202,57 @@ def _open_alone(folder: Path, pipeline: str | None) -> Student:
     files = sorted(folder.rglob("*.safetensors"))
     if "pipelines" not in told or len(files) != 1:
         raise _no_student(folder)
-    about = read_about(folder)
-    assert about.latent_space == "wan"  # no other is exported so
-    adapters = files[0] if holds_adapters(files[0]) else None
-    transformer = str(files[0]) if adapters is None else pipeline or told.get("base", "")
-    with open_weights(transformer) as weights:
-        architecture = weights.config
-    parts = parts_of(architecture)
-    source = source_with([pipeline] if pipeline is not None else told["pipelines"], parts)
-    if source is None:
+
+    def pipeline_of(_: LatentSpace, architecture: Mapping[str, Any]) -> str:
+        parts = parts_of(architecture)
+        source = source_with([pipeline] if pipeline is not None else told["pipelines"], parts)
+        if source is None:
+            raise UserError(
+                f"{folder} has the transformer alone, and {', '.join(parts)} are not all in "
+                f"{pipeline or ' or in '.join(told['pipelines']) or 'what the run was trained from'}. Pass --pipeline "
+                "SOURCE, a Wan pipeline in diffusers' layout such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            )
+        return source
+
+    return _open_weights(folder, folder / ABOUT, files[0], pipeline or told.get("base", ""), pipeline_of)
+
+
+def _open_weights(
+    folder: Path, about: Path, weights: Path, base: str, pipeline_of: Callable[[LatentSpace, Mapping[str, Any]], str]
+) -> Student:
+    """A student whose few steps no scheduler says, but ``export.json``.
+
+    Args:
+        folder: What it is called by.
+        about: Its ``export.json``.
+        weights: A whole transformer, file or folder; or a file of adapters.
+        base: Source of the transformer that adapters belong to.
+        pipeline_of: From the latent space and the transformer's architecture to the source of text encoder and VAE.
+
+    Raises:
+        UserError: If weights are missing, or ``export.json`` does not say how to make clips.
+    """
+    told, clips = _read_json(about) if about.is_file() else {}, read_about(about.parent)
+    if clips.latent_space is None or "timesteps" not in told:
         raise UserError(
-            f"{folder} has the transformer alone, and {', '.join(parts)} are not all in "
-            f"{pipeline or ' or in '.join(told['pipelines']) or 'what the run was trained from'}. Pass --pipeline "
-            "SOURCE, a Wan pipeline in diffusers' layout such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            f"{about.parent} does not say how to make clips: it is of a run by an earlier version. Export the run "
+            "again: `avd export RUN --output DIR`, and pass DIR; without a checkpoint, run it again."
         )
-    steps = _check_few_steps(told.get("timesteps"), told.get("sampler", "re-noise"), folder / ABOUT)
+    adapters = weights if weights.is_file() and holds_adapters(weights) else None
+    transformer = str(weights) if adapters is None else base
+    with open_weights(transformer) as opened:
+        architecture = opened.config
+    steps = _check_few_steps(told["timesteps"], told.get("sampler", "re-noise"), about)
     return Student(
         folder=folder,
         transformer=transformer,
         adapters=adapters,
-        pipeline=source,
+        pipeline=pipeline_of(clips.latent_space, architecture),
         timesteps=steps.timesteps,
         sampler=steps.sampler,
-        latent_space=about.latent_space,
-        clip=about.clip,
-        fps=about.fps,
+        latent_space=clips.latent_space,
+        clip=clips.clip,
+        fps=clips.fps,
         architecture=architecture,
         interpolator=None,
     )

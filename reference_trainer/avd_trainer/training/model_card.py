@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,27 @@ CARD = "README.md"
 _RECIPE = ("method", "max_steps", "batch_size", "precision", "max_gradient_norm", "seed")
 """Values of a run that a reader can use; the others are of the machine that it ran on."""
 
+_NO_MEASURES = (
+    "None are stated. `avd evaluate` measures clips of this student, and `avd export --measures` puts its table here."
+)
+
 _STEP_TO_STEP: Mapping[SamplerKind, str] = {
     "re-noise": "predict the clean clip, then noise it anew for the next step (the LCM sampler)",
     "ode": "follow the predicted velocity to the next step (Euler's method)",
 }
 
 
-def model_card(saved: SavedRun, weights: Weights, name: str, usage: str, *, adapters: bool, library: str | None) -> str:
-    """Write it: metadata for the Hub, facts, how to use the files, recipe, licence.
+def model_card(
+    saved: SavedRun,
+    weights: Weights,
+    name: str,
+    usage: str,
+    *,
+    adapters: bool,
+    library: str | None,
+    measures: str | None = None,
+) -> str:
+    """Write it: metadata for the Hub, facts, how to use the files, recipe, measures, licence.
 
     Args:
         saved: The checkpoint that was exported.
@@ -38,6 +52,7 @@ def model_card(saved: SavedRun, weights: Weights, name: str, usage: str, *, adap
         usage: Markdown: how programs use the very files beside the card.
         adapters: Whether those files are adapters, and not a whole model.
         library: The Hub's name of the library that loads them, if it has one.
+        measures: What was measured of the student, in Markdown; None if nothing was.
     """
     config = saved.config
     metadata = {key: value for key, value in _metadata(saved, adapters, library).items() if value is not None}
@@ -50,9 +65,15 @@ def model_card(saved: SavedRun, weights: Weights, name: str, usage: str, *, adap
         _about(saved, weights, adapters),
         usage.strip(),
         f"## Recipe\n\n```yaml\n{to_yaml(recipe)}```",
+        f"## Measures\n\n{_NO_MEASURES if measures is None else _below(measures).strip()}",
         _licence(config),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _below(text: str) -> str:
+    """Markdown whose headings are two levels lower."""
+    return re.sub("^#", "###", text, flags=re.MULTILINE)
 
 
 def clip_size(saved: SavedRun) -> tuple[int, int, int]:

@@ -70,6 +70,7 @@ def export_pipeline(
     dtype: torch.dtype = torch.float32,
     pipeline: str | None = None,
     interpolator: Path | None = None,
+    measures: str | None = None,
 ) -> ExportedPipeline:
     """Write the student of a run as a pipeline folder in diffusers' layout.
 
@@ -86,6 +87,7 @@ def export_pipeline(
         dtype: Type of the transformer's weights; the other parts keep theirs.
         pipeline: A Wan pipeline in diffusers' layout, folder or hub id.
         interpolator: The folder of a ``frame_interpolation`` run, or of ``LatentFrameInterpolator.save_pretrained``.
+        measures: What was measured of the student, in Markdown, for the model card; None if nothing was.
 
     Raises:
         UserError: If there is no such checkpoint, pipeline or interpolator, one does not fit the run, or ``output``
@@ -117,7 +119,7 @@ def export_pipeline(
         write_json_in(folder / ABOUT, checkpoint.about(run, weights) | checkpoint.about_clips())
         missing = tuple(name for name in wanted if name not in parts)
         usage = diffusers_usage(checkpoint, missing)
-        card = model_card(checkpoint, weights, title, usage, adapters=False, library="diffusers")
+        card = model_card(checkpoint, weights, title, usage, adapters=False, library="diffusers", measures=measures)
         (folder / CARD).write_text(card, encoding="utf-8")
         return ExportedPipeline(encoding.latent_space, missing, grid_error(scheduler, timesteps))
 

@@ -86,6 +86,7 @@ def export_for_program(
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
     merge: bool = False,
+    measures: str | None = None,
 ) -> None:
     """Write the student of a run as a program reads it, with ``README.md`` that says how, and ``export.json``.
 
@@ -103,6 +104,7 @@ def export_for_program(
         step: The checkpoint of which step; None for the newest.
         dtype: Type of the weights.
         merge: Whether a LoRA student becomes a whole model.
+        measures: What was measured of the student, in Markdown, for the model card; None if nothing was.
 
     Raises:
         UserError: If there is no such checkpoint, the program cannot run the student, or ``output`` cannot be written
@@ -126,7 +128,7 @@ def export_for_program(
         base = {"base": _found_again([saved.config.teacher])[0]} if alone and saved.config.teacher is not None else {}
         write_json_in(folder / ABOUT, saved.about(run, weights) | saved.about_clips() | lacking | base)
         usage = reader.usage(saved, Written(name, file, alone))
-        card = model_card(saved, weights, name, usage, adapters=alone, library=None)
+        card = model_card(saved, weights, name, usage, adapters=alone, library=None, measures=measures)
         (folder / CARD).write_text(card, encoding="utf-8")
 
     replace_export(run, output, step, write)

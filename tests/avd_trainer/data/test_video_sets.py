@@ -1,9 +1,11 @@
 """Videos of different size, rate and length, brought to one form."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from avd_trainer.data import video_sets
 from avd_trainer.data.video_files import save_clip
@@ -73,6 +75,59 @@ def test_a_folder_with_a_broken_video_is_refused(tmp_path: Path) -> None:
         look_into(tmp_path)
     with pytest.raises(UserError, match=r"it has 1 frame\(s\), at least 2 are needed"):
         look_at(write_video(tmp_path / "c.mp4", 1))
+
+
+def write_pictures(folder: Path, numbers: Sequence[int], size: tuple[int, int] = (24, 16)) -> Path:
+    """Pictures of one grey each, by which one reads their numbers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        Image.new("RGB", size, (20 + 4 * number,) * 3).save(folder / f"frame_{number}.png")
+    return folder
+
+
+def test_a_folder_of_numbered_pictures_is_a_clip(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a" / "clip.1", tmp_path / "b" / "clip.1"):
+        write_pictures(folder, range(2, 13))  # 10 comes behind 9, not behind 1
+        (folder / "notes.txt").touch()
+    a = tmp_path / "a"
+    write_video(a / "video.mp4", 9, width=24, height=16)
+    write_pictures(a / "poster", [1])
+    assert [file.path.name for file in look_into(a)] == ["video.mp4"]  # pictures count where their rate is said
+    pictures, video = look_into(a, fps=12.5)
+    assert (pictures.path, pictures.form, video.form) == (a / "clip.1", Form(24, 16, 11, 12.5), Form(24, 16, 9, 16.0))
+    assert numbers_of((255 * read_clip(pictures, pictures.form)).transpose(0, 1)) == list(range(2, 13))
+    slower = read_clip(pictures, Form(12, 16, 4, 6.25))
+    assert slower.shape == (3, 4, 16, 12)
+    assert numbers_of((255 * slower).transpose(0, 1)) == [2, 4, 6, 8]
+    # One clip's own folder is a set of it.
+    assert [file.path for file in look_into(a / "clip.1", fps=8)] == [a / "clip.1"]
+    names, left_out = same_names([a, tmp_path / "b"], fps=8)
+    assert (names, left_out) == ({"clip.1": [a / "clip.1", tmp_path / "b" / "clip.1"]}, 1)
+    with pytest.raises(
+        UserError, match=r"numbered pictures in .*clip\.1\. If they are the frames of clips, say by --fps"
+    ):
+        look_into(tmp_path / "b")
+
+
+def test_pictures_that_are_no_clip_are_refused(tmp_path: Path) -> None:
+    gap = write_pictures(tmp_path / "gap", [0, 1, 3])
+    with pytest.raises(UserError, match=r"gap cannot be read: frame_3\.png is where picture 2 should be"):
+        look_at(gap, fps=8)
+    twice = write_pictures(tmp_path / "twice", [0, 1])
+    (twice / "frame_01.png").write_bytes((twice / "frame_1.png").read_bytes())
+    with pytest.raises(UserError, match=r"frame_1\.png is where picture 2 should be"):
+        look_at(twice, fps=8)
+    sizes = write_pictures(write_pictures(tmp_path / "sizes", [0]), [1], size=(16, 16))
+    with pytest.raises(UserError, match=r"frame_1\.png has 16x16 pixels, 24x16 were expected"):
+        look_at(sizes, fps=8)
+    broken = write_pictures(tmp_path / "broken", [0])
+    for content in (b"no picture", b""):
+        (broken / "frame_1.png").write_bytes(content)
+        with pytest.raises(UserError, match=r"broken cannot be read: frame_1\.png"):
+            look_at(broken, fps=8)
+    # Pictures beside a video are of it.
+    write_video(sizes / "video.mp4", 9)
+    assert [file.path.name for file in look_into(sizes, fps=8)] == ["video.mp4"]
 
 
 def test_names_that_folders_have_in_common(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,12 +13,14 @@ from typing import Any, get_args
 import av
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanTransformer3DModel
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tiny_pipeline
-from avd_integrations.diffusers import FewStepScheduler
+from avd_trainer.config.loading import load_config, save_config
 from avd_trainer.data.video_files import save_clip
+from avd_trainer.data.video_sets import look_at, read_clip
 from avd_trainer.evaluation.vbench import folder as folders
 from avd_trainer.evaluation.vbench import generating
 from avd_trainer.evaluation.vbench.checking import Kind, check_videos
@@ -25,11 +28,16 @@ from avd_trainer.evaluation.vbench.collecting import PAPER, Count, notes, read_r
 from avd_trainer.evaluation.vbench.folder import Record, check_names, claim, read_record, record_videos, seed_of
 from avd_trainer.evaluation.vbench.generating import Sampling, describe
 from avd_trainer.evaluation.vbench.suites import VBENCH, VBENCH_2, read_augmented, read_suite
+from avd_trainer.inference.generation import decode_clips, sample_clips
 from avd_trainer.inference.students import open_student
+from avd_trainer.models.adapters import ADAPTERS
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import write_json
+from avd_trainer.training.config import TrainConfig
 from command_line import run_command as run
 from vbench_suites import LONG, write_suite, write_vbench, write_vbench_2
 
+CPU = torch.device("cpu")
 # 5 frames of 1 a second: 5 s, one more than VBench takes.
 SMALL = ("--size", "32x16x5", "--fps", 1)
 MOVING = ("a red circle moves left", "the blue square")
@@ -44,16 +52,6 @@ with open(folder + "/.lock", "w") as file:
 """
 """Write another folder's record into one, as long as nobody else is in it."""
 DYNAMIC = [f"videos/{prompt}-{index}.mp4" for prompt in MOVING for index in range(5)]
-
-
-@pytest.fixture(scope="module")
-def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline of random weights that makes clips in one step."""
-    folder = tmp_path_factory.mktemp("wan")
-    pipeline = WanPipeline.from_pretrained(tiny_pipeline.build(folder / "built"))
-    pipeline.scheduler = FewStepScheduler(timesteps=(1000,))
-    pipeline.save_pretrained(folder / "student")
-    return folder / "student"
 
 
 def generate(student: Path, suite: Path, output: Path, *options: object) -> tuple[int, str]:
@@ -181,11 +179,11 @@ def test_each_video_has_a_seed_of_its_own() -> None:
 
 
 def test_videos_are_made_once_and_the_same_in_any_order(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = write_vbench(tmp_path / "VBench_full_info.json")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    status, printed = generate(student, suite, whole, "--dimension", "dynamic_degree")
+    status, printed = generate(wan_student, suite, whole, "--dimension", "dynamic_degree")
     assert status == 0, printed
     assert "4 of 5 frames at 1 fps. All 5 would be 5.00 s" in printed
     assert "10 videos were made; 10 of 10 are in" in printed
@@ -202,7 +200,7 @@ def test_videos_are_made_once_and_the_same_in_any_order(
 
     # Another machine's part, of more dimensions and stopped on the way.
     both = ("--dimension", "subject_consistency", "--dimension", "dynamic_degree")
-    assert "5 videos were made; 5 of 10 are in" in generate(student, suite, parts, *both, "--shard", "1/2")[1]
+    assert "5 videos were made; 5 of 10 are in" in generate(wan_student, suite, parts, *both, "--shard", "1/2")[1]
     saved: list[Path] = []
 
     def stop(video: Tensor, path: Path, fps: float, formats: Sequence[str]) -> list[Path]:
@@ -212,24 +210,24 @@ def test_videos_are_made_once_and_the_same_in_any_order(
         return saved[-1:]
 
     monkeypatch.setattr(generating, "save_clip", stop)
-    assert generate(student, suite, parts, *both)[0] != 0
+    assert generate(wan_student, suite, parts, *both)[0] != 0
     monkeypatch.undo()
     assert sorted(os.listdir(parts / "videos")) == sorted(Path(file).name for file in [*DYNAMIC[:2], *DYNAMIC[5:]])
     assert list(parts.glob("unfinished*")) == []
     before = {file: (parts / file).stat().st_mtime_ns for file in [*DYNAMIC[:2], *DYNAMIC[5:]]}
-    assert "3 videos were made; 10 of 10 are in" in generate(student, suite, parts, *both)[1]
+    assert "3 videos were made; 10 of 10 are in" in generate(wan_student, suite, parts, *both)[1]
     assert before == {file: (parts / file).stat().st_mtime_ns for file in before}
     again = contents(parts)
     assert {file: again[file] for file in DYNAMIC} == {file: made[file] for file in DYNAMIC}
     assert sorted(again) == sorted(made)
-    assert "0 videos were made; 10 of 10 are in" in generate(student, suite, parts, *both)[1]
+    assert "0 videos were made; 10 of 10 are in" in generate(wan_student, suite, parts, *both)[1]
 
     # A folder is of one student and one way to sample it.
-    _, printed = generate(student, suite, parts, *both, "--seed", 1, "--frames", 5)
+    _, printed = generate(wan_student, suite, parts, *both, "--seed", 1, "--frames", 5)
     assert "frames 4, not 5; seed 0, not 1. Repeat the command as it was, or choose another --output" in printed
-    other = open_student(student)._replace(timesteps=(1000.0, 500.0))
+    other = open_student(wan_student)._replace(timesteps=(1000.0, 400.0))
     monkeypatch.setattr("avd_trainer.inference.students.open_student_or_run", lambda _: other)
-    assert "timesteps [1000.0], not [1000.0, 500.0]" in generate(student, suite, parts, *both)[1]
+    assert "timesteps [1000.0, 500.0], not [1000.0, 400.0]" in generate(wan_student, suite, parts, *both)[1]
     assert contents(parts) == again
 
 
@@ -279,7 +277,7 @@ def test_dimensions_that_two_processes_add_at_once_are_both_there(tmp_path: Path
 
 
 def test_processes_that_make_videos_side_by_side_leave_each_other_alone(
-    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     suite = write_suite(tmp_path / "VBench_full_info.json", ("a", ["dynamic_degree"]), ("b", ["dynamic_degree"]))
     output, one = tmp_path / "out", ("--samples", 1)
@@ -287,20 +285,20 @@ def test_processes_that_make_videos_side_by_side_leave_each_other_alone(
     def meanwhile(video: Tensor, path: Path, fps: float, formats: Sequence[str]) -> list[Path]:
         written = save_clip(video, path, fps, formats)
         monkeypatch.setattr(generating, "save_clip", save_clip)
-        status, printed = generate(student, suite, output, *one)
+        status, printed = generate(wan_student, suite, output, *one)
         assert "2 videos were made; 2 of 2" in printed, (status, printed)
         return written
 
     monkeypatch.setattr(generating, "save_clip", meanwhile)
-    status, printed = generate(student, suite, output, *one)
+    status, printed = generate(wan_student, suite, output, *one)
     assert status == 0, printed
     assert sorted(os.listdir(output)) == [".lock", "vbench.json", "videos"]
 
 
-def test_weights_tell_students_apart(student: Path, tmp_path: Path) -> None:
-    opened = open_student(student)
-    other = open_student(student)._replace(transformer=str(tiny_pipeline.build(tmp_path / "other", seed=1)))
-    sampling = Sampling((1,), (16, 2, 2, 4), 5, 16.0, torch.device("cpu"), torch.float32)
+def test_weights_tell_students_apart(wan_student: Path, tmp_path: Path) -> None:
+    opened = open_student(wan_student)
+    other = open_student(wan_student)._replace(transformer=str(tiny_pipeline.build(tmp_path / "other", seed=1)))
+    sampling = Sampling((1,), (16, 2, 2, 4), 5, 16.0, CPU, torch.float32)
     told = [describe(each, sampling, seed=0, samples=None, augmented=False) for each in (opened, other)]
     assert told[0].pop("student") != told[1].pop("student")
     assert told[0] == told[1]
@@ -310,7 +308,82 @@ def test_weights_tell_students_apart(student: Path, tmp_path: Path) -> None:
         describe(of_images, sampling, seed=0, samples=None, augmented=False)
 
 
-def test_mistakes_are_told_before_any_work(student: Path, tmp_path: Path) -> None:
+def test_a_student_with_an_interpolator_makes_its_videos_at_half_rate(wan_student: Path, tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "VBench_full_info.json", (MOVING[0], ["dynamic_degree"]))
+    half, output = tmp_path / "half", tmp_path / "out"
+    shutil.copytree(wan_student, half)
+    tiny_pipeline.save_interpolator(half / "interpolator")
+    small = ("--samples", 1, "--size", "48x32x9", "--fps", 16)
+    status, printed = generate(half, suite, output, *small)
+    assert status == 0, printed
+    record = read_record(output)
+    assert record.settings["rates"] == [2, 1]
+    student = open_student(half)
+    ((sample,),) = sample_clips(
+        student, [MOVING[0]], [(2, 1)], (16, 3, 4, 6), seeds=[seed_of(0, MOVING[0], 0)], device=CPU,
+        dtype=torch.float32,
+    )  # fmt: skip
+    (video,) = decode_clips(student, [sample.latents], device=CPU, dtype=torch.float32)
+    (expected,) = save_clip(video, tmp_path / "expected", 16, ["mp4"])
+    assert (output / DYNAMIC[0]).read_bytes() == expected.read_bytes()
+    # Another rate and another interpolator are another student; at full rate it is the one without.
+    assert "rates [2, 1], not [1, 1]" in generate(half, suite, output, *small, "--full-rate")[1]
+    full = tmp_path / "full"
+    for each in (half, wan_student):
+        status, printed = generate(each, suite, full, *small, "--full-rate")
+        assert status == 0, printed
+    assert (full / DYNAMIC[0]).read_bytes() != expected.read_bytes()
+    tiny_pipeline.save_interpolator(half / "interpolator", seed=6)
+    assert f"student {record.settings['student']}, not " in generate(half, suite, output, *small)[1]
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_a_student_with_adapters_makes_videos_of_both(wan_student: Path, tmp_path: Path, kind: str) -> None:
+    """The adapters are a run's own, in diffusers' names, or an export's, in those of other programs."""
+    suite = write_suite(tmp_path / "VBench_full_info.json", (MOVING[0], ["dynamic_degree"]))
+    draws = torch.Generator().manual_seed(3)
+    matrices = [3 * torch.randn(shape, generator=draws) for shape in ((2, 24), (24, 2))]
+    merged = tmp_path / "merged"
+    shutil.copytree(wan_student, merged)
+    transformer = WanTransformer3DModel.from_pretrained(merged / "transformer")
+    with torch.no_grad():
+        transformer.blocks[0].attn1.to_v.weight += 1.5 * matrices[1] @ matrices[0]
+    transformer.save_pretrained(merged / "transformer")
+
+    adapted, about = tmp_path / "adapted", {"latent_space": "wan", "timesteps": [1000, 500], "sampler": "re-noise"}
+    (adapted / "student").mkdir(parents=True)
+    if kind == "run":
+        save_config(load_config(TrainConfig, "tiny", [f"teacher={wan_student}"]), adapted / "config.yaml", "avd train")
+        file, name = adapted / "student" / ADAPTERS, "transformer.blocks.0.attn1.to_v"
+        scale = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 3, "transformer.r": 2})}
+    else:
+        file, name, scale = adapted / "adapted-lora.safetensors", "diffusion_model.blocks.0.self_attn.v", {}
+        matrices[1] *= 1.5
+        about |= {"base": str(wan_student), "pipelines": [str(wan_student)]}
+    write_json(file.parent / "export.json", about)
+
+    def save() -> None:
+        names = (f"{name}.lora_{letter}.weight" for letter in "AB")
+        save_file(dict(zip(names, matrices, strict=True)), file, {"format": "pt", **scale})
+
+    save()
+    videos = {}
+    small = ("--samples", 1, "--size", "32x32x5", "--fps", 16)
+    for student in (wan_student, merged, adapted):
+        status, printed = generate(student, suite, tmp_path / "out" / student.name, *small)
+        assert status == 0, printed
+        found = look_at(tmp_path / "out" / student.name / DYNAMIC[0])
+        videos[student.name] = read_clip(found, found.form)
+    assert (videos["adapted"] - videos["merged"]).abs().mean() < 0.005
+    assert (videos["adapted"] - videos["student"]).abs().mean() > 0.02
+    # Of one base with other adapters it is another student.
+    matrices[0] *= 2
+    save()
+    status, printed = generate(adapted, suite, tmp_path / "out" / "adapted", *small)
+    assert (status, "another student or other settings: student " in printed) == (2, True), printed
+
+
+def test_mistakes_are_told_before_any_work(wan_student: Path, tmp_path: Path) -> None:
     suite = write_vbench(tmp_path / "VBench_full_info.json")
     for options, message in (
         (["--frames", 6], "--frames 6: clips of this --size have 5"),
@@ -318,7 +391,7 @@ def test_mistakes_are_told_before_any_work(student: Path, tmp_path: Path) -> Non
         (["--dimension", "beauty"], "--dimension beauty: VBench has subject_consistency"),
         (["--half-rate"], "has no interpolator"),
     ):
-        status, printed = generate(student, suite, tmp_path / "new", *options)
+        status, printed = generate(wan_student, suite, tmp_path / "new", *options)
         assert (status, message in printed) == (2, True), printed
     assert not (tmp_path / "new").exists()
 

@@ -17,8 +17,7 @@ from PIL import Image, ImageSequence
 from torch import Tensor
 
 import tiny_pipeline
-from avd_core import HalfRateInterpolationSampler, LatentFrameInterpolator
-from avd_integrations.diffusers import FewStepScheduler
+from avd_core import HalfRateInterpolationSampler
 from avd_trainer.config.loading import load_config, save_config
 from avd_trainer.data.video_files import save_clip, save_grid
 from avd_trainer.inference import generation
@@ -55,20 +54,11 @@ def read_mp4(path: Path) -> Tensor:
     return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2) / 255
 
 
-def trained_interpolator(folder: Path, channels: int = 16) -> Path:
-    """One whose output is not zero."""
-    torch.manual_seed(5)
-    interpolator = LatentFrameInterpolator(channels, (8, 8, 8))
-    torch.nn.init.normal_(interpolator.output.weight, std=0.3)
-    interpolator.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``run`` of the tiny preset; its exports ``full`` and ``half``, the second with an interpolator."""
     folder = tmp_path_factory.mktemp("tiny")
-    trained_interpolator(folder / "trained" / "interpolator")
+    tiny_pipeline.save_interpolator(folder / "trained" / "interpolator")
     # What is left of an interpolator's run that was stopped before its first checkpoint.
     (folder / "interpolator").mkdir()
     config = load_config(TrainConfig, "tiny", method="frame_interpolation")
@@ -88,16 +78,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def half(folders: Path) -> Student:
     return open_student(folders / "half")
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan pipeline that diffusers saved with few steps; nothing of this package is in it."""
-    folder = tmp_path_factory.mktemp("wan")
-    pipeline = WanPipeline.from_pretrained(tiny_pipeline.build(folder / "built"))
-    pipeline.scheduler = FewStepScheduler(timesteps=(1000, 500))
-    pipeline.save_pretrained(folder / "saved")
-    return folder / "saved"
 
 
 def test_a_clip_of_a_run_in_three_commands(folders: Path, tmp_path: Path) -> None:
@@ -203,7 +183,12 @@ def test_a_file_of_one_prompt_becomes_a_folder_too(folders: Path, tmp_path: Path
     [(KeyboardInterrupt(), (1, 130), ""), (UserError("The disk burns."), (2,), "error: The disk burns.")],
 )
 def test_what_is_sampled_before_an_error_is_written(
-    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, codes: tuple[int, ...], said: str
+    wan_student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    codes: tuple[int, ...],
+    said: str,
 ) -> None:
     original, load, left = generation._sample, generation.load_transformer, []
     samples: list[Any] = []
@@ -229,7 +214,7 @@ def test_what_is_sampled_before_an_error_is_written(
     monkeypatch.setattr(generation, "load_transformer", load_transformer)
     monkeypatch.setattr(generation, "WanCodec", Codec)
     prompts = [word for prompt in ("a circle", "a square", "red", "blue") for word in ("--prompt", prompt)]
-    arguments = ("sample", wan, *prompts, "--seed", 5, "--size", "48x32x9", "--output")
+    arguments = ("sample", wan_student, *prompts, "--seed", 5, "--size", "48x32x9", "--output")
     status, printed = run(*arguments, tmp_path / "clips")
     assert status in codes
     assert "Cut short: 2 of 4 prompts are sampled, and are written before this ends." in printed
@@ -315,16 +300,18 @@ def test_full_and_half_rate_side_by_side(folders: Path, half: Student, tmp_path:
     assert clip.read_bytes() == expected.read_bytes()
 
 
-def test_a_pipeline_of_diffusers_alone(wan: Path, tmp_path: Path) -> None:
-    student = open_student(wan)
+def test_a_pipeline_of_diffusers_alone(wan_student: Path, tmp_path: Path) -> None:
+    student = open_student(wan_student)
     assert (student.timesteps, student.latent_space, student.clip, student.fps) == ((1000, 500), "wan", None, 16)
     assert choose_shape(student, "832x480x81", (1, 1)) == (16, 21, 60, 104)
-    status, printed = run("sample", wan, "--prompt", RED, "--output", tmp_path / "clip.mp4", "--size", "48x32x9")
+    status, printed = run(
+        "sample", wan_student, "--prompt", RED, "--output", tmp_path / "clip.mp4", "--size", "48x32x9"
+    )
     assert status == 0, printed
     assert "full rate (2 steps on all frames): " in printed
     assert read_mp4(tmp_path / "clip.mp4").shape == (3, 9, 32, 48)
     # And it is what diffusers makes of the same noise.
-    pipeline = WanPipeline.from_pretrained(wan)
+    pipeline = WanPipeline.from_pretrained(wan_student)
     torch.manual_seed(0)
     noise = torch.randn(1, 16, 3, 4, 6)
     expected = pipeline(
@@ -339,7 +326,7 @@ def test_a_pipeline_of_diffusers_alone(wan: Path, tmp_path: Path) -> None:
     assert expected.std() > 0.01
 
 
-def test_one_part_is_in_memory_after_the_other(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_part_is_in_memory_after_the_other(wan_student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref[object]] = []
 
     def watch(owner: Any, name: str) -> None:
@@ -356,7 +343,7 @@ def test_one_part_is_in_memory_after_the_other(wan: Path, monkeypatch: pytest.Mo
     watch(generation.WanTextEncoder, "from_pretrained")
     watch(generation, "load_transformer")
     watch(generation.WanCodec, "from_pretrained")
-    student = open_student(wan)
+    student = open_student(wan_student)
     ((sample,),) = generation.sample_clips(
         student, [RED], [(1, 1)], (16, 3, 4, 6), device=torch.device("cpu"), dtype=torch.bfloat16
     )
@@ -366,7 +353,7 @@ def test_one_part_is_in_memory_after_the_other(wan: Path, monkeypatch: pytest.Mo
 
 
 def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
-    wan: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    wan_student: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     devices = []
     original = generation.WanTextEncoder.from_pretrained
@@ -378,12 +365,12 @@ def test_a_text_encoder_that_does_not_fit_runs_on_the_cpu(
         return original(source, device, dtype)
 
     monkeypatch.setattr(generation.WanTextEncoder, "from_pretrained", from_pretrained)
-    (text,) = embed_prompts(str(wan), "wan", 16, [RED], device=torch.device("meta"), dtype=torch.float32)
+    (text,) = embed_prompts(str(wan_student), "wan", 16, [RED], device=torch.device("meta"), dtype=torch.float32)
     assert devices == ["meta", "cpu"]
     assert text.shape == (512, 16)
     assert "does not fit meta: prompts are encoded on the CPU" in caplog.text
     with pytest.raises(UserError, match="has width 16, its transformer expects 12"):
-        embed_prompts(str(wan), "wan", 12, [RED], device=torch.device("cpu"), dtype=torch.float32)
+        embed_prompts(str(wan_student), "wan", 12, [RED], device=torch.device("cpu"), dtype=torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -486,7 +473,10 @@ Break = Callable[[Path], None]
         (lambda at: change_json(at / "export.json", latent_space="ltx"), "latent_space must be one of wan and block"),
         (lambda at: (at / "export.json").unlink(), "has no vae and no text_encoder and no tokenizer, which clips need"),
         (lambda at: (at / "transformer" / "config.json").unlink(), "holds neither config.json nor"),
-        (lambda at: trained_interpolator(at / "interpolator", 4), "latents of 4 channels, and the student's have 16"),
+        (
+            lambda at: tiny_pipeline.save_interpolator(at / "interpolator", 4),
+            "latents of 4 channels, and the student's have 16",
+        ),
         (lambda at: (at / "interpolator" / "config.json").unlink(), "holds no interpolator"),
     ],
 )

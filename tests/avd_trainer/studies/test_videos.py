@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import WanPipeline
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-import tiny_pipeline
-from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
 from avd_trainer.data import video_files
 from avd_trainer.data.moving_shapes import MovingShapes
@@ -53,16 +50,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             grey = video.mean(dim=0, keepdim=True)
             save_clip(grey + factor * (video - grey), folder / name / f"{index}", 16, ["mp4"])
     return folder
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Wan pipeline of two steps."""
-    folder = tmp_path_factory.mktemp("wan")
-    pipeline = WanPipeline.from_pretrained(tiny_pipeline.build(folder / "built"))
-    pipeline.scheduler = FewStepScheduler(timesteps=(1000, 500))
-    pipeline.save_pretrained(folder / "student")
-    return folder / "student"
 
 
 def test_sets_of_videos_beside_real_and_spoiled_ones(folders: Path, tmp_path: Path) -> None:
@@ -124,10 +111,12 @@ def test_halves_that_are_compared_have_as_many_clips_as_the_smallest_set() -> No
     assert same.worse(same.distance(both)) == list(VIDEO_MEASURES)
 
 
-def test_a_student_of_wan_is_sampled_and_its_files_are_measured(wan: Path, folders: Path, tmp_path: Path) -> None:
+def test_a_student_of_wan_is_sampled_and_its_files_are_measured(
+    wan_student: Path, folders: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "out"
     arguments = ["--prompt", "a red circle", "--noises", 2, "--size", "32x32x5", "--output", output]
-    status, printed = command("evaluate", wan, folders / "again", *arguments)
+    status, printed = command("evaluate", wan_student, folders / "again", *arguments)
     assert status == 0, printed
     assert "sample: 4/4" in printed
     assert "All clips are measured as 32x32x5 at 16 frames per second. again: 10 of 10 are cut" in printed
@@ -140,7 +129,7 @@ def test_a_student_of_wan_is_sampled_and_its_files_are_measured(wan: Path, folde
     assert found["reference"] is None
     assert [len(each["seeds"]) for each in found["variants"].values()] == [2, 10]
     # What was sampled is not lost, and can be measured again.
-    status, printed = command("evaluate", wan, *arguments)
+    status, printed = command("evaluate", wan_student, *arguments)
     assert status == 2
     assert "has clips of an earlier evaluation" in printed
     status, printed = command("evaluate", clips, "--output", tmp_path / "again")
@@ -149,11 +138,40 @@ def test_a_student_of_wan_is_sampled_and_its_files_are_measured(wan: Path, folde
     assert again["measures"]["saturation"] == found["variants"]["student"]["measures"]["saturation"]
 
 
-def test_students_of_wan_side_by_side(wan: Path, tmp_path: Path) -> None:
+def test_folders_of_pictures_are_measured_as_the_videos_that_they_are_of(folders: Path, tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        file = look_at(folders / "again" / f"{name}.mp4")
+        for number, frame in enumerate((255 * read_clip(file, file.form)).byte().unbind(1)):
+            picture = Image.fromarray(frame.permute(1, 2, 0).numpy())
+            picture.save(tmp_path / "pictures" / name / f"{number:04d}.png")
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / f"{name}.mp4").symlink_to(file.path)
+    sets, output = (tmp_path / "pictures", tmp_path / "videos"), tmp_path / "out"
+    status, printed = command("evaluate", sets[0], "--output", output)
+    assert (status, "say by --fps how many of them there are a second" in printed) == (2, True), printed
+    status, printed = command("evaluate", sets[1], "--fps", 16, "--output", output)
+    assert (status, "--fps is of folders of numbered pictures, and there are none" in printed) == (2, True), printed
+    status, printed = command("evaluate", *sets, "--fps", 16, "--output", output)
+    assert status == 0, printed
+    assert "All clips are measured as 32x32x9 at 16 frames per second." in printed
+    variants = read_json(output / "measures.json")["variants"]
+    for name, measure in variants["videos"]["measures"].items():
+        assert variants["pictures"]["measures"][name]["mean"] == pytest.approx(measure["mean"], rel=0.02, abs=1e-3), (
+            name
+        )
+    status, printed = command("compare", *sets, "--fps", 16, "--output", tmp_path / "shown")
+    assert status == 0, printed
+    assert sorted(os.listdir(tmp_path / "shown")) == ["0.mp4", "1.mp4"]
+
+
+def test_students_of_wan_side_by_side(wan_student: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    other.symlink_to(wan)
+    other.symlink_to(wan_student)
     clip = tmp_path / "clip.mp4"
-    status, printed = command("compare", wan, other, "--prompt", "a red circle", "--size", "32x32x5", "--output", clip)
+    status, printed = command(
+        "compare", wan_student, other, "--prompt", "a red circle", "--size", "32x32x5", "--output", clip
+    )
     assert status == 0, printed
     one, two = (part[:, :, -256:] for part in read_clip(look_at(clip), look_at(clip).form).chunk(2, dim=3))
     assert (one - two).abs().mean() < 0.02  # one noise, one student
@@ -174,10 +192,12 @@ def test_videos_of_equal_names_side_by_side(folders: Path, tmp_path: Path) -> No
     assert (real.amax(0) - real.amin(0)).mean() > 1.5 * (pale.amax(0) - pale.amin(0)).mean()
 
 
-def test_an_evaluation_that_was_stopped_goes_on(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_that_was_stopped_goes_on(
+    wan_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "out"
     clips = output / "clips" / "student"
-    arguments = ["evaluate", wan, "--prompt", "a", "--noises", 3, "--output", output, "--size"]
+    arguments = ["evaluate", wan_student, "--prompt", "a", "--noises", 3, "--output", output, "--size"]
 
     def stop(video: Tensor, path: Path, *options: Any) -> None:
         if path.name.startswith("002"):
@@ -205,7 +225,7 @@ def test_an_evaluation_that_was_stopped_goes_on(wan: Path, tmp_path: Path, monke
 
 
 def test_what_cannot_be_measured_is_not_sampled(
-    wan: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wan_student: Path, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few, short, output = tmp_path / "few", tmp_path / "short", tmp_path / "out"
     for folder in (few, short):
@@ -213,7 +233,7 @@ def test_what_cannot_be_measured_is_not_sampled(
     (few / "1.mp4").symlink_to(folders / "real" / "1.mp4")
     save_clip(torch.rand(3, 2, 32, 32), short / "1", 16, ["mp4"])
     monkeypatch.setattr(generation, "load_transformer", None)  # nothing gets this far
-    prompted = ["evaluate", wan, "--prompt", "a", "--output", output]
+    prompted = ["evaluate", wan_student, "--prompt", "a", "--output", output]
     for arguments, message in (
         (["--reference", few], "--reference has 1 clips, and at least 8 are needed"),
         (["--size", "32x32x1"], "All clips can be brought to 32x32x1 at 16 frames per second, and at least"),
@@ -249,21 +269,21 @@ def test_nobodys_videos_are_replaced(folders: Path, tmp_path: Path) -> None:
     assert (status, "whose videos are shown" in printed) == (2, True), printed
 
 
-def test_what_does_not_go_together_is_refused(wan: Path, folders: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused(wan_student: Path, folders: Path, tmp_path: Path) -> None:
     few = tmp_path / "few"
     few.mkdir()
     (few / "1.mp4").symlink_to(folders / "real" / "1.mp4")
     pale, output = folders / "pale", tmp_path / "out"
     for arguments, message in (
-        (["evaluate", wan], "There is nothing to show. Pass --prompt TEXT"),
+        (["evaluate", wan_student], "There is nothing to show. Pass --prompt TEXT"),
         (["evaluate", pale, "--prompt", "a"], "Prompts are for students, and there are only videos here"),
         (["evaluate", pale, "--captions", 8], "--captions are of moving shapes: leave it out"),
-        (["evaluate", wan, "--size", "32x32x9"], "--image and --size are for clips of prompts"),
+        (["evaluate", wan_student, "--size", "32x32x9"], "--image and --size are for clips of prompts"),
         (["evaluate", pale, "--reference", few], "--reference has 1 clips, and at least 8 are needed"),
-        (["compare", wan, pale], "is a folder of videos, and others are not. Sample the students first"),
+        (["compare", wan_student, pale], "is a folder of videos, and others are not. Sample the students first"),
         (["compare", folders / "real", pale, "--prompt", "a"], "these are videos: leave them out"),
     ):
-        extra = ["--reference", few] if arguments == ["evaluate", wan] else []
+        extra = ["--reference", few] if arguments == ["evaluate", wan_student] else []
         status, printed = command(*arguments, *extra, "--output", output)
         assert status == 2
         assert message in printed

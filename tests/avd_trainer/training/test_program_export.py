@@ -260,6 +260,29 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
 
 
+def test_the_card_has_the_measures_that_it_is_given(runs: Path, tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "measures.md"
+    file.write_text(
+        "# a: videos\n\n| | flow |\n|---|---|\n| a | 1.5 |\n\n## Distance to real clips\n\nC# is no heading.\n"
+    )
+    for arguments in (["--format", "comfyui"], []):
+        export = ["export", runs / "full", "--output", out, *arguments]
+        status, printed = command(*export, "--measures", file)
+        assert status == 0, printed
+        _, _, measures = card(out)[1].partition("\n## Measures\n\n")
+        assert measures.startswith("### a: videos\n\n| | flow |")
+        assert "\n#### Distance to real clips\n\nC# is no heading.\n\n## Licence\n" in measures
+        assert command(*export)[0] == 0
+        assert "\n## Measures\n\nNone are stated. `avd evaluate` measures clips" in card(out)[1]
+    for wrong, message in (
+        (["--measures", tmp_path / "none.md"], "none.md cannot be read"),
+        (["--measures", file, "--transformer-only"], "--transformer-only writes no model card for --measures"),
+    ):
+        status, printed = command("export", runs / "full", "--output", tmp_path / "new", *wrong)
+        assert (status, message in printed) == (2, True), printed
+    assert not (tmp_path / "new").exists()
+
+
 def test_merged_adapters_are_a_whole_model_to_the_hub(
     runs: Path, wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
