@@ -109,7 +109,7 @@ PARTS = (
     Part(
         "study",
         8,
-        _study("study-table2-gpu", "--variants", "dmd-tuned,avd-excess", "--seeds", "1,2", "--jobs", "4"),
+        _study("study-table2-gpu", "--variants", "dmd-tuned,avd-absolute", "--seeds", "1,2", "--jobs", "4"),
         _study(
             "study-table2-gpu",
             *("--variants", "dmd-tuned", "--seeds", "1", "--set", "max_steps=1", "--set", "data.clips=16"),

@@ -597,7 +597,7 @@ def normal_losses_weights(spread: float, count: int) -> Tensor:
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize(
     ("spread", "kinds"),
-    [(0.3, []), (1.5, ["weights_switch"]), (0.02, ["weights_constant"]), (0.0, ["weights_constant"])],
+    [(0.3, []), (1.5, ["weights_switch"]), (0.02, []), (0.005, ["weights_constant"]), (0.0, ["weights_constant"])],
 )
 def test_weights_that_are_a_switch_or_a_constant_are_named(spread: float, kinds: list[str], batch: int) -> None:
     monitor = CollapseMonitor(REFERENCE, regression_weight=2.0, grace=0)
@@ -619,8 +619,8 @@ def test_weights_that_are_a_switch_or_a_constant_are_named(spread: float, kinds:
     [
         ((0.3, 0.3, 0.3, 0.3), []),
         ((1.4, 1.4, 0.3, 0.3), ["weights_switch"]),  # 0.27 of all weights are in the outer tenths
-        ((0.3, 0.3, 0.3, 0.02), ["weights_constant"]),
-        ((1.4, 0.3, 0.3, 0.02), ["weights_switch", "weights_constant"]),
+        ((0.3, 0.3, 0.3, 0.005), ["weights_constant"]),
+        ((1.4, 0.3, 0.3, 0.005), ["weights_switch", "weights_constant"]),
     ],
 )
 def test_each_few_step_is_judged_by_itself(spreads: tuple[float, ...], kinds: list[str], at_each: int) -> None:

@@ -34,6 +34,7 @@ by our reading (:data:`PAPER_SPREAD`)."""
 
 # Half of the variance explained. Of fewer clips, a correlation as high comes about by chance.
 _HIGH_CORRELATION, _CLIPS_FOR_CORRELATION = 0.7, 10
+_TURNED_DOWN = 0.4  # a fifth less than a clip at the mean has
 _QUANTILES = (0.05, 0.5, 0.95)
 # Losses are of the order of 1, in float32: what spreads by less differs by rounding alone.
 _ROUNDING = 1e-6
@@ -88,8 +89,8 @@ class StepWeights(BaseModel):
 
     @property
     def follows_energy(self) -> bool:
-        """Whether most of what is judged is the clip's own energy."""
-        return abs(self.energy_correlation or 0.0) > _HIGH_CORRELATION
+        """Whether most of what is judged is the clip's own energy, and some of these clips lose weight by it."""
+        return abs(self.energy_correlation or 0.0) > _HIGH_CORRELATION and self.weights[0] < _TURNED_DOWN
 
 
 class SharpnessCalibration(BaseModel):
@@ -268,12 +269,11 @@ def _remarks(steps: tuple[StepWeights, ...], options: RegressionConfig, paper_sh
         )
     if options.sharpness > 0 and (constant := [step for step in steps if step.is_constant]):
         remarks.append(
-            f"at t = {_times(constant)} the weight is nearly a constant on these clips, as in plain regression. That is "
-            f"right where all of them fit their captions{_far_off(options)}. Where some do not, set {remedy}, for the "
-            "paper's curve."
+            f"at t = {_times(constant)} the weight is nearly a constant on these clips, as in plain regression. That "
+            f"is right where all of them fit their captions{_far_off(options)}. Where some do not, set {remedy}, for "
+            "the paper's curve."
         )
-    # A constant turns off nothing, whatever it goes by.
-    if energetic := [step for step in steps if step.follows_energy and not step.is_constant]:
+    if options.judged == "loss" and (energetic := [step for step in steps if step.follows_energy]):
         for contrast, sign in (("high", 1), ("low", -1)):
             if not (steps_so := [step for step in energetic if sign * (step.energy_correlation or 0.0) > 0]):
                 continue
@@ -281,7 +281,7 @@ def _remarks(steps: tuple[StepWeights, ...], options: RegressionConfig, paper_sh
             remarks.append(
                 f"at t = {_times(steps_so)} what the weight judges goes by the clip's own energy (correlation "
                 f"{strongest:.2f}): it would turn off clips of {contrast} contrast rather than clips that fit badly. "
-                f"Set method.regression.judged={'loss' if options.judged == 'relative' else 'relative'}."
+                "Set method.regression.judged=relative and deviation=standardized."
             )
     return remarks
 
@@ -290,7 +290,7 @@ def _far_off(options: RegressionConfig) -> str:
     """How far off a clip has to be to lose most of its weight."""
     if options.deviation == "standardized":
         return ""
-    return f": one that is off by {math.log(9) / options.sharpness:.2g} more than the mean has a tenth of it still"
+    return f": one that is off by {math.log(9) / options.sharpness:.2g} more than the mean has a fifth of their weight"
 
 
 def _times(steps: list[StepWeights]) -> str:

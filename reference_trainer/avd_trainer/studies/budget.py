@@ -128,8 +128,8 @@ def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
 
 
 def _judged_like(other: TrainConfig, run: TrainConfig) -> TrainConfig:
-    """A run whose monitors begin to judge at the step at which those of another one do, whatever its length."""
-    return run.model_copy(update={"monitor_grace": other.grace})
+    """A run whose monitors begin to judge where those of another one do, if that leaves a quarter of it."""
+    return run.model_copy(update={"monitor_grace": other.grace}) if 4 * other.grace <= 3 * run.max_steps else run
 
 
 def _lasting(run: TrainConfig, steps: int) -> TrainConfig:

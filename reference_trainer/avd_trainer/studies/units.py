@@ -184,8 +184,13 @@ class Workplace:
         Raises:
             NonFiniteError: If that one has diverged.
         """
+        if self._has_begun(unit):
+            return
+        # What a process has left that was killed before it took the state.
+        self._beginning_file(unit).unlink(missing_ok=True)
+        shutil.rmtree(self.run_folder(unit), ignore_errors=True)
         beginning = self.study.beginnings.get(unit.variant)
-        if beginning is None or self._has_begun(unit):
+        if beginning is None:
             return
         earlier = Unit(beginning, unit.seed)
         there, here = self.run_folder(earlier), self.run_folder(unit)
@@ -194,9 +199,8 @@ class Workplace:
         if (there / CHECKPOINTS).exists():
             steps = self.study.run(beginning).max_steps
             write_json(self._beginning_file(unit), {"unit": str(earlier), "steps": steps})
-            here.mkdir(exist_ok=True)
+            here.mkdir()
             shutil.copy(there / METRICS_FILE, here / METRICS_FILE)
-            shutil.rmtree(here / CHECKPOINTS, ignore_errors=True)  # none of them is whole
             (there / CHECKPOINTS).rename(here / CHECKPOINTS)  # last, and all at once: before, nothing has begun
 
     def _is_awaited(self, unit: Unit) -> bool:

@@ -109,8 +109,9 @@ def test_the_papers_spread_needs_no_remark() -> None:
             {"sharpness": 60.0, "deviation": "standardized"},
             [r"is a switch.* Set method\.regression\.sharpness=3,"],
         ),
-        (0.02, {}, [r"a constant.*off by 0\.73 more than the mean.*deviation=standardized with a sharpness of 3"]),
-        (0.3, {"sharpness": 0.1, "deviation": "standardized"}, [r"fit their captions\. .*regression\.sharpness=3,"]),
+        (0.02, {}, []),  # narrow, and still told apart
+        (0.005, {}, [r"a constant.*off by 0\.73 more than the mean.*deviation=standardized with a sharpness of 3"]),
+        (0.3, {"sharpness": 0.05, "deviation": "standardized"}, [r"fit their captions\. .*regression\.sharpness=3,"]),
         (0.02, {"deviation": "standardized"}, []),
         (0.02, {"sharpness": 0.0}, []),  # a constant is what was asked for
     ],
@@ -142,11 +143,8 @@ def test_a_weight_that_would_judge_energy_is_named() -> None:
     assert found.steps[0].energy_correlation > 0.9  # type: ignore[operator]
     assert ["judged=relative" in remark for remark in found.remarks] == [True]
     assert not calibrated(energetic[:1], deviation="standardized").remarks  # 7 clips are too few to say so
-    assert not any("energy" in remark for remark in calibrated(energetic, sharpness=0.1).remarks)  # it judges nothing
-    # Divided by the energy, what goes by it is left out; what does not, then goes against it.
-    assert not calibrated(batches(values, values**2 * (1 + 0.3 * teacher_losses)), judged="relative").remarks
-    (remark,) = calibrated(batches(values, 1 + 0.1 * teacher_losses), judged="relative").remarks
-    assert "judged=loss" in remark
+    assert not calibrated(energetic, sharpness=0.5).remarks  # no clip loses much
+    assert not calibrated(energetic, judged="relative", deviation="standardized").remarks
 
 
 @pytest.mark.parametrize(("sign", "contrast"), [(1, "high"), (-1, "low")])

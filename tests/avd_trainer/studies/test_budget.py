@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies import budget, units
-from avd_trainer.studies.budget import share_budget, time_step
+from avd_trainer.studies.budget import _judged_like, _lasting, share_budget, time_step
 from avd_trainer.studies.definition import Cost, Study, Unit, load_study
 from avd_trainer.studies.runner import claim_study, run_study
 from avd_trainer.studies.summary import render, write_summary
@@ -340,6 +341,25 @@ def test_a_unit_that_is_killed_as_it_takes_over_goes_on(
     assert place.do(LATER)["seconds"].keys() >= {"train_rest"}
     assert [step["step"] for step in curve(place.run_folder(LATER))] == [1, 2, 3, 4, 5, 6]
     assert states(place) == {}
+
+
+def test_a_run_that_begins_itself_says_so_whatever_was_killed_before(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, ranks: Ranks
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.rename", partial(pytest.fail, "killed"))
+        with pytest.raises(pytest.fail.Exception):
+            place.do(LATER)
+    alone = Workplace(replace(place.study, worked_on={"avd-seconds"}), place.folder, ranks)
+    done = alone.do(LATER)
+    assert "beginning" not in done
+    assert "train" in done["seconds"]
+
+
+def test_monitors_judge_a_run_that_is_much_shorter_than_the_other() -> None:
+    run = load_config(TrainConfig, "tiny", ["max_steps=400"])
+    assert _judged_like(run, _lasting(run, 134)).grace == run.grace == 100
+    assert _judged_like(run, _lasting(run, 133)).grace == 66
 
 
 def test_state_goes_where_nothing_goes_on_from_it_any_more(place: Workplace) -> None:
