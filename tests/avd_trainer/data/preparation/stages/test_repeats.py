@@ -24,7 +24,7 @@ def scroll(frames: int, pixels: int = 3) -> Frames:
 @pytest.fixture
 def soft() -> Frames:
     """``[48, 64, 96, 3]``: a camera that turns over soft shapes."""
-    wide = cv2.resize(TEXTURE[:8, :60], (384, 64), interpolation=cv2.INTER_CUBIC)
+    wide = cv2.resize(TEXTURE[:8, :60], (384, 64), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
     return np.stack([wide[:, 3 * number : 3 * number + 96] for number in range(48)])[..., None].repeat(3, axis=-1)
 
 
