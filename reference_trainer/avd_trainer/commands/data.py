@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from avd_trainer.commands.options import read_part
 from avd_trainer.data.preparation.needs import HUB_ID
@@ -377,10 +374,9 @@ def _print_report(report: DataReport) -> None:
 
 
 def _print_table(lines: list[tuple[str, str]]) -> None:
-    table = Table(show_header=False, box=None, pad_edge=False)
+    width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        table.add_row(name, escape(value))
-    Console().print(table, soft_wrap=True, highlight=False)
+        say(f"{name:<{width}}  {value}")  # whole: a table would shorten a SHA-256 to the width of the terminal
 
 
 def _row_lines(row: dict[str, Any]) -> list[tuple[str, str]]:

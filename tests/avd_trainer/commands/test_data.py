@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 import shlex
@@ -236,6 +237,8 @@ def test_raw_videos_are_prepared_selected_again_and_inspected(tmp_path: Path, ra
     assert status == 0
     for part in ("prepared from 2 file(s)", "CC-BY-4.0 (2), not given (2)", 'stage latents version 1 model="tiny"'):
         assert part in said
+    sha256 = hashlib.sha256((raw / "square_moves.mp4").read_bytes()).hexdigest()
+    assert f"SHA-256 {sha256} " in run("inspect", tmp_path / "data", "--clip", "square_moves.mp4")[1]
 
 
 def test_another_style_as_the_page_on_data_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

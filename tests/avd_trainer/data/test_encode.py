@@ -57,11 +57,14 @@ def test_frames_are_covered_and_their_centre_is_cut_out(tmp_path: Path) -> None:
 
 def test_an_upright_video_that_is_stored_sideways_is_turned_first() -> None:
     class Sideways:
-        """A frame of 64 x 32 pixels, white on its right, to be turned by 90 degrees: white above, black below."""
+        """A frame of 64 x 32 pixels, to be turned by 90 degrees."""
 
         width, height, rotation = 64, 32, 90
 
-        def reformat(self, width: int, height: int, **_: object) -> "Sideways":
+    class Resized:
+        """White on its right, which comes above, and black on its left."""
+
+        def reformat(self, _: Sideways, width: int, height: int, **__: object) -> "Resized":
             assert width / height == pytest.approx(2, abs=0.1)
             self.pixels = np.zeros((height, width, 3), dtype=np.uint8)
             self.pixels[:, width // 2 :] = 255
@@ -70,7 +73,7 @@ def test_an_upright_video_that_is_stored_sideways_is_turned_first() -> None:
         def to_ndarray(self) -> np.ndarray:
             return self.pixels
 
-    frame = fit(Sideways(), 48, 32)  # type: ignore[arg-type]
+    frame = fit(Sideways(), 48, 32, Resized())  # type: ignore[arg-type]
     assert frame.shape == (48, 32, 3)
     assert (frame[:24] == 255).all()
     assert (frame[24:] == 0).all()

@@ -1,3 +1,8 @@
+from pathlib import Path
+from typing import cast
+
+import av
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,6 +21,24 @@ def scroll(frames: int, pixels: int = 3) -> Frames:
     return np.stack(shown)[..., None].repeat(3, axis=-1)
 
 
+@pytest.fixture
+def soft() -> Frames:
+    """``[48, 64, 96, 3]``: a camera that turns over soft shapes."""
+    wide = cv2.resize(TEXTURE[:8, :60], (384, 64), interpolation=cv2.INTER_CUBIC).astype(np.uint8)
+    return np.stack([wide[:, 3 * number : 3 * number + 96] for number in range(48)])[..., None].repeat(3, axis=-1)
+
+
+def _through(codec: str, options: dict[str, str], path: Path, frames: Frames) -> Frames:
+    with av.open(path, "w") as container:
+        stream = cast(av.VideoStream, container.add_stream(codec, rate=16, options=options))
+        stream.height, stream.width = frames.shape[1:3]
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
 @given(times=st.integers(2, 16))
 def test_pictures_that_are_shown_several_times_count_once(times: int) -> None:
     frames = scroll(5).repeat(times, axis=0)
@@ -26,6 +49,26 @@ def test_noise_of_compression_is_no_motion() -> None:
     frames = scroll(10).repeat(8, axis=0).astype(int)
     noisy = np.clip(frames + (RNG.random(frames.shape) < 0.1), 0, 255).astype(np.uint8)
     assert shown_rate(noisy, 16.0) == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(("codec", "options"), [("libx264", {"crf": "35"}), ("mpeg4", {})])
+def test_repeated_pictures_are_found_where_bits_are_few(
+    tmp_path: Path, codec: str, options: dict[str, str], soft: Frames
+) -> None:
+    """Later frames refine the picture that they repeat, so that hardly any two of them are alike."""
+    slow, fast = (_through(codec, options, tmp_path / "video.mkv", video) for video in (soft[::8].repeat(8, 0), soft))
+    assert shown_rate(slow, 16.0) < 4
+    assert shown_rate(fast, 16.0) == 16.0
+
+
+def test_a_fast_move_amid_slow_ones_and_a_cut_are_not_accused() -> None:
+    slow = np.stack([TEXTURE[:, :48] // 2 + step for step in range(40)])[..., None].repeat(3, axis=-1)
+    fast = slow.copy()
+    fast[20:25] = scroll(5)
+    assert shown_rate(fast, 16.0) == 16.0
+    cut = slow.copy()
+    cut[20:] = 255 - cut[20:]
+    assert shown_rate(cut, 16.0) == 16.0
 
 
 def test_every_picture_counts_if_all_differ() -> None:
