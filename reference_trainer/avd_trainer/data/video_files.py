@@ -30,8 +30,9 @@ logger = logging.getLogger(__name__)
 FORMATS = ("mp4", "gif")
 """Endings of the files that clips are written to."""
 
-# In order of preference; PyAV's own wheels have the first, some distributions leave it out for its licence.
-ENCODERS = {"libx264": {"crf": "18"}, "libopenh264": {}, "mpeg4": {}}
+# In order of preference; PyAV's own wheels have the first, some distributions leave it out for its licence. Without
+# macroblock trees, since libx264 (core 165) reads memory there that nobody has written: one clip gives several files.
+ENCODERS = {"libx264": {"crf": "18", "x264-params": "mbtree=0"}, "libopenh264": {}, "mpeg4": {}}
 BT709 = 1
 """FFmpeg's code for its matrix, primaries and transfer, as in H.273."""
 LIMITED_RANGE = 1
