@@ -186,9 +186,7 @@ class Workplace:
         """
         if self._has_begun(unit):
             return
-        # What a process has left that was killed before it took the state.
-        self._beginning_file(unit).unlink(missing_ok=True)
-        shutil.rmtree(self.run_folder(unit), ignore_errors=True)
+        self._forget(unit)  # what a process has left that was killed before it took the state
         beginning = self.study.beginnings.get(unit.variant)
         if beginning is None:
             return
@@ -201,7 +199,14 @@ class Workplace:
             write_json(self._beginning_file(unit), {"unit": str(earlier), "steps": steps})
             here.mkdir()
             shutil.copy(there / METRICS_FILE, here / METRICS_FILE)
-            (there / CHECKPOINTS).rename(here / CHECKPOINTS)  # last, and all at once: before, nothing has begun
+            try:
+                (there / CHECKPOINTS).rename(here / CHECKPOINTS)  # last, and all at once: before, nothing has begun
+            except FileNotFoundError:  # a process that works on other variants has been faster
+                self._forget(unit)
+
+    def _forget(self, unit: Unit) -> None:
+        self._beginning_file(unit).unlink(missing_ok=True)
+        shutil.rmtree(self.run_folder(unit), ignore_errors=True)
 
     def _is_awaited(self, unit: Unit) -> bool:
         """Whether another run is to go on from the state of this one."""

@@ -356,6 +356,24 @@ def test_a_run_that_begins_itself_says_so_whatever_was_killed_before(
     assert "train" in done["seconds"]
 
 
+def test_where_somebody_else_takes_the_beginning_first_a_run_begins_itself(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = place.run_folder(EARLIER) / "checkpoints"
+    copy = shutil.copy
+
+    def copy_too_late(source: Path, target: Path) -> None:
+        copy(source, target)
+        shutil.rmtree(taken)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copy", copy_too_late)
+        done = place.do(LATER)
+    assert "beginning" not in done
+    assert "train" in done["seconds"]
+    assert [step["step"] for step in curve(place.run_folder(LATER))] == [1, 2, 3, 4, 5, 6]
+
+
 def test_monitors_judge_a_run_that_is_much_shorter_than_the_other() -> None:
     run = load_config(TrainConfig, "tiny", ["max_steps=400"])
     assert _judged_like(run, _lasting(run, 134)).grace == run.grace == 100
