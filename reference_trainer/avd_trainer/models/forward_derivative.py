@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,9 +38,12 @@ def directional_derivative(
     Raises:
         ValueError: If attention has a mask or is causal.
     """
-    with torch.no_grad(), _AttentionByParts():
-        derivative: Tensor = torch.func.jvp(function, inputs, directions)[1]
-        return derivative
+    # Dual tensors and not torch.func.jvp, in which FSDP2 of older PyTorch cannot gather parameters.
+    with torch.no_grad(), forward_ad.dual_level(), _AttentionByParts():
+        duals = map(forward_ad.make_dual, inputs, directions)
+        value = function(*duals)
+        derivative: Tensor | None = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]
+        return torch.zeros_like(value) if derivative is None else derivative
 
 
 class _AttentionByParts(TorchFunctionMode):

@@ -250,7 +250,8 @@ def _export_adapter(checkpoint: SavedRun, lora: LoRAConfig, output: Path, weight
         output,
         transformer_lora_layers={name.replace(".student.", "."): value.to(dtype) for name, value in adapter.items()},
         transformer_lora_adapter_metadata={
-            "r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules)
+            "r": lora.rank, "lora_alpha": lora.alpha, "target_modules": list(lora.target_modules),
+            "rank_pattern": {}, "alpha_pattern": {},  # all alike; older diffusers asks for them
         },
     )  # fmt: skip
 
