@@ -51,9 +51,17 @@ def draw_curves(
     for axis in (spread, motion, matching, online, losses, weights):
         if axis in (online, losses, weights):
             axis.set_xlabel("student's updates", fontsize=9)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, frameon=False)
+        _draw_legend(axis)
         plain(axis)
+
+
+def _draw_legend(axis: Axes) -> None:
+    """In one row above all curves."""
+    if not (labels := axis.get_legend_handles_labels()[1]):
+        return
+    low, high = axis.get_ylim()
+    axis.set_ylim(low, high + 0.15 * (high - low))
+    axis.legend(loc="upper center", ncols=len(labels), fontsize=8, frameon=False, handlelength=1.2, columnspacing=1.0)
 
 
 def plain(axis: Axes) -> None:

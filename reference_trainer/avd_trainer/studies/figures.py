@@ -32,7 +32,7 @@ FRAMES_PER_CLIP = 5
 PANELS_PER_ROW = 5
 WIDTH = 15.0
 OUTSIDE = "#c2452d"
-HEADER_HEIGHT = 1.8
+TWO_LINES = 1.8
 """Of the table, in heights of its other rows."""
 GOALS = {"higher": "higher is better", "lower": "lower is better", "as real": "as in real clips"}
 """In words, by :attr:`Measure.better`."""
@@ -62,7 +62,7 @@ def save_report(
     """
     headlines = findings.headlines
     panels = -(-len(headlines) // PANELS_PER_ROW)
-    table_rows = 1 + len(findings.rows) + len(findings.controls)
+    table_rows = 2 + len(findings.rows) + len(findings.controls)
     heights = (5.0, 0.9, 1.6 * panels + 0.3, 0.22 * table_rows + 0.7, 5.0)
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     sheet, words, dots, table, curves = figure.subfigures(len(heights), 1, height_ratios=heights)  # type: ignore[misc]
@@ -124,7 +124,7 @@ def _draw_table(figure: SubFigure, findings: Findings) -> None:
     axis.axis("off")
     measures = findings.headlines
     spreads = findings.reference.spreads
-    reference = [f"{_number(spreads[name].mean)} ± {spreads[name].std:.1g}" for name in measures]
+    reference = [f"{_number(spreads[name].mean)}\n± {spreads[name].std:.1g}" for name in measures]
     rows = {TITLES[name]: values for name, values in findings.rows.items()}
     rows |= {CONTROLS[name].title: values for name, values in findings.controls.items()}
     cells = [reference, *([_number(values[name]) for name in measures] for values in rows.values())]
@@ -136,7 +136,7 @@ def _draw_table(figure: SubFigure, findings: Findings) -> None:
     table.set_fontsize(8.5)
     for (row, _), cell in table.get_celld().items():
         cell.set_linewidth(0.3)
-        cell.set_height(HEADER_HEIGHT if row == 0 else 1.0)
+        cell.set_height(TWO_LINES if row <= 1 else 1.0)
     for number, values in enumerate(rows.values(), start=2):
         for column, name in enumerate(measures):
             if is_worse(name, values[name], spreads[name]):
