@@ -29,7 +29,7 @@ from torch import Tensor
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.examples import Example
 from avd_trainer.data.sources import TrainingData, load_data
-from avd_trainer.models.codecs.latent_space import latent_shape_of
+from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model
 from avd_trainer.models.transformer import empty_transformer
@@ -45,6 +45,7 @@ from avd_trainer.training import run as runs
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.optimizers import Metrics
 from avd_trainer.training.trainer import Trainer
+from small_wan import shrink
 
 RESULTS = Path(__file__).parent / "results"
 SOAK_EVERY = 50
@@ -90,7 +91,8 @@ class Counted:
 def main(
     preset: Annotated[str, typer.Option(help="tiny or wan2.1-1.3b.")] = "tiny",
     lora: Annotated[bool, typer.Option("--lora", help="Adapters of both models on one base.")] = False,
-    size: Annotated[str, typer.Option(help="Of wan2.1's clips.")] = "832x480x81",
+    size: Annotated[str, typer.Option(help="Of wan2.1's clips.")] = SIZES["wan"],
+    small: Annotated[bool, typer.Option("--small", help="Narrow and short models of wan2.1, to try this.")] = False,
     updates: Annotated[int, typer.Option(help="How many to measure.")] = 8,
     soak: Annotated[int, typer.Option(help="Instead, watch memory over so many tiny steps.")] = 0,
     results: Annotated[Path | None, typer.Option(help="File to write.")] = None,
@@ -99,7 +101,7 @@ def main(
     if soak:
         report, name = watch_memory(soak), f"soak-{device}"
     else:
-        report = measure_update(preset, lora=lora, size=size, updates=updates)
+        report = measure_update(preset, lora=lora, size=size, small=small, updates=updates)
         name = f"train-step-{device}"
         if preset != "tiny":
             name += f"-{preset}-{'lora' if lora else 'full'}"
@@ -110,10 +112,12 @@ def main(
     typer.echo(f"{path}: " + ", ".join(f"{k} {v}" for k, v in report.items() if isinstance(v, int | float)))
 
 
-def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[str, Any]:
+def measure_update(preset: str, *, lora: bool, size: str, small: bool, updates: int) -> dict[str, Any]:
     """Time, memory and FLOPs of an update, after one to warm up."""
     with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
-        config, data, architecture = prepare(preset, Path(folder), lora=lora, size=size, max_steps=updates + 1)
+        config, data, architecture = prepare(
+            preset, Path(folder), lora=lora, size=size, small=small, max_steps=updates + 1
+        )
         trainer = Trainer(config, data, ranks)
         calls: Calls = Counter()
         for role, model in trainer.models.items():
@@ -158,7 +162,7 @@ class Prepared(NamedTuple):
     architecture: dict[str, Any]
 
 
-def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int) -> Prepared:
+def prepare(preset: str, folder: Path, *, lora: bool, size: str, small: bool, max_steps: int) -> Prepared:
     """The tiny preset as it is, or another one on random clips with random weights, which go to ``folder``."""
     overrides = [f"max_steps={max_steps}"]
     if lora:
@@ -176,6 +180,8 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
     replace = {"data": {"kind": "shards", "path": "random"}}
     config = load_config(TrainConfig, preset, [*overrides, "batch_size=1", "micro_batch_size=1"], replace)
     architecture = find_architecture(config.teacher)
+    if small:
+        architecture = shrink(architecture)
     save_random_weights(architecture, folder)
     clips = RandomClips(latent_shape_of(size, "wan"), (TEXT_LENGTH, architecture["text_dim"]))
     return Prepared(config.model_copy(update={"teacher": str(folder)}), TrainingData(clips, clips), architecture)
