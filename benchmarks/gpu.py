@@ -4,9 +4,10 @@
     python -m benchmarks.gpu --output DIR --rehearse
 
 Each part is a process with a time limit of its own and writes its figures when it has them, so that one that fails or
-hangs costs nothing but its own time. ``gpu-day.json`` says after each part what became of all. ``--rehearse`` runs
-the same commands on the CPU, with options added that make all small: figures mean nothing, but what would fail for a
-typing error fails here. Weights are random, and nothing is downloaded.
+hangs costs nothing but its own time. ``gpu-day.json`` says after each part what became of all. Logs and the study, with
+its ``results.json``, are in the folder ``runs`` beside it, which git ignores; a study that was stopped goes on by the
+same command. ``--rehearse`` runs the same commands on the CPU, with options added that make all small: figures mean
+nothing, but what would fail for a typing error fails here. Weights are random, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from avd_trainer.runtime.files import write_json
 
 ROOT = Path(__file__).parent.parent
 REPORT = "gpu-day.json"
+RUNS = "runs"
+"""Folder of what is no result to keep. ``.gitignore`` has this name."""
 LOGS = "gpu-day-logs"
 TAIL = 2000
 """Characters of a part's output that the report holds."""
@@ -58,7 +61,7 @@ def _script(name: str, result: str, *options: str) -> Callable[[Path], Sequence[
 
 
 def _study(result: str, *options: str) -> Callable[[Path], Sequence[str]]:
-    return lambda output: ["-m", "avd_trainer", "study", "table2", "--output", str(output / result), *options]
+    return lambda output: ["-m", "avd_trainer", "study", "table2", "--output", str(output / RUNS / result), *options]
 
 
 _SMALL = ("--small", "--size", "64x64x9")
@@ -144,7 +147,7 @@ def run_parts(parts: Sequence[Part], output: Path, *, seconds: float, rehearse: 
     Returns:
         The report's entry of each part; its ``outcome`` is ``done``, ``failed``, ``stopped`` or ``no time left``.
     """
-    (output / LOGS).mkdir(parents=True, exist_ok=True)
+    (output / RUNS / LOGS).mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     entries: list[dict[str, Any]] = []
     for part in parts:
@@ -164,7 +167,7 @@ def run_part(part: Part, output: Path, seconds: float, *, rehearse: bool) -> dic
     arguments = [*part.arguments(output), *(part.rehearsal if rehearse else ())]
     command = [sys.executable, *arguments]
     own = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if rehearse else {})
-    log = output / LOGS / f"{part.name.replace(' ', '-').replace(',', '')}.txt"
+    log = output / RUNS / LOGS / f"{part.name.replace(' ', '-').replace(',', '')}.txt"
     started = time.monotonic()
     with (
         log.open("w") as file,
