@@ -53,6 +53,7 @@ from avd_trainer.runtime.environment import environment
 from avd_trainer.studies.demo import DemoConfig
 from avd_trainer.studies.real_side import RealSide
 from avd_trainer.training.config import TrainConfig
+from small_wan import shrink
 
 RESULTS = Path(__file__).parent / "results"
 TIMESTEPS = (1000.0, 900.0, 757.0, 522.0)
@@ -88,13 +89,14 @@ def main(
         typer.Option(help="Of part speed: wan2.1-1.3b or wan2.1-14b, in bfloat16; a small model without it."),
     ] = None,
     size: Annotated[str | None, typer.Option(help="Of part speed: WxHxF.")] = None,
+    small: Annotated[bool, typer.Option("--small", help="A preset's model narrow and short, to try this.")] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Of parts speed and interpolation.")] = 5,
     student: Annotated[Path | None, typer.Option(help="A tiny student, a transformer folder.")] = None,
     interpolator: Annotated[Path | None, typer.Option(help="An interpolator folder of the tiny latents.")] = None,
     results: Annotated[Path | None, typer.Option(help="File to write.")] = None,
 ) -> None:
     if part == "speed":
-        report = measure_speed(torch.device(device), preset, size, repetitions)
+        report = measure_speed(torch.device(device), preset, size, repetitions, small=small)
     elif part == "interpolation":
         report = measure_interpolation(torch.device(device), repetitions)
     elif part == "quality":
@@ -112,10 +114,12 @@ def main(
 
 
 @torch.no_grad()
-def measure_speed(device: torch.device, preset: str | None, size: str | None, repetitions: int) -> dict[str, Any]:
+def measure_speed(
+    device: torch.device, preset: str | None, size: str | None, repetitions: int, *, small: bool
+) -> dict[str, Any]:
     """Four steps with two at half rate against four at full rate, and against what the operations promise."""
     dtype = torch.float32 if preset is None else torch.bfloat16
-    architecture = CPU_ARCHITECTURE if preset is None else _architecture(preset)
+    architecture = CPU_ARCHITECTURE if preset is None else _architecture(preset, small=small)
     shape = latent_shape_of(size or (CPU_SIZE if preset is None else SIZES["wan"]), "wan")
     model = random_transformer(architecture, device, dtype)
     interpolator = LatentFrameInterpolator(shape[0]).to(device).eval()
@@ -330,9 +334,10 @@ def step_flops(architecture: Mapping[str, Any], shape: Sequence[int], text_lengt
     return int(architecture["num_layers"] * (own + cross + feed_forward))
 
 
-def _architecture(preset: str) -> dict[str, Any]:
+def _architecture(preset: str, *, small: bool) -> dict[str, Any]:
     config = load_config(TrainConfig, preset, [], {"data": {"kind": "shards", "path": "random"}})
-    return {"out_channels": 16, "rope_max_seq_len": 1024, **find_architecture(config.teacher)}
+    architecture = {"out_channels": 16, "rope_max_seq_len": 1024, **find_architecture(config.teacher)}
+    return shrink(architecture) if small else architecture
 
 
 def _tokens(architecture: Mapping[str, Any], shape: Sequence[int], rate: int = 1) -> int:

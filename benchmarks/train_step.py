@@ -10,13 +10,13 @@ soak-cpu.json; on a GPU gpu in place of cpu, with the preset and the mode.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
@@ -29,7 +29,7 @@ from torch import Tensor
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.examples import Example
 from avd_trainer.data.sources import TrainingData, load_data
-from avd_trainer.models.codecs.latent_space import latent_shape_of
+from avd_trainer.models.codecs.latent_space import SIZES, latent_shape_of
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Model
 from avd_trainer.models.transformer import empty_transformer
@@ -39,12 +39,14 @@ from avd_trainer.planning.memory import plan_memory, worst
 from avd_trainer.planning.meta_models import meta_models
 from avd_trainer.planning.operations import forward_operations, training_operations
 from avd_trainer.runtime.environment import environment
+from avd_trainer.runtime.files import write_json
 from avd_trainer.runtime.progress import peak_memory
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.training import run as runs
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.optimizers import Metrics
 from avd_trainer.training.trainer import Trainer
+from small_wan import shrink
 
 RESULTS = Path(__file__).parent / "results"
 SOAK_EVERY = 50
@@ -90,64 +92,77 @@ class Counted:
 def main(
     preset: Annotated[str, typer.Option(help="tiny or wan2.1-1.3b.")] = "tiny",
     lora: Annotated[bool, typer.Option("--lora", help="Adapters of both models on one base.")] = False,
-    size: Annotated[str, typer.Option(help="Of wan2.1's clips.")] = "832x480x81",
+    size: Annotated[str, typer.Option(help="Of wan2.1's clips.")] = SIZES["wan"],
+    small: Annotated[bool, typer.Option("--small", help="Narrow and short models of wan2.1, to try this.")] = False,
     updates: Annotated[int, typer.Option(help="How many to measure.")] = 8,
     soak: Annotated[int, typer.Option(help="Instead, watch memory over so many tiny steps.")] = 0,
     results: Annotated[Path | None, typer.Option(help="File to write.")] = None,
 ) -> None:
     device = "gpu" if torch.cuda.is_available() else "cpu"
     if soak:
-        report, name = watch_memory(soak), f"soak-{device}"
+        reports, name = iter([watch_memory(soak)]), f"soak-{device}"
     else:
-        report = measure_update(preset, lora=lora, size=size, updates=updates)
+        reports = measure_update(preset, lora=lora, size=size, small=small, updates=updates)
         name = f"train-step-{device}"
         if preset != "tiny":
             name += f"-{preset}-{'lora' if lora else 'full'}"
     command = " ".join(["python benchmarks/train_step.py", *sys.argv[1:]])
     path = results or RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"command": command, **environment(), **report}, indent=2) + "\n")
-    typer.echo(f"{path}: " + ", ".join(f"{k} {v}" for k, v in report.items() if isinstance(v, int | float)))
+    for report in reports:  # each in place of the one before: whoever is stopped has measured something
+        write_json(path, {"command": command, **environment(), **report})
+        typer.echo(f"{path}: " + ", ".join(f"{k} {v}" for k, v in report.items() if isinstance(v, int | float)))
 
 
-def measure_update(preset: str, *, lora: bool, size: str, updates: int) -> dict[str, Any]:
-    """Time, memory and FLOPs of an update, after one to warm up."""
+def measure_update(preset: str, *, lora: bool, size: str, small: bool, updates: int) -> Iterator[dict[str, Any]]:
+    """Time, memory and FLOPs of an update.
+
+    Yields:
+        After each update a report of all so far. The one that warms up is reported only until there is another:
+        ``updates`` is 0 then.
+    """
     with tempfile.TemporaryDirectory() as folder, join_ranks() as ranks:
-        config, data, architecture = prepare(preset, Path(folder), lora=lora, size=size, max_steps=updates + 1)
+        config, data, architecture = prepare(
+            preset, Path(folder), lora=lora, size=size, small=small, max_steps=updates + 1
+        )
+        text_length = len(data.prompts[0].text)
+        run = describe(config, architecture, data.latent_shape, gpus=1, text_length=text_length)
+        costs = example_operations(run)
+        planned = worst(plan_memory(run)).allocated
         trainer = Trainer(config, data, ranks)
         calls: Calls = Counter()
         for role, model in trainer.models.items():
             setattr(trainer.method, role, Counted(model, role, calls))
         steps = trainer.run()
-        next(steps)
-        calls.clear()
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = [_timed(steps, ranks) for _ in range(updates)]
-        peak = peak_memory()
-        text_length = len(data.prompts[0].text)
-    run = describe(config, architecture, data.latent_shape, gpus=1, text_length=text_length)
-    costs = example_operations(run)
-    flops = sum(count * costs[role, gradient] for (role, gradient), count in calls.items())
-    return {
-        "preset": preset,
-        "mode": "adapters of both models" if lora else "full",
-        "latent_shape": list(data.latent_shape),
-        "precision": config.precision,
-        "batch_size": config.batch_size,
-        "online_updates": config.method.online_updates,
-        "updates": updates,
-        "seconds_per_update": round(statistics.median(seconds), 3),
-        "seconds_each": [round(value, 3) for value in seconds],
-        "samples_per_second": round(config.batch_size * updates / sum(seconds), 3),
-        "peak_memory_gib": round(peak / 2**30, 2),
-        "peak_memory_of": "tensors on the GPU" if ranks.device.type == "cuda" else "the whole process",
-        "planned_tensors_gib": round(worst(plan_memory(run)).allocated / 2**30, 2),
-        "samples_run": {f"{role}{', with backward' if grad else ''}": n for (role, grad), n in sorted(calls.items())},
-        "model_tflop_per_update": round(flops / updates / 1e12, 3),
-        "tflops": round(flops / sum(seconds) / 1e12, 4),
-        **_utilisation(flops / sum(seconds), config, ranks.device),
-    }
+        seconds: list[float] = []
+        for update in range(updates + 1):
+            if update == 1:  # the one before warmed up
+                calls.clear()
+                seconds.clear()
+                if ranks.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+            seconds.append(_timed(steps, ranks))
+            flops = sum(count * costs[role, gradient] for (role, gradient), count in calls.items())
+            yield {
+                "preset": preset,
+                "mode": "adapters of both models" if lora else "full",
+                "latent_shape": list(data.latent_shape),
+                "precision": config.precision,
+                "batch_size": config.batch_size,
+                "online_updates": config.method.online_updates,
+                "updates": update,
+                "seconds_per_update": round(statistics.median(seconds), 3),
+                "seconds_each": [round(value, 3) for value in seconds],
+                "samples_per_second": round(config.batch_size * len(seconds) / sum(seconds), 3),
+                "peak_memory_gib": round(peak_memory() / 2**30, 2),
+                "peak_memory_of": "tensors on the GPU" if ranks.device.type == "cuda" else "the whole process",
+                "planned_tensors_gib": round(planned / 2**30, 2),
+                "samples_run": {
+                    f"{role}{', with backward' if grad else ''}": n for (role, grad), n in sorted(calls.items())
+                },
+                "model_tflop_per_update": round(flops / len(seconds) / 1e12, 3),
+                "tflops": round(flops / sum(seconds) / 1e12, 4),
+                **_utilisation(flops / sum(seconds), config, ranks.device),
+            }
 
 
 class Prepared(NamedTuple):
@@ -158,7 +173,7 @@ class Prepared(NamedTuple):
     architecture: dict[str, Any]
 
 
-def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int) -> Prepared:
+def prepare(preset: str, folder: Path, *, lora: bool, size: str, small: bool, max_steps: int) -> Prepared:
     """The tiny preset as it is, or another one on random clips with random weights, which go to ``folder``."""
     overrides = [f"max_steps={max_steps}"]
     if lora:
@@ -176,6 +191,8 @@ def prepare(preset: str, folder: Path, *, lora: bool, size: str, max_steps: int)
     replace = {"data": {"kind": "shards", "path": "random"}}
     config = load_config(TrainConfig, preset, [*overrides, "batch_size=1", "micro_batch_size=1"], replace)
     architecture = find_architecture(config.teacher)
+    if small:
+        architecture = shrink(architecture)
     save_random_weights(architecture, folder)
     clips = RandomClips(latent_shape_of(size, "wan"), (TEXT_LENGTH, architecture["text_dim"]))
     return Prepared(config.model_copy(update={"teacher": str(folder)}), TrainingData(clips, clips), architecture)
@@ -259,6 +276,7 @@ def _utilisation(flops_per_second: float, config: TrainConfig, device: torch.dev
     }
 
 
+@cache
 def _matmul_flops_per_second(dtype: torch.dtype, size: int = 2048, rounds: int = 5) -> float:
     a, b = torch.randn(2, size, size).to(dtype)
     best = float("inf")

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from avd_trainer.runtime.files import read_json
-from gpu import PARTS, REPORT, Part, run_parts
+from gpu import PARTS, REPORT, RUNS, Part, run_parts
 
 
 def part(name: str, code: str, minutes: float = 1.0) -> Part:
     def arguments(output: Path) -> Sequence[str]:
         return ["-c", code, str(output)]
 
-    return Part(name, minutes, arguments, arguments)
+    return Part(name, minutes, arguments)
 
 
 def test_a_part_that_fails_does_not_stop_the_next(tmp_path: Path) -> None:
@@ -60,5 +60,22 @@ def test_a_rehearsal_sees_no_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_what_a_part_runs_exists(part: Part, tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
-    for arguments in (part.arguments(tmp_path), part.rehearsal(tmp_path)):
-        assert arguments[0] == "-m" or (root / arguments[0]).exists()
+    arguments = part.arguments(tmp_path)
+    assert arguments[0] == "-m" or (root / arguments[0]).exists()
+
+
+def test_a_rehearsal_is_the_same_command_with_more_options(tmp_path: Path) -> None:
+    own = part("prints", "import sys; print(sys.argv[2:]); sys.exit(1)")._replace(rehearsal=["--small"])
+    (rehearsed,) = run_parts([own], tmp_path, seconds=60, rehearse=True)
+    (real,) = run_parts([own], tmp_path, seconds=60, rehearse=False)
+    assert rehearsed["command"] == f"{real['command']} --small"
+    assert (rehearsed["output"], real["output"]) == ("['--small']\n", "[]\n")
+
+
+def test_what_is_no_result_is_where_git_does_not_look(tmp_path: Path) -> None:
+    (entry,) = run_parts([part("prints", "print()")], tmp_path, seconds=60, rehearse=True)
+    assert entry["outcome"] == "done"
+    assert {path.name for path in tmp_path.iterdir()} == {REPORT, RUNS}
+    (study,) = (own.arguments(tmp_path) for own in PARTS if own.name == "study")
+    assert Path(study[study.index("--output") + 1]).parent == tmp_path / RUNS
+    assert f"{RUNS}/" in (Path(__file__).parent.parent / ".gitignore").read_text().splitlines()

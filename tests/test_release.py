@@ -22,6 +22,11 @@ def test_all_files_are_of_this_version() -> None:
     assert f"## To {avd_core.__version__}," in (ROOT / "docs" / "upgrading.md").read_text()
 
 
+def test_lines_of_the_changelog_are_short() -> None:
+    lines = (ROOT / "CHANGELOG.md").read_text().splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 120] == []
+
+
 @pytest.mark.parametrize(
     ("file", "extras"),
     [("constraints-lowest.txt", ["ema"]), ("constraints-lowest-trainer.txt", ["ema", "trainer", "wan", "lmdb"])],
