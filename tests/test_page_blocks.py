@@ -52,6 +52,7 @@ RUN_BY = {
     "docs/spectrum.md": "tests/test_page_blocks.py",
     "docs/studies.md": "tests/test_page_blocks.py",
     "docs/training.md": "tests/test_page_blocks.py",
+    "docs/vbench.md": "tests/avd_trainer/evaluation/test_vbench.py",
 }
 """Who runs the code and the configuration of a page. The hosts' pages run inside their hosts, with ``AVD_HOSTS``."""
 SHOWN = {
