@@ -17,7 +17,16 @@ from avd_trainer.commands.clip_files import (
     write_clips,
     write_list,
 )
-from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Output, Prompts, PromptsFile, Seed
+from avd_trainer.commands.sampling_options import (
+    ComputeDtype,
+    Device,
+    Image,
+    Output,
+    Pipeline,
+    Prompts,
+    PromptsFile,
+    Seed,
+)
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
@@ -46,6 +55,7 @@ def compare(
             min=1, help="Frames per second of the files; needed where clips are folders of numbered pictures."
         ),
     ] = None,
+    pipeline: Pipeline = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -74,12 +84,12 @@ def compare(
         check_output(output, alone)
         from avd_trainer.inference.choices import choose_device, choose_dtype
         from avd_trainer.inference.generation import decode_clips, sample_at_full_rate
-        from avd_trainer.inference.students import open_student_or_run
+        from avd_trainer.inference.students import open_students
         from avd_trainer.runtime.files import claim_folder
 
         files = [output] if alone else clip_files(output, prompts)
         _check_new(files)
-        opened = [open_student_or_run(folder) for folder in students]
+        opened = open_students(students, pipeline)
         shape = _common_shape(opened, size)
         where = choose_device(device)
         kind = choose_dtype(dtype, where)

@@ -19,7 +19,7 @@ from avd_trainer.commands.clip_files import (
     read_asked_prompts,
 )
 from avd_trainer.commands.compare import are_videos, titles_of
-from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Prompts, PromptsFile, Seed
+from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Pipeline, Prompts, PromptsFile, Seed
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
@@ -67,6 +67,7 @@ def evaluate(
             min=1, help="Frames per second of folders of numbered pictures, which are clips with this option."
         ),
     ] = None,
+    pipeline: Pipeline = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -84,7 +85,7 @@ def evaluate(
             if image is not None or size is not None:
                 raise UserError("--image and --size are for clips of prompts: pass --prompt, or leave them out.")
             _expect_pictures(fps, [])
-            _evaluate_captions(named, output, captions or CAPTIONS, noises, seed, device)
+            _evaluate_captions(named, output, captions or CAPTIONS, noises, seed, pipeline, device)
             return
         if captions is not None:
             raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
@@ -92,6 +93,7 @@ def evaluate(
             raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
         from avd_trainer.data.video_sets import common_form, look_into
         from avd_trainer.inference.choices import choose_device, choose_dtype
+        from avd_trainer.inference.students import open_students
         from avd_trainer.studies.videos import expect_measurable
 
         # All that a person can get wrong comes before the models.
@@ -103,10 +105,11 @@ def evaluate(
         plans = {}
         if len(videos) < len(named):
             prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises)]
-            students_of = {title: folder for title, folder in named.items() if title not in videos}
+            titles = [title for title in named if title not in videos]
+            opened = open_students([named[title] for title in titles], pipeline)
             plans = {
-                title: _plan(folder, output / CLIPS / title.replace("/", "_"), prompts, image, seed, size)
-                for title, folder in students_of.items()
+                title: _plan(student, output / CLIPS / title.replace("/", "_"), prompts, image, seed, size)
+                for title, student in zip(titles, opened, strict=True)
             }
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
@@ -120,16 +123,22 @@ def evaluate(
 
 
 def _evaluate_captions(
-    named: Mapping[str, Path], output: Path, captions: int, noises: int, seed: int, device: str | None
+    named: Mapping[str, Path],
+    output: Path,
+    captions: int,
+    noises: int,
+    seed: int,
+    pipeline: str | None,
+    device: str | None,
 ) -> None:
     from avd_trainer.evaluation.measure_table import rich_table
     from avd_trainer.inference.choices import choose_device
-    from avd_trainer.inference.students import open_student_or_run
+    from avd_trainer.inference.students import open_students
     from avd_trainer.runtime.files import claim_folder
     from avd_trainer.studies.definition import StudyEvaluationConfig
     from avd_trainer.studies.students import evaluate_students, save_evaluation
 
-    opened = {title: open_student_or_run(folder) for title, folder in named.items()}
+    opened = dict(zip(named, open_students(list(named.values()), pipeline), strict=True))
     where = choose_device(device)
     claim_folder(output)
     options = StudyEvaluationConfig(captions=captions, noises=noises)
@@ -175,7 +184,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    student: Path, folder: Path, prompts: Sequence[str], image: Path | None, seed: int, size: str | None
+    student: Student, folder: Path, prompts: Sequence[str], image: Path | None, seed: int, size: str | None
 ) -> _Plan:
     """Look at everything that a student's clips need, without loading it.
 
@@ -185,23 +194,21 @@ def _plan(
     from avd_trainer.data.video_sets import Form, VideoFile
     from avd_trainer.inference.choices import choose_shape
     from avd_trainer.inference.generation import fitting_picture
-    from avd_trainer.inference.students import open_student_or_run
     from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE
     from avd_trainer.studies.students import RESULTS
 
-    opened = open_student_or_run(student)
-    shape = choose_shape(opened, size, (1,))
-    fitting_picture(opened, image, shape)
+    shape = choose_shape(student, size, (1,))
+    fitting_picture(student, image, shape)
     measured = (folder / PROMPTS).is_file() and (folder.parents[1] / RESULTS).is_file()
     if measured or (folder.exists() and not (folder / SAMPLING).is_file()):
         raise UserError(
             f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
             "student, or choose another --output."
         )
-    stride, (_, frames, height, width) = SPATIAL_STRIDES[opened.latent_space], shape
-    form = Form(stride * width, stride * height, 1 + TEMPORAL_STRIDE * (frames - 1), opened.fps)
+    stride, (_, frames, height, width) = SPATIAL_STRIDES[student.latent_space], shape
+    form = Form(stride * width, stride * height, 1 + TEMPORAL_STRIDE * (frames - 1), student.fps)
     paths = clip_files(folder, prompts)
-    return _Plan(opened, shape, folder, [VideoFile(path, form) for path in paths], clip_rows(prompts, paths, seed))
+    return _Plan(student, shape, folder, [VideoFile(path, form) for path in paths], clip_rows(prompts, paths, seed))
 
 
 def _claim(plan: _Plan, image: Path | None, dtype: torch.dtype) -> None:

@@ -56,7 +56,7 @@ Pipeline = Annotated[
     str | None,
     typer.Option(
         metavar="SOURCE",
-        help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
+        help="Of students in another program's files: the Wan pipeline (folder or hub id) with what is not in "
         "them. Default: what the run was trained with.",
     ),
 ]

@@ -227,7 +227,7 @@ def test_videos_are_made_once_and_the_same_in_any_order(
     _, printed = generate(wan_student, suite, parts, *both, "--seed", 1, "--frames", 5)
     assert "frames 4, not 5; seed 0, not 1. Repeat the command as it was, or choose another --output" in printed
     other = open_student(wan_student)._replace(timesteps=(1000.0, 400.0))
-    monkeypatch.setattr("avd_trainer.inference.students.open_student_or_run", lambda _: other)
+    monkeypatch.setattr("avd_trainer.inference.students.open_student_or_run", lambda *_: other)
     assert "timesteps [1000.0, 500.0], not [1000.0, 400.0]" in generate(wan_student, suite, parts, *both)[1]
     assert contents(parts) == again
 
