@@ -26,6 +26,7 @@ from avd_trainer.commands.sampling_options import (
     Prompts,
     PromptsFile,
     Seed,
+    refuse_for_videos,
 )
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
@@ -75,8 +76,10 @@ def compare(
                     f"{of_videos[0]} is a folder of videos, and others are not. Sample the students first, by avd "
                     "evaluate or avd sample, and compare the folders."
                 )
-            if prompt or prompts_file or image is not None or size is not None:
-                raise UserError("Prompts, --image and --size are for students, and these are videos: leave them out.")
+            refuse_for_videos({
+                "--prompt": prompt, "--prompts-file": prompts_file, "--image": image, "--seed": seed, "--size": size,
+                "--pipeline": pipeline, "--device": device, "--dtype": dtype,
+            })  # fmt: skip
             _compare_videos(students, output, fps)
             return
         prompts = read_asked_prompts(prompt, prompts_file)
