@@ -5,6 +5,17 @@ BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 # What of the trainer calls its dependencies; raw videos are prepared by other extras. Old versions warn of each other.
 LOWEST_TRAINER_TESTS := $(wildcard $(addprefix tests/avd_trainer/,config models inference training runtime data/test_*.py))
+# All that run or check what a page says, but for the hosts' own pages, which `make hosts` runs.
+PAGE_TESTS := tests/test_pages.py tests/test_page_blocks.py tests/test_site.py tests/test_readme.py \
+	tests/test_recipe.py tests/test_architecture.py tests/test_release.py \
+	tests/avd_core/test_callbacks_page.py \
+	tests/avd_integrations/test_docs.py \
+	tests/avd_integrations/test_accelerate.py \
+	tests/avd_integrations/test_diffusers.py::test_the_page_runs_as_it_stands \
+	tests/avd_trainer/commands/test_data.py::test_another_style_as_the_page_on_data_has_it \
+	tests/avd_trainer/evaluation/test_measures_page.py \
+	tests/avd_trainer/evaluation/test_vbench.py::test_vbench_2_is_run_as_the_page_has_it \
+	tests/avd_trainer/planning/test_plan.py::test_the_page_says_what_methods_need_for_14b
 READY := $(VENV)/.ready
 HOSTS ?= runs/hosts
 
@@ -38,7 +49,7 @@ format: $(READY) ## format the code and sort its imports
 	$(BIN)/ruff format .
 
 pages: $(READY) ## check the pages: commands, links, names, code blocks
-	$(BIN)/python -m pytest tests/test_pages.py tests/test_readme.py tests/test_recipe.py tests/test_architecture.py tests/avd_core/test_callbacks_page.py tests/avd_integrations/test_docs.py
+	$(BIN)/python -m pytest $(PAGE_TESTS)
 
 docs: $(READY) ## build the site in build/site; a dead link or a name that is not there is an error
 	$(BIN)/python -m sphinx -W --keep-going --quiet -c docs . build/site

@@ -52,6 +52,7 @@ RUN_BY = {
     "docs/spectrum.md": "tests/test_page_blocks.py",
     "docs/studies.md": "tests/test_page_blocks.py",
     "docs/training.md": "tests/test_page_blocks.py",
+    "docs/vbench.md": "tests/avd_trainer/evaluation/test_vbench.py",
 }
 """Who runs the code and the configuration of a page. The hosts' pages run inside their hosts, with ``AVD_HOSTS``."""
 SHOWN = {
@@ -109,6 +110,18 @@ def test_other_blocks_are_commands_that_exist(page: str) -> None:
                     r"|vbench evaluate ",
                     command,
                 ), f"{line}: run or check it, or name the block in SHOWN"
+
+
+def test_make_pages_has_every_test_of_a_page() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    assert re.search(r"^pages: .*\n.* -m pytest \$\(PAGE_TESTS\)$", makefile, re.MULTILINE)
+    (names,) = re.findall(r"^PAGE_TESTS := (.*)$", makefile, re.MULTILINE)
+    listed = dict(name.partition("::")[::2] for name in names.split())
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    expected = {*RUN_BY.values(), *(name for name, text in texts.items() if '/ "docs"' in text)}
+    assert {name for name in expected if not name.startswith("tests/hosts/")} <= listed.keys()
+    for name, test in listed.items():
+        assert f"def {test}" in texts[name], name
 
 
 def test_roll_off_points_have_the_shapes_beside_them() -> None:

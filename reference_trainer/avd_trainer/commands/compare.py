@@ -17,7 +17,17 @@ from avd_trainer.commands.clip_files import (
     write_clips,
     write_list,
 )
-from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Output, Prompts, PromptsFile, Seed
+from avd_trainer.commands.sampling_options import (
+    ComputeDtype,
+    Device,
+    Image,
+    Output,
+    Pipeline,
+    Prompts,
+    PromptsFile,
+    Seed,
+    refuse_for_videos,
+)
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
@@ -46,6 +56,7 @@ def compare(
             min=1, help="Frames per second of the files; needed where clips are folders of numbered pictures."
         ),
     ] = None,
+    pipeline: Pipeline = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -65,8 +76,10 @@ def compare(
                     f"{of_videos[0]} is a folder of videos, and others are not. Sample the students first, by avd "
                     "evaluate or avd sample, and compare the folders."
                 )
-            if prompt or prompts_file or image is not None or size is not None:
-                raise UserError("Prompts, --image and --size are for students, and these are videos: leave them out.")
+            refuse_for_videos({
+                "--prompt": prompt, "--prompts-file": prompts_file, "--image": image, "--seed": seed, "--size": size,
+                "--pipeline": pipeline, "--device": device, "--dtype": dtype,
+            })  # fmt: skip
             _compare_videos(students, output, fps)
             return
         prompts = read_asked_prompts(prompt, prompts_file)
@@ -74,12 +87,12 @@ def compare(
         check_output(output, alone)
         from avd_trainer.inference.choices import choose_device, choose_dtype
         from avd_trainer.inference.generation import decode_clips, sample_at_full_rate
-        from avd_trainer.inference.students import open_student_or_run
+        from avd_trainer.inference.students import open_students
         from avd_trainer.runtime.files import claim_folder
 
         files = [output] if alone else clip_files(output, prompts)
         _check_new(files)
-        opened = [open_student_or_run(folder) for folder in students]
+        opened = open_students(students, pipeline)
         shape = _common_shape(opened, size)
         where = choose_device(device)
         kind = choose_dtype(dtype, where)

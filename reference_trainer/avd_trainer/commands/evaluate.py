@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -19,7 +20,16 @@ from avd_trainer.commands.clip_files import (
     read_asked_prompts,
 )
 from avd_trainer.commands.compare import are_videos, titles_of
-from avd_trainer.commands.sampling_options import ComputeDtype, Device, Image, Prompts, PromptsFile, Seed
+from avd_trainer.commands.sampling_options import (
+    ComputeDtype,
+    Device,
+    Image,
+    Pipeline,
+    Prompts,
+    PromptsFile,
+    Seed,
+    refuse_for_videos,
+)
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.terminal import readable_errors, say
@@ -32,8 +42,8 @@ if TYPE_CHECKING:
 
 CLIPS = "clips"
 """In the output, a folder of clips for each student that was sampled."""
-CAPTIONS = 64
-"""Of moving shapes, where nobody asked for another number."""
+CAPTIONS, NOISES = 64, 2
+"""Captions of moving shapes, and clips of each caption or prompt, where nobody asked for another number."""
 
 
 def evaluate(
@@ -55,7 +65,9 @@ def evaluate(
             min=2, help=f"Without prompts and videos: of moving shapes, how many ({CAPTIONS} without this option)."
         ),
     ] = None,
-    noises: Annotated[int, typer.Option(min=1, help="Clips of each caption or prompt.")] = 2,
+    noises: Annotated[
+        int | None, typer.Option(min=1, help=f"Clips of each caption or prompt ({NOISES} without this option).")
+    ] = None,
     seed: Seed = 0,
     size: Annotated[
         str | None,
@@ -67,6 +79,7 @@ def evaluate(
             min=1, help="Frames per second of folders of numbered pictures, which are clips with this option."
         ),
     ] = None,
+    pipeline: Pipeline = None,
     device: Device = None,
     dtype: ComputeDtype = None,
 ) -> None:
@@ -81,17 +94,25 @@ def evaluate(
         videos = {title: folder for title, folder in named.items() if are_videos(folder)}
         asked = prompt is not None or prompts_file is not None
         if not (videos or asked or reference):
-            if image is not None or size is not None:
-                raise UserError("--image and --size are for clips of prompts: pass --prompt, or leave them out.")
+            if image is not None or size is not None or dtype is not None:
+                raise UserError(
+                    "--dtype, --image and --size are for clips of prompts: pass --prompt, or leave them out."
+                )
             _expect_pictures(fps, [])
-            _evaluate_captions(named, output, captions or CAPTIONS, noises, seed, device)
+            _evaluate_captions(named, output, captions or CAPTIONS, noises or NOISES, seed, pipeline, device)
             return
         if captions is not None:
             raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
         if asked and len(videos) == len(named):
             raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
+        if len(videos) == len(named):
+            refuse_for_videos({
+                "--noises": noises, "--image": image, "--seed": seed, "--size": size, "--pipeline": pipeline,
+                "--device": device, "--dtype": dtype,
+            })  # fmt: skip
         from avd_trainer.data.video_sets import common_form, look_into
         from avd_trainer.inference.choices import choose_device, choose_dtype
+        from avd_trainer.inference.students import open_students
         from avd_trainer.studies.videos import expect_measurable
 
         # All that a person can get wrong comes before the models.
@@ -102,12 +123,21 @@ def evaluate(
         _expect_pictures(fps, [file.path for files in (*sets.values(), real or ()) for file in files])
         plans = {}
         if len(videos) < len(named):
-            prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises)]
-            students_of = {title: folder for title, folder in named.items() if title not in videos}
+            prompts = [each for each in read_asked_prompts(prompt, prompts_file) for _ in range(noises or NOISES)]
+            titles = [title for title in named if title not in videos]
+            opened = open_students([named[title] for title in titles], pipeline)
             plans = {
-                title: _plan(folder, output / CLIPS / title.replace("/", "_"), prompts, image, seed, size)
-                for title, folder in students_of.items()
+                title: _plan(student, output / CLIPS / title.replace("/", "_"), prompts, image, seed, size)
+                for title, student in zip(titles, opened, strict=True)
             }
+        # Of students it is their clips that are measured: those are a folder of videos, too.
+        folders = [*videos.values(), *(plan.folder for plan in plans.values())]
+        request = {
+            "sets": _seen_from(output, folders),
+            "reference": _seen_from(output, [] if reference is None else [reference]),
+            "fps": fps,
+        }
+        _expect_same(output, request)
         where = choose_device(device)
         kind = choose_dtype(dtype, where)
         planned = [file for plan in plans.values() for file in plan.files]
@@ -116,30 +146,44 @@ def evaluate(
         )
         if plans:
             sets |= _sample(plans, image, where, kind)
-        _evaluate_videos({title: sets[title] for title in named}, real, output)
+        _evaluate_videos({title: sets[title] for title in named}, real, request, output)
 
 
 def _evaluate_captions(
-    named: Mapping[str, Path], output: Path, captions: int, noises: int, seed: int, device: str | None
+    named: Mapping[str, Path],
+    output: Path,
+    captions: int,
+    noises: int,
+    seed: int,
+    pipeline: str | None,
+    device: str | None,
 ) -> None:
     from avd_trainer.evaluation.measure_table import rich_table
     from avd_trainer.inference.choices import choose_device
-    from avd_trainer.inference.students import open_student_or_run
+    from avd_trainer.inference.students import open_students
     from avd_trainer.runtime.files import claim_folder
     from avd_trainer.studies.definition import StudyEvaluationConfig
     from avd_trainer.studies.students import evaluate_students, save_evaluation
 
-    opened = {title: open_student_or_run(folder) for title, folder in named.items()}
+    folders = list(named.values())
+    request = {"sets": _seen_from(output, folders), "captions": captions, "noises": noises, "seed": seed}
+    _expect_same(output, request)
+    opened = dict(zip(named, open_students(folders, pipeline), strict=True))
     where = choose_device(device)
     claim_folder(output)
     options = StudyEvaluationConfig(captions=captions, noises=noises)
     evaluated = evaluate_students(opened, options, seed=seed, device=where)
-    save_evaluation(evaluated, output)
+    save_evaluation(evaluated, request, output)
     Console().print(rich_table(evaluated.rows, evaluated.reference))
     say(f"Table, figure and values are in {output}.")
 
 
-def _evaluate_videos(sets: Mapping[str, Sequence[VideoFile]], real: Sequence[VideoFile] | None, output: Path) -> None:
+def _evaluate_videos(
+    sets: Mapping[str, Sequence[VideoFile]],
+    real: Sequence[VideoFile] | None,
+    request: Mapping[str, Any],
+    output: Path,
+) -> None:
     from avd_trainer.data.video_sets import changes_to, common_form
     from avd_trainer.runtime.files import claim_folder
     from avd_trainer.studies.videos import judge_videos, save_judged, show
@@ -151,7 +195,7 @@ def _evaluate_videos(sets: Mapping[str, Sequence[VideoFile]], real: Sequence[Vid
             say(f"{title}: {change}.")
     claim_folder(output)
     judged = judge_videos(sets, real, form)
-    save_judged(judged, output)
+    save_judged(judged, request, output)
     Console().print(show(judged))
     say(f"Table, figure and values are in {output}.")
 
@@ -175,7 +219,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(
-    student: Path, folder: Path, prompts: Sequence[str], image: Path | None, seed: int, size: str | None
+    student: Student, folder: Path, prompts: Sequence[str], image: Path | None, seed: int, size: str | None
 ) -> _Plan:
     """Look at everything that a student's clips need, without loading it.
 
@@ -185,23 +229,21 @@ def _plan(
     from avd_trainer.data.video_sets import Form, VideoFile
     from avd_trainer.inference.choices import choose_shape
     from avd_trainer.inference.generation import fitting_picture
-    from avd_trainer.inference.students import open_student_or_run
     from avd_trainer.models.codecs.latent_space import SPATIAL_STRIDES, TEMPORAL_STRIDE
     from avd_trainer.studies.students import RESULTS
 
-    opened = open_student_or_run(student)
-    shape = choose_shape(opened, size, (1,))
-    fitting_picture(opened, image, shape)
+    shape = choose_shape(student, size, (1,))
+    fitting_picture(student, image, shape)
     measured = (folder / PROMPTS).is_file() and (folder.parents[1] / RESULTS).is_file()
     if measured or (folder.exists() and not (folder / SAMPLING).is_file()):
         raise UserError(
             f"{folder} has clips of an earlier evaluation. Measure them by passing that folder in place of the "
             "student, or choose another --output."
         )
-    stride, (_, frames, height, width) = SPATIAL_STRIDES[opened.latent_space], shape
-    form = Form(stride * width, stride * height, 1 + TEMPORAL_STRIDE * (frames - 1), opened.fps)
+    stride, (_, frames, height, width) = SPATIAL_STRIDES[student.latent_space], shape
+    form = Form(stride * width, stride * height, 1 + TEMPORAL_STRIDE * (frames - 1), student.fps)
     paths = clip_files(folder, prompts)
-    return _Plan(opened, shape, folder, [VideoFile(path, form) for path in paths], clip_rows(prompts, paths, seed))
+    return _Plan(student, shape, folder, [VideoFile(path, form) for path in paths], clip_rows(prompts, paths, seed))
 
 
 def _claim(plan: _Plan, image: Path | None, dtype: torch.dtype) -> None:
@@ -267,6 +309,50 @@ def _sample(
                     save_clip(video, path.with_suffix(""), plan.student.fps, ["mp4"])
             write_json(plan.folder / PROMPTS, plan.rows)
     return {title: [look_at(file.path) for file in plan.files] for title, plan in plans.items()}
+
+
+def _seen_from(output: Path, folders: Sequence[Path]) -> list[str]:
+    """Folders by their way from ``output``, sorted: the same from wherever the command is given."""
+    return sorted(os.path.relpath(folder.resolve(), output.resolve()) for folder in folders)
+
+
+def _expect_same(output: Path, request: Mapping[str, Any]) -> None:
+    """See that no measures of something else would be replaced; those of the same folders and settings may be.
+
+    Args:
+        output: Where measures may be.
+        request: What is to be measured, and how, as it is kept beside the values.
+
+    Raises:
+        UserError: If there are measures of something else.
+    """
+    from avd_trainer.runtime.files import read_json
+    from avd_trainer.studies.students import REQUEST, RESULTS
+
+    if not (output / RESULTS).is_file():
+        return
+    found = read_json(output / RESULTS)
+    known = found.get(REQUEST) if isinstance(found, dict) else None
+    if known is None:
+        differences = ["it does not say of which"]
+    else:
+        names = dict.fromkeys([*known, *request])
+        differences = [
+            f"{name} {_listed(known.get(name))}, not {_listed(request.get(name))}"
+            for name in names
+            if known.get(name) != request.get(name)
+        ]
+    if differences:
+        raise UserError(
+            f"{output / RESULTS} is of other sets or settings: {'; '.join(differences)}. Repeat the command as it "
+            "was, or choose another --output."
+        )
+
+
+def _listed(value: Any) -> str:
+    if value is None or value == []:
+        return "none"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def _expect_pictures(fps: float | None, clips: Sequence[Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -56,7 +57,7 @@ Pipeline = Annotated[
     str | None,
     typer.Option(
         metavar="SOURCE",
-        help="Of a student in another program's files: the Wan pipeline (folder or hub id) with what is not in "
+        help="Of students in another program's files: the Wan pipeline (folder or hub id) with what is not in "
         "them. Default: what the run was trained with.",
     ),
 ]
@@ -67,6 +68,22 @@ Image = Annotated[
         help="What the clips begin with, for students of image to video: a picture, or a video's first frame.",
     ),
 ]
+
+
+def refuse_for_videos(options: Mapping[str, object]) -> None:
+    """See that nobody told students what to make where there are only videos.
+
+    Args:
+        options: By name, such as ``--image``; those that were not given are None, empty or 0.
+
+    Raises:
+        UserError: If one was given.
+    """
+    if given := [name for name, value in options.items() if value]:
+        raise UserError(
+            f"Only students take {' and '.join(given)}, and these are videos: leave "
+            f"{'it' if len(given) == 1 else 'them'} out."
+        )
 
 
 def asked_rates(student: Student, half_rate: bool | None, half_rate_steps: int | None, rates: str | None) -> Rates:

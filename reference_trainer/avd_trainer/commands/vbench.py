@@ -147,14 +147,14 @@ def generate(
         )
         from avd_trainer.evaluation.vbench.suites import read_augmented, read_suite
         from avd_trainer.inference.choices import choose_device, choose_dtype, choose_shape
-        from avd_trainer.inference.students import open_student, open_student_or_run
+        from avd_trainer.inference.students import open_student_or_run
         from avd_trainer.runtime.files import claim_folder
 
         found = read_suite(suite)
         videos = found.videos(dimension or list(found.prompts), samples)
         shown = None if augmented is None else read_augmented(*augmented)
         recorded = record_videos(videos, shown, seed)
-        opened = open_student_or_run(student) if pipeline is None else open_student(student, pipeline)
+        opened = open_student_or_run(student, pipeline)
         steps = asked_rates(opened, half_rate, half_rate_steps, rates)
         shape = choose_shape(opened, size, steps)
         rate, made = fps or opened.fps, decoded_frames(shape)

@@ -33,6 +33,8 @@ from avd_trainer.training.pipeline_export import INTERPOLATOR, load_interpolator
 
 Shape = tuple[int, int, int, int]
 """``(C, F, H, W)`` of latents."""
+SCHEDULER = "scheduler/scheduler_config.json"
+"""In a pipeline in diffusers' layout."""
 
 
 class Student(NamedTuple):
@@ -95,7 +97,7 @@ def open_student(folder: Path, pipeline: str | None = None) -> Student:
     Raises:
         UserError: If it is neither, or something is missing or damaged.
     """
-    scheduler = folder / "scheduler" / "scheduler_config.json"
+    scheduler = folder / SCHEDULER
     if not scheduler.is_file():
         return _open_alone(folder, pipeline)
     if pipeline is not None:
@@ -135,14 +137,19 @@ def open_student(folder: Path, pipeline: str | None = None) -> Student:
     )
 
 
-def open_student_or_run(folder: Path) -> Student:
+def open_student_or_run(folder: Path, pipeline: str | None = None) -> Student:
     """As :func:`open_student`, and of a finished run what it leaves as ``student``, also without checkpoints.
 
     Raises:
         UserError: Also if the run is not finished, has no student, or its base, VAE or text encoder is not found.
     """
     if method_of_run(folder) is None:
-        return open_student(folder)
+        return open_student(folder, pipeline)
+    if pipeline is not None:
+        raise UserError(
+            f"--pipeline {pipeline}: {folder} is a run, which names its own. Leave --pipeline out, or export the run "
+            f"with it: `avd export {folder} --output DIR --pipeline {pipeline}`, and pass DIR."
+        )
     student = folder / "student"
     if student.is_dir() and not list_checkpoints(folder / CHECKPOINTS):
         config = load_config(TrainConfig, str(folder / CONFIG))
@@ -163,6 +170,28 @@ def open_student_or_run(folder: Path) -> Student:
         config.teacher or "",
         lambda space, architecture: _pipeline_of(folder, sources, space, architecture),
     )
+
+
+def open_students(folders: Sequence[Path], pipeline: str | None = None) -> list[Student]:
+    """As :func:`open_student_or_run`, several that are sampled side by side.
+
+    Args:
+        folders: Of exports, pipelines and finished runs.
+        pipeline: For those in another program's files alone, since the others have their own.
+
+    Raises:
+        UserError: Also if a pipeline is given, and none is in another program's files.
+    """
+    takes_pipeline = [method_of_run(folder) is None and not (folder / SCHEDULER).is_file() for folder in folders]
+    if pipeline is not None and not any(takes_pipeline):
+        raise UserError(
+            f"--pipeline {pipeline}: it is for students in another program's files, and here are none. Leave "
+            "--pipeline out."
+        )
+    return [
+        open_student_or_run(folder, pipeline if takes else None)
+        for folder, takes in zip(folders, takes_pipeline, strict=True)
+    ]
 
 
 def _pipeline_of(folder: Path, sources: Sequence[str], space: LatentSpace, architecture: Mapping[str, Any]) -> str:
@@ -328,7 +357,7 @@ def _no_student(folder: Path) -> UserError:
         return UserError(f"{folder} is a run. Export it first: `avd export {folder} --output DIR`, and pass DIR.")
     transformer = " It holds a transformer alone." if (folder / ABOUT).is_file() else ""
     return UserError(
-        f"{folder} holds no scheduler/scheduler_config.json, so it is no pipeline.{transformer} Pass a folder that "
+        f"{folder} holds no {SCHEDULER}, so it is no pipeline.{transformer} Pass a folder that "
         "`avd export` wrote, without --transformer-only."
     )
 

@@ -53,7 +53,7 @@ def merge_adapters(model: nn.Module, adapters: Adapters) -> None:
     if wrong:
         raise UserError(
             f"The adapters do not fit the model: it has no {some_of(wrong)} of their size. Pass the model that they "
-            "were trained on by --pipeline."
+            "were trained on, of an export by --pipeline; of a run it is the teacher, to be put back where it was."
         )
     for layer, (matrix_a, matrix_b) in adapters.matrices.items():
         weight = model.get_parameter(f"{layer}.weight")

@@ -34,6 +34,8 @@ from avd_trainer.studies.units import batches_of, few_step_sample, sample_captio
 from avd_trainer.training.config import TrainConfig
 
 TABLE, FIGURE, RESULTS = "measures.md", "measures.png", "measures.json"
+REQUEST = "request"
+"""In the results, what was to be measured, and how."""
 
 
 class Evaluated(NamedTuple):
@@ -109,13 +111,13 @@ def evaluate_students(
     )
 
 
-def save_evaluation(evaluated: Evaluated, output: Path) -> None:
-    """Write table, figure and values into a folder."""
+def save_evaluation(evaluated: Evaluated, request: Mapping[str, Any], output: Path) -> None:
+    """Write table, figure and values into a folder, with what was asked for."""
     headline = markdown_table(evaluated.rows, evaluated.reference, evaluated.controls)
     others = [name for name, each in MEASURES.items() if not each.headline]
     more = markdown_table(evaluated.rows, evaluated.reference, evaluated.controls, names=others)
     write_text(output / TABLE, f"# {evaluated.results['title']}\n\n{headline}\n{more}")
-    write_json(output / RESULTS, evaluated.results)
+    write_json(output / RESULTS, {**evaluated.results, REQUEST: request})
     save_figure(output / FIGURE, evaluated.results)
 
 

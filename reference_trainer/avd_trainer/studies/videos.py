@@ -28,7 +28,7 @@ from avd_trainer.runtime.files import write_json, write_text
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.studies.dots import save_panels
 from avd_trainer.studies.statistics import LEAST_SEEDS, LEVEL, estimate
-from avd_trainer.studies.students import FIGURE, RESULTS, TABLE
+from avd_trainer.studies.students import FIGURE, REQUEST, RESULTS, TABLE
 
 
 class JudgedSet(NamedTuple):
@@ -136,11 +136,11 @@ def expect_measurable(form: Form, reference: Sequence[VideoFile] | None) -> None
         )
 
 
-def save_judged(judged: JudgedVideos, output: Path) -> None:
-    """Write table, figure and values into a folder."""
+def save_judged(judged: JudgedVideos, request: Mapping[str, Any], output: Path) -> None:
+    """Write table, figure and values into a folder, with what was asked for."""
     results = results_of(judged)
     write_text(output / TABLE, render(judged))
-    write_json(output / RESULTS, results)
+    write_json(output / RESULTS, {**results, REQUEST: request})
     save_panels(output / FIGURE, results, VIDEO_MEASURES, "clips")
 
 

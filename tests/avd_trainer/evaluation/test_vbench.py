@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def test_videos_are_made_once_and_the_same_in_any_order(
     _, printed = generate(wan_student, suite, parts, *both, "--seed", 1, "--frames", 5)
     assert "frames 4, not 5; seed 0, not 1. Repeat the command as it was, or choose another --output" in printed
     other = open_student(wan_student)._replace(timesteps=(1000.0, 400.0))
-    monkeypatch.setattr("avd_trainer.inference.students.open_student_or_run", lambda _: other)
+    monkeypatch.setattr("avd_trainer.inference.students.open_student_or_run", lambda *_: other)
     assert "timesteps [1000.0, 500.0], not [1000.0, 400.0]" in generate(wan_student, suite, parts, *both)[1]
     assert contents(parts) == again
 
@@ -292,7 +293,7 @@ def test_processes_that_make_videos_side_by_side_leave_each_other_alone(
     monkeypatch.setattr(generating, "save_clip", meanwhile)
     status, printed = generate(wan_student, suite, output, *one)
     assert status == 0, printed
-    assert sorted(os.listdir(output)) == [".lock", "vbench.json", "videos"]
+    assert sorted(os.listdir(output)) == [".lock", "results", "vbench.json", "videos"]
 
 
 def test_weights_tell_students_apart(wan_student: Path, tmp_path: Path) -> None:
@@ -532,6 +533,37 @@ def test_students_stand_side_by_side_beside_the_paper(tmp_path: Path) -> None:
     assert values["paper"]["Instance_Preservation"]["half rate"]["hits"] == 157
     status, printed = run("evaluate", "vbench", "collect", tmp_path / "avd", tmp_path / "avd")
     assert (status, "A folder is given twice" in printed) == (2, True)
+
+
+VBENCH_2_STAND_IN = """
+import argparse, json, os
+parser = argparse.ArgumentParser()
+for name in ("videos_path", "dimension", "output_path"):
+    parser.add_argument("--" + name, required=True)
+asked = parser.parse_args()
+os.makedirs(asked.output_path, exist_ok=True)
+videos = [os.path.join(asked.videos_path, name) for name in os.listdir(asked.videos_path)]
+with open(asked.output_path + "/results_now_eval_results.json", "w") as file:
+    json.dump({asked.dimension: [1.0, [{"video_path": path, "video_results": 1.0} for path in videos]]}, file)
+print("Error processing video: ./model_clip/avd/a red circle-1_clip_0000.mp4")
+"""
+"""Its ``evaluate.py``, of which these options are required or needed: it finds no fault, and fails on one video."""
+
+
+def test_vbench_2_is_run_as_the_page_has_it(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "vbench.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"^```bash\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    folder = tmp_path / "night2" / "avd"
+    record = recorded(folder, write_vbench_2(tmp_path / "1.json"), "Instance_Preservation", frames=81)
+    for each in record.videos:
+        (folder / each.video.file).parent.mkdir(exist_ok=True)
+        (folder / each.video.file).touch()
+    (tmp_path / "VBENCH2").mkdir()
+    (tmp_path / "VBENCH2" / "evaluate.py").write_text(VBENCH_2_STAND_IN)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    score = read_results(folder).scores["Instance_Preservation"]
+    assert (score.count, score.failed) == (Count(3, 3), ("a red circle-1.mp4",))
 
 
 def test_what_is_not_in_a_mean_is_said(tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
     assert "real: mean ± standard deviation of 20 sets of 2 real clips." in table
     with Image.open(tmp_path / "out" / "measures.png") as figure:
         assert figure.width > 1000
+    # Of other students or settings they are not replaced.
+    for arguments, differs in (
+        ([folders / "run", "--captions", 3, "--seed", 1], ", not ../../{run}; captions 2, not 3; seed 0, not 1."),
+        ([folders / name for name in ("run", "average", "last")], "settings: captions 2, not 64."),
+    ):
+        status, printed = command("evaluate", *arguments, "--noises", 2, "--output", tmp_path / "out")
+        relative = folders.relative_to(tmp_path.parent) / "run"
+        assert (status, differs.replace("{run}", str(relative)) in printed) == (2, True), printed
 
 
 def test_measures_of_the_same_student_twice_or_in_a_students_folder_are_refused(folders: Path, tmp_path: Path) -> None:

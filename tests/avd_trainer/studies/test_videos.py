@@ -24,7 +24,7 @@ from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 from avd_trainer.evaluation.video_reference import VIDEO_CONTROLS, RealVideos
 from avd_trainer.inference import generation
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json
+from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.studies.videos import JudgedSet, JudgedVideos, show
 
 HEADLINES = {name for name, each in VIDEO_MEASURES.items() if each.headline}
@@ -132,9 +132,11 @@ def test_a_student_of_wan_is_sampled_and_its_files_are_measured(
     status, printed = command("evaluate", wan_student, *arguments)
     assert status == 2
     assert "has clips of an earlier evaluation" in printed
-    status, printed = command("evaluate", clips, "--output", tmp_path / "again")
+    status, printed = command("evaluate", clips, "--output", output)
+    assert (status, "sets ../../" in printed) == (2, True), printed  # one set is missing
+    status, printed = command("evaluate", folders / "again", clips, "--output", output)
     assert status == 0, printed
-    again = read_json(tmp_path / "again" / "measures.json")["variants"]["student"]
+    again = read_json(output / "measures.json")["variants"]["student"]
     assert again["measures"]["saturation"] == found["variants"]["student"]["measures"]["saturation"]
 
 
@@ -247,6 +249,32 @@ def test_what_cannot_be_measured_is_not_sampled(
     assert not output.exists()
 
 
+def test_measures_of_something_else_are_not_replaced(folders: Path, tmp_path: Path) -> None:
+    for name, numbers in (("a/vids", range(8)), ("b/vids", range(8, 16))):  # of one name
+        (tmp_path / name).mkdir(parents=True)
+        for number in numbers:
+            (tmp_path / name / f"{number}.mp4").symlink_to(folders / "real" / f"{number}.mp4")
+    output = tmp_path / "out"
+    first = ["evaluate", tmp_path / "a" / "vids", "--output", output]
+    assert command(*first)[0] == 0
+    before = (output / "measures.json").read_bytes()
+    for arguments, differs in (
+        ([tmp_path / "b" / "vids"], "sets ../a/vids, not ../b/vids"),
+        ([tmp_path / "b" / "vids", tmp_path / "a" / "vids"], "sets ../a/vids, not ../a/vids, ../b/vids"),
+        ([tmp_path / "a" / "vids", "--reference", tmp_path / "b"], "reference none, not ../b"),
+    ):
+        status, printed = command("evaluate", *arguments, "--output", output)
+        assert (status, f"is of other sets or settings: {differs}. Repeat the command" in printed) == (2, True), printed
+    assert (output / "measures.json").read_bytes() == before
+    assert command(*first)[0] == 0
+    found = read_json(output / "measures.json")
+    assert found["request"] == {"sets": ["../a/vids"], "reference": [], "fps": None}
+    # Of an earlier version.
+    write_json(output / "measures.json", {name: value for name, value in found.items() if name != "request"})
+    status, printed = command(*first)
+    assert (status, "it does not say of which. Repeat" in printed) == (2, True), printed
+
+
 def test_nobodys_videos_are_replaced(folders: Path, tmp_path: Path) -> None:
     one, two, shown = (tmp_path / name for name in ("one", "two", "shown"))
     for folder in (one, two):
@@ -279,9 +307,16 @@ def test_what_does_not_go_together_is_refused(wan_student: Path, folders: Path, 
         (["evaluate", pale, "--prompt", "a"], "Prompts are for students, and there are only videos here"),
         (["evaluate", pale, "--captions", 8], "--captions are of moving shapes: leave it out"),
         (["evaluate", wan_student, "--size", "32x32x9"], "--image and --size are for clips of prompts"),
+        (["evaluate", wan_student, "--dtype", "float32"], "--dtype, --image and --size are for clips of prompts"),
+        (["evaluate", pale, "--noises", 3], "Only students take --noises, and these are videos: leave it out."),
+        (["evaluate", pale, "--seed", 1, "--device", "cpu"], "--seed and --device, and these are videos: leave them"),
         (["evaluate", pale, "--reference", few], "--reference has 1 clips, and at least 8 are needed"),
         (["compare", wan_student, pale], "is a folder of videos, and others are not. Sample the students first"),
-        (["compare", folders / "real", pale, "--prompt", "a"], "these are videos: leave them out"),
+        (["compare", folders / "real", pale, "--prompt", "a"], "Only students take --prompt, and these are videos"),
+        (
+            ["compare", pale, few, "--size", "32x32x5", "--dtype", "float32"],
+            "Only students take --size and --dtype, and",
+        ),
     ):
         extra = ["--reference", few] if arguments == ["evaluate", wan_student] else []
         status, printed = command(*arguments, *extra, "--output", output)

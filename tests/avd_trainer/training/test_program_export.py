@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 import tiny_pipeline
 from avd_trainer.commands.app import app
 from avd_trainer.data.in_memory import CaptionedLatents
+from avd_trainer.data.video_sets import look_at, read_clip
 from avd_trainer.inference.generation import sample_clips
-from avd_trainer.inference.students import open_student
+from avd_trainer.inference.students import open_student, open_student_or_run, open_students
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.adapters import Adapters, merge_adapters, read_adapters
 from avd_trainer.models.text_encoders.hashed import HashTextEmbedding
@@ -198,6 +199,34 @@ def test_avd_sample_takes_what_is_missing_from_another_pipeline(runs: Path, wan:
     status, printed = command("sample", tmp_path / "pipeline", *sample[2:], "--pipeline", wan)
     assert status == 2
     assert "is a whole pipeline. Leave --pipeline out" in printed
+
+
+def test_students_of_another_program_are_compared_and_evaluated_where_their_pipeline_has_moved(
+    runs: Path, wan: Path, tmp_path: Path
+) -> None:
+    moved, whole = tmp_path / "moved", tmp_path / "whole"
+    export_for_program(runs / "lora", moved, "comfyui")
+    export_pipeline(runs / "lora", whole)
+    (about,) = moved.rglob("export.json")
+    gone = str(tmp_path / "gone")
+    about.write_text(json.dumps({**read_json(about), "base": gone, "pipelines": [gone]}))
+    clip, small = tmp_path / "clip.mp4", ["--prompt", "a", "--size", "32x32x5"]
+    asked = ["compare", moved, whole, *small, "--output", clip]
+    status, printed = command(*asked)
+    assert (status, "gone: there is no such file or folder" in printed) == (2, True), printed
+    status, printed = command(*asked, "--pipeline", wan)
+    assert status == 0, printed
+    one, other = (part[:, :, -256:] for part in read_clip(look_at(clip), look_at(clip).form).chunk(2, dim=3))
+    assert (one - other).abs().mean() < 0.02  # one noise, one student
+    # Of one frame nothing is measured, which is said once the students are opened.
+    evaluate = ["evaluate", moved, whole, "--prompt", "a", "--size", "32x32x1", "--output", tmp_path / "out"]
+    assert "gone: there is no such file or folder" in command(*evaluate)[1]
+    assert "All clips can be brought to 32x32x1" in command(*evaluate, "--pipeline", wan)[1]
+    # Those that have their own need none.
+    with pytest.raises(UserError, match=r"for students in another program's files, and here are none\. Leave"):
+        open_students([whole, runs / "full"], "a/b")
+    with pytest.raises(UserError, match=r"is a run, which names its own\. Leave --pipeline out, or export"):
+        open_student_or_run(runs / "full", "a/b")
 
 
 def card(folder: Path) -> tuple[dict[str, Any], str]:

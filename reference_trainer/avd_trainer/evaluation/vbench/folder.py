@@ -21,7 +21,7 @@ from avd_trainer.training.folder import locked
 
 RECORD = "vbench.json"
 RESULTS = "results"
-"""Where a suite is told to write its results."""
+"""Where a suite is told to write its results, and a person what it prints: so it is there before the suite runs."""
 
 
 class Recorded(NamedTuple):
@@ -97,6 +97,8 @@ def record_videos(videos: Sequence[Video], augmented: Mapping[str, str] | None, 
 def claim(folder: Path, record: Record) -> Record:
     """Write the record of a folder, or add dimensions to the one that is there; one process after the other.
 
+    Makes the folder of results, too.
+
     Returns:
         The record of all videos that were ever wanted.
 
@@ -104,6 +106,7 @@ def claim(folder: Path, record: Record) -> Record:
         UserError: If the folder is of another suite, student or settings.
     """
     with locked(folder, wait=True):
+        (folder / RESULTS).mkdir(exist_ok=True)
         if (folder / RECORD).is_file():
             known = read_record(folder)
             _expect_same(folder, known, record)
