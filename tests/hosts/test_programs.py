@@ -4,6 +4,7 @@ Of each kind of model there is a short run of all weights, and one with LoRA. Wh
 clip that they make of given noise, are compared with what the program makes of the exported files.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -168,6 +169,23 @@ def test_comfyui(
     assert report["simple"] == pytest.approx(GRID, abs=off + 0.1)
 
 
+def released_config(kind: str) -> dict[str, Any]:
+    """What is in ``config.json`` beside weights of Wan2.1's first release."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": kind[:3],
+        "dim": ARCHITECTURE["num_attention_heads"] * ARCHITECTURE["attention_head_dim"],
+        "eps": 1e-6,
+        "ffn_dim": ARCHITECTURE["ffn_dim"],
+        "freq_dim": ARCHITECTURE["freq_dim"],
+        "in_dim": KINDS[kind].get("in_channels", SHAPE[0]),
+        "num_heads": ARCHITECTURE["num_attention_heads"],
+        "num_layers": ARCHITECTURE["num_layers"],
+        "out_dim": SHAPE[0],
+        "text_len": TEXT_LENGTH,
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lightx2v(
     checkout: Callable[[str], Path],
@@ -179,8 +197,10 @@ def test_lightx2v(
 ) -> None:
     checkout("LightX2V")
     made = material(kind)
-    export(made, "full", "wan", tmp_path / "model")  # a folder of the first release, whose weights are the base's
-    shutil.copy(made / "base.safetensors", tmp_path / "model" / "diffusion_pytorch_model.safetensors")
+    model = tmp_path / "model"  # the folder of a first release
+    model.mkdir()
+    shutil.copy(made / "base.safetensors", model / "diffusion_pytorch_model.safetensors")
+    (model / "config.json").write_text(json.dumps(released_config(kind)))
     expected = {}
     for sampler in CLIPS if kind == "t2v" else ("ode",):
         monkeypatch.setattr(DMDMethodConfig, "sampled_by", sampler)
@@ -188,7 +208,7 @@ def test_lightx2v(
             file = export(made, name, "lightx2v", tmp_path / f"{name}-{sampler}")
             expected[file.parent.name] = ["wan2.1_distill" if sampler == "ode" else "wan2.1_sf", file.name]
     folders = [str(tmp_path / folder) for folder in expected]
-    assert run_in_host("LightX2V", "lightx2v_wan.py", str(made), str(tmp_path / "model"), *folders) == expected
+    assert run_in_host("LightX2V", "lightx2v_wan.py", str(made), str(model), *folders) == expected
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])
