@@ -12,7 +12,7 @@ from avd_trainer.training.model_card import clip_size, numbers, public_name
 
 LIGHTX2V = "lightx2v.json"
 """In an export for LightX2V: its configuration of a run."""
-LIGHTX2V_COMMIT = "f8aee98b"
+LIGHTX2V_COMMIT = "f8aee98"
 """The version of LightX2V (August 2026) that its exports were proven on."""
 
 

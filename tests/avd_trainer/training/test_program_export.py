@@ -260,7 +260,7 @@ def test_lightx2v_follows_the_velocity_with_its_code_of_distilled_models(
     assert "in PYTHONPATH: `lightx2v.json` names `out-lora.safetensors` without a path" in text
     assert "--model_cls wan2.1_distill --task t2v" in text
     assert "--save_result_path clip.mp4" in text
-    assert "LightX2V's commit `f8aee98b`" in text
+    assert "LightX2V's commit `f8aee98`" in text
     assert "one chunk" not in text
     assert 'pipeline.load_lora_weights(FOLDER, weight_name="out-lora.safetensors")' in text
     config = read_json(tmp_path / "out" / "lightx2v.json")
