@@ -139,8 +139,8 @@ def lightx2v_usage(saved: SavedRun, written: Written) -> str:
     chunk = """
 The student is noised anew at each step. In LightX2V its code of Self-Forcing does that, here with the whole clip as one
 chunk: for another `target_video_length` make `num_frame_per_chunk` (length - 1) / 4 + 1. It keeps the keys and values
-of all frames in memory, and runs the model once more than there are steps. `--model_cls wan2.1_distill` is wrong for
-this student: it follows the velocity.
+of all frames in memory, and runs the model once more than there are steps. `--model_cls wan2.1_distill` would follow
+the velocity, which is wrong for this student.
 """
     text = f"""
 ## In LightX2V
