@@ -145,8 +145,8 @@ the velocity, which is wrong for this student.
     text = f"""
 ## In LightX2V
 
-MODEL is a folder with `{base}` in the layout of Wan2.1's first release{has}. Run the command inside this folder, with
-LightX2V's in PYTHONPATH: `{LIGHTX2V}` names `{file}` without a path.
+MODEL is a folder with `{base}` in the layout of Wan2.1's first release{has}.
+Run the command inside this folder, with LightX2V's in PYTHONPATH: `{LIGHTX2V}` names `{file}` without a path.
 
 ```
 python -m lightx2v.infer --model_cls {"wan2.1_sf" if one_chunk else "wan2.1_distill"} --task {task} \\
@@ -156,7 +156,7 @@ python -m lightx2v.infer --model_cls {"wan2.1_sf" if one_chunk else "wan2.1_dist
 `{LIGHTX2V}` has the student's steps. `sample_shift` stays 1, and `enable_cfg` false.{rounded} Change the types of
 attention to what is installed, and without flashinfer add `"rope_type": "torch_complex_rope"`.
 {chunk if one_chunk else ""}
-This was proven on LightX2V's commit `{LIGHTX2V_COMMIT}`. Of versions of 2025 files and options are others.
+This was proven on LightX2V's commit `{LIGHTX2V_COMMIT}`. Older versions read other files and options.
 """
     return text + (_lora_elsewhere(file) if adapters else "")
 
