@@ -4,10 +4,12 @@ Of each kind of model there is a short run of all weights, and one with LoRA. Wh
 clip that they make of given noise, are compared with what the program makes of the exported files.
 """
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from avd_core.sampling import SamplerKind
 from avd_trainer.data.examples import Example
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
+from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout
 from avd_trainer.models.schedulers import closest_even_shift
@@ -46,6 +50,8 @@ KINDS = {
     "i2v": {"in_channels": 36, "out_channels": 16, "image_dim": IMAGE_DIM, "added_kv_proj_dim": 128},
     "i2v without embedding": {"in_channels": 36, "out_channels": 16},
 }
+
+CLIPS: dict[SamplerKind, str] = {"re-noise": "clip", "ode": "ode"}
 
 Inputs = dict[str, Tensor]
 
@@ -87,12 +93,13 @@ def draw_inputs(kind: str) -> Inputs:
 
 @torch.no_grad()
 def add_expected(inputs: Inputs, name: str, transformer: WanTransformer3DModel) -> None:
-    """What diffusers' transformer predicts, and the clip that our sampler makes with it."""
+    """What diffusers' transformer predicts, and the clips that our samplers make with it."""
     model = VelocityModel(transformer.eval())
     condition = Condition(inputs["text"], inputs.get("image"), inputs.get("embedding"))
-    noise = iter(inputs["noise"])
     inputs[f"velocity_{name}"] = model(inputs["x_t"], torch.tensor([757.0]), condition)
-    inputs[f"clip_{name}"] = few_step_rollout(model, condition, SHAPE, GRID, lambda _: next(noise)).x_0
+    for sampler, clip in CLIPS.items():
+        draw = mock.Mock(side_effect=list(inputs["noise"]))
+        inputs[f"{clip}_{name}"] = few_step_rollout(model, condition, SHAPE, GRID, draw, sampler=sampler).x_0
 
 
 Material = Callable[[str], Path]
@@ -162,21 +169,46 @@ def test_comfyui(
     assert report["simple"] == pytest.approx(GRID, abs=off + 0.1)
 
 
-@pytest.mark.parametrize("kind", ["t2v", "i2v"])
+def released_config(kind: str) -> dict[str, Any]:
+    """What is in ``config.json`` beside weights of Wan2.1's first release."""
+    return {
+        "_class_name": "WanModel",
+        "model_type": kind[:3],
+        "dim": ARCHITECTURE["num_attention_heads"] * ARCHITECTURE["attention_head_dim"],
+        "eps": 1e-6,
+        "ffn_dim": ARCHITECTURE["ffn_dim"],
+        "freq_dim": ARCHITECTURE["freq_dim"],
+        "in_dim": KINDS[kind].get("in_channels", SHAPE[0]),
+        "num_heads": ARCHITECTURE["num_attention_heads"],
+        "num_layers": ARCHITECTURE["num_layers"],
+        "out_dim": SHAPE[0],
+        "text_len": TEXT_LENGTH,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_lightx2v(
-    checkout: Callable[[str], Path], run_in_host: RunInHost, material: Material, tmp_path: Path, kind: str
+    checkout: Callable[[str], Path],
+    run_in_host: RunInHost,
+    material: Material,
+    tmp_path: Path,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkout("LightX2V")
     made = material(kind)
-    export(made, "full", "wan", tmp_path / "model")  # a folder of the first release, whose weights are the base's
-    shutil.copy(made / "base.safetensors", tmp_path / "model" / "diffusion_pytorch_model.safetensors")
-    whole, lora = (export(made, name, "lightx2v", tmp_path / name) for name in ("full", "lora"))
-    shutil.copytree(whole.parent, tmp_path / "model" / whole.parent.name)
-    report = run_in_host(
-        "LightX2V", "lightx2v_wan.py", str(made), str(tmp_path / "model"), str(whole.parents[1]), str(lora)
-    )
-    assert report["timesteps"] == pytest.approx(GRID, abs=1e-3)
-    assert report["adapters"] == 2 * 10
+    model = tmp_path / "model"  # the folder of a first release
+    model.mkdir()
+    shutil.copy(made / "base.safetensors", model / "diffusion_pytorch_model.safetensors")
+    (model / "config.json").write_text(json.dumps(released_config(kind)))
+    expected = {}
+    for sampler in CLIPS if kind == "t2v" else ("ode",):
+        monkeypatch.setattr(DMDMethodConfig, "sampled_by", sampler)
+        for name in ("full", "lora"):
+            file = export(made, name, "lightx2v", tmp_path / f"{name}-{sampler}")
+            expected[file.parent.name] = ["wan2.1_distill" if sampler == "ode" else "wan2.1_sf", file.name]
+    folders = [str(tmp_path / folder) for folder in expected]
+    assert run_in_host("LightX2V", "lightx2v_wan.py", str(made), str(model), *folders) == expected
 
 
 @pytest.mark.parametrize("kind", ["t2v", "i2v"])

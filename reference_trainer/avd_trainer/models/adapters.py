@@ -64,8 +64,8 @@ def merge_adapters(model: nn.Module, adapters: Adapters) -> None:
 def program_tensors(adapters: Adapters, dtype: torch.dtype) -> dict[str, Tensor]:
     """What ComfyUI and LightX2V read: Wan2.1's names of the layers behind ``diffusion_model.``.
 
-    ``B`` contains the scale. There is a key for it, ``.alpha``, but LightX2V does not read that, and ComfyUI takes the
-    scale as 1 where it is not there.
+    ``B`` contains the scale. There is a key for it, ``.alpha``, but not all versions of LightX2V read that, and all
+    programs take the scale as 1 where it is not there.
     """
     layers = _original_layers(adapters)
     tensors = {}

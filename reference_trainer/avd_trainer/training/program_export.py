@@ -32,7 +32,14 @@ from avd_trainer.training.export import (
 )
 from avd_trainer.training.model_card import CARD, clip_size, model_card
 from avd_trainer.training.pipeline_export import sources_of
-from avd_trainer.training.program_usage import LIGHTX2V, Written, comfyui_usage, lightx2v_usage, wan_usage
+from avd_trainer.training.program_usage import (
+    LIGHTX2V,
+    Written,
+    comfyui_usage,
+    lightx2v_usage,
+    samples_in_one_chunk,
+    wan_usage,
+)
 
 ProgramName = Literal["comfyui", "lightx2v", "wan"]
 
@@ -45,8 +52,8 @@ class Program(NamedTuple):
         assumed: Values of diffusers' configuration that it has in its code, and reads from no file.
         image_dim: The width that it assumes of an image embedding; None where the file says it.
         images_without_embedding: Whether it runs image to video of models that read no image embedding.
-        reads_adapters: Whether it loads LoRA.
-        samplers: How it can go from one of a student's few steps to the next.
+        images: Of students sampled how it runs image to video.
+        adapters: Of students sampled how it loads LoRA; those of others are merged.
         usage: How to use what was written, in Markdown.
     """
 
@@ -54,8 +61,8 @@ class Program(NamedTuple):
     assumed: Mapping[str, Any]
     image_dim: int | None
     images_without_embedding: bool
-    reads_adapters: bool
-    samplers: tuple[SamplerKind, ...]
+    images: tuple[SamplerKind, ...]
+    adapters: tuple[SamplerKind, ...]
     usage: Callable[[SavedRun, Written], str]
 
 
@@ -71,9 +78,9 @@ _WAN = {
 _BOTH: tuple[SamplerKind, ...] = ("re-noise", "ode")
 
 PROGRAMS: dict[ProgramName, Program] = {
-    "comfyui": Program("ComfyUI", {**_WAN, "text_dim": 4096, "freq_dim": 256}, 1280, True, True, _BOTH, comfyui_usage),
-    "lightx2v": Program("LightX2V", _WAN, None, False, True, ("re-noise",), lightx2v_usage),
-    "wan": Program("Wan2.1's code", {**_WAN, "text_dim": 4096}, 1280, False, False, _BOTH, wan_usage),
+    "comfyui": Program("ComfyUI", {**_WAN, "text_dim": 4096, "freq_dim": 256}, 1280, True, _BOTH, _BOTH, comfyui_usage),
+    "lightx2v": Program("LightX2V", _WAN, None, True, ("ode",), ("ode",), lightx2v_usage),
+    "wan": Program("Wan2.1's code", {**_WAN, "text_dim": 4096}, 1280, False, _BOTH, (), wan_usage),
 }
 
 
@@ -91,7 +98,8 @@ def export_for_program(
     """Write the student of a run as a program reads it, with ``README.md`` that says how, and ``export.json``.
 
     - ``comfyui``: ``NAME.safetensors``, or of a LoRA run its adapters, ``NAME-lora.safetensors``.
-    - ``lightx2v``: ``distill_models/distill_model.safetensors``, or ``NAME-lora.safetensors``; and ``lightx2v.json``.
+    - ``lightx2v``: the same and ``lightx2v.json``. Of a student that is noised anew at each step adapters are merged:
+      the code that samples so does not find the layers of a released model.
     - ``wan``: ``diffusion_pytorch_model.safetensors`` and ``config.json``. It reads no adapters: they are merged.
 
     NAME is that of ``output``. Holds one model in memory, on the CPU.
@@ -115,14 +123,16 @@ def export_for_program(
     def write(saved: SavedRun, folder: Path) -> None:
         reader = PROGRAMS[program]
         _check(reader, saved)
-        alone = saved.lora is not None and reader.reads_adapters and not merge
+        alone = saved.lora is not None and saved.config.sampled_by in reader.adapters and not merge
         file = _file_name(program, name, alone)
-        (folder / file).parent.mkdir(exist_ok=True)
-        save_file(_tensors(saved, weights, dtype, alone), folder / file, metadata={"format": "pt"})
+        tensors = _tensors(saved, weights, dtype, alone)
+        if program == "lightx2v" and samples_in_one_chunk(saved):
+            tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         if program == "wan":
             write_json_in(folder / "config.json", _wan_config(saved))
         if program == "lightx2v":
-            write_json_in(folder / LIGHTX2V, _lightx2v_config(saved, file if alone else None))
+            write_json_in(folder / LIGHTX2V, _lightx2v_config(saved, file, alone))
         # So that `avd sample` finds what the folder lacks.
         lacking = {"pipelines": _found_again(sources_of(saved.config, saved.encoding))}
         base = {"base": _found_again([saved.config.teacher])[0]} if alone and saved.config.teacher is not None else {}
@@ -142,13 +152,13 @@ def _check(program: Program, saved: SavedRun) -> None:
             f"{LATENT_SPACES[space]}, in whose latents this run's student works. Leave --format out: avd sample and "
             "diffusers run it."
         )
-    if saved.config.sampled_by not in program.samplers:
-        raise UserError(
-            f"{program.title} noises a few-step student's clip anew at each step, and this one, of method "
-            f"{saved.config.method.kind}, follows its velocity from step to step. Leave --format out: avd sample and "
-            "diffusers run it."
-        )
     config, image = without_memory(saved.architecture).config, image_input(saved.architecture)
+    if image is not None and saved.config.sampled_by not in program.images:
+        raise UserError(
+            f"{program.title} noises clips anew at each step in text to video alone, and this student, of method "
+            f"{saved.config.method.kind}, is sampled so and reads an image. Pass --format comfyui, whose sampler lcm "
+            "does so with images too, or leave --format out: avd sample and diffusers run it."
+        )
     found = {**config, "patch_size": tuple(config["patch_size"])}
     wrong = [
         f"{key} {found[key]} and not {expected}" for key, expected in program.assumed.items() if found[key] != expected
@@ -165,13 +175,9 @@ def _check(program: Program, saved: SavedRun) -> None:
 
 
 def _file_name(program: ProgramName, name: str, adapters: bool) -> str:
-    if adapters:
-        return f"{name}-lora.safetensors"
-    return {
-        "comfyui": f"{name}.safetensors",
-        "lightx2v": "distill_models/distill_model.safetensors",
-        "wan": "diffusion_pytorch_model.safetensors",
-    }[program]
+    if program == "wan":
+        return "diffusion_pytorch_model.safetensors"
+    return f"{name}-lora.safetensors" if adapters else f"{name}.safetensors"
 
 
 def _tensors(saved: SavedRun, weights: Weights, dtype: torch.dtype, adapters: bool) -> dict[str, Tensor]:
@@ -206,23 +212,29 @@ def _wan_config(saved: SavedRun) -> dict[str, Any]:
     }
 
 
-def _lightx2v_config(saved: SavedRun, adapters: str | None) -> dict[str, Any]:
+def _lightx2v_config(saved: SavedRun, file: str, adapters: bool) -> dict[str, Any]:
     """A file for ``--config_json``. With ``sample_shift`` 1 its step list is the timesteps themselves."""
     width, height, frames = clip_size(saved)
+    image = image_input(saved.architecture)
+    steps = [round(timestep) for timestep in saved.timesteps]
     config = {
-        "infer_steps": len(saved.timesteps),
-        "denoising_step_list": [round(timestep) for timestep in saved.timesteps],
+        "infer_steps": len(steps),
         "sample_shift": 1,
         "enable_cfg": False,
         "sample_guide_scale": 1,
         "target_width": width,
         "target_height": height,
         "target_video_length": frames,
+        "fps": saved.about_clips()["fps"],
         "text_len": 512,
-        "seed": 42,
+        "use_image_encoder": image is None or image.embedding_dim is not None,
         "self_attn_1_type": "flash_attn2",
         "cross_attn_1_type": "flash_attn2",
         "cross_attn_2_type": "flash_attn2",
         "cpu_offload": False,
+        **({"lora_configs": [{"path": file, "strength": 1.0}]} if adapters else {"dit_original_ckpt": file}),
     }
-    return config if adapters is None else {**config, "lora_configs": [{"path": adapters, "strength": 1.0}]}
+    if samples_in_one_chunk(saved):
+        chunk = {"num_frame_per_chunk": saved.state["latent_shape"][1], "denoising_step_list": steps}
+        return {**config, "causal_rope_type": "wan_causal_rope", "ar_config": chunk}
+    return {**config, "denoising_step_list": steps}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 from avd_trainer.models.architecture import image_input
@@ -13,6 +12,8 @@ from avd_trainer.training.model_card import clip_size, numbers, public_name
 
 LIGHTX2V = "lightx2v.json"
 """In an export for LightX2V: its configuration of a run."""
+LIGHTX2V_COMMIT = "f8aee98"
+"""The version of LightX2V (August 2026) that its exports were proven on."""
 
 
 class Written(NamedTuple):
@@ -107,8 +108,8 @@ vision (clip_vision_h) are those of Wan2.1. Then connect these nodes, found in t
 2. *CLIP Text Encode (Prompt)* (`CLIPTextEncode`) of the prompt as positive; the same node as negative, which is not
    used at cfg 1.
 3. {latents}.
-4. `SamplerCustom`: `add_noise` on, `cfg` 1.0, with `KSamplerSelect` `{sampler}` and `ManualSigmas` (in
-   `_for_testing/custom_sampling`) `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
+4. `SamplerCustom`: `add_noise` on, `cfg` 1.0, with `KSamplerSelect` `{sampler}` and `ManualSigmas`
+   `{numbers([*saved.timesteps, 0.0], 1e-3)}`.
 5. *VAE Decode* (`VAEDecode`) of its output, with the VAE.
 {weaker}
 With *KSampler* in place of step 4: `ModelSamplingSD3` with `shift` {shift:g} behind the model, then `steps` {steps},
@@ -117,32 +118,45 @@ With *KSampler* in place of step 4: `ModelSamplingSD3` with `shift` {shift:g} be
     return text + (_lora_elsewhere(file) if adapters else "")
 
 
+def samples_in_one_chunk(saved: SavedRun) -> bool:
+    """Whether LightX2V runs a student by its code of Self-Forcing, with the clip as the one chunk.
+
+    Of its schedulers of Wan that one alone noises a clip anew for the next step; that of distilled models follows the
+    velocity. In one chunk each frame attends to all, as in the model itself.
+    """
+    return saved.config.sampled_by == "re-noise"
+
+
 def lightx2v_usage(saved: SavedRun, written: Written) -> str:
     """Where files go, and the command."""
     file, adapters = written.file, written.adapters
     task = "t2v" if image_input(saved.architecture) is None else "i2v --image_path IMAGE"
     base = public_name(saved.config.teacher or "")
-    place = (
-        f"MODEL is a folder with `{base}` in the layout of Wan2.1's first release. Run the command inside this folder, "
-        f"with LightX2V's in PYTHONPATH: `{LIGHTX2V}` names `{file}` without a path."
-        if adapters
-        else f"Put `{Path(file).parent}/` into a folder MODEL with the original model (`{base}` in the layout of "
-        "Wan2.1's first release), whose `config.json`, text encoder and VAE are read."
-    )
+    has = "" if adapters else ", whose `config.json`, text encoder and VAE are read"
     whole = all(timestep == round(timestep) for timestep in saved.timesteps)
     rounded = "" if whole else " LightX2V takes whole timesteps, so they are rounded."
+    one_chunk = samples_in_one_chunk(saved)
+    chunk = """
+The student is noised anew at each step. In LightX2V its code of Self-Forcing does that, here with the whole clip as one
+chunk: for another `target_video_length` make `num_frame_per_chunk` (length - 1) / 4 + 1. It keeps the keys and values
+of all frames in memory, and runs the model once more than there are steps. `--model_cls wan2.1_distill` would follow
+the velocity, which is wrong for this student.
+"""
     text = f"""
 ## In LightX2V
 
-{place}
+MODEL is a folder with `{base}` in the layout of Wan2.1's first release{has}.
+Run the command inside this folder, with LightX2V's in PYTHONPATH: `{LIGHTX2V}` names `{file}` without a path.
 
 ```
-DTYPE=BF16 python -m lightx2v.infer --model_cls wan2.1_distill --task {task} \\
-    --model_path MODEL --config_json {LIGHTX2V} --prompt "..." --save_video_path clip.mp4
+python -m lightx2v.infer --model_cls {"wan2.1_sf" if one_chunk else "wan2.1_distill"} --task {task} \\
+    --model_path MODEL --config_json {LIGHTX2V} --prompt "..." --save_result_path clip.mp4
 ```
 
 `{LIGHTX2V}` has the student's steps. `sample_shift` stays 1, and `enable_cfg` false.{rounded} Change the types of
-attention to what is installed.
+attention to what is installed, and without flashinfer add `"rope_type": "torch_complex_rope"`.
+{chunk if one_chunk else ""}
+This was proven on LightX2V's commit `{LIGHTX2V_COMMIT}`. Older versions read other files and options.
 """
     return text + (_lora_elsewhere(file) if adapters else "")
 

@@ -37,6 +37,7 @@ from avd_trainer.training.pipeline_export import export_pipeline
 from avd_trainer.training.program_export import ProgramName, export_for_program
 from avd_trainer.training.program_usage import Written, comfyui_usage, diffusers_usage
 from avd_trainer.training.run import train
+from prepare import HOSTS
 from runs import LATENT_SHAPE, both, exported, in_memory, model_inputs, tiny_config
 
 TEXT_DIM = 4096
@@ -92,7 +93,7 @@ def velocity(model: VelocityModel) -> Tensor:
 
 FILES = {
     "comfyui": ["README.md", "export.json", "out.safetensors"],
-    "lightx2v": ["README.md", "distill_models", "export.json", "lightx2v.json"],
+    "lightx2v": ["README.md", "export.json", "lightx2v.json", "out.safetensors"],
     "wan": ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "export.json"],
 }
 
@@ -106,9 +107,10 @@ def test_a_whole_model_has_the_students_weights_in_wans_names(
     assert sorted(os.listdir(tmp_path / "out")) == FILES[program]
     (file,) = (tmp_path / "out").rglob("*.safetensors")
     tensors = load_file(file)
-    assert {"blocks.0.self_attn.q.weight", "blocks.0.norm3.weight", "blocks.0.modulation", "head.head.bias"} <= set(
-        tensors
-    )
+    before = "model." if program == "lightx2v" else ""  # its code of Self-Forcing takes six characters off each name
+    names = ("blocks.0.self_attn.q.weight", "blocks.0.norm3.weight", "blocks.0.modulation", "head.head.bias")
+    assert {f"{before}{name}" for name in names} <= tensors.keys()
+    assert all(name.startswith(before) for name in tensors)
     export_pipeline(runs / kind, tmp_path / "pipeline")
     expected = exported(tmp_path / "pipeline" / "transformer")
     with open_weights(str(file)) as weights:
@@ -132,8 +134,9 @@ def test_types_weights_and_steps_are_chosen_as_for_a_pipeline(runs: Path, tmp_pa
 
 @pytest.mark.parametrize("program", ["comfyui", "lightx2v"])
 def test_adapters_have_their_scale_in_them_and_load_in_diffusers_too(
-    runs: Path, wan: Path, tmp_path: Path, program: ProgramName
+    runs: Path, wan: Path, tmp_path: Path, program: ProgramName, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(DMDMethodConfig, "sampled_by", "ode")  # as LightX2V wants it of adapters
     export_for_program(runs / "lora", tmp_path / "out", program)
     file = tmp_path / "out" / "out-lora.safetensors"
     tensors = load_file(file)
@@ -176,7 +179,7 @@ def test_clips_of_any_format_are_those_of_the_pipeline(
 
 
 def test_avd_sample_takes_what_is_missing_from_another_pipeline(runs: Path, wan: Path, tmp_path: Path) -> None:
-    export_for_program(runs / "lora", tmp_path / "out", "lightx2v")
+    export_for_program(runs / "lora", tmp_path / "out", "comfyui")
     about = read_json(tmp_path / "out" / "export.json")
     assert (about["base"], about["pipelines"]) == (str(wan), [str(wan)])
     about["base"] = about["pipelines"] = [str(tmp_path / "gone")]
@@ -250,7 +253,7 @@ def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wa
         "| clips | 32 x 32 pixels, 9 frames, 16 frames per second |",
         "| weights | averaged weights after step 2 of 2 |",
         "Copy `my-student.safetensors` to `ComfyUI/models/diffusion_models/`",
-        "`ManualSigmas` (in\n   `_for_testing/custom_sampling`) `1, 0.9, 0.757, 0.522, 0`",
+        "`ManualSigmas`\n   `1, 0.9, 0.757, 0.522, 0`",
         "`shift` 3.2 behind the model, then `steps` 4",
         "off by up to 6 of 1000",
         "*Empty HunyuanVideo 1.0 Latent* (`EmptyHunyuanLatentVideo`) of 32 x 32, length 9",
@@ -266,6 +269,18 @@ def test_a_model_card_says_what_a_person_and_the_hub_have_to_know(runs: Path, wa
 
 
 def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
+    export_for_program(runs / "full", tmp_path / "out", "wan")
+    assert "timesteps = [1000, 900, 757, 522, 0]" in card(tmp_path / "out")[1]
+    export_pipeline(runs / "full", tmp_path / "out")
+    metadata, text = card(tmp_path / "out")
+    assert metadata["library_name"] == "diffusers"
+    assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
+
+
+def test_lightx2v_follows_the_velocity_with_its_code_of_distilled_models(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DMDMethodConfig, "sampled_by", "ode")
     export_for_program(runs / "lora", tmp_path / "out", "lightx2v", weights="student")
     metadata, text = card(tmp_path / "out")
     assert metadata["tags"][-1] == "lora"
@@ -273,20 +288,37 @@ def test_cards_of_the_other_formats(runs: Path, tmp_path: Path) -> None:
     assert "| weights | last weights after step 2 of 2 |" in text
     assert "Run the command inside this folder" in text
     assert "in PYTHONPATH: `lightx2v.json` names `out-lora.safetensors` without a path" in text
+    assert "--model_cls wan2.1_distill --task t2v" in text
+    assert "--save_result_path clip.mp4" in text
+    assert f"LightX2V's commit `{HOSTS['LightX2V']['commit'][:7]}`" in text
+    assert "one chunk" not in text
     assert 'pipeline.load_lora_weights(FOLDER, weight_name="out-lora.safetensors")' in text
     config = read_json(tmp_path / "out" / "lightx2v.json")
     assert config["denoising_step_list"] == [1000, 900, 757, 522]
     assert (config["sample_shift"], config["enable_cfg"], config["infer_steps"]) == (1, False, 4)
     assert (config["target_width"], config["target_height"], config["target_video_length"]) == (32, 32, 9)
+    assert config["fps"] == 16
     assert config["lora_configs"] == [{"path": "out-lora.safetensors", "strength": 1.0}]
+    assert not {"ar_config", "dit_original_ckpt"} & config.keys()
     export_for_program(runs / "full", tmp_path / "out", "lightx2v")
-    assert "lora_configs" not in read_json(tmp_path / "out" / "lightx2v.json")
-    export_for_program(runs / "full", tmp_path / "out", "wan")
-    assert "timesteps = [1000, 900, 757, 522, 0]" in card(tmp_path / "out")[1]
-    export_pipeline(runs / "full", tmp_path / "out")
+    config = read_json(tmp_path / "out" / "lightx2v.json")
+    assert config["dit_original_ckpt"] == "out.safetensors"
+    assert "lora_configs" not in config
+    assert "whose `config.json`, text encoder and VAE are read" in card(tmp_path / "out")[1]
+
+
+def test_lightx2v_noises_anew_with_its_code_of_self_forcing(runs: Path, tmp_path: Path) -> None:
+    export_for_program(runs / "lora", tmp_path / "out", "lightx2v")
     metadata, text = card(tmp_path / "out")
-    assert metadata["library_name"] == "diffusers"
-    assert "height=32, width=32, num_frames=9, num_inference_steps=4, guidance_scale=1.0" in text
+    assert "lora" not in metadata["tags"]
+    assert "| LoRA | rank 2, alpha 6, merged into these weights |" in text
+    assert "--model_cls wan2.1_sf --task t2v" in text
+    assert "make `num_frame_per_chunk` (length - 1) / 4 + 1" in text
+    config = read_json(tmp_path / "out" / "lightx2v.json")
+    assert config["dit_original_ckpt"] == "out.safetensors"
+    assert config["ar_config"] == {"num_frame_per_chunk": 3, "denoising_step_list": [1000, 900, 757, 522]}
+    assert config["causal_rope_type"] == "wan_causal_rope"
+    assert not {"denoising_step_list", "lora_configs"} & config.keys()
 
 
 def test_the_card_has_the_measures_that_it_is_given(runs: Path, tmp_path: Path) -> None:
@@ -434,8 +466,6 @@ def test_a_student_that_follows_its_velocity_is_sampled_so_everywhere(
         assert "lcm" not in text
         assert "follow the predicted velocity" in text
         assert open_student(tmp_path / program, str(wan)).sampler == "ode"
-    with pytest.raises(UserError, match="LightX2V noises a few-step student's clip anew at each step"):
-        export_for_program(runs / "full", tmp_path / "lightx2v", "lightx2v")
 
 
 def change_state(run: Path, change: Any) -> Iterator[None]:
@@ -458,6 +488,7 @@ def change_state(run: Path, change: Any) -> Iterator[None]:
         ("comfyui", {"architecture": {"freq_dim": 16, "eps": 1e-5}}, "eps 1e-05 and not 1e-06, freq_dim 16 and not"),
         ("wan", {"architecture": {"attention_head_dim": 64}}, "attention_head_dim 64 and not 128"),
         ("wan", {"architecture": {"in_channels": 36}}, "image to video without an image embedding. Leave --format"),
+        ("lightx2v", {"architecture": {"in_channels": 36}}, "anew at each step in text to video alone, and"),
         ("comfyui", {"architecture": {"in_channels": 36, "image_dim": 12}}, "image_dim 12 and not 1280"),
     ],
 )

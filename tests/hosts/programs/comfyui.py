@@ -76,7 +76,7 @@ def check_velocity(patcher: ModelPatcher, name: str) -> None:
 @torch.no_grad()
 def check_clip(patcher: ModelPatcher, name: str) -> None:
     """*SamplerCustom* with the card's sigmas, and the noise that our sampler had."""
-    (listed,) = re.findall(r"`ManualSigmas` \(in\s+`[^`]+`\)\s+`([^`]+)`", card)
+    (listed,) = re.findall(r"`ManualSigmas`\s+`([^`]+)`", card)
     (sigmas,) = ManualSigmas.execute(listed).result
     first, *others = inputs["noise"]
     sampler = comfy.samplers.ksampler("lcm", {"noise_sampler": lambda sigma, following: others.pop(0)})
