@@ -455,6 +455,21 @@ def test_a_folder_as_it_should_be_passes(tmp_path: Path) -> None:
     assert "All 25 videos are as VBench wants them." in printed
 
 
+def test_what_an_encoder_changes_is_no_motion_and_a_small_ball_is(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path / "1.json", ("a", ["dynamic_degree"]))
+    record = recorded(tmp_path / "avd", suite, "dynamic_degree", width=208, height=120, samples=2)
+    (tmp_path / "avd" / "videos").mkdir()
+    texture = torch.rand(1, 3, 30, 52, generator=torch.Generator().manual_seed(0))
+    still = torch.nn.functional.interpolate(texture, size=(120, 208), mode="bilinear")[0][:, None].repeat(1, 4, 1, 1)
+    ball = still.clone()
+    for frame in range(4):
+        ball[:, frame, 50:56, 50 + 6 * frame : 56 + 6 * frame] = 1
+    for number, video in enumerate((still, ball)):
+        save_clip(video, tmp_path / "avd" / "videos" / f"a-{number}", 16, ["mp4"])
+    found = {fault.file: fault.kind for fault in check_videos(tmp_path / "avd", record)}
+    assert (found["videos/a-0.mp4"], found.get("videos/a-1.mp4")) == ("frozen", None)
+
+
 def test_what_a_student_freezes_is_a_warning(tmp_path: Path) -> None:
     record = recorded(tmp_path / "avd", write_suite(tmp_path / "1.json", ("a", ["dynamic_degree"])), "dynamic_degree")
     (tmp_path / "avd" / "videos").mkdir()
