@@ -162,3 +162,8 @@ def test_attention_is_differentiated_some_queries_at_a_time(at_once: int, monkey
         for sign in (1, -1)
     )
     torch.testing.assert_close(found.double(), (there - back) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_depend_on_its_input_has_derivative_zero() -> None:
+    x = randn(0, 2, 3)
+    assert torch.equal(directional_derivative(lambda _: torch.ones_like(x), (x,), (x,)), torch.zeros_like(x))

@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import signal
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors import safe_open
 
 import tiny_pipeline
 from avd_trainer.data.in_memory import CaptionedLatents
@@ -173,6 +175,9 @@ def test_adapters_load_into_the_pipeline_that_they_were_trained_on(
     train(config, tmp_path / "run", ranks, data=data)
     export_student(tmp_path / "run", tmp_path / "out", weights=weights)
     assert sorted(os.listdir(tmp_path / "out")) == ["export.json", "pytorch_lora_weights.safetensors"]
+    with safe_open(tmp_path / "out" / "pytorch_lora_weights.safetensors", "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert told["transformer.rank_pattern"] == told["transformer.alpha_pattern"] == {}  # diffusers 0.36 reads them
 
     trainer = Trainer(config, data, ranks)
     list(trainer.run())
