@@ -17,7 +17,7 @@ class GradientBalance(nn.Module):
     """Measures the ratio of two losses' gradients at the student's output, and holds it if ``target`` is set.
 
     The effect of a regression depends on this ratio, and not on its weight alone. At pure noise a regression wants the
-    mean of everything that fits the caption. If it dominates, the student ends up blurred and still; if it vanishes,
+    mean of everything that fits the caption. If it dominates, the student ends up blurred; if it vanishes,
     distribution matching oversaturates. With ``target=None`` the regression's loss is unchanged and the ratio is only
     reported. Otherwise the loss is multiplied by ``target / ratio``, with the ratio taken over recent calls.
 

@@ -205,4 +205,5 @@ def test_a_study_is_two_files_and_their_relatives(tmp_path: Path) -> None:
     loaded = load_study(str(tmp_path))
     assert loaded.run("with").method.motion.weight == 0.3
     assert loaded.run("without").method.motion.weight == 0.0
+    assert loaded.compared_with("half-rate", loaded.order) == "with"
     assert loaded.titles["with"] == "with.yaml: With the temporal term."

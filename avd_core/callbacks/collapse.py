@@ -117,8 +117,9 @@ class CollapseMonitor(Callback):
         min_weight_spread: Smallest allowed standard deviation of weights, as a share of their maximum. (For such losses
             it is 0.19, at a fiftieth of the spread 0.004.)
         max_gradient_ratio: Largest allowed ratio of the regression's gradient to the matching term's; None does not
-            judge it. It proves nothing: of our small students one with 1.3 to 1.6 froze, while others with 1.0 to 1.4
-            and a heavier motion term kept moving.
+            judge it. It proves nothing. In an earlier, smaller toy one student with 1.3 to 1.6 froze, while others with
+            1.0 to 1.4 and a heavier motion term kept moving. In today's none freezes up to 1.4; above 1 clips begin to
+            blur (study ``balance`` in ``docs/studies.md``).
         min_logit_gap: Smallest allowed gap of the discriminator's mean logits.
         min_hinge_loss: Smallest allowed hinge loss of the discriminator.
         patience: Steps for which the discriminator's limits must have been crossed, at every look, before it is said.
@@ -338,7 +339,8 @@ def _rules(
         Rule(
             "weights_switch", "switched", max_switched, True,
             "the adaptive weights are a switch: most lie in the outer tenths of their range, so clips count fully or "
-            f"not at all: {_SHARPNESS}",
+            "not at all. That is right where losses fall into two groups, since some clips misfit their captions. "
+            f"Where they do not: {_SHARPNESS}",
         ),
         Rule(
             "weights_constant", "weight_spread", min_weight_spread, False,
@@ -347,8 +349,8 @@ def _rules(
         ),
         Rule(
             "regression_dominates", "gradient_ratio", math.inf if max_ratio is None else max_ratio, True,
-            "the regression's gradient dominates distribution matching: the student tends to a blurred standstill. "
-            "Lower its weight, or hold the ratio with GradientBalance(target=...)",
+            "the regression's gradient dominates distribution matching: the student tends to blur. Lower its "
+            "weight, or hold the ratio with GradientBalance(target=...)",
         ),
         Rule(
             "discriminator_blind", "logit_gap", min_logit_gap, False,

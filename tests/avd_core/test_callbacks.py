@@ -611,6 +611,7 @@ def test_weights_that_are_a_switch_or_a_constant_are_named(spread: float, kinds:
             in finding.message
         )
         assert (finding.value > finding.limit) == (kinds == ["weights_switch"])
+        assert ("right where losses fall into two groups" in finding.message) == (kinds == ["weights_switch"])
 
 
 @pytest.mark.parametrize("at_each", [25, 50, 500])

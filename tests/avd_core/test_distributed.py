@@ -582,7 +582,8 @@ def test_ranks_are_processes_of_one_group_and_answer_in_order(ask: Ask) -> None:
 
 def test_a_rank_that_raises_fails_the_run_at_once() -> None:
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 ended with exit code 1.*ValueError: the data ended"):
+    # The other one, whose peer is gone, may have ended first; what the one that raised printed is told either way.
+    with pytest.raises(RuntimeError, match=r"(?s)ended with exit code 1.*ValueError: the data ended"):
         in_group(WORLD, raise_on_the_second, timeout=100)
     assert time.monotonic() - start < 60
 
@@ -593,7 +594,7 @@ def test_a_rank_that_dies_fails_the_run() -> None:
 
 
 def test_ranks_that_cannot_start_fail_the_run() -> None:
-    with pytest.raises((pickle.PicklingError, AttributeError), match="pickle"):
+    with pytest.raises((pickle.PicklingError, AttributeError), match=r"pickle|local object"):
         in_group(WORLD, lambda rank: rank)
 
 

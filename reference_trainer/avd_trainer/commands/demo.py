@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -55,13 +56,22 @@ def demo(
             if ranks.device.type == "cpu":
                 say(describe_threads())
                 jobs = min(torch.get_num_threads(), len(STUDENTS))  # so small a model gains little by a second thread
-            findings = run_demo(config, output, ranks, jobs=jobs)
+            command = _command(videos, max_steps, set_ or [])
+            findings = run_demo(config, output, ranks, jobs=jobs, command=command)
         if findings is None:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
             return
         say(render_verdict(findings))
         say(f"Look at {output / ANIMATION} first, then {output / REPORT}. Numbers: {output / VERDICT} and {METRICS}.")
         say(f"To judge by eye without knowing which is which: avd demo --blind --output {output}")
+
+
+def _command(videos: Path | None, max_steps: int | None, overrides: list[str]) -> str:
+    """What would do it again, in the shell's words."""
+    words = ["avd", "demo", "--output", "DIR"]
+    words += [] if videos is None else ["--videos", str(videos)]
+    words += [] if max_steps is None else ["--max-steps", str(max_steps)]
+    return shlex.join([*words, *(word for override in overrides for word in ("--set", override))])
 
 
 def _to_calibrate(overrides: list[str]) -> list[str]:

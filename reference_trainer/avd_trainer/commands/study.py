@@ -29,11 +29,11 @@ def study(
     ] = 1,
     variants: Annotated[str | None, typer.Option(help="Which variants, such as dmd,teacher; all without it.")] = None,
     baseline: Annotated[
-        str | None, typer.Option(help="The variant that the others are compared with; without it, that of the study.")
+        str | None, typer.Option(help="The variant that all others are compared with; without it, as the study does.")
     ] = None,
     reuse: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of another study: what it has done with the same values is copied. Repeatable."),
+        typer.Option(help="Folder of another study: students of the same values are copied, and measures. Repeatable."),
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -47,23 +47,29 @@ def study(
         os.environ["OMP_NUM_THREADS"] = "1"
         from avd_trainer.runtime.processes import FailedProcessError
         from avd_trainer.studies.definition import load_study, parse_seeds
+        from avd_trainer.studies.reuse import measures_as
         from avd_trainer.studies.reuse import reuse as reuse_study
-        from avd_trainer.studies.runner import SAVED, run_study
+        from avd_trainer.studies.runner import SAVED, FailedUnitsError, run_study
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
+        from avd_trainer.studies.units import StoppedError
 
         found = load_study(name, set_ or [], None if variants is None else variants.split(","), baseline)
         chosen = parse_seeds(found.config.seeds if seeds is None else seeds)
         if jobs == 0 and not (output / SAVED).exists():
             raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")
-        for other in reuse or []:
-            copied = reuse_study(found, output, other, chosen)
-            say(f"Of {other}: {', '.join(map(str, copied)) or 'nothing that is not here already'}.")
         try:
-            done = jobs > 0 and run_study(found, output, chosen, jobs=jobs)
-        except FailedProcessError:
+            for other in reuse or []:
+                copied = reuse_study(found, output, other, chosen)
+                say(f"Of {other}: {', '.join(map(str, copied)) or 'nothing that is not here already'}.")
+                if copied and not measures_as(found, other):
+                    say("It measures otherwise: what it has trained is measured anew.")
+            stopped = jobs > 0 and not run_study(found, output, chosen, jobs=jobs)
+        except StoppedError:  # before anything could be copied
+            stopped = True
+        except (FailedProcessError, FailedUnitsError):
             write_summary(found, output, chosen)
             raise
         write_summary(found, output, chosen)
-        if jobs > 0 and not done:
+        if stopped:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
         say(f"Table: {output / TABLE}. Figure: {output / FIGURE}. Numbers: {output / RESULTS}.")

@@ -11,10 +11,10 @@ from torch import Tensor
 from avd_trainer.evaluation.clip_measures import clip_measures
 from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.image_measures import image_measures
-from avd_trainer.evaluation.shape_measures import shape_measures
+from avd_trainer.evaluation.shape_measures import shape_measures, speed_distance
 from avd_trainer.evaluation.shape_tracking import track_shapes
 
-VERSION = 2
+VERSION = 3
 """Raise it with every change of what a measure is of the same clips: results of two versions are not compared."""
 
 
@@ -63,7 +63,14 @@ MEASURES: dict[str, Measure] = {
         Measure("placed", "shapes on the captioned half of the frame, share", "higher", needs_captions=True),
         Measure("direction", "shapes that follow the captioned direction, share", "higher", needs_captions=True),
         Measure("moves", "dynamic degree: shapes that move, share", "higher", headline=False, needs_captions=True),
-        Measure("speed_error", "speed against the caption, pixels per frame", "lower", needs_captions=True),
+        Measure(
+            "speed_error",
+            "speed against the caption, pixels per frame",
+            "lower",
+            headline=False,
+            needs_captions=True,
+        ),
+        Measure("speed_distance", "speeds against real ones, share of the captioned", "lower", needs_captions=True),
         Measure("jerk", "jerk of shapes, pixels per frame cubed", "as real", needs_captions=True),
         Measure("saturation", "HSV saturation of pixels, 0 to 1", "as real", headline=False),
         Measure("saturation_error", "HSV saturation of single clips against real ones", "lower"),
@@ -119,8 +126,9 @@ def measure(
     latents, video, real_latents, real_video = (x.detach().float().cpu() for x in (latents, video, *real))
     values = clip_measures(latents, video, real_latents, real_video, paired=captions is not None)
     if captions is not None:
-        shapes = shape_measures(track_shapes(video, captions))
-        values |= {name: float(each.mean()) for name, each in shapes.items()}
+        tracks = track_shapes(video, captions)
+        values |= {name: float(each.mean()) for name, each in shape_measures(tracks).items()}
+        values["speed_distance"] = speed_distance(tracks, track_shapes(real_video, captions))
         if images is not None:
             values |= image_measures(video, captions, images.detach().float().cpu())
     return {name: values[name] for name in ALL_MEASURES if name in values}

@@ -7,11 +7,12 @@ hiding what it draws badly.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, DIRECTIONS, SHAPE_COLORS, SHAPE_KINDS, SPEEDS
+from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, DIRECTIONS, SHAPE_COLORS, SHAPE_KINDS, SPEEDS, Scene
 from avd_trainer.evaluation.shape_tracking import ShapeTracks
 
 # A shape has moved where it got at least this share of the captioned way.
@@ -23,6 +24,9 @@ LARGEST_JUMP = 0.08
 STEADY_SHARE = 2 / 3
 # Frames that have to show a shape for its way to be known.
 KNOWN_SHARE = 0.5
+# The largest speed that is told apart, as a share of the captioned one. Captions allow 0.9 to 1.1, so a still is always
+# farther off than what is too fast.
+MOST_SPEED = 1.5
 # The largest third difference that is told apart, as a share of the frame; that of a shape that cannot be followed.
 # Above what real shapes have, and not far above: a few shapes that vanish must not hide how all others move.
 MOST_JERK = 0.125
@@ -65,11 +69,8 @@ def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
     steady = ((frame_kinds == kinds.unsqueeze(-1)) & visible).float().mean(-1) >= STEADY_SHARE
     jumps = tracks.centers.diff(dim=2).norm(dim=-1)
 
-    way = torch.where((share >= KNOWN_SHARE).unsqueeze(-1), _displacement(tracks.centers), 0.0)
-    captioned = torch.tensor([[DIRECTIONS[shape.direction] for shape in scene.shapes] for scene in scenes])
-    travel = size * torch.tensor([[SPEEDS[shape.speed] for shape in scene.shapes] for scene in scenes])
-    along = (way * captioned).sum(-1)
-    across = (way - along.unsqueeze(-1) * captioned).norm(dim=-1)
+    way, along, across = _way(tracks)
+    travel = size * _captioned_speeds(scenes)
 
     axes = torch.tensor([[_ACROSS[scene.layout]] * 2 for scene in scenes]).unsqueeze(-1)
     across_halves = tracks.centers.nanmean(2).gather(-1, axes).squeeze(-1)
@@ -97,6 +98,46 @@ def shape_measures(tracks: ShapeTracks) -> dict[str, Tensor]:
         "area_change": area_change,
         "color_error": (torch.where(seen.unsqueeze(-1), tracks.colors, grounds) - colors).norm(dim=-1),
     }
+
+
+def speed_distance(tracks: ShapeTracks, real: ShapeTracks) -> float:
+    """How far the speeds of a set of shapes are from those of real ones: what a mean error does not tell apart.
+
+    The Wasserstein distance between two sets of speeds, each shape's along its captioned direction and in units of the
+    captioned one: what is too slow or too quick, but also what has one speed where captions leave several open. Quick
+    and slow shapes are compared apart, then averaged over all shapes.
+
+    Args:
+        tracks: What was found in clips. A shape that less than half of the frames show counts as a still; speeds count
+            from 0 to 1.5.
+        real: What was found in real clips of the same captions, in the same order.
+
+    Returns:
+        A distance from 0 to 1.5; of stills about 1.
+    """
+    captioned = _captioned_speeds(tracks.scenes)
+    own, wanted = ((_way(each)[1] / (each.size * captioned)).clamp(0, MOST_SPEED) for each in (tracks, real))
+    # Of sets of one size, the Wasserstein distance is the mean distance of those of one rank.
+    distances = [
+        (own[captioned == speed].sort().values - wanted[captioned == speed].sort().values).abs()
+        for speed in SPEEDS.values()
+    ]
+    return float(torch.cat(distances).mean())
+
+
+def _captioned_speeds(scenes: Sequence[Scene]) -> Tensor:
+    """``[N, 2]``: how far each shape is to get in the clip, in heights of the frame."""
+    return torch.tensor([[SPEEDS[shape.speed] for shape in scene.shapes] for scene in scenes])
+
+
+def _way(tracks: ShapeTracks) -> tuple[Tensor, Tensor, Tensor]:
+    """``[N, 2, 2]`` how far a shape gets in the clip, in pixels, and ``[N, 2]`` of that along its captioned direction
+    and across it; 0 where it is visible in too few frames."""
+    known = (tracks.visible.float().mean(-1) >= KNOWN_SHARE).unsqueeze(-1)
+    way = torch.where(known, _displacement(tracks.centers), 0.0)
+    captioned = torch.tensor([[DIRECTIONS[shape.direction] for shape in scene.shapes] for scene in tracks.scenes])
+    along = (way * captioned).sum(-1)
+    return way, along, (way - along.unsqueeze(-1) * captioned).norm(dim=-1)
 
 
 def _displacement(centers: Tensor) -> Tensor:

@@ -61,6 +61,8 @@ class StepWeights(BaseModel):
 
     timestep: float
     """The few step."""
+    judged: tuple[float, ...]
+    """What is judged, of each clip."""
     mean: float
     """Mean over clips of what is judged."""
     spread: float
@@ -109,6 +111,26 @@ class SharpnessCalibration(BaseModel):
     remarks: tuple[str, ...]
     """What does not fit, in words, with what to do."""
 
+    def reweighed(self, options: RegressionConfig) -> SharpnessCalibration:
+        """What would have been found with another sharpness or deviation, on the same clips.
+
+        Args:
+            options: A regression that judges the same.
+        """
+        assert options.judged == self.options.judged, "losses of another kind are not known"
+        return _calibration(
+            (
+                _weights(
+                    step.timestep,
+                    torch.tensor(step.judged, dtype=torch.float64),
+                    step.energy_correlation,
+                    options,
+                )
+                for step in self.steps
+            ),
+            options,
+        )
+
 
 @torch.no_grad()
 def calibrate_sharpness(
@@ -155,18 +177,13 @@ def calibrate_sharpness(
             f"The sharpness goes by how losses of real clips differ, and there are {count} of them. Give at least two, "
             "better a few dozen (--samples)."
         )
-    energy = torch.cat(energies)
-    steps = tuple(
-        _weights(timestep, torch.cat(values), energy, options)
-        for timestep, values in zip(few_steps, judged, strict=True)
-    )
-    paper_sharpness = _paper_sharpness(steps, options)
-    return SharpnessCalibration(
-        options=options,
-        samples=len(energy),
-        steps=steps,
-        paper_sharpness=paper_sharpness,
-        remarks=tuple(_remarks(steps, options, paper_sharpness)),
+    energy, of_steps = torch.cat(energies), map(torch.cat, judged)
+    return _calibration(
+        (
+            _weights(timestep, values, _correlation(values, energy), options)
+            for timestep, values in zip(few_steps, of_steps, strict=True)
+        ),
+        options,
     )
 
 
@@ -201,7 +218,21 @@ def render_sharpness(calibration: SharpnessCalibration) -> Table:
 _NAMES = {"loss": "loss", "relative": "loss over the clip's energy", "excess": "excess over the teacher's loss"}
 
 
-def _weights(timestep: float, judged: Tensor, energy: Tensor, options: RegressionConfig) -> StepWeights:
+def _calibration(weights: Iterable[StepWeights], options: RegressionConfig) -> SharpnessCalibration:
+    steps = tuple(weights)
+    paper_sharpness = _paper_sharpness(steps, options)
+    return SharpnessCalibration(
+        options=options,
+        samples=len(steps[0].judged),
+        steps=steps,
+        paper_sharpness=paper_sharpness,
+        remarks=tuple(_remarks(steps, options, paper_sharpness)),
+    )
+
+
+def _weights(
+    timestep: float, judged: Tensor, energy_correlation: float | None, options: RegressionConfig
+) -> StepWeights:
     mean, spread = judged.mean(), judged.std(correction=0)
     if not bool(mean.isfinite() & spread.isfinite()):
         raise UserError(
@@ -223,13 +254,14 @@ def _weights(timestep: float, judged: Tensor, energy: Tensor, options: Regressio
     low, median, high = weights.quantile(weights.new_tensor(_QUANTILES)).tolist()
     return StepWeights(
         timestep=timestep,
+        judged=tuple(judged.tolist()),
         mean=float(mean),
         spread=float(spread),
         steepness=options.sharpness * _unit(float(spread), options),
         weights=(low, median, high),
         at_the_ends=float(((weights < OUTER_WEIGHTS) | (weights > 1 - OUTER_WEIGHTS)).double().mean()),
         weight_spread=float(weights.std(correction=0)),
-        energy_correlation=_correlation(judged, energy),
+        energy_correlation=energy_correlation,
     )
 
 
@@ -265,7 +297,8 @@ def _remarks(steps: tuple[StepWeights, ...], options: RegressionConfig, paper_sh
         share = sum(step.at_the_ends for step in switch) / len(switch)
         remarks.append(
             f"at t = {_times(switch)} the weight is a switch, which turns clips on or off: {share:.0%} of the weights "
-            f"are in the outer tenths of (0, method.regression.weight). Set {remedy}, for the paper's curve."
+            "are in the outer tenths of (0, method.regression.weight). That is right where losses fall into two "
+            f"groups, since some clips misfit their captions. Where they do not, set {remedy}, for the paper's curve."
         )
     if options.sharpness > 0 and (constant := [step for step in steps if step.is_constant]):
         remarks.append(

@@ -3,7 +3,8 @@
 A study whose ``budget_of`` names a variant gives all students what that one's own ``max_steps`` cost. Each variant is
 then trained twice: for as many steps as come to the same number of forward equivalents, under its own name, and for as
 many as take the same time, as ``NAME-seconds``. Seconds are measured once, where the study begins, and kept in
-``study.json`` with the steps that follow from them.
+``study.json`` with the steps that follow from them. What goes on from another student comes on top of what that one
+did: it keeps its own steps, and only says what they cost.
 
 A run of another length has phases of another length: each keeps the share of the run that it has of its file's own
 ``max_steps``. So the mean cost of a step hardly depends on their number. Where a method has no phases, the two runs of
@@ -17,7 +18,9 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, median
+
+import torch
 
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Turn, forward_equivalents
@@ -32,88 +35,102 @@ LOOKS = 6
 """Steps that are timed of each kind that a run has, spread evenly over those of that kind."""
 
 
-Measure = Callable[[TrainConfig], float]
-"""From a run to the seconds that a step of it takes, the mean over the run."""
-
-
-def share_budget(study: Study, known: Mapping[str, Cost], measure: Measure) -> Study:
+def share_budget(study: Study, known: Mapping[str, Cost]) -> Study:
     """A study in which each student may cost the same, in forwards and in seconds; one without ``budget_of`` as it is.
 
     Args:
         study: As it was loaded.
-        known: Costs that were found before, by variant; with seconds where a budget is in seconds.
-        measure: Times the others.
+        known: Costs that were found before, by variant. Where a budget is in seconds, what is to last as long is there
+            as soon as the seconds of both are known.
     """
     of = study.config.budget_of
     if of is None or study.costs:
         return study
-    runs = students(study)
-    budget = _forwards(runs[of], runs[of].max_steps)
-    equal = {name: _for_forwards(run, budget) for name, run in runs.items()}
-    timing = measure if "seconds" in study.config.budgets else None
-    costs = {name: known[name] if name in known else _cost(run, timing) for name, run in equal.items()}
-    as_long: dict[str, TrainConfig] = {}
-    if timing is not None:
-        steps = {name: runs[of].max_steps * _seconds(costs[of]) / _seconds(costs[name]) for name in runs}
-        as_long = {name: _judged_like(equal[name], _lasting(run, round(steps[name]))) for name, run in runs.items()}
+    own = students(study)
+    budget = _forwards(own[of], own[of].max_steps)
+    runs = {name: run if start_of(run) is not None else _for_forwards(run, budget) for name, run in own.items()}
+    costs = {name: known[name] if name in known else _cost(run) for name, run in runs.items()}
     variants: dict[str, Variant] = {}
     for name, variant in study.variants.items():
-        variants[name] = equal.get(name, variant)
-        if name in as_long and name != of:  # whose two runs are one
-            variants[name + SECONDS] = as_long[name]
+        variants[name] = runs.get(name, variant)
+        if name not in own or name == of or start_of(own[name]) is not None:  # of the budget itself both runs are one
+            continue
+        whole, step = costs[of].seconds, costs[name].seconds
+        if "seconds" in study.config.budgets and whole is not None and step is not None:
+            as_long = _lasting(own[name], round(own[of].max_steps * whole / step))
+            variants[name + SECONDS] = _judged_like(runs[name], as_long)
     worked_on = {each for name in study.worked_on for each in (name, name + SECONDS) if each in variants}
     return replace(study, variants=variants, worked_on=worked_on, costs=costs)
 
 
 def students(study: Study) -> dict[str, TrainConfig]:
-    """The runs of a study that train a student from the teacher, by variant.
-
-    One that goes on from another student comes on top of what that one cost, so it has its own steps.
-    """
+    """The runs of a study that train a student, by variant."""
     return {
         name: variant
         for name, variant in study.variants.items()
-        if isinstance(variant, TrainConfig) and study.is_measured(name) and start_of(variant) is None
+        if isinstance(variant, TrainConfig) and study.is_measured(name)
     }
 
 
-def time_step(config: TrainConfig, data: TrainingData, ranks: Ranks) -> float:
+def untimed(study: Study) -> list[str]:
+    """The students of which it is not known how long a step takes, where a budget is in seconds."""
+    timed = "seconds" in study.config.budgets
+    return [name for name, cost in study.costs.items() if timed and cost.seconds is None]
+
+
+def time_step(
+    config: TrainConfig, data: TrainingData, ranks: Ranks, on_look: Callable[[], None] = lambda: None
+) -> float:
     """Seconds of a step, the mean over the run.
 
     Steps of each kind, that is with the same turns, are timed by themselves and count as often as the run has them: a
     phase, or a step in which the student is sampled for the monitors, may cost several times another. The first step
     of a kind, which is slower, is left out.
+
+    On the CPU seconds are those of the processor, which other processes do not lengthen. A GPU has no such clock: there
+    a kind's seconds are the median of its steps, for what else the machine does lengthens single ones.
+
+    Args:
+        config: The run; any ``student_weights`` cost the same, so it starts from the teacher.
+        data: What it reads.
+        ranks: The one process that computes.
+        on_look: Called before each step that is timed.
     """
-    trainer = Trainer(config, data, ranks)
+    trainer = Trainer(config.model_copy(update={"student_weights": None}), data, ranks)
     kinds: dict[tuple[Turn, ...], list[int]] = {}
     for step in range(1, config.max_steps + 1):
         kinds.setdefault(tuple(trainer.method.turns(step)), []).append(step)
+    middle = median if ranks.device.type == "cuda" else fmean
     whole = 0.0
     for steps in kinds.values():
-        looks = [steps[(len(steps) - 1) * look // LOOKS] for look in range(LOOKS + 1)]
-        seconds = [_time(trainer, step) for step in looks]
-        whole += len(steps) * fmean(seconds[1:])
+        seconds = []
+        for look in range(LOOKS + 1):
+            on_look()
+            seconds.append(_time(trainer, steps[(len(steps) - 1) * look // LOOKS], ranks.device))
+        whole += len(steps) * middle(seconds[1:])
     return whole / config.max_steps
 
 
-def _time(trainer: Trainer, step: int) -> float:
+def _time(trainer: Trainer, step: int, device: torch.device) -> float:
     """Seconds of this step, without those of opening the data at it."""
     trainer.step = step - 1
     steps = trainer.run()
-    start = time.perf_counter()
+    start = _now(device)
     next(steps)
-    return time.perf_counter() - start
+    return _now(device) - start
 
 
-def _cost(run: TrainConfig, measure: Measure | None) -> Cost:
+def _now(device: torch.device) -> float:
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _cost(run: TrainConfig) -> Cost:
+    """What a step costs, as far as it can be computed."""
     memory = max(phase.allocated for phase in make_plan(run).memory)
-    seconds = None if measure is None else round(measure(run), 4)
-    return Cost(_forwards(run, run.max_steps) / run.max_steps, seconds, round(memory / MB, 1))
-
-
-def _seconds(cost: Cost) -> float:
-    assert cost.seconds is not None, "a budget in seconds was measured"
-    return cost.seconds
+    return Cost(_forwards(run, run.max_steps) / run.max_steps, None, round(memory / MB, 1))
 
 
 def _forwards(run: TrainConfig, steps: int) -> float:

@@ -13,8 +13,8 @@ from avd_trainer.studies.definition import SECONDS
 
 CHOICES = "choices"
 """Key of results."""
-NEAR = 0.5
-"""Mean ranks that differ by no more count as equal."""
+NEAR = 0.1
+"""Mean ranks that differ by no more than this share of the ranks' range count as equal: half a rank of six settings."""
 DECIDES = "saturation_error"
 """The measure that then decides."""
 
@@ -48,7 +48,8 @@ def choose(variants: Variants, real: Mapping[str, float], seeds: Sequence[int]) 
 
     Of each method the one with the lowest mean rank, among its own, of ``|value - real|`` over the headline measures
     that are not the same for all of them, values being means over the seeds that all of them have. Of those within
-    ``NEAR`` of it, the nearest to real in saturation. One of which a seed diverged is not chosen.
+    ``NEAR * (n - 1)`` of it, where the method has n settings, the nearest to real in saturation. One of which a seed
+    diverged is not chosen.
 
     Args:
         variants: Results by variant: of each of its ``seeds`` the ``values`` by measure, or ``failed``; and ``values``,
@@ -94,5 +95,6 @@ def _choice(kind: str, settings: Mapping[str, Units], real: Mapping[str, float],
     places = [stats.rankdata(column) for column in columns] or [[1.0] * len(ranked)]
     ranks = {name: float(fmean(column[place] for column in places)) for place, name in enumerate(ranked)}
     saturation = dict(zip(ranked, distances(DECIDES), strict=True))
-    near = [name for name in ranked if ranks[name] <= min(ranks.values()) + NEAR]
+    limit = min(ranks.values()) + NEAR * (len(settings) - 1) + 1e-9  # 1.6 is near 1.4, however that is rounded
+    near = [name for name in ranked if ranks[name] <= limit]
     return Choice(kind, min(near, key=lambda name: saturation[name]), ranks, diverged, shared, complete)

@@ -11,7 +11,7 @@ Each other file is a variant, and the first sentence of its comment says what it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +71,9 @@ class StudyConfig(Section):
 
     baseline: str
     """The variant that all others are compared with."""
+    against: Mapping[str, str] = {}
+    """By variant the one that it is compared with in place of the baseline. Both by their own names: what is trained
+    for as many seconds is then compared with what is trained so, too."""
     variants: tuple[str, ...] = Field(min_length=1)
     """All variants, in the order of tables and figures."""
     seeds: str = "1..8"
@@ -97,6 +100,16 @@ class StudyConfig(Section):
             raise ValueError("budgets must have forwards, which each study of a budget begins with")
         if len(set(self.budgets)) < len(self.budgets):
             raise ValueError(f"budgets must be named once each, got {given}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        for variant, other in self.against.items():
+            if variant == other or any(name.endswith(SECONDS) for name in (variant, other)):
+                raise ValueError(
+                    f"against names two variants in each pair, without {SECONDS}, which follows from it, got "
+                    f"{variant}: {other}"
+                )
         return self
 
 
@@ -138,7 +151,8 @@ class Cost(NamedTuple):
 
     Attributes:
         forwards: Forward equivalents of all examples of the batch, a backward pass counted as two.
-        seconds: On the machine that the study began on, in one process; None where no budget is in seconds.
+        seconds: On the machine that the study began on, in one process: of its processor, or by the clock where a GPU
+            computes. None where no budget is in seconds, or it is not measured yet.
         memory: MB of 2^20 bytes in tensors in the step's worst phase, as ``avd plan`` computes it for a GPU.
     """
 
@@ -251,8 +265,24 @@ class Study:
 
     @property
     def baseline(self) -> str:
-        """The variant that tables compare the others with."""
+        """The variant that tables compare the others with, but for those that are ``against`` one of their own."""
         return self.asked_baseline or self.config.baseline
+
+    def compared_with(self, name: str, names: Container[str]) -> str | None:
+        """The variant that tables compare one with: for as many seconds if this one is, where there is such a one.
+
+        Args:
+            name: Of the variant, maybe for equal seconds.
+            names: All that there are.
+
+        Returns:
+            What was asked for, the variant's own, or the study's baseline; None of that one itself.
+        """
+        own = name.removesuffix(SECONDS)
+        other = self.asked_baseline or self.config.against.get(own, self.config.baseline)
+        if name != own and other + SECONDS in names:
+            other += SECONDS
+        return None if other == name else other
 
     def values(self) -> dict[str, Any]:
         """All values that results depend on, for the study's folder."""
@@ -305,7 +335,9 @@ def load_study(
             f"Got {', '.join(config.variants)}."
         )
     budget_of = [] if config.budget_of is None else [config.budget_of]
-    if unknown := [each for each in [baseline or config.baseline, *budget_of, *(variants or ())] if each not in files]:
+    pairs = [*config.against, *config.against.values()]
+    referred = [baseline or config.baseline, *budget_of, *pairs, *(variants or ())]
+    if unknown := [each for each in referred if each not in files]:
         raise UserError(f"Study {name} has no variant {unknown[0]!r}. It has {', '.join(config.variants)}.")
     worked_on = _with_needs(folder, variants or config.variants, NEEDS)
     named = _with_needs(folder, [*worked_on, *budget_of], (*NEEDS, "teacher_of"))
@@ -403,6 +435,9 @@ def _check(study: Study, folder: Path) -> None:
         own = study.variants[of]
         if not isinstance(own, TrainConfig) or not study.is_measured(of) or start_of(own) is not None:
             raise ConfigError(f"{folder / STUDY}: budget_of must be a variant that trains a student, got {of}.")
+    for name in {*study.config.against, *study.config.against.values()} & study.variants.keys():
+        if not study.is_measured(name):
+            raise ConfigError(f"{folder / STUDY}: against must name variants that make clips, got {name}.")
     for name, variant in study.variants.items():
         file = folder / f"{name}.yaml"
         if not study.titles[name]:

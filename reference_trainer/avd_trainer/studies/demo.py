@@ -26,6 +26,7 @@ from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.samplers import DrawNoise, VelocityPredictor, few_step_rollout, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import claim_folder, write_text
 from avd_trainer.runtime.processes import FailedProcessError, run_processes
@@ -33,6 +34,7 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.runtime.terminal import say
 from avd_trainer.runtime.threads import one_thread
+from avd_trainer.runtime.timing import timed
 from avd_trainer.studies.blind import write_blind_check
 from avd_trainer.studies.demo_calibration import Part, calibrated
 from avd_trainer.studies.demo_clips import DemoClips
@@ -80,7 +82,9 @@ class DemoConfig(TrainConfig):
     set by ``--set``. The demo's ``calibration.json`` says what came of it."""
 
 
-def run_demo(config: DemoConfig, output: Path, ranks: Ranks, *, jobs: int = 1) -> Findings | None:
+def run_demo(
+    config: DemoConfig, output: Path, ranks: Ranks, *, jobs: int = 1, command: str | None = None
+) -> Findings | None:
     """Distil twice from one teacher, seed and number of updates: by distribution matching alone, and with AVD.
 
     A demo that was stopped goes on where it stands. Of one that is finished nothing is done again.
@@ -93,6 +97,7 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks, *, jobs: int = 1) -
         ranks: The process of the demo.
         jobs: With 1 this process trains one student after the other; with 2 each is trained in a process of its own,
             at the same time, which prints to ``logs``. In one thread each, so that students are the same either way.
+        command: What would do it again, in the shell's words, for ``metrics.json``; None where no command asked for it.
 
     Returns:
         What was measured; None where a signal asked it to stop, with everything saved.
@@ -104,38 +109,70 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks, *, jobs: int = 1) -
     """
     if ranks.size > 1 or isinstance(config.data, ShardsData):
         raise UserError("The demo is for one process and for shapes or videos. Use `avd train` for more.")
-    method = config.method
-    if not isinstance(method, AVDMethodConfig):
+    if not isinstance(config.method, AVDMethodConfig):
         raise UserError(
-            f"The demo compares AVD with DMD alone, and this is method {method.kind}. Leave method.kind out."
+            f"The demo compares AVD with DMD alone, and this is method {config.method.kind}. Leave method.kind out."
         )
-    _claim(config, output)
-    codec = BlockDCTCodec()
+    continued = _claim(config, output)
     if _is_finished(output):
         say(f"The demo in {output} is finished, and nothing is done again. Another one wants another --output.")
         saved = DemoClips.load(output / CLIPS).latents[REAL]
-        return Findings.load(output / METRICS, Encoded(saved, codec.decode(saved)))
+        return Findings.load(output / METRICS, Encoded(saved, BlockDCTCodec().decode(saved)))
+    begun_in = environment()
+    seconds: dict[str, float] = {}
+    with timed(seconds, "all"):
+        findings = _compare(config, output, ranks, jobs, seconds)
+    if findings is None:
+        return None
+    # What a process did that was stopped took time as well, maybe elsewhere, and nobody knows how much.
+    origin = {"command": command, "continued": continued, "seconds": None if continued else seconds}
+    findings.save(output / METRICS, {**origin, "environment": begun_in})
+    return findings
+
+
+def write_blind_pairs(output: Path, seed: int) -> Path:
+    """Write the blind check of a finished demo; returns its page. See :func:`write_blind_check`.
+
+    Raises:
+        UserError: If ``output`` holds no finished demo, or cannot be written to.
+    """
+    if not _is_finished(output):
+        raise UserError(f"{output} holds no finished demo. Run `avd demo --output {output}` first.")
+    clips = DemoClips.load(output / CLIPS)
+    codec = BlockDCTCodec()
+    videos = {name: codec.decode(clips.latents[name]) for name in STUDENTS}
+    return write_blind_check(videos, clips.captions, TITLES, output, seed)
+
+
+def _compare(config: DemoConfig, output: Path, ranks: Ranks, jobs: int, seconds: dict[str, float]) -> Findings | None:
+    """Make what is missing of clips, pictures and verdict; None where a signal asked to stop.
+
+    ``seconds`` gets what training, sampling and measuring take.
+    """
+    assert not isinstance(config.data, ShardsData), "the caller has seen to it"
+    codec = BlockDCTCodec()
     samples, teacher_steps = config.evaluation.samples, config.evaluation.teacher_steps
     real = RealSide.load(config.data, samples, codec)
     method = calibrated(
         config, config.calibrate, real.train, output, samples=min(samples, CLIPS_TO_CALIBRATE), steps=teacher_steps
     )
     if not (output / CLIPS).exists():
-        made = _make_clips(config, method, real, output, ranks, jobs)
+        made = _make_clips(config, method, real, output, ranks, jobs, seconds)
         if made is None:
             return None
         made.save(output / CLIPS)
     clips = DemoClips.load(output / CLIPS)
     rows = {name: Encoded(latents, codec.decode(latents)) for name, latents in clips.latents.items()}
     generated = {name: row for name, row in rows.items() if name != REAL}
-    findings = measure_rows(
-        generated,
-        clips.captions,
-        real.held_out.captions,
-        real.reference(codec),
-        real.controls(codec),
-        of_shapes=real.shapes is not None,
-    )
+    with timed(seconds, "measure"):
+        findings = measure_rows(
+            generated,
+            clips.captions,
+            real.held_out.captions,
+            real.reference(codec),
+            real.controls(codec),
+            of_shapes=real.shapes is not None,
+        )
 
     videos = {name: row.video for name, row in rows.items()}
     shown = min(CLIPS_IN_ANIMATION, *map(len, videos.values()))
@@ -156,26 +193,17 @@ def run_demo(config: DemoConfig, output: Path, ranks: Ranks, *, jobs: int = 1) -
         },
     )
     write_text(output / VERDICT, render_verdict(findings) + "\n" + findings.table)
-    findings.save(output / METRICS)
     return findings
 
 
-def write_blind_pairs(output: Path, seed: int) -> Path:
-    """Write the blind check of a finished demo; returns its page. See :func:`write_blind_check`.
-
-    Raises:
-        UserError: If ``output`` holds no finished demo, or cannot be written to.
-    """
-    if not _is_finished(output):
-        raise UserError(f"{output} holds no finished demo. Run `avd demo --output {output}` first.")
-    clips = DemoClips.load(output / CLIPS)
-    codec = BlockDCTCodec()
-    videos = {name: codec.decode(clips.latents[name]) for name in STUDENTS}
-    return write_blind_check(videos, clips.captions, TITLES, output, seed)
-
-
 def _make_clips(
-    config: DemoConfig, method: AVDMethodConfig, real: RealSide, output: Path, ranks: Ranks, jobs: int
+    config: DemoConfig,
+    method: AVDMethodConfig,
+    real: RealSide,
+    output: Path,
+    ranks: Ranks,
+    jobs: int,
+    seconds: dict[str, float],
 ) -> DemoClips | None:
     """Sample from the teacher, train the students and sample from them; None where a signal asked to stop."""
     assert config.teacher is not None  # the method needs one
@@ -190,7 +218,7 @@ def _make_clips(
     captions, condition = [example.caption for example in asked], condition_of(asked)
 
     latents = {REAL: real.held_out.latents}
-    with ProgressBar("teacher samples", teacher_steps) as bar:
+    with timed(seconds, "sample"), ProgressBar("teacher samples", teacher_steps) as bar:
         latents["teacher"] = sample_teacher(
             VelocityModel(teacher),
             condition,
@@ -206,11 +234,13 @@ def _make_clips(
     shared = method.model_dump(include=set(DMDMethodConfig.model_fields) - {"kind"})
     methods = (DMDMethodConfig(**shared), method)
     runs = {name: TrainConfig(**engine, method=own) for name, own in zip(STUDENTS, methods, strict=True)}
-    if not _train_students(runs, output, TrainingData(memory, memory), ranks, jobs):
+    with timed(seconds, "train"):
+        trained = _train_students(runs, output, TrainingData(memory, memory), ranks, jobs)
+    if not trained:
         return None
-    for name in runs:
-        student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
-        with torch.no_grad():
+    with timed(seconds, "sample"), torch.no_grad():
+        for name in runs:
+            student: VelocityPredictor = VelocityModel(load_transformer(str(output / name / "student")))
             latents[name] = few_step_rollout(student, condition, shape, method.few_steps, _same_noise(samples)).x_0
     return DemoClips(captions, latents)
 
@@ -257,15 +287,16 @@ def _steps_logged(run: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def _claim(config: DemoConfig, output: Path) -> None:
-    """Take a new folder, or that of the same demo.
+def _claim(config: DemoConfig, output: Path) -> bool:
+    """Take a new folder, or that of the same demo, and say whether it is the latter.
 
     Raises:
         UserError: If it cannot be written to, or holds something else or a demo of other settings.
     """
     claim_folder(output)
     file = output / CONFIG
-    if file.exists():
+    begun = file.exists()
+    if begun:
         if differing := differences(read_saved(file), config.model_dump(mode="json")):
             raise UserError(
                 f"{output} holds a demo of other settings:\n" + "\n".join(differing) + "\n"
@@ -275,6 +306,7 @@ def _claim(config: DemoConfig, output: Path) -> None:
         raise UserError(f"{output} holds something that is no demo. Choose a new --output.")
     else:
         save_config(config, file, DEMO)
+    return begun
 
 
 def _is_finished(output: Path) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from avd_core import RegressionConfig
 from avd_trainer.data.in_memory import CaptionedLatents, InMemoryData
@@ -43,6 +43,17 @@ class Choice(BaseModel):
     """Of the regression; None to leave the method's."""
     measured: Calibration
     """What was measured, with the method's own values."""
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def at_the_ends(self) -> tuple[float, ...] | None:
+        """Share of the weights that are nearly on or off at each of the few steps, with this deviation and sharpness;
+        None where the method's are left. With the method's own it is in ``measured``."""
+        found = self.measured.sharpness
+        if found is None or self.deviation is None:
+            return None
+        chosen = found.options.model_copy(update={"deviation": self.deviation, "sharpness": self.sharpness})
+        return tuple(step.at_the_ends for step in found.reweighed(chosen).steps)
 
     def applied(self, method: AVDMethodConfig) -> AVDMethodConfig:
         """The method with these values in place of its own."""
@@ -126,10 +137,11 @@ def describe(choice: Choice, method: AVDMethodConfig) -> str:
     said = []
     if choice.floor is not None and method.motion is not None:
         said.append(f"method.motion.floor={choice.floor:g} (in place of {method.motion.floor:g})")
-    if choice.deviation is not None and method.regression is not None:
+    if choice.at_the_ends is not None and method.regression is not None:
         said.append(
-            f"method.regression.deviation={choice.deviation}, method.regression.sharpness={choice.sharpness:g} (in "
-            f"place of {_describe_regression(method.regression, choice.measured)})"
+            f"method.regression.deviation={choice.deviation}, method.regression.sharpness={choice.sharpness:g}, with "
+            f"which at most {max(choice.at_the_ends):.0%} of the weights are nearly on or off at any of the few steps "
+            f"(in place of {_describe_regression(method.regression, choice.measured)})"
         )
     return f"Calibrated on your clips: {'; '.join(said) or 'nothing, as both terms are left out'}. See {CALIBRATION}."
 
@@ -138,6 +150,6 @@ def _describe_regression(regression: RegressionConfig, measured: Calibration) ->
     assert measured.sharpness is not None
     step = max(measured.sharpness.steps, key=lambda step: step.at_the_ends)
     return (
-        f"{regression.deviation}, {regression.sharpness:g}, with which {step.at_the_ends:.0%} of the weights would be "
-        f"nearly on or off at t = {step.timestep:g}"
+        f"{regression.deviation}, {regression.sharpness:g}, with which it would be {step.at_the_ends:.0%} at "
+        f"t = {step.timestep:g}"
     )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from avd_trainer.evaluation.controls import CONTROLS, Encoded
 from avd_trainer.evaluation.measure_table import Row, markdown_table
@@ -51,21 +52,27 @@ class Findings:
             [Row(CONTROLS[name].title, values) for name, values in self.controls.items()],
         )
 
-    def save(self, path: Path) -> None:
-        """Write a JSON file."""
+    def save(self, path: Path, origin: Mapping[str, Any]) -> None:
+        """Write a JSON file, which begins with ``origin``: how the numbers came about, as plain values."""
         reference = {
             "sets": self.reference.sets,
             "clips": self.reference.clips,
             "spreads": {name: asdict(spread) for name, spread in self.reference.spreads.items()},
         }
-        write_json(path, {"rows": self.rows, "reference": reference, "controls": self.controls, "groups": self.groups})
+        numbers = {"rows": self.rows, "reference": reference, "controls": self.controls, "groups": self.groups}
+        write_json(path, {**origin, **numbers})
 
     @classmethod
     def load(cls, path: Path, real: Encoded) -> Findings:
         """Read what :meth:`save` wrote; ``real`` are the reference's clips, which the file has not."""
         saved = json.loads(path.read_text(encoding="utf-8"))
         spreads = {name: Spread(**values) for name, values in saved["reference"].pop("spreads").items()}
-        return cls(**saved | {"reference": Reference(spreads, real=real, **saved["reference"])})
+        return cls(
+            rows=saved["rows"],
+            groups=saved["groups"],
+            reference=Reference(spreads, real=real, **saved["reference"]),
+            controls=saved["controls"],
+        )
 
 
 def measure_rows(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,9 @@ from avd_trainer.runtime.processes import SECONDS_BETWEEN_LOOKS, FailedProcessEr
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.runtime.signals import StopSignals
-from avd_trainer.studies.budget import share_budget, students
+from avd_trainer.studies.budget import share_budget, untimed
 from avd_trainer.studies.definition import COSTS, Cost, Study, Unit
 from avd_trainer.studies.units import StoppedError, Workplace
-from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import LOCK, FolderInUseError, locked
 
 SAVED = "study.json"
@@ -29,6 +29,12 @@ OVERRIDES = "overrides"
 """Key of ``study.json``: ``--set`` of the latest call, for the command that would do it again; values are compared."""
 UNITS = "units"
 LOGS = "logs"
+
+logger = logging.getLogger(__name__)
+
+
+class FailedUnitsError(UserError):
+    """Units have failed; all that do not wait for them are done."""
 
 
 def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1) -> bool:
@@ -48,10 +54,14 @@ def run_study(study: Study, folder: Path, seeds: Sequence[int], *, jobs: int = 1
         Whether all is done; False where a signal asked it to stop.
 
     Raises:
-        FailedProcessError: If a process failed and units are left.
+        FailedUnitsError: If units failed, once all others are done.
+        FailedProcessError: If one of several processes failed and units are left.
         UserError: If ``folder`` holds something else or was made with other values.
     """
-    study = claim_study(study, folder)
+    try:
+        study = claim_study(study, folder)
+    except StoppedError:
+        return False
     if jobs == 1:
         return _work(study, folder, seeds)
     left = _missing(study, folder, seeds)
@@ -84,46 +94,63 @@ def claim_study(study: Study, folder: Path) -> Study:
 
     Raises:
         UserError: If it cannot be written to, or holds something else, or was made with other values.
+        StoppedError: If somebody asked to stop while it was measured what steps cost; what was measured stays.
     """
     claim_folder(folder)
     with locked(folder, wait=True):
-        saved: dict[str, Any] = {}
+        costs: Mapping[str, Any] = {}
         if (folder / SAVED).exists():
-            saved = read_json(folder / SAVED)
+            costs = read_json(folder / SAVED).get(COSTS, {})
         elif {path.name for path in folder.iterdir()} - {LOCK}:
             raise UserError(f"{folder} holds something that is no study. Choose a new --output.")
-        study = _share_budget(study, folder, saved.get(COSTS, {}))
-        values = study.values()
-        if saved:
-            shared = {name: saved["variants"][name] for name in study.variants if name in saved["variants"]}
-            own = values | {"variants": {name: values["variants"][name] for name in shared}}
-            if differing := differences(saved | {"variants": shared}, own, (OVERRIDES, COSTS)):
-                raise UserError(
-                    f"{folder} holds results of other values:\n" + "\n".join(differing) + "\n"
-                    "Choose a new --output for these, or run with the values there to go on."
-                )
-            for key in ("variants", COSTS):
-                if key in values:
-                    values[key] = saved.get(key, {}) | values[key]
-        write_json(folder / SAVED, values | {OVERRIDES: study.overrides})
-    return study
+        claimed = share_budget(study, {name: Cost(**values) for name, values in costs.items()})
+        _save(claimed, folder)
+        return _time_steps(study, claimed, folder) if untimed(claimed) else claimed
 
 
-def _share_budget(study: Study, folder: Path, saved: Mapping[str, Mapping[str, float]]) -> Study:
-    if study.config.budget_of is None:
-        return study
-    timed = "seconds" in study.config.budgets
-    found = {name: Cost(**values) for name, values in saved.items()}
-    known = {name: cost for name, cost in found.items() if not timed or cost.seconds is not None}
-    unknown = len(students(study).keys() - known.keys()) if timed else 0
-    with join_ranks() as ranks, ProgressBar("measuring what a step costs", unknown) as bar:
-        place = Workplace(study, folder / UNITS, ranks)
+def _save(study: Study, folder: Path) -> None:
+    """Write ``study.json``, with the variants that are there already; refuses other values than they have."""
+    values = study.values()
+    if (folder / SAVED).exists():
+        saved = read_json(folder / SAVED)
+        shared = {name: saved["variants"][name] for name in study.variants if name in saved["variants"]}
+        own = values | {"variants": {name: values["variants"][name] for name in shared}}
+        if differing := differences(saved | {"variants": shared}, own, (OVERRIDES, COSTS)):
+            raise UserError(
+                f"{folder} holds results of other values:\n" + "\n".join(differing) + "\n"
+                "Choose a new --output for these, or run with the values there to go on."
+            )
+        for key in ("variants", COSTS):
+            if key in values:
+                values[key] = saved.get(key, {}) | values[key]
+    write_json(folder / SAVED, values | {OVERRIDES: study.overrides})
 
-        def measure(run: TrainConfig) -> float:
+
+def _time_steps(study: Study, claimed: Study, folder: Path) -> Study:
+    """Measure how long a step of each student takes of which that is not known, and save each at once.
+
+    Args:
+        study: As it was loaded.
+        claimed: The same with what is known.
+        folder: The study's.
+
+    Returns:
+        The study with all that is to last as long.
+    """
+    names = untimed(claimed)
+    with (
+        StopSignals() as signals,
+        join_ranks() as ranks,
+        ProgressBar("measuring what a step costs", len(names)) as bar,
+    ):
+        place = Workplace(claimed, folder / UNITS, ranks, lambda: signals.received is not None)
+        for name in names:
+            seconds = round(place.time_step(claimed.run(name)), 4)
+            claimed = share_budget(study, {**claimed.costs, name: claimed.costs[name]._replace(seconds=seconds)})
+            _save(claimed, folder)
             bar.advance()
-            return place.time_step(run)
-
-        return share_budget(study, known, measure)
+            place.check_stop()
+    return claimed
 
 
 def result_file(folder: Path, unit: Unit) -> Path:
@@ -131,36 +158,74 @@ def result_file(folder: Path, unit: Unit) -> Path:
     return folder / UNITS / f"{unit}.json"
 
 
+def _is_done(folder: Path, unit: Unit) -> bool:
+    return result_file(folder, unit).exists()
+
+
 def _missing(study: Study, folder: Path, seeds: Sequence[int]) -> list[Unit]:
-    return [unit for unit in study.units(seeds) if not result_file(folder, unit).exists()]
+    return [unit for unit in study.units(seeds) if not _is_done(folder, unit)]
 
 
 def _work(study: Study, folder: Path, seeds: Sequence[int]) -> bool:
-    """Do units until none is left, also those that others began and left."""
+    """Do units until none is left, also those that others began and left; one that fails is left alone then."""
+    failed: dict[Unit, str] = {}
     with StopSignals() as signals, join_ranks() as ranks:
         place = Workplace(study, folder / UNITS, ranks, lambda: signals.received is not None)
-        while left := _missing(study, folder, seeds):
+        while True:
+            failed = {unit: told for unit, told in failed.items() if not _is_done(folder, unit)}  # by another process
+            left = [unit for unit in _missing(study, folder, seeds) if not _is_lost(study, unit, failed)]
+            if not left:
+                break
             try:
-                if not any(_try(place, folder, unit) for unit in left):
+                if not any(_try(place, folder, unit, failed) for unit in left):
                     time.sleep(SECONDS_BETWEEN_LOOKS)
             except StoppedError:
                 return False
             if signals.received is not None:
                 return False
+    if failed:
+        told = "".join(f"  {unit}: {error}\n" for unit, error in failed.items())
+        raise FailedUnitsError(
+            f"Units failed, and what waits for them is left. All others are done.\n{told}"
+            "Mend it and run the same command again: what is done stays."
+        )
+    return True
+
+
+def _is_lost(study: Study, unit: Unit, failed: Container[Unit]) -> bool:
+    """Whether a unit failed, or waits for one that did."""
+    return unit in failed or any(_is_lost(study, needed, failed) for needed in study.needs(unit))
+
+
+def _try(place: Workplace, folder: Path, unit: Unit, failed: dict[Unit, str]) -> bool:
+    """Do a unit unless it waits for another one, is done meanwhile, or another process does it.
+
+    Returns:
+        Whether anything was done here; also where that failed, which is told and added to ``failed``.
+    """
+    if not all(_is_done(folder, needed) for needed in place.study.needs(unit)):
+        return False
+    try:
+        return do_once(folder, unit, lambda own: place.do(unit))
+    except StoppedError:
+        raise
+    except Exception as error:  # whatever it is, other units may have nothing to do with it
+        logger.error("%s failed: %s", unit, error, exc_info=not isinstance(error, UserError))
+        failed[unit] = f"{type(error).__name__}: {error}"  # not itself, which holds on to all that the unit had
         return True
 
 
-def _try(place: Workplace, folder: Path, unit: Unit) -> bool:
-    """Do a unit unless it waits for another one, is done meanwhile, or another process does it."""
-    if not all(result_file(folder, needed).exists() for needed in place.study.needs(unit)):
-        return False
-    return do_once(folder, unit, lambda own: place.do(unit))
-
-
-def do_once(folder: Path, unit: Unit, work: Callable[[Path], dict[str, Any]]) -> bool:
+def do_once(
+    folder: Path, unit: Unit, work: Callable[[Path], dict[str, Any] | None], *, unless: str | None = None
+) -> bool:
     """Do a unit and write its results, unless it is done or another process is at it; returns whether it was done here.
 
-    ``work`` is given the unit's own folder, which is there and locked.
+    Args:
+        folder: The study's.
+        unit: What is done.
+        work: Given the unit's own folder, which is there and locked, returns its results; None where it does but a part
+            of the unit, and the rest is left to do.
+        unless: Nothing is done either where the unit's folder holds this.
     """
     own = folder / UNITS / str(unit)
     own.mkdir(parents=True, exist_ok=True)
@@ -169,7 +234,8 @@ def do_once(folder: Path, unit: Unit, work: Callable[[Path], dict[str, Any]]) ->
             stack.enter_context(locked(own))
         except FolderInUseError:
             return False
-        if result_file(folder, unit).exists():
+        if _is_done(folder, unit) or (unless is not None and (own / unless).exists()):
             return False
-        write_json(result_file(folder, unit), work(own))
+        if (results := work(own)) is not None:
+            write_json(result_file(folder, unit), results)
         return True

@@ -78,20 +78,21 @@ def summarise(study: Study, folder: Path, saved: Mapping[str, Any], seeds: Seque
     }
     variants = {}
     for name, own in units.items():
+        against = study.compared_with(name, units)
         measures: dict[str, dict[str, Any]] = {}
         for measure in ALL_MEASURES:
             of_seeds = _column(values[name], measure)
             if not of_seeds:
                 continue
             measures[measure] = _told(estimate(list(of_seeds.values())), units[name])
-            baseline = _column(values.get(study.baseline, {}), measure)
-            if real and name != study.baseline:
+            if real and against is not None:
                 distance = partial(ALL_MEASURES[measure].distance, real=real["spreads"][measure]["mean"])
-                found = compare(of_seeds, baseline, distance)
-                compared = units[name], units.get(study.baseline, {})
+                found = compare(of_seeds, _column(values.get(against, {}), measure), distance)
+                compared = units[name], units.get(against, {})
                 measures[measure]["against_baseline"] = None if found is None else _told(found, *compared)
         variants[name] = {
             "title": _title(study, name),
+            "against": against,
             "measures": measures,
             "seeds": {
                 str(seed): {"values": values[name].get(seed)}
@@ -143,18 +144,19 @@ def render(results: Mapping[str, Any]) -> str:
     lines += ["", f"## Means over seeds, with {results['statistics']}", "", markdown_table(rows, reference, controls)]
     names = headlines(spreads)
     lines += [
-        f"## How much farther from real than {results['baseline']}",
+        "## How much farther from real than another variant",
         "",
-        "Mean over seeds of the distance to real clips less the baseline's: below 0 is closer than the baseline. "
-        "In bold where the interval excludes 0.",
+        "Mean over seeds of the distance to real clips less that of the variant in the second column: below 0 is "
+        "closer than that one. In bold where the interval excludes 0.",
         "",
-        f"| | {' | '.join(name.replace('_', ' ') for name in names)} |",
-        f"| --- |{' --: |' * len(names)}",
+        f"| | than | {' | '.join(name.replace('_', ' ') for name in names)} |",
+        f"| --- | --- |{' --: |' * len(names)}",
     ]
     for name, each in variants.items():
         found = {key: values.get("against_baseline") for key, values in each["measures"].items()}
         if any(found.values()):
-            lines.append(f"| {name} | {' | '.join(_difference(found[key]) for key in names)} |")
+            differences = " | ".join(_difference(found[key]) for key in names)
+            lines.append(f"| {name} | {each['against']} | {differences} |")
     means = {name: spread.mean for name, spread in spreads.items()}
     if results["controls"] and (judged := monitor_table(variants, means, _controls(results))):
         lines += [
@@ -176,8 +178,9 @@ def render(results: Mapping[str, Any]) -> str:
 def _choices(results: Mapping[str, Any]) -> list[str]:
     lines = [
         f"Of each method the lowest mean rank, among its settings, of the distance to real clips in the headline "
-        f"measures; of those within {NEAR:g} of the lowest, the nearest in saturation. Without settings of which a "
-        "seed diverged, and over the seeds that all others have. As long as seeds are missing, this is a guess.",
+        f"measures; of n settings those within {NEAR:g} (n - 1) of the lowest, and of these the nearest in saturation. "
+        "Without settings of which a seed diverged, and over the seeds that all others have. As long as seeds are "
+        "missing, this is a guess.",
         "",
         "| | chosen | mean ranks | diverged | seeds |",
         "| --- | --- | --- | --- | --- |",
@@ -194,9 +197,10 @@ def _choices(results: Mapping[str, Any]) -> list[str]:
 def _costs(results: Mapping[str, Any]) -> list[str]:
     lines = [
         "Forward equivalents of all examples of a batch, a backward pass counted as two; seconds of one process, "
-        "measured when the study began; memory in tensors on a GPU, computed.",
+        "measured when the study began; memory in tensors on a GPU, computed. Steps are those for equal forwards, but "
+        "for what goes on from another student, which has its own.",
         "",
-        "| | forwards | seconds | memory, MB | steps for equal forwards | steps for equal seconds |",
+        "| | forwards | seconds | memory, MB | steps | steps for equal seconds |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
     for name, cost in results[COSTS].items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +45,12 @@ from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.runtime.timing import timed
 from avd_trainer.studies.budget import time_step
 from avd_trainer.studies.definition import CONTROLS, REFERENCE, HalfRateVariant, Study, TeacherVariant, Unit, start_of
 from avd_trainer.studies.deviations import read_deviations
 from avd_trainer.studies.monitoring import judge_samples, read_findings
+from avd_trainer.studies.training_record import read_training
 from avd_trainer.training.checkpoint import latest_checkpoint
 from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.folder import CHECKPOINTS
@@ -59,6 +61,15 @@ RUN = "run"
 """The run in a unit's folder; what it trained stays, its checkpoints go when nothing goes on from them any more."""
 BEGINNING = "beginning"
 """Key of a unit's results, and file in its folder: the unit whose run its own has gone on from, and at which step."""
+REUSED = "reused_from"
+"""Key of a unit's results: the study and the unit that they were taken from. Where only the run was, to be measured
+anew, also a file in its folder, with what the results there said of training."""
+CLOCKS: Mapping[str, Callable[[], float]] = {"seconds": time.monotonic, "cpu_seconds": time.process_time}
+"""Keys of a unit's results: time by the clock, and of the processor, which other processes do not lengthen."""
+TRAINING_SECONDS = ("train", "train_rest")
+
+Times = Mapping[str, dict[str, float]]
+"""Seconds of each part of a unit, by clock."""
 
 Stopping = Callable[[], bool]
 """Whether somebody asked the study to stop."""
@@ -90,39 +101,51 @@ class Workplace:
         """Train where the variant is trained, and measure where it makes clips.
 
         Returns:
-            ``seconds`` that it took since this process began it, and ``environment``. Of a run that has gone on from
-            another unit's also ``beginning``, the unit and the step; ``seconds`` then has ``train_rest``, of the steps
-            after that, and no ``train``. Of a variant that makes clips also ``noises``, the measures of each of several
-            noises, ``monitor``, what a :class:`avd_core.CollapseMonitor` says of them, and ``deviations`` that the
-            adaptive weight judged; or ``failed``, why there are none: a student that diverged is a result, too. Of
+            ``seconds`` since this process began it, by the clock, ``cpu_seconds`` of its processor, and ``environment``
+            as of then. Of a run also ``training`` (:func:`read_training`). Of a run that has gone on from another
+            unit's also ``beginning``, the unit and the step; seconds then have ``train_rest``, of the steps after that,
+            and no ``train``. Of a variant that makes clips also ``noises``, the measures of each of several noises,
+            ``monitor``, what a :class:`avd_core.CollapseMonitor` says of them, and ``deviations`` that the adaptive
+            weight judged; or ``failed``, why there are none: a student that diverged is a result, too. Of a run that
+            was taken from another study, ``reused_from``, its seconds there and its ``training_environment``. Of
             ``reference`` the ``spreads`` of real clips, of ``controls`` the ``controls``.
 
         Raises:
             StoppedError: If somebody asked to stop.
             UserError: As :func:`train`.
         """
-        seconds: dict[str, float] = {}
-        start = time.monotonic()
+        begun_in = environment()
+        times: Times = {clock: {} for clock in CLOCKS}
         result: dict[str, Any] = {"variant": unit.variant, "seed": unit.seed}
-        try:
-            result |= self._results(unit, seconds)
-        except NonFiniteError as error:
-            result["failed"] = str(error)
+        with _timed(times, "all"):
+            try:
+                result |= self._results(unit, times)
+            except NonFiniteError as error:
+                result["failed"] = str(error)
+        if (self.run_folder(unit) / METRICS_FILE).exists():
+            result["training"] = read_training(self.run_folder(unit))
         if (beginning := self._beginning_file(unit)).exists():
             result[BEGINNING] = read_json(beginning)
-            if "train" in seconds:
-                seconds["train_rest"] = seconds.pop("train")
-        seconds["all"] = round(time.monotonic() - start, 1)
-        return result | {"seconds": seconds, "environment": environment()}
+            for own in times.values():
+                if "train" in own:
+                    own["train_rest"] = own.pop("train")
+        if (reused := self.folder / str(unit) / f"{REUSED}.json").exists():
+            taken = read_json(reused)
+            for clock, own in times.items():
+                for name in TRAINING_SECONDS:
+                    own.pop(name, None)
+                own |= taken.get(clock, {})
+            result |= {name: each for name, each in taken.items() if name not in CLOCKS}
+        return {**result, **times, "environment": begun_in}
 
-    def _results(self, unit: Unit, seconds: dict[str, float]) -> dict[str, Any]:
+    def _results(self, unit: Unit, times: Times) -> dict[str, Any]:
         if unit.variant == REFERENCE:
             sets = self.study.config.evaluation.renderings
             with ProgressBar(str(unit), sets) as bar:
 
                 def advance() -> None:
                     bar.advance()
-                    self._check_stop()
+                    self.check_stop()
 
                 reference = reference_of_shapes(
                     self._shapes, self._codec, sets=sets, images=self._of_images, on_set=advance
@@ -134,16 +157,16 @@ class Workplace:
             return {"controls": {name: self._measure(each, images) for name, each in controls.items()}}
         variant = self.study.variants[unit.variant]
         if isinstance(variant, TrainConfig):
-            with _timed(seconds, "train"):
+            with _timed(times, "train"):
                 self._train(unit, variant)
         if not self.study.is_measured(unit.variant):
             return {}
         noises = range(self.study.config.evaluation.noises)
-        with _timed(seconds, "sample"), ProgressBar(f"{unit} samples", len(noises) * len(self._batches)) as bar:
+        with _timed(times, "sample"), ProgressBar(f"{unit} samples", len(noises) * len(self._batches)) as bar:
             samples = [self._sample(unit, noise, bar) for noise in noises]
         if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
             raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
-        with _timed(seconds, "measure"):
+        with _timed(times, "measure"):
             images = self._real.video[:, :, 0]
             measured = [self._measure(Encoded(each, self._codec.decode(each)), images) for each in samples]
         trained = isinstance(variant, TrainConfig)
@@ -157,8 +180,17 @@ class Workplace:
         }
 
     def time_step(self, run: TrainConfig) -> float:
-        """Seconds that a step of a run takes here."""
-        return time_step(run, self._training_data(run), self.ranks)
+        """Seconds that a step of a run takes here.
+
+        Raises:
+            StoppedError: If somebody asked to stop.
+        """
+        return time_step(run, self._training_data(run), self.ranks, self.check_stop)
+
+    def check_stop(self) -> None:
+        """Raise StoppedError if somebody asked to stop."""
+        if self._stopping():
+            raise StoppedError
 
     def run_folder(self, unit: Unit) -> Path:
         """Where a unit's run is."""
@@ -230,9 +262,9 @@ class Workplace:
 
         def advance() -> None:
             bar.advance()
-            self._check_stop()
+            self.check_stop()
 
-        self._check_stop()
+        self.check_stop()
         seeds = (unit.seed, noise)
         return sample_captions(sample, self._asked, self._batches, seeds, self.ranks.device, advance)
 
@@ -283,13 +315,9 @@ class Workplace:
             raise NonFiniteError(f"There is nothing to sample with: {unit} has diverged.")
         return product
 
-    def _check_stop(self) -> None:
-        if self._stopping():
-            raise StoppedError
-
     def _measure(self, clips: Encoded, images: Tensor) -> dict[str, float]:
         """The measures of clips; for image to video also those against the images that they were to begin with."""
-        self._check_stop()
+        self.check_stop()
         return measure(*clips, self._held_out.captions, self._real, images if self._of_images else None)
 
     @property
@@ -390,7 +418,8 @@ def batches_of(count: int, size: int) -> list[range]:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    seconds[name] = round(time.monotonic() - start, 1)
+def _timed(times: Times, part: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, clock in CLOCKS.items():
+            stack.enter_context(timed(times[name], part, clock))
+        yield

@@ -1,6 +1,7 @@
 import importlib.metadata
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.methods.registry import list_methods
 from avd_trainer.models.transformer import load_transformer
+from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.ranks import join_ranks
 from avd_trainer.studies import demo
 from avd_trainer.training.config import TrainConfig
@@ -180,7 +182,7 @@ def test_the_demo_trains_both_students_at_once_where_there_are_cores(
 ) -> None:
     asked = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(demo, "run_demo", lambda *_, jobs: asked.append(jobs))
+    monkeypatch.setattr(demo, "run_demo", lambda *_, jobs, command: asked.append(jobs))
     status, printed = run("demo", "--output", tmp_path)
     assert (status, asked) == (0, [jobs])
     assert "Stopped on request" in printed
@@ -192,6 +194,12 @@ def test_the_demo_writes_its_pictures_and_numbers_once(tmp_path: Path) -> None:
     metrics, written = check_demo(tmp_path, list(MEASURES)), (tmp_path / "report.png").stat().st_mtime_ns
     assert metrics["dmd"] != metrics["avd"]
     assert "finished" not in printed
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert saved["command"] == shlex.join(["avd", "demo", "--output", "DIR", *map(str, SMALL_DEMO)])
+    assert saved["continued"] is False
+    assert saved["seconds"].keys() == {"sample", "train", "measure", "all"}
+    assert saved["seconds"]["all"] == max(saved["seconds"].values())
+    assert saved["environment"] == environment()
     verdict = " ".join((tmp_path / "verdict.md").read_text().partition("|")[0].split())
     assert verdict.startswith("AVD is nearer to the real clips than DMD alone in ")
     assert verdict in printed

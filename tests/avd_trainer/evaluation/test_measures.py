@@ -70,6 +70,16 @@ def slower(track: Track, strength: float) -> Track:
     return replace(track, positions=middle + (1 - strength) * (track.positions - middle))
 
 
+def at_a_speed(track: Track, factor: float) -> Track:
+    return slower(track, 1 - factor)
+
+
+def towards_one_speed(track: Track, share: float) -> Track:
+    """Nearer to the captioned speed, of which captions leave a tenth open."""
+    way = (track.positions[-1] - track.positions[0]).norm() / (SPEEDS[track.shape.speed] * 32)
+    return at_a_speed(track, float(1 + (1 - share) * (way - 1)) / float(way))
+
+
 def on_the_other_half(clip: ShapeClip) -> Tensor:
     return clip.video.flip(2 if clip.scene.layout == "above" else 3)
 
@@ -140,6 +150,7 @@ FAULTS: dict[str, tuple[Spoil, tuple[float, ...], int]] = {
     "direction": (in_a_share(lambda clip: clip.video.flip(1)), SHARES, -1),
     "moves": (STILL, SHARES, -1),
     "speed_error": (drawn_again(slower), SHARES, 1),
+    "speed_distance": (drawn_again(slower), SHARES, 1),
     "jerk": (SHUFFLED, (0.0, 0.12, 0.24, 0.5), 1),
     "saturation": (SATURATED, FACTORS, 1),
     "saturation_error": (in_two_ways(SATURATED), (0.0, 0.1, 0.2, 0.3, 0.5), 1),
@@ -209,7 +220,8 @@ def test_the_other_side_of_real(name: str, spoil: Spoil, strengths: tuple[float,
         ("jerk", STILL, 1.0),
         ("color_error", in_two_ways(SATURATED), 0.2),
         ("saturation_error", in_two_ways(SATURATED), 0.2),
-        ("speed_error", in_a_share(with_swapped_speeds), 1.0),
+        ("speed_distance", in_a_share(with_swapped_speeds), 1.0),
+        ("speed_distance", in_two_ways(drawn_again(at_a_speed)), 0.2),
         ("placed", in_a_share(on_the_other_half), 0.5),
     ],
 )
@@ -217,6 +229,18 @@ def test_faults_of_a_part_and_opposite_faults_are_caught(
     name: str, spoil: Spoil, strength: float, measured: Measured, score: Score
 ) -> None:
     assert name in caught(score(spoil, strength), measured.reference)
+
+
+def test_one_speed_where_captions_leave_several_open_is_seen_by_the_distance_of_speeds_alone(
+    measured: Measured, score: Score
+) -> None:
+    spoil = drawn_again(towards_one_speed)
+    values = [score(spoil, share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert all(after["speed_distance"] > before["speed_distance"] for before, after in pairwise(values))
+    assert all(after["speed_error"] < before["speed_error"] for before, after in pairwise(values))
+    spread = measured.reference.spreads["speed_distance"]
+    assert values[0]["speed_distance"] < spread.high
+    assert values[-1]["speed_distance"] > 2 * spread.mean
 
 
 def test_clips_without_captions_get_what_needs_none(measured: Measured, codec: BlockDCTCodec) -> None:

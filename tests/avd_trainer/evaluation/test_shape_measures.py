@@ -6,10 +6,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from scipy.stats import wasserstein_distance
 from torch import Tensor
 
 from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, SHAPE_COLORS, Scene
-from avd_trainer.evaluation.shape_measures import shape_measures
+from avd_trainer.evaluation.shape_measures import shape_measures, speed_distance
 from avd_trainer.evaluation.shape_tracking import ShapeTracks
 
 SCENE = Scene.from_caption(
@@ -139,6 +140,49 @@ def test_a_way_that_too_few_frames_show_is_not_known() -> None:
     assert (shown["direction"], shown["moves"], shown["speed_error"]) == (1, 1, pytest.approx(0.0, abs=1e-5))
     hidden = first(hide(make_tracks(), list(range(8, FRAMES))))
     assert (hidden["direction"], hidden["moves"], hidden["speed_error"]) == (0, 0, 1)
+
+
+def at_speeds(*speeds: float) -> ShapeTracks:
+    """Clips whose shapes move at this times the captioned speed."""
+    one, time = make_tracks(), (torch.arange(float(FRAMES)) / (FRAMES - 1)).view(-1, 1)
+    ways = torch.tensor([[[16.0, 0.0]], [[-6.4, 0.0]]])
+    fields = {name: torch.cat([getattr(one, name)] * len(speeds)) for name in ("visible", "areas", "colors", "misfits")}
+    centers = torch.stack([16 + time * speed * ways for speed in speeds])
+    return replace(one, scenes=[SCENE] * len(speeds), centers=centers, **fields)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "real", "distance"),
+    [
+        ((1.1, 0.9), (0.9, 1.1), 0.0),  # in any order
+        ((1.0, 1.0), (0.9, 1.1), 0.1),
+        ((0.9, 0.9), (0.9, 1.1), 0.1),
+        ((0.0, 0.0), (0.9, 1.1), 1.0),
+        ((-1.0, 0.9), (0.9, 1.1), (0.9 + 0.2) / 2),  # backwards is as a still
+        ((2.0, 3.0), (0.9, 1.1), 0.5),  # no more is told apart
+    ],
+)
+def test_the_distance_of_speeds_is_that_of_two_distributions(
+    speeds: tuple[float, ...], real: tuple[float, ...], distance: float
+) -> None:
+    assert speed_distance(at_speeds(*speeds), at_speeds(*real)) == pytest.approx(distance, abs=1e-5)
+    assert distance == pytest.approx(wasserstein_distance([min(max(x, 0), 1.5) for x in speeds], real), abs=1e-6)
+
+
+def test_a_shape_that_is_hidden_counts_as_a_still() -> None:
+    real, hidden = at_speeds(0.9, 1.1), at_speeds(0.9, 1.1)
+    hidden.visible[1] = False
+    hidden.centers[1] = math.nan
+    assert speed_distance(hidden, real) == pytest.approx(0.5 * (0.9 + 0.2), abs=1e-5)
+
+
+def test_quick_and_slow_shapes_are_compared_apart() -> None:
+    """A quick shape that is too slow is not made up for by a slow one that is too quick."""
+    own = at_speeds(0.9)
+    own.centers[0, 1] = at_speeds(1.1).centers[0, 1]
+    other = at_speeds(1.1)
+    other.centers[0, 1] = at_speeds(0.9).centers[0, 1]
+    assert speed_distance(own, other) == pytest.approx(0.2, abs=1e-5)
 
 
 def test_jerk_is_the_root_mean_square_of_third_differences_up_to_a_cap() -> None:

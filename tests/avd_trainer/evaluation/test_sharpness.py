@@ -107,7 +107,7 @@ def test_the_papers_spread_needs_no_remark() -> None:
         (
             0.3,
             {"sharpness": 60.0, "deviation": "standardized"},
-            [r"is a switch.* Set method\.regression\.sharpness=3,"],
+            [r"is a switch.* right where losses fall into two groups.* set method\.regression\.sharpness=3,"],
         ),
         (0.02, {}, []),  # narrow, and still told apart
         (0.005, {}, [r"a constant.*off by 0\.73 more than the mean.*deviation=standardized with a sharpness of 3"]),
@@ -134,6 +134,22 @@ def test_the_remedy_helps() -> None:
     after = calibrated(clips, sharpness=before.paper_sharpness)
     assert after.steps[0].steepness == pytest.approx(0.9)
     assert after.remarks == ()
+
+
+@pytest.mark.parametrize("judged", ["loss", "excess"])
+@pytest.mark.parametrize("other", [{"deviation": "standardized"}, {"sharpness": 0.2}])
+def test_other_weights_of_the_same_losses_are_those_of_another_look(judged: str, other: dict[str, Any]) -> None:
+    clips = batches(*made_up(spread=1.4))
+    found, again = calibrated(clips, judged=judged), calibrated(clips, judged=judged, **other)
+    assert found.reweighed(found.options) == found
+    told = found.reweighed(again.options)
+    assert (told.options, told.samples, told.remarks) == (again.options, again.samples, again.remarks)
+    for step, expected in zip(told.steps, again.steps, strict=True):
+        assert step.model_dump() == {
+            # In float32 two looks agree to rounding.
+            name: value if value is None else pytest.approx(value, rel=1e-4, abs=1e-6)
+            for name, value in expected.model_dump().items()
+        }
 
 
 def test_a_weight_that_would_judge_energy_is_named() -> None:

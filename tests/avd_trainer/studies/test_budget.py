@@ -1,12 +1,14 @@
 """Students that may cost the same: how many steps that comes to, and that it stays so."""
 
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.data.sources import TrainingData
@@ -45,8 +47,14 @@ def seconds(run: TrainConfig) -> float:
     return SECONDS[run.method.kind]
 
 
+def timed_as(study: Study, measure: Callable[[TrainConfig], float]) -> Study:
+    """A study of which it is known how long steps take."""
+    costs = share_budget(study, {}).costs
+    return share_budget(study, {name: costs[name]._replace(seconds=measure(study.run(name))) for name in costs})
+
+
 def shared(name: str, steps: int) -> Study:
-    return share_budget(load_study(name, [f"max_steps={steps}"]), {}, seconds)
+    return timed_as(load_study(name, [f"max_steps={steps}"]), seconds)
 
 
 def test_steps_follow_from_forwards_and_from_seconds(name: str) -> None:
@@ -127,7 +135,7 @@ def test_one_step_is_the_least(name: str) -> None:
 
 def test_without_a_budget_each_has_its_own_steps(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "small"))
-    assert share_budget(study, {}, seconds) is study
+    assert share_budget(study, {}) is study
     assert study.order == list(study.variants)
 
 
@@ -176,6 +184,46 @@ def test_a_study_begun_by_forwards_goes_on_by_seconds_too(name: str, tmp_path: P
     assert timed == ["dmd", "avd"]
 
 
+def test_a_signal_ends_the_measuring_and_what_was_measured_stays(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def look(place: Workplace, run: TrainConfig) -> float:
+        asked.append(run.method.kind)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            place.check_stop()
+        return 2.0 * len(asked)
+
+    monkeypatch.setattr(units.Workplace, "time_step", look)
+    folder, study = tmp_path / "out", load_study(name, ["max_steps=20"], ["dmd", "avd"])
+    assert not run_study(study, folder, [1])
+    saved = read_json(folder / "study.json")
+    assert {each: cost["seconds"] for each, cost in saved["costs"].items()} == {"dmd": 2.0, "avd": None}
+    assert saved["variants"].keys() == {"dmd", "avd"}
+    assert not (folder / "units").exists()
+    assert "| avd |" not in render(write_summary(study, folder, [1]))
+    with pytest.raises(UserError, match=r"max_steps: .* there"):  # what was measured is of these values
+        claim_study(load_study(name, ["max_steps=30"], ["dmd", "avd"]), folder)
+    whole = claim_study(study, folder)
+    assert asked == ["dmd", "avd", "avd"]
+    assert whole.run("avd-seconds").max_steps == round(20 * 2 / 6)
+    assert read_json(folder / "study.json")["costs"]["avd"]["seconds"] == 6.0
+
+
+def test_a_signal_at_the_last_one_ends_the_study_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(*_: object) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 2.0
+
+    monkeypatch.setattr(units.Workplace, "time_step", look)
+    assert not run_study(load_study(name, ["max_steps=20"], ["dmd"]), tmp_path / "out", [1])
+    assert read_json(tmp_path / "out" / "study.json")["costs"]["dmd"]["seconds"] == 2.0
+
+
 def test_the_table_says_what_a_step_costs(name: str, tmp_path: Path, timed: list[str]) -> None:
     folder = tmp_path / "out"
     study = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
@@ -186,33 +234,71 @@ def test_the_table_says_what_a_step_costs(name: str, tmp_path: Path, timed: list
     assert study.costs["avd"].forwards == found["costs"]["avd"]["forwards"]
 
 
+class FakeTrainer:
+    """Of every ten steps the tenth takes 5 seconds, of the rest those after step 80 take 3, and the others 1."""
+
+    clock = 0.0
+    """What both clocks say."""
+    slow: Collection[int] = ()
+    """Steps that take 100 seconds more."""
+
+    def __init__(self, config: TrainConfig, *_: object) -> None:
+        assert config.student_weights is None
+        self.method, self.step, self.first = self, 0, True
+
+    def turns(self, step: int) -> list[Turn]:
+        return [Turn("student", part="watched" if step % 10 == 0 else "late" if step > 80 else "")]
+
+    def run(self) -> Iterator[None]:
+        FakeTrainer.clock += 1000  # opening the data, which a run does once
+        return self.steps()
+
+    def steps(self) -> Iterator[None]:
+        seconds = {"watched": 5, "late": 3, "": 1}[self.turns(self.step + 1)[0].part]
+        FakeTrainer.clock += seconds + 50 * self.first + 100 * (self.step + 1 in self.slow)
+        self.first = False
+        yield
+
+
+@pytest.fixture
+def make_fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., type[FakeTrainer]]:
+    def make(clock: str, slow: Collection[int] = ()) -> type[FakeTrainer]:
+        monkeypatch.setattr(FakeTrainer, "clock", 0.0)
+        monkeypatch.setattr(FakeTrainer, "slow", slow)
+        monkeypatch.setattr(budget, "Trainer", FakeTrainer)
+        for name in ("perf_counter", "process_time"):
+            monkeypatch.setattr(budget.time, name, lambda name=name: FakeTrainer.clock if name == clock else 0.0)
+        return FakeTrainer
+
+    return make
+
+
 def test_steps_of_each_kind_count_as_often_as_the_run_has_them(
-    monkeypatch: pytest.MonkeyPatch, data: TrainingData, make_config: MakeConfig, ranks: Ranks
+    make_fake: Callable[..., type[FakeTrainer]], data: TrainingData, make_config: MakeConfig, ranks: Ranks
 ) -> None:
-    clock = [0.0]
-
-    class Stub:
-        """Of every ten steps the tenth takes 5 seconds, of the rest those after step 80 take 3, and the others 1."""
-
-        def __init__(self, *_: object) -> None:
-            self.method, self.step, self.first = self, 0, True
-
-        def turns(self, step: int) -> list[Turn]:
-            return [Turn("student", part="watched" if step % 10 == 0 else "late" if step > 80 else "")]
-
-        def run(self) -> Iterator[None]:
-            clock[0] += 1000  # opening the data, which a run does once
-            return self.steps()
-
-        def steps(self) -> Iterator[None]:
-            clock[0] += {"watched": 5, "late": 3, "": 1}[self.turns(self.step + 1)[0].part] + 50 * self.first
-            self.first = False
-            yield
-
-    monkeypatch.setattr(budget, "Trainer", Stub)
-    monkeypatch.setattr(budget.time, "perf_counter", lambda: clock[0])
-    seconds = time_step(make_config("dmd", max_steps=100), data, ranks)
+    make_fake("process_time")
+    looks: list[None] = []
+    run = make_config("dmd", max_steps=100, student_weights="variant:another")
+    seconds = time_step(run, data, ranks, lambda: looks.append(None))
     assert seconds == pytest.approx((72 * 1 + 18 * 3 + 10 * 5) / 100)
+    assert len(looks) == 3 * 7
+
+
+def test_on_a_gpu_steps_are_timed_by_the_clock_when_they_are_done(
+    make_fake: Callable[..., type[FakeTrainer]],
+    data: TrainingData,
+    make_config: MakeConfig,
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = make_fake("perf_counter", slow=[89])  # a single step of those that are looked at
+    waits: list[float] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(fake.clock))
+    gpu = replace(ranks, device=torch.device("cuda"))
+    seconds = time_step(make_config("dmd", max_steps=100), data, gpu)
+    assert seconds == pytest.approx((72 * 1 + 18 * 3 + 10 * 5) / 100)
+    assert len(waits) == 2 * 3 * 7
+    assert waits[1] - waits[0] == 1 + 50  # before a step and after it
 
 
 def test_the_data_of_a_run_is_open_before_its_first_step(
@@ -265,7 +351,13 @@ def test_a_study_from_start_to_end(tmp_path: Path) -> None:
     assert "units/dmd-1/run/student" in run.read_text()
     found = write_summary(small, folder, [1])
     assert found["variants"]["dmd"]["seeds"]["1"]["monitor"].keys() == {"of_samples"}  # too short for more
-    assert found["costs"].keys() == {"dmd", "avd"}
+    assert found["costs"].keys() == {"dmd", "avd", "again"}
+    assert found["costs"]["again"]["seconds"] > 0
+    assert found["variants"]["again"]["values"]["max_steps"] == 1  # its own
+    assert {name: each["against"] for name, each in found["variants"].items()} == {
+        "dmd": None,
+        **dict.fromkeys(("avd", "avd-seconds", "again"), "dmd"),
+    }
     table = (folder / "table.md").read_text()
     steps = [found["variants"][name]["values"]["max_steps"] for name in ("avd", "avd-seconds")]
     (line,) = [each for each in table.splitlines() if each.startswith(f"| avd | {2 * FORWARDS['avd']:g} | ")]
@@ -288,7 +380,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Study, Path]:
     """A study in which a step of avd takes two thirds of one of dmd, and its units: the shorter run is done."""
     folder = tmp_path_factory.mktemp("begun")
     whole = load_study(write_study(folder / "small", study=BUDGET), ["max_steps=4"])
-    study = share_budget(whole, {}, lambda run: {"dmd": 3.0, "avd": 2.0}[run.method.kind])
+    study = timed_as(whole, lambda run: {"dmd": 3.0, "avd": 2.0}[run.method.kind])
     assert [study.run(unit.variant).max_steps for unit in (EARLIER, LATER)] == [3, 6]
     with join_ranks() as ranks:
         Workplace(study, folder / "units", ranks).do(EARLIER)
@@ -317,6 +409,9 @@ def test_what_two_runs_have_in_common_is_trained_once(place: Workplace, tmp_path
     assert rest.pop("beginning") == {"unit": "avd-1", "steps": 3}
     assert rest.pop("seconds").keys() == {"train_rest", "sample", "measure", "all"}
     assert whole.pop("seconds").keys() == {"train", "sample", "measure", "all"}
+    assert rest.pop("cpu_seconds").keys() == {"train_rest", "sample", "measure", "all"}
+    assert whole.pop("cpu_seconds").keys() == {"train", "sample", "measure", "all"}
+    assert rest["training"]["means"].keys() >= {"loss"}
     assert rest == whole
     assert rest["deviations"]
     assert not [*place.folder.rglob("checkpoints"), *alone.folder.rglob("checkpoints")]
@@ -347,7 +442,7 @@ def test_a_run_that_begins_itself_says_so_whatever_was_killed_before(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, ranks: Ranks
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("pathlib.Path.rename", partial(pytest.fail, "killed"))
+        patch.setattr("pathlib.Path.rename", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             place.do(LATER)
     alone = Workplace(replace(place.study, worked_on={"avd-seconds"}), place.folder, ranks)

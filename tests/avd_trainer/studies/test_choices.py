@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import pytest
+
 from avd_trainer.evaluation.measures import ALL_MEASURES
 from avd_trainer.studies.choices import CHOICES, Choice, choose
 from avd_trainer.studies.summary import _choices
@@ -43,6 +45,21 @@ def test_of_those_that_are_near_the_nearer_in_saturation_is() -> None:
     (choice,) = choose(variants, REAL, SEEDS)
     assert choice.ranks == {"a": 1.5, "b": 1.5}
     assert choice.chosen == "b"
+
+
+@pytest.mark.parametrize(("settings", "wins", "chosen"), [(6, 7, "b"), (6, 8, "a"), (3, 6, "b"), (3, 7, "a")])
+def test_how_near_is_near_grows_with_the_number_of_settings(settings: int, wins: int, chosen: str) -> None:
+    """Half a rank of six settings, a fifth of three; `a` is first in so many of ten measures, and `b` in the others."""
+    measures = [name for name, each in ALL_MEASURES.items() if each.headline and name != "saturation_error"][:9]
+    variants = {
+        "a": variant("dmd", saturation_error=1.0, **{name: float(at >= wins) for at, name in enumerate(measures)}),
+        "b": variant("dmd", saturation_error=0.0, **{name: float(at < wins) for at, name in enumerate(measures)}),
+    }
+    for place in range(2, settings):
+        variants[f"{place}"] = variant("dmd", **dict.fromkeys([*measures, "saturation_error"], float(place)))
+    (choice,) = choose(variants, dict.fromkeys([*measures, "saturation_error"], 0.0), SEEDS)
+    assert choice.ranks["b"] - choice.ranks["a"] == pytest.approx((wins - (10 - wins)) / 10)
+    assert choice.chosen == chosen
 
 
 def test_settings_are_counted_before_those_that_diverged_are_dropped() -> None:

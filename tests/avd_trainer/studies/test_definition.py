@@ -1,5 +1,6 @@
 """What a study's folder says, and what is refused before any work."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ from avd_trainer.studies.definition import (
 )
 from avd_trainer.training.config import TrainConfig
 from small_study import FILES, write_study
+
+PAGE = (Path(__file__).parents[3] / "docs" / "studies.md").read_text()
 
 
 @pytest.fixture
@@ -197,6 +200,42 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, str | N
         load_study(write_study(tmp_path / "small", **changes))
 
 
+def test_a_variant_is_compared_with_the_baseline_or_with_its_own(tmp_path: Path) -> None:
+    paired = FILES["study"] + "\n        against: {half-rate: avd}"
+    study = load_study(write_study(tmp_path / "small", study=paired))
+    there = ["teacher", "dmd", "avd", "avd-seconds", "half-rate", "half-rate-seconds", "teacher-seconds"]
+    found = {name: study.compared_with(name, there) for name in there}
+    assert found == {
+        "teacher": "dmd",
+        "dmd": None,
+        "avd": "dmd",
+        "avd-seconds": "dmd",  # of which there is but one run
+        "half-rate": "avd",
+        "half-rate-seconds": "avd-seconds",
+        "teacher-seconds": "dmd",
+    }
+    assert study.compared_with("avd-seconds", [*there, "dmd-seconds"]) == "dmd-seconds"
+    assert study.compared_with("dmd-seconds", [*there, "dmd-seconds"]) is None
+    asked = load_study(study.source, baseline="teacher")
+    assert {asked.compared_with(name, ["teacher", "dmd", "half-rate"]) for name in ("dmd", "half-rate")} == {"teacher"}
+
+
+@pytest.mark.parametrize(
+    ("against", "message"),
+    [
+        ("{nobody: dmd}", "has no variant 'nobody'"),
+        ("{avd: nobody}", "has no variant 'nobody'"),
+        ("{avd: avd}", "against names two variants in each pair, .*got avd: avd"),
+        ("{avd-seconds: dmd-seconds}", "without -seconds, which follows from it, got avd-seconds: dmd-seconds"),
+        ("{avd: interpolator}", "against must name variants that make clips, got interpolator"),
+    ],
+)
+def test_pairs_that_do_not_fit_are_refused(tmp_path: Path, against: str, message: str) -> None:
+    paired = FILES["study"] + f"\n        against: {against}"
+    with pytest.raises(UserError, match=message):
+        load_study(write_study(tmp_path / "small", study=paired))
+
+
 def test_unknown_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'tabel2' is neither a study \(.*table2.*\) nor a folder with a study\.yaml"):
         find_study("tabel2")
@@ -232,9 +271,34 @@ def test_there_are_studies() -> None:
     assert {"table2", "tuning", "floors", "sharpness", "balance", "style"} <= list_studies().keys()
 
 
-def test_avds_terms_are_the_same_on_top_of_every_method() -> None:
+def test_avds_terms_are_the_same_on_top_of_every_method_but_for_the_weight_of_motion() -> None:
     files = {path.stem: read_values(path) for path in find_study("methods").glob("*-avd.yaml")}
     assert len(files) == 10
+    weights = {values["extends"]: values["method"]["avd"]["motion"].pop("weight") for values in files.values()}
     terms = files["dmd-avd"]["method"]["avd"]
     for name, values in files.items():
         assert values == {"extends": name.removesuffix("-avd"), "method": {"avd": terms}}
+    # The page's rule: 0.05 within three times of what the term's gradient is in dmd; else the weight that makes it so.
+    rows = re.findall(r"^\| `(\w+|data-forcing)`[^|]*\| ([\d.]+) \| ([\d.]+) \|$", PAGE, re.MULTILINE)
+    shares = {name: float(share) for name, share, weight in rows}
+    assert {name: float(weight) for name, share, weight in rows} == weights
+    for name, share in shares.items():
+        times = share / shares["dmd"]
+        assert weights[name] == (0.05 if 1 / 3 < times < 3 else float(f"{0.05 / times:.0e}")), name
+
+
+def test_each_method_with_avds_terms_is_compared_with_itself_alone() -> None:
+    study = load_study("methods")
+    pairs = dict(study.config.against)
+    assert (pairs.pop("data-forcing"), pairs.pop("data-forcing-0")) == ("dmd2", "data-forcing")
+    assert pairs == {name: name.removesuffix("-avd") for name in study.variants if name.endswith("-avd")}
+    assert study.compared_with("lcm-avd-seconds", study.order) == "lcm-seconds"
+    assert load_study("vpae-i2v").compared_with("avd-half-rate", ()) == "avd-four-steps"
+
+
+def test_the_control_of_data_forcing_differs_in_that_its_teacher_sees_no_clip() -> None:
+    study = load_study("methods")
+    run, control = study.run("data-forcing"), study.run("data-forcing-0")
+    assert run.method.forcing == 0.5  # type: ignore[attr-defined]
+    assert control == run.model_copy(update={"method": run.method.model_copy(update={"forcing": 0.0})})
+    assert study.needs(Unit("data-forcing-0", 3)) == study.needs(Unit("data-forcing", 3)) == [Unit("dmd2", 3)]

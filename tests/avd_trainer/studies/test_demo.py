@@ -19,6 +19,7 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.data.moving_shapes import Scene
 from avd_trainer.evaluation.controls import CONTROLS
 from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.runtime.environment import environment
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.processes import Ended, FailedProcessError
 from avd_trainer.runtime.ranks import Ranks, join_ranks
@@ -129,6 +130,12 @@ def test_all_rows_the_reference_and_the_controls_are_measured(finished: tuple[Pa
     rows = [*saved["rows"].values(), *saved["controls"].values(), saved["reference"]["spreads"]]
     assert all(list(row) == list(MEASURES) for row in rows)
     assert {name: len(groups) for name, groups in saved["groups"].items()} == {"dmd": 4, "avd": 4}
+
+
+def test_a_demo_that_went_on_claims_no_time(finished: tuple[Path, Findings]) -> None:
+    saved = json.loads((finished[0] / "metrics.json").read_text())
+    assert (saved["command"], saved["continued"], saved["seconds"]) == (None, True, None)
+    assert saved["environment"] == environment()
 
 
 def test_captions_were_never_trained_on_and_are_of_the_clips(finished: tuple[Path, Findings]) -> None:

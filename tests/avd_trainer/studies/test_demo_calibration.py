@@ -38,14 +38,15 @@ def scale(clip_mean: float) -> LatentScale:
 def measured(teacher: float, real: float) -> Calibration:
     """Clips and samples that move so much; a weight that is a switch at t = 1000."""
     common: dict[str, Any] = {
-        "mean": 45.0, "spread": 9.0, "weights": (0.0, 0.5, 1.0), "weight_spread": 0.4, "energy_correlation": None,
+        "judged": (44.0,) * 49 + (94.0,), "mean": 45.0, "spread": 7.0, "weights": (0.0, 0.5, 1.0), "weight_spread": 0.4,
+        "energy_correlation": None,
     }  # fmt: skip
     steps = tuple(
-        StepWeights(timestep=t, at_the_ends=share, steepness=2 * 9.0, **common)
+        StepWeights(timestep=t, at_the_ends=share, steepness=2 * 7.0, **common)
         for t, share in ((1000, 0.79), (522, 0.6))
     )
     regression = SharpnessCalibration(
-        options=RegressionConfig(), samples=9, steps=steps, paper_sharpness=0.1, remarks=()
+        options=RegressionConfig(), samples=50, steps=steps, paper_sharpness=0.1, remarks=()
     )
     return Calibration(
         teacher=scale(teacher),
@@ -93,8 +94,8 @@ def test_the_choice_is_told_in_a_line() -> None:
     said = describe(choose(own, BOTH, measured(0.58, -2.3)), own)
     assert said == (
         "Calibrated on your clips: method.motion.floor=0.58 (in place of 0.4); method.regression.deviation="
-        "standardized, method.regression.sharpness=3 (in place of absolute, 2, with which 79% of the weights would be "
-        "nearly on or off at t = 1000). See calibration.json."
+        "standardized, method.regression.sharpness=3, with which at most 2% of the weights are nearly on or off at any "
+        "of the few steps (in place of absolute, 2, with which it would be 79% at t = 1000). See calibration.json."
     )
 
 
@@ -128,7 +129,8 @@ def test_clips_are_measured_once(
         DemoConfig, "tiny", [*SMALL, "method.regression.judged=loss", "method.regression.deviation=absolute"]
     )
     first = calibrated(config, BOTH, clips(), tmp_path, samples=12, steps=2)
-    assert "Calibrated on your clips: method.motion.floor=" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Calibrated on your clips: method.motion.floor=" in said
     assert first.motion is not None
     assert first.regression is not None
     written = json.loads((tmp_path / "calibration.json").read_text())
@@ -136,7 +138,13 @@ def test_clips_are_measured_once(
     teacher, real = (written["measured"][name]["clip_mean"] for name in ("teacher", "real"))
     assert first.motion.floor == round(max(teacher, real), 2)
     assert first.regression.deviation == "standardized"
-    assert written["measured"]["sharpness"]["steps"][0]["at_the_ends"] > 0.6
+    before = [step["at_the_ends"] for step in written["measured"]["sharpness"]["steps"]]
+    after = written["at_the_ends"]
+    assert len(after) == len(before) == 4
+    assert min(before) > 0.6
+    assert max(after) < 0.1
+    assert f"with which at most {max(after):.0%} of the weights are nearly on or off" in said
+    assert f"with which it would be {max(before):.0%} at t = " in said
     assert written["measured"]["sharpness"]["options"]["deviation"] == config.method.regression.deviation  # type: ignore[attr-defined]
     # A demo that goes on measures nothing, and says nothing again.
     monkeypatch.setattr(demo_calibration, "calibrate_models", None)

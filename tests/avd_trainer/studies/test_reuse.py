@@ -9,7 +9,7 @@ from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.studies.definition import Study, load_study
 from avd_trainer.studies.reuse import reuse
-from avd_trainer.studies.runner import run_study
+from avd_trainer.studies.runner import claim_study, run_study
 from small_study import FILES, write_study
 
 # The same run by another name, and one of other values.
@@ -96,11 +96,118 @@ def test_what_is_there_stays(study: Study, done: Path, tmp_path: Path) -> None:
     assert (tmp_path / "mine/units/matching-1.json").stat().st_mtime_ns == before
 
 
-def test_another_way_to_measure_is_refused(study: Study, done: Path, tmp_path: Path) -> None:
+def test_what_was_measured_otherwise_is_measured_anew(study: Study, done: Path, tmp_path: Path) -> None:
+    other = load_study(study.source, ["evaluation.noises=3"], variants=["matching"])
+    mine, there = tmp_path / "mine", read_json(done / "units/dmd-1.json")
+    claim_study(other, mine)
+    (mine / "units/matching-1/run.part").mkdir(parents=True)  # of a call that was killed
+    assert [str(unit) for unit in reuse(other, mine, done, [1])] == ["matching-1"]
+    assert not (mine / "units/matching-1.json").exists()
+    assert {path.name for path in (mine / "units/matching-1").iterdir()} >= {"run", "reused_from.json"}
+    assert reuse(other, mine, done, [1]) == []
+
+    student = mine / "units/matching-1/run/student"
+    before = {path.name: path.stat().st_mtime_ns for path in student.iterdir()}
+    assert run_study(other, mine, [1])
+    assert {path.name: path.stat().st_mtime_ns for path in student.iterdir()} == before
+    results = read_json(mine / "units/matching-1.json")
+    assert results["noises"][:2] == there["noises"]
+    assert len(results["noises"]) == 3
+    for clock in ("seconds", "cpu_seconds"):
+        assert results[clock]["train"] == there[clock]["train"]
+        assert results[clock].keys() == {"train", "sample", "measure", "all"}
+    assert results["training"] == there["training"]
+    assert results["reused_from"] == "small/dmd-1"
+    assert results["training_environment"] == there["environment"]
+
+
+def test_what_was_measured_otherwise_still_says_which_run_it_went_on_from(
+    study: Study, done: Path, tmp_path: Path
+) -> None:
+    earlier = Path(shutil.copytree(done, tmp_path / "earlier"))
+    results, beginning = read_json(earlier / "units/dmd-1.json"), {"unit": "short-1", "steps": 1}
+    results["seconds"]["train_rest"] = results["seconds"].pop("train")
+    write_json(earlier / "units/dmd-1.json", results | {"beginning": beginning})
+    reuse(load_study(study.source, ["evaluation.noises=3"]), tmp_path / "mine", earlier, [1])
+    said = read_json(tmp_path / "mine/units/matching-1/reused_from.json")
+    assert said["beginning"] == beginning
+    assert said["seconds"] == {"train_rest": results["seconds"]["train_rest"]}
+
+
+def test_a_run_that_has_begun_here_stays(study: Study, done: Path, tmp_path: Path) -> None:
     other = load_study(study.source, ["evaluation.noises=3"])
-    with pytest.raises(UserError, match=r"evaluation.noises: 2 there, 3 now"):
-        reuse(other, tmp_path / "mine", done, [1])
-    assert not (tmp_path / "mine").exists()
+    claim_study(other, tmp_path / "mine")
+    begun = tmp_path / "mine/units/matching-1/run"
+    begun.mkdir(parents=True)
+    assert reuse(other, tmp_path / "mine", done, [1]) == []
+    assert not list(begun.iterdir())
+
+
+def test_what_is_not_known_of_an_earlier_training_is_left_out(study: Study, done: Path, tmp_path: Path) -> None:
+    earlier = Path(shutil.copytree(done, tmp_path / "earlier"))
+    results = read_json(earlier / "units/dmd-1.json")
+    write_json(earlier / "units/dmd-1.json", {key: each for key, each in results.items() if key != "cpu_seconds"})
+    other = load_study(study.source, ["evaluation.noises=3"], variants=["matching"])
+    reuse(other, tmp_path / "mine", earlier, [1])
+    assert read_json(tmp_path / "mine/units/matching-1/reused_from.json").keys() == {
+        "reused_from",
+        "seconds",
+        "training_environment",
+    }
+
+
+def test_a_student_that_diverged_has_nothing_to_measure_anew(study: Study, done: Path, tmp_path: Path) -> None:
+    earlier = Path(shutil.copytree(done, tmp_path / "earlier"))
+    results = read_json(earlier / "units/dmd-1.json")
+    write_json(
+        earlier / "units/dmd-1.json", {key: results[key] for key in ("variant", "seed", "seconds")} | {"failed": "x"}
+    )
+    other = load_study(study.source, ["evaluation.noises=3"])
+    assert [str(unit) for unit in reuse(other, tmp_path / "mine", earlier, [1])] == ["matching-1"]
+    assert read_json(tmp_path / "mine/units/matching-1.json")["failed"] == "x"
+
+
+WITH_TEACHER = {
+    "study": OTHER.replace("[matching, avd]", "[sampled, matching, avd]"),
+    "sampled": FILES["teacher"].replace("of: dmd", "of: matching"),
+}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sampled")
+    assert run_study(load_study(write_study(folder / "small"), variants=["teacher"]), folder / "results", [1])
+    return folder / "results"
+
+
+def test_a_teacher_that_is_sampled_in_the_same_way_is_copied(sampled: Path, tmp_path: Path) -> None:
+    """Its run may be another one: nothing of that is trained."""
+    files = NAMES | WITH_TEACHER | {"matching": FILES["dmd"].replace("max_steps: 2", "max_steps: 3")}
+    study = load_study(write_study(tmp_path / "other", **files))
+    copied = reuse(study, tmp_path / "mine", sampled, [1, 2])
+    assert [str(unit) for unit in copied] == ["reference-4", "controls-4", "sampled-1"]
+    mine, theirs = (
+        read_json(path) for path in (tmp_path / "mine/units/sampled-1.json", sampled / "units/teacher-1.json")
+    )
+    assert mine == theirs | {"variant": "sampled", "reused_from": "small/teacher-1"}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("sampled", "steps: 2", "steps: 3"),
+        ("matching", "online_updates: 1", "online_updates: 1, guidance_scale: 9"),
+        ("matching", "online_updates: 1", "online_updates: 1, sampling_shift: 9"),
+        ("study", "noises: 2", "noises: 3"),
+        ("all", "clips: 8", "clips: 8, seed: 9"),
+    ],
+)
+def test_another_teacher_is_not(sampled: Path, tmp_path: Path, file: str, old: str, new: str) -> None:
+    files = NAMES | WITH_TEACHER
+    changed = {name: text.replace(old, new) for name, text in files.items() if text and file in (name, "all")}
+    assert changed != {name: files[name] for name in changed}
+    study = load_study(write_study(tmp_path / "other", **files | changed))
+    assert "sampled" not in {unit.variant for unit in reuse(study, tmp_path / "mine", sampled, [1])}
 
 
 def test_what_is_no_study_is_refused(study: Study, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.studies import runner, units
 from avd_trainer.studies.definition import REFERENCE, Study, Unit, load_study
-from avd_trainer.studies.runner import run_study
+from avd_trainer.studies.runner import FailedUnitsError, run_study
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.config import TrainConfig
@@ -299,7 +299,75 @@ def test_a_run_whose_folder_is_in_use_is_told(study: Study, copy: Path, monkeypa
     (copy / "units" / "avd-1.json").unlink()
     shutil.rmtree(copy / "units" / "avd-1" / "run")
     monkeypatch.setattr(units, "train", refuse)
-    with pytest.raises(FolderInUseError):
+    with pytest.raises(FailedUnitsError, match=r"\n  avd-1: FolderInUseError: Another process is training\n"):
+        run_study(study, copy, SEEDS)
+
+
+def test_a_unit_that_fails_holds_up_no_other(
+    study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = results(copy)
+    for name in ("dmd-1", "avd-1", "half-rate-1", "teacher-2"):
+        (copy / "units" / f"{name}.json").unlink()
+    shutil.rmtree(copy / "units" / "avd-1" / "run")
+    tried: list[str] = []
+    sample = units.Workplace._sample
+
+    def fail(*_: object, description: str, **__: object) -> bool:
+        tried.append(description)
+        raise RuntimeError("no memory")
+
+    def broken(place: units.Workplace, unit: Unit, noise: int, bar: ProgressBar) -> Tensor:
+        if unit.variant == "dmd":
+            raise KeyError("lost")
+        return sample(place, unit, noise, bar)
+
+    monkeypatch.setattr(units, "train", fail)
+    monkeypatch.setattr(units.Workplace, "_sample", broken)
+    with pytest.raises(FailedUnitsError) as raised:
+        run_study(study, copy, SEEDS)
+    told = str(raised.value).splitlines()
+    assert told[1:-1] == ["  dmd-1: KeyError: 'lost'", "  avd-1: RuntimeError: no memory"]
+    assert "All others are done" in told[0]
+    assert tried == ["avd-1"]  # once
+    assert before.keys() - results(copy).keys() == {"dmd-1", "avd-1", "half-rate-1"}  # the last waits for avd-1
+    assert "avd-1 failed: no memory" in caplog.text
+    assert "Traceback" in caplog.text
+    monkeypatch.undo()
+    assert run_study(study, copy, SEEDS)
+    assert before.keys() == results(copy).keys()
+
+
+def test_what_another_process_did_meanwhile_has_not_failed(
+    study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = results(copy)
+    lost, waiting = (copy / "units" / f"{name}-1.json" for name in ("avd", "half-rate"))
+    lost.unlink()
+    waiting.unlink()
+
+    def do(_: object, unit: Unit) -> dict[str, Any]:
+        if unit.variant == "avd":
+            write_json(lost, before["avd-1"])
+            raise RuntimeError("no memory")
+        return {"variant": unit.variant}
+
+    monkeypatch.setattr(units.Workplace, "do", do)
+    assert run_study(study, copy, SEEDS)
+    assert read_json(waiting) == {"variant": "half-rate"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_who_is_interrupted_stops(
+    study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    (copy / "units" / "teacher-2.json").unlink()
+
+    def interrupt(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(units.Workplace, "do", interrupt)
+    with pytest.raises(error):
         run_study(study, copy, SEEDS)
 
 
@@ -381,6 +449,11 @@ def test_the_summary_says_everything(study: Study, finished: Path) -> None:
     unit = results(finished)["avd-2"]
     assert avd["seeds"]["2"]["noises"] == unit["noises"]
     assert avd["seeds"]["2"]["seconds"] == unit["seconds"]
+    assert unit["cpu_seconds"].keys() == unit["seconds"].keys() == {"train", "sample", "measure", "all"}
+    assert avd["seeds"]["2"]["training"] == unit["training"]
+    assert unit["training"]["means"].keys() >= {"motion/loss", "matching/gradient_norm"}
+    assert unit["training"]["findings"] == []
+    assert "training" not in results(finished)["teacher-1"]
     assert avd["values"]["method"]["kind"] == "avd"
     of_seeds = {
         name: [found["variants"][name]["seeds"][seed]["values"]["saturation"] for seed in "12"]
@@ -405,6 +478,36 @@ def test_tables_are_made_against_any_variant(study: Study, copy: Path) -> None:
         assert back[name]["against_baseline"]["mean"] == pytest.approx(-measure["against_baseline"]["mean"])
     with pytest.raises(UserError, match="has no variant 'adv'"):
         load_study(study.source, baseline="adv")
+
+
+def test_a_variant_may_be_compared_with_one_of_its_own(study: Study, copy: Path, tmp_path: Path) -> None:
+    paired = FILES["study"] + "\n        against: {half-rate: avd}"
+    other = load_study(write_study(tmp_path / "small", study=paired))
+    for name in ("teacher", "dmd", "avd", "half-rate"):  # enough for intervals
+        for seed in range(3, 9):
+            shutil.copy(copy / "units" / f"{name}-{2 - seed % 2}.json", copy / "units" / f"{name}-{seed}.json")
+    write_json(copy / "units" / "dmd-8.json", {"variant": "dmd", "seed": 8, "failed": "10 steps in a row"})
+    found = write_summary(other, copy, range(1, 9))
+    assert {name: each["against"] for name, each in found["variants"].items()} == {
+        "teacher": "dmd",
+        "dmd": None,
+        "avd": "dmd",
+        "half-rate": "avd",
+        "interpolator": "dmd",
+    }
+    assert found["baseline"] == "dmd"
+    mean = {name: found["variants"][name]["seeds"]["1"]["values"]["jerk"] for name in ("avd", "half-rate")}
+    real = found["reference"]["spreads"]["jerk"]["mean"]
+    one = write_summary(other, copy, [1])["variants"]["half-rate"]["measures"]["jerk"]["against_baseline"]
+    assert one["mean"] == pytest.approx(abs(mean["half-rate"] - real) - abs(mean["avd"] - real))
+    # A student of dmd that diverged is of no concern to what is compared with avd.
+    avd, half_rate = (found["variants"][name]["measures"]["jerk"]["against_baseline"] for name in ("avd", "half-rate"))
+    assert (avd["low"], avd["seeds"], half_rate["seeds"]) == (None, 7, 8)
+    assert half_rate["low"] is not None
+    write_summary(other, copy, range(1, 9))
+    section = (copy / "table.md").read_text().partition("## How much farther from real")[2].partition("\n## ")[0]
+    than = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| ")]
+    assert than[2:] == [["| teacher", "dmd"], ["| avd", "dmd"], ["| half-rate", "avd"]]
 
 
 def test_the_summary_of_nothing_says_so(study: Study, tmp_path: Path) -> None:

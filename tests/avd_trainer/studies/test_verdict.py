@@ -1,5 +1,6 @@
 """The verdict: what it says follows from the numbers behind it."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_only_headline_measures_are_judged() -> None:
 
 def test_findings_are_read_as_they_were_saved(tmp_path: Path) -> None:
     found = findings({SHARE: (0.5, 0.9)})
-    found.save(tmp_path / "metrics.json")
+    found.save(tmp_path / "metrics.json", {"command": "avd demo"})
+    assert next(iter(json.loads((tmp_path / "metrics.json").read_text()).items())) == ("command", "avd demo")
     again = Findings.load(tmp_path / "metrics.json", found.reference.real)
     assert again == found
     assert f"*{CONTROLS['noise'].title}*" in again.table

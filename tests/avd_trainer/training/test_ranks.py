@@ -97,7 +97,8 @@ def test_ranks_stay_from_call_to_call_and_one_that_raises_fails_its_call_alone(o
     assert size == 2
     assert len({os.getpid(), first, second}) == 3
     assert on_two_ranks(process_and_size) == [(first, 2), (second, 2)]
-    with pytest.raises(RuntimeError, match=r"(?s)rank 1 ended with exit code 1.*ValueError: the data ended"):
+    # The other one, whose peer is gone, may have ended first.
+    with pytest.raises(RuntimeError, match=r"(?s)ended with exit code 1.*ValueError: the data ended"):
         on_two_ranks(process_and_size, 1)
     assert not {first, second} & {process for process, _ in on_two_ranks(process_and_size)}
 
