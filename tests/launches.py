@@ -23,6 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+SECONDS_TO_END = 1.0
+"""How long ranks may go on when one of them has failed."""
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["avd_trainer.training.run", "pytest"])
 
@@ -86,7 +89,9 @@ class Launch:
         deadline = time.monotonic() + timeout
         while any(process.exitcode is None for process in self._processes) and time.monotonic() < deadline:
             if any(process.exitcode for process in self._processes):
-                break  # the others may wait for this one in a collective: no use in waiting for them
+                # The others may wait for this one in a collective: no use in waiting for them. But the one that failed
+                # first may be the last to end, and is to print why before it is stopped.
+                deadline = min(deadline, time.monotonic() + SECONDS_TO_END)
             time.sleep(0.02)
         if any(process.exitcode != 0 for process in self._processes):
             raise RuntimeError("\n".join(map(self._problem, ranks)))
@@ -101,7 +106,10 @@ class Launch:
         answers = [f"answer {self._asked} {rank}" for rank in range(len(self._processes))]
         deadline = time.monotonic() + timeout
         while not self._store.check(answers):
-            if any(process.exitcode is not None for process in self._processes) or time.monotonic() > deadline:
+            ended = [process.exitcode is not None for process in self._processes]
+            if any(ended):
+                deadline = min(deadline, time.monotonic() + SECONDS_TO_END)
+            if all(ended) or time.monotonic() > deadline:
                 raise RuntimeError("\n".join(map(self._problem, range(len(self._processes)))))
             time.sleep(0.005)
         return [pickle.loads(self._store.get(name)) for name in answers]
