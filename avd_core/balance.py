@@ -139,6 +139,9 @@ def gradient_shares(output: Tensor, losses: Mapping[str, Tensor]) -> LossOutput:
     so its backward pass starts at ``output``: measuring adds no pass through a discriminator. Hence a gradient reaches
     the parameters below ``output`` and no others.
 
+    Where a loss goes through a module that ``torch.compile`` has compiled, such as a discriminator, set
+    ``torch._functorch.config.donated_buffer = False`` before it first runs, or PyTorch refuses a second pass through it.
+
     Args:
         output: ``[B, ...]`` that all losses were computed from, floating, with gradient: the sample, or the generator's
             velocity.

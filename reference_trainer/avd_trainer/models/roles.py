@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, ParallelConfig
 from avd_trainer.models.lora import start_adapter
-from avd_trainer.models.sharding import checkpoint_blocks, materialise, shard
+from avd_trainer.models.sharding import checkpoint_blocks, compile_blocks, materialise, shard
 from avd_trainer.models.transformer import DTYPES, VelocityModel, prepare, without_memory
 from avd_trainer.models.weights import TransformerWeights, load_into, open_weights
 from avd_trainer.runtime.ranks import Ranks
@@ -188,7 +188,7 @@ def _build_own(module: nn.Module, dtype: torch.dtype, parallel: ParallelConfig, 
         if parallel.activation_checkpointing:
             checkpoint_blocks(module)
         if parallel.compile:
-            module.compile_repeated_blocks()
+            compile_blocks(module)
         shard(module, dtype, ranks)
         return VelocityModel(module, None, dtype)
     fully_shard(module, mesh=ranks.mesh)
@@ -208,7 +208,7 @@ def _build(
     model = without_memory(weights.config)
     prepare(model, adapters, dtype, trainable=trainable, checkpointing=parallel.activation_checkpointing)
     if parallel.compile:
-        model.compile_repeated_blocks()
+        compile_blocks(model)
     shard(model, dtype, ranks)
     materialise(model, ranks.device)
     load_into(model, weights)

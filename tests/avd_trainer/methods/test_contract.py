@@ -252,11 +252,29 @@ def test_two_ranks_follow_the_curve_of_one(
     on_two_ranks: StandingRanks,
 ) -> None:
     for seen in on_two_ranks(curve, configure(kind), data):
-        for step, expected in zip(seen, finish(kind).curve, strict=True):
-            assert step.keys() == expected.keys()
-            for name in expected:
-                rel, absolute = (2e-2, 2e-3) if name in NOT_LINEAR_IN_SAMPLES else (2e-3, 1e-5)
-                assert step[name] == pytest.approx(expected[name], rel=rel, abs=absolute), name
+        assert_follows(seen, finish(kind).curve)
+
+
+def assert_follows(seen: list[dict[str, Any]], curve: list[dict[str, Any]]) -> None:
+    for step, expected in zip(seen, curve, strict=True):
+        assert step.keys() == expected.keys()
+        for name in expected:
+            rel, absolute = (2e-2, 2e-3) if name in NOT_LINEAR_IN_SAMPLES else (2e-3, 1e-5)
+            assert step[name] == pytest.approx(expected[name], rel=rel, abs=absolute), name
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
+@pytest.mark.parametrize("kind", ["avd", "vpae", "scm by forward differentiation"])  # compiling takes long
+def test_compiled_blocks_follow_the_same_curve(
+    kind: str,
+    configure: Callable[..., TrainConfig],
+    data: TrainingData,
+    finish: Callable[[str], Finished],
+    ranks: Ranks,
+) -> None:
+    """Also where gradients are measured by passes of their own, and with a derivative that compiled blocks have not."""
+    compiled = Trainer(configure(kind, "parallel.compile=true"), data, ranks)
+    assert_follows(logged(compiled), finish(kind).curve)
 
 
 def run_with_a_bad_loss(config: TrainConfig, data: TrainingData, role: str) -> tuple[int, int, bool]:
