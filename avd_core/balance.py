@@ -140,7 +140,7 @@ def gradient_shares(output: Tensor, losses: Mapping[str, Tensor]) -> LossOutput:
     the parameters below ``output`` and no others.
 
     Where a loss goes through a module that ``torch.compile`` has compiled, such as a discriminator, set
-    ``torch._functorch.config.donated_buffer = False`` before it first runs, or PyTorch refuses a second pass through it.
+    ``torch._functorch.config.donated_buffer = False`` before it first runs. Without that PyTorch refuses this.
 
     Args:
         output: ``[B, ...]`` that all losses were computed from, floating, with gradient: the sample, or the generator's
