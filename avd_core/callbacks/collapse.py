@@ -49,7 +49,9 @@ class LatentStatistics:
         return cls(float(variance), tuple(_channel_std(x_0, frame_dim).tolist()))
 
 
-_SMOOTHED = ("variance", "saturation", "gradient_ratio", "logit_gap", "hinge_loss")
+_LOGITS = ("clip_logit", "sample_logit", "logit_square")
+_SMOOTHED = ("variance", "saturation", "gradient_ratio", "hinge_loss", *_LOGITS)
+_OF_DISCRIMINATOR = ("logit_gap", "hinge_loss")
 _SHARPNESS = (
     f'set deviation="standardized" with a sharpness of 3, or the sharpness to 3 * {PAPER_SPREAD} / the spread of the '
     "losses around their means"
@@ -75,7 +77,9 @@ class CollapseMonitor(Callback):
     ..                            ``weight_spread``   standard deviation / their maximum       ``weights_constant``
     ``balance/gradient_ratio``    ``gradient_ratio``  the ratio of :class:`GradientBalance`,   ``regression_dominates``
     ``balance/scale``                                 as it is after scaling
-    ``discriminator/logit_gap``   ``logit_gap``       mean logit of clips - that of samples    ``discriminator_blind``
+    ``discriminator/clip_logit``  ``logit_gap``       mean logit of clips - that of samples,   ``discriminator_blind``
+    ``..sample_logit``,                               in units of the logits' spread
+    ``..logit_rms``
     ``discriminator/hinge_loss``  ``hinge_loss``      of :class:`HingeLoss`                    ``discriminator_won``
     ============================  ==================  =======================================  ========================
 
@@ -90,8 +94,10 @@ class CollapseMonitor(Callback):
     not as a switch.
 
     A discriminator is judged by what has lasted for ``patience`` steps: its gap is noisy where batches are small, and
-    opens slowly. A gap that stays near zero, or comes back to it, means that clips and samples are not told apart:
-    because the samples are as good as clips, or because the equilibrium has collapsed. A hinge loss near zero means
+    opens slowly. The gap is divided by the standard deviation of either side's logits around their mean, over batches
+    and steps, since a head's scale is its own: 0.1 is a clip above a sample in 53 of 100 pairs. A gap that stays near
+    zero, or comes back to it, means that clips and samples are not told apart: because the samples are as good as
+    clips, or because the equilibrium has collapsed. A hinge loss near zero means
     that the discriminator has won: nearly all logits lie beyond their margins, so the gap is about 2 or more, and it
     learns nothing more. (The limits are ours, and belong to the hinge loss, whose margins are 1 and -1.)
 
@@ -102,8 +108,8 @@ class CollapseMonitor(Callback):
         regression_weight: The ``weight`` of the regression loss, by which its weights are divided; None skips the
             weights, for plain regression (``sharpness=0``) say, whose weights are constant on purpose.
         every: Steps between two judgements, at least 1.
-        grace: Steps at the start of each signal that are not judged: a few-step student starts out blurred and still,
-            and a discriminator, maybe late in a run, starts out blind.
+        grace: Steps at the start of each signal that are not judged: a few-step student starts out blurred and still.
+            For a discriminator's signals it is ``patience``.
         decay: Smoothing per step, in [0, 1), also over steps that do not show a signal. With 0.95 a signal averages
             over about 20 steps: 20 batches, or 5 if it comes in one step of four.
         window: Number of the last clips by whose weights the regression is judged, once there are so many; at least 2.
@@ -120,9 +126,10 @@ class CollapseMonitor(Callback):
             judge it. It proves nothing. In an earlier, smaller toy one student with 1.3 to 1.6 froze, while others with
             1.0 to 1.4 and a heavier motion term kept moving. In today's none freezes up to 1.4; above 1 clips begin to
             blur (study ``balance`` in ``docs/studies.md``).
-        min_logit_gap: Smallest allowed gap of the discriminator's mean logits.
+        min_logit_gap: Smallest allowed gap of the discriminator's mean logits, in units of the logits' spread.
         min_hinge_loss: Smallest allowed hinge loss of the discriminator.
-        patience: Steps for which the discriminator's limits must have been crossed, at every look, before it is said.
+        patience: Steps that a discriminator, which starts out blind, is not judged from its first one on; and for which
+            its limits must then have been crossed, at every look, before it is said.
     """
 
     def __init__(
@@ -187,6 +194,7 @@ class CollapseMonitor(Callback):
                 patience,
             )
         )
+        self.patience = patience
         self.min_weight = min_weight
         self.min_weight_spread = min_weight_spread
         self._smoothed: dict[str, Tensor] = {}
@@ -212,9 +220,13 @@ class CollapseMonitor(Callback):
             self._weights = torch.cat([self._weights.to(weights), torch.stack([weights, timesteps])], 1)
             self._weights = self._weights[:, -self.window :]
         if self._steps > self.grace and self._steps % self.every == 0:
-            begun = {name for name, before in self._before.items() if self._steps - before <= self.grace}
-            signals = {name: value for name, value in self.signals().items() if name not in begun}
+            signals = {name: value for name, value in self.signals().items() if not self._has_just_begun(name)}
             self._judge.look(step, signals, counted=self._steps)
+
+    def _has_just_begun(self, signal: str) -> bool:
+        shown = "clip_logit" if signal == "logit_gap" else signal
+        grace = self.patience if signal in _OF_DISCRIMINATOR else self.grace
+        return shown in self._before and self._steps - self._before[shown] <= grace
 
     @property
     def samples_judged(self) -> bool:
@@ -229,7 +241,10 @@ class CollapseMonitor(Callback):
 
     def signals(self) -> dict[str, float]:
         """The signals that there are so far, by the names of the table above. Waits for the device."""
-        return {**self._smoothed_values(), **self._weight_signals()}
+        smoothed = self._smoothed_values()
+        logits = [smoothed.pop(name) for name in _LOGITS if name in smoothed]
+        gap = {"logit_gap": _gap_in_spreads(*logits)} if logits else {}
+        return {**smoothed, **gap, **self._weight_signals()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -293,9 +308,11 @@ class CollapseMonitor(Callback):
             signals["saturation"] = (std * self._channel_factors).sum()
         if (ratio := metrics.get("balance/gradient_ratio")) is not None:
             signals["gradient_ratio"] = ratio * metrics.get("balance/scale", 1.0)
-        for name in ("logit_gap", "hinge_loss"):
-            if (value := metrics.get(f"discriminator/{name}")) is not None:
-                signals[name] = value
+        if (loss := metrics.get("discriminator/hinge_loss")) is not None:
+            signals["hinge_loss"] = loss
+        if (rms := metrics.get("discriminator/logit_rms")) is not None:
+            signals |= {name: metrics[f"discriminator/{name}"] for name in ("clip_logit", "sample_logit")}
+            signals["logit_square"] = rms.square()
         return {name: value.float() for name, value in signals.items()}
 
 
@@ -313,22 +330,22 @@ def _rules(
     return (
         Rule(
             "frozen", "variance", variance[0], False,
-            "the samples freeze: their temporal variance is far below real clips'. Raise the motion term's weight or "
-            "lower its floor; if the regression dominates, lower its weight",
+            "the samples freeze: their temporal variance is far below real clips'. Add a motion term, raise its weight "
+            "or lower its floor; if a regression dominates, lower its weight",
         ),
         Rule(
             "jitter", "variance", variance[1], True,
-            "the samples jitter: their temporal variance is far above real clips'. Raise the motion term's floor, or "
-            "give the regression more weight",
+            "the samples jitter: their temporal variance is far above real clips'. Raise the motion term's floor, if "
+            "there is one, or give a regression on real clips more weight",
         ),
         Rule(
             "oversaturated", "saturation", saturation[1], True,
-            "the samples oversaturate: their latents spread more than real clips'. Give the regression more weight, or "
-            "lower the teacher's guidance",
+            "the samples oversaturate: their latents spread more than real clips'. Give a regression on real clips "
+            "more weight, or lower the teacher's guidance",
         ),
         Rule(
             "washed_out", "saturation", saturation[0], False,
-            "the samples wash out: their latents spread less than real clips'. The regression may dominate: lower its "
+            "the samples wash out: their latents spread less than real clips'. A regression may dominate: lower its "
             "weight",
         ),
         Rule(
@@ -354,9 +371,10 @@ def _rules(
         ),
         Rule(
             "discriminator_blind", "logit_gap", min_logit_gap, False,
-            "the discriminator does not tell clips from samples: its logits' gap is near zero. Unless the samples are "
-            "as good as clips, the equilibrium has collapsed: raise the discriminator's learning rate, or lower the "
-            "weight of its R1 term",
+            "the discriminator does not tell clips from samples: its logits' gap is near zero. Look at the samples: "
+            "unless they are as good as clips, the equilibrium has collapsed. The student may move faster than the "
+            "discriminator learns: lower its learning rate, or raise the discriminator's; or noise hides what could "
+            "be told apart: judge at lower timesteps",
             patience,
         ),
         Rule(
@@ -367,6 +385,12 @@ def _rules(
             patience,
         ),
     )  # fmt: skip
+
+
+def _gap_in_spreads(clip: float, sample: float, square: float) -> float:
+    """The gap of two sides' mean logits over the standard deviation around them; 0 where all logits are one number."""
+    spread = math.sqrt(max(square - (clip**2 + sample**2) / 2, 0.0))
+    return (clip - sample) / max(spread, 1e-6 * math.sqrt(square), 1e-30)
 
 
 def _by_step(weights: Tensor, timesteps: Tensor) -> list[Tensor]:

@@ -164,22 +164,22 @@ def _rules(spatial: float, temporal: float) -> tuple[Rule, ...]:
         Rule(
             "blurred", "spatial", -spatial, False,
             "the samples are blurred: their spatial roll-off lies below real clips'. Train on, if the student has just "
-            "begun; the regression may dominate: lower its weight",
+            "begun; a regression may dominate: lower its weight",
         ),
         Rule(
             "noisy", "spatial", spatial, True,
             "the samples are noisy: their spatial roll-off lies above real clips'. Lower the teacher's guidance or the "
-            "student's learning rate, or give the regression more weight",
+            "student's learning rate, or give a regression on real clips more weight",
         ),
         Rule(
             "drifting", "temporal", -temporal, False,
-            "the samples are drifting: they change more slowly along frames than real clips. Raise the motion term's "
-            "weight or lower its floor; if the regression dominates, lower its weight",
+            "the samples are drifting: they change more slowly along frames than real clips. Add a motion term, "
+            "raise its weight or lower its floor; if a regression dominates, lower its weight",
         ),
         Rule(
             "jittering", "temporal", temporal, True,
             "the samples are jittering: they change faster along frames than real clips. Raise the motion term's "
-            "floor, or give the regression more weight",
+            "floor, if there is one, or give a regression on real clips more weight",
         ),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from avd_core import (
     Callback,
     CollapseMonitor,
     EMACallback,
+    HingeLoss,
     LatentStatistics,
     NamedCallbacks,
     NonFiniteError,
@@ -50,9 +51,15 @@ def metrics_at(step: int) -> dict[str, Tensor]:
         "x_0": clips(step, motion=1 / (1 + step)),
         "regression/weights": torch.tensor([2.0, 1.5]) / (1 + step),
         "balance/gradient_ratio": torch.tensor(0.2 * step),
-        "discriminator/logit_gap": torch.tensor(1 - 0.2 * step),
+        **of_logits(torch.tensor([1 - 0.2 * step, 1.0]), torch.tensor([0.0, 1.0])),
         "discriminator/hinge_loss": torch.tensor(1 / (1 + step) ** 2),
     }
+
+
+def of_logits(clip_logits: Tensor, sample_logits: Tensor) -> dict[str, Tensor]:
+    """What a loop reports of a discriminator's logits."""
+    metrics = HingeLoss().eval().discriminator(clip_logits, sample_logits).metrics
+    return {f"discriminator/{name}": metrics[name] for name in ("clip_logit", "sample_logit", "logit_rms")}
 
 
 # Given in every test, which is about what a limit does and not about where it is best.
@@ -698,12 +705,17 @@ def test_one_outlier_is_no_finding() -> None:
 # --- CollapseMonitor: the discriminator
 
 
-def gaps(*values: float) -> list[dict[str, Tensor]]:
-    return [{"discriminator/logit_gap": torch.tensor(value)} for value in values]
+def gaps(*values: float, scale: float = 1.0) -> list[dict[str, Tensor]]:
+    """Of logits whose spread is ``scale``, gaps in its units."""
+    return [of_logits(scale * (torch.tensor([1.0, -1.0]) + gap), scale * torch.tensor([1.0, -1.0])) for gap in values]
 
 
 def hinge_losses(*values: float) -> list[dict[str, Tensor]]:
     return [{"discriminator/hinge_loss": torch.tensor(value)} for value in values]
+
+
+# The steps at the start that are not judged.
+HEALTHY = [a | b for a, b in zip(gaps(*[1.0] * 4), hinge_losses(*[1.0] * 4), strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -726,7 +738,7 @@ def hinge_losses(*values: float) -> list[dict[str, Tensor]]:
 )
 def test_what_lasts_is_said_of_the_discriminator(stream: list[dict[str, Tensor]], kinds: list[str]) -> None:
     monitor = prompt_monitor()
-    assert watch(monitor, stream) == kinds
+    assert watch(monitor, HEALTHY + stream) == kinds
     for finding in monitor.findings:
         assert "the discriminator" in finding.message
         assert finding.message.endswith(f"limit {finding.limit:g}, for 4 steps).")
@@ -736,40 +748,64 @@ def test_the_discriminators_limits_and_the_patience_can_be_set() -> None:
     assert watch(prompt_monitor(min_logit_gap=0.01), gaps(*[0.05] * 9)) == []
     assert watch(prompt_monitor(min_hinge_loss=0.01), hinge_losses(*[0.04] * 9)) == []
     assert watch(prompt_monitor(patience=0), gaps(0.05)) == ["discriminator_blind"]
-    assert watch(prompt_monitor(patience=10), gaps(*[0.05] * 10)) == []
+    assert watch(prompt_monitor(patience=10), gaps(*[0.05] * 20)) == []
+    assert watch(prompt_monitor(patience=10), gaps(*[0.05] * 21)) == ["discriminator_blind"]
 
 
-def noisy_gaps(seed: int, steps: int, gap: float, noise: float, opening: int) -> list[dict[str, Tensor]]:
-    """The gap of a discriminator that starts blind, and opens it within some steps; ``noise`` is that of a batch."""
-    errors = noise * randn(seed, steps)
-    return gaps(*[gap * min(1.0, step / opening) + error.item() for step, error in enumerate(errors)])
+def test_a_discriminator_has_its_patience_to_learn_before_it_is_judged() -> None:
+    assert watch(prompt_monitor(), gaps(*[0.0] * 8)) == []
+    assert watch(prompt_monitor(), gaps(*[0.0] * 9)) == ["discriminator_blind"]
+    assert watch(prompt_monitor(grace=7), gaps(*[0.0] * 11)) == []  # nothing is judged before
+    assert watch(prompt_monitor(grace=7), gaps(*[0.0] * 12)) == ["discriminator_blind"]
 
 
-@pytest.mark.parametrize("noise", [0.5, 1.4])  # of 8 clips, and of a single one, for logits that spread by 1
-def test_by_default_a_gap_that_opens_slowly_is_no_finding_in_noise_and_one_that_stays_closed_is(noise: float) -> None:
+def noisy_gaps(seed: int, steps: int, gap: float, batch: int, opening: int) -> list[dict[str, Tensor]]:
+    """A discriminator that starts blind, and opens a gap within some steps; its logits spread by 0.2."""
+    clip_logits, sample_logits = randn(seed, steps, batch), randn(seed + 1000, steps, batch)
+    opened = (torch.arange(steps) / opening).clamp(max=1) * gap
+    return [of_logits(0.2 * (c + g), 0.2 * s) for c, g, s in zip(clip_logits, opened, sample_logits, strict=True)]
+
+
+@pytest.mark.parametrize("batch", [8, 1])
+def test_by_default_a_gap_that_opens_slowly_is_no_finding_in_noise_and_one_that_stays_closed_is(batch: int) -> None:
     before = samples(1) * 110  # an adversarial phase that begins late in a run
     opens, stays = [], []
     for seed in range(10):
         for gap, found in ((1.0, opens), (0.0, stays)):
             monitor = CollapseMonitor(REFERENCE)
-            found.append("discriminator_blind" in watch(monitor, before + noisy_gaps(seed, 1000, gap, noise, 400)))
+            found.append("discriminator_blind" in watch(monitor, before + noisy_gaps(seed, 1000, gap, batch, 400)))
     assert not any(opens)
     assert sum(stays) >= 5
 
 
+@pytest.mark.parametrize("scale", [0.01, 100.0])
+def test_a_discriminators_scale_is_its_own(scale: float) -> None:
+    assert watch(prompt_monitor(), gaps(*[0.2] * 9, scale=scale)) == []
+    assert watch(prompt_monitor(), gaps(*[0.05] * 9, scale=scale)) == ["discriminator_blind"]
+
+
+def test_a_discriminator_that_says_one_number_is_blind_and_one_that_says_two_is_not() -> None:
+    def constant(clip: float, sample: float) -> list[dict[str, Tensor]]:
+        return [of_logits(torch.tensor([clip]), torch.tensor([sample]))] * 9
+
+    assert watch(prompt_monitor(), constant(0.0, 0.0)) == watch(prompt_monitor(), constant(3.0, 3.0))
+    assert watch(prompt_monitor(), constant(3.0, 3.0)) == ["discriminator_blind"]
+    assert watch(prompt_monitor(), constant(0.01, 0.0)) == []
+
+
 def test_the_grace_of_a_signal_begins_when_it_is_first_shown() -> None:
-    monitor = prompt_monitor(grace=3, patience=0)
+    monitor = prompt_monitor(grace=3, patience=1)
     watch(monitor, [*ratios(*[0.5] * 5), *[a | b for a, b in zip(ratios(*[2.0] * 4), gaps(*[0.0] * 4), strict=True)]])
-    assert [(f.step, f.kind) for f in monitor.findings] == [(5, "regression_dominates"), (8, "discriminator_blind")]
+    assert [(f.step, f.kind) for f in monitor.findings] == [(5, "regression_dominates"), (7, "discriminator_blind")]
 
 
 def test_a_restart_does_not_forget_how_long_a_gap_was_closed() -> None:
-    monitor, restarted = prompt_monitor(grace=1), prompt_monitor(grace=1)
-    watch(monitor, gaps(*[0.0] * 4))
+    monitor, restarted = prompt_monitor(), prompt_monitor()
+    watch(monitor, gaps(*[0.0] * 7))
     restarted.load_state_dict(json.loads(json.dumps(monitor.state_dict())))
-    for step in (4, 5):
+    for step in (8, 9):
         restarted.after_step(step, gaps(0.0)[0])
-    assert [(finding.kind, finding.step) for finding in restarted.findings] == [("discriminator_blind", 5)]
+    assert [(finding.kind, finding.step) for finding in restarted.findings] == [("discriminator_blind", 9)]
 
 
 def test_samples_count_as_judged_from_the_first_look_beyond_their_grace() -> None:

@@ -145,8 +145,9 @@ def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
 
 
 def _judged_like(other: TrainConfig, run: TrainConfig) -> TrainConfig:
-    """A run whose monitors begin to judge where those of another one do, if that leaves a quarter of it."""
-    return run.model_copy(update={"monitor_grace": other.grace}) if 4 * other.grace <= 3 * run.max_steps else run
+    """A run whose monitors judge when those of another one do, if that leaves a quarter of it."""
+    like_other = {"monitor_grace": other.grace, "monitor_patience": other.patience}
+    return run.model_copy(update=like_other) if 4 * other.grace <= 3 * run.max_steps else run
 
 
 def _lasting(run: TrainConfig, steps: int) -> TrainConfig:

@@ -33,6 +33,9 @@ else:
 
 GRACE = 100
 """Steps at its start that the monitors leave unjudged; of a run that is shorter than twice as many, half."""
+PATIENCE = 100
+"""Steps after which a discriminator is judged, and for which a fault has to last; of a run that is shorter than eight
+times as many, an eighth."""
 
 
 class TrainConfig(Section):
@@ -68,6 +71,9 @@ class TrainConfig(Section):
     """Steps in a row with a non-finite loss or gradient after which the run stops."""
     monitor_grace: int | None = Field(default=None, ge=0)
     """Steps at the start that the monitors leave unjudged. None: 100, of a run shorter than 200 steps half of it."""
+    monitor_patience: int | None = Field(default=None, ge=0)
+    """Steps that a discriminator has to learn before the monitor judges it, and for which a fault then has to last.
+    None: 100, of a run shorter than 800 steps an eighth of it."""
     parallel: ParallelConfig = ParallelConfig()
     """How the run spreads over its ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -97,6 +103,11 @@ class TrainConfig(Section):
     def grace(self) -> int:
         """Steps at the start that the monitors leave unjudged."""
         return min(GRACE, self.max_steps // 2) if self.monitor_grace is None else self.monitor_grace
+
+    @property
+    def patience(self) -> int:
+        """Steps that a discriminator has before it is judged, and for which a fault has to last."""
+        return min(PATIENCE, self.max_steps // 8) if self.monitor_patience is None else self.monitor_patience
 
     @property
     def few_steps(self) -> tuple[float, ...] | None:

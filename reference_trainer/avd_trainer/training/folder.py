@@ -33,6 +33,7 @@ TRAIN = "avd train"
 CHANGEABLE = (
     "max_skipped_steps",
     "monitor_grace",
+    "monitor_patience",
     "micro_batch_size",
     "parallel.",
     "checkpoint.",
@@ -121,12 +122,14 @@ def is_beginning(shorter: TrainConfig, longer: TrainConfig) -> bool:
     """
 
     def rest(config: TrainConfig) -> TrainConfig:
-        return config.model_copy(update={"max_steps": longer.max_steps, "monitor_grace": longer.grace})
+        monitors = {"monitor_grace": longer.grace, "monitor_patience": longer.patience}
+        return config.model_copy(update={"max_steps": longer.max_steps, **monitors})
 
     return (
         shorter.max_steps <= longer.max_steps
         and _has_free_length(longer)
         and shorter.grace == longer.grace
+        and shorter.patience == longer.patience
         and rest(shorter) == rest(longer)
     )
 

@@ -121,7 +121,8 @@ class Trainer:
         self.spectrum: SpectralRolloffMonitor | None = None
         if ranks.first and options is not None:
             latents = _reference_latents(data.clips)
-            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), grace=config.grace, **options)
+            judging = {"grace": config.grace, "patience": config.patience, **options}
+            self.monitor = CollapseMonitor(LatentStatistics.measure(latents), **judging)
             self.spectrum = SpectralRolloffMonitor(SpectralStatistics.measure(latents), grace=config.grace)
             self._monitors = {"monitor": self.monitor, "spectrum": self.spectrum}
         callbacks: dict[str, dict[str, Callback]] = {name: {**self._averages_of(name)} for name in self._rules}

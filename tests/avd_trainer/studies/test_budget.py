@@ -72,8 +72,9 @@ def test_steps_follow_from_forwards_and_from_seconds(name: str) -> None:
     assert Cost(**study.values()["costs"]["avd"]) == study.costs["avd"]
     run = study.run("avd")
     assert forward_equivalents(run.method.calls(1)) == FORWARDS["avd"]
-    # Its monitors begin where those of the other begin, so that one may go on from the other.
-    assert study.run("avd-seconds") == run.model_copy(update={"max_steps": 13, "monitor_grace": run.grace})
+    # Its monitors judge when those of the other do, so that one may go on from the other.
+    as_the_other = {"monitor_grace": run.grace, "monitor_patience": run.patience}
+    assert study.run("avd-seconds") == run.model_copy(update={"max_steps": 13, **as_the_other})
     assert study.beginnings == {"avd": "avd-seconds"}  # 15 steps and 13
     assert {unit.variant for unit in study.units([1])} >= {"dmd", "avd", "avd-seconds", "teacher", "half-rate"}
 

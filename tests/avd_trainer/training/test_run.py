@@ -67,7 +67,8 @@ def test_a_run_goes_on_from_one_that_is_its_beginning_as_if_it_had_begun_itself(
     clips.latents.mul_(0.1)  # beside these, the samples of an untrained student are wild
     data, whole, parts = both(in_memory(clips)), tmp_path / "whole", tmp_path / "parts"
     one_step = {"few_steps": [1000]}  # so that all samples are finished, and judged
-    shorter, longer = configure(one_step, max_steps=13), configure(one_step, max_steps=31, monitor_grace=6)
+    shorter = configure(one_step, max_steps=13)
+    longer = configure(one_step, max_steps=31, monitor_grace=6, monitor_patience=1)
     assert is_beginning(shorter, longer)
     for config, folder in ((longer, whole), (shorter, parts), (longer, parts)):
         assert train(config, folder, ranks, data=data)

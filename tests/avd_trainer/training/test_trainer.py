@@ -74,6 +74,17 @@ def test_the_monitors_grace_is_at_most_half_of_the_run_unless_it_is_asked_for(
     assert (trainer.monitor.grace, trainer.spectrum.grace) == (grace, grace)
 
 
+@pytest.mark.parametrize(
+    ("max_steps", "asked", "patience"), [(3, None, 0), (200, None, 25), (1500, None, 100), (200, 60, 60)]
+)
+def test_a_discriminator_has_an_eighth_of_a_short_run_to_learn_unless_another_patience_is_asked_for(
+    make_trainer: MakeTrainer, max_steps: int, asked: int | None, patience: int
+) -> None:
+    trainer = make_trainer("dmd", max_steps=max_steps, monitor_patience=asked)
+    assert trainer.monitor is not None
+    assert trainer.monitor.patience == patience
+
+
 def test_the_spectrum_of_the_samples_is_watched_beside(make_trainer: MakeTrainer, clips: CaptionedLatents) -> None:
     trainer = make_trainer("dmd", method={"online_updates": 1})
     assert trainer.spectrum is not None
