@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib
+import torch
 from torch import Tensor
 
 from avd_trainer.evaluation.spectrum import CRITERION, Spectra, SpectrumReport
@@ -67,7 +68,9 @@ def save_violins(path: Path, spectra: Spectra, title: str) -> None:
 def _draw(axis: Axes, values: Tensor, color: str, side: Literal["low", "high"]) -> None:
     """One half of each block's violin; ``values`` are ``[K, N, D]``."""
     flat = values.flatten(1)
-    drawn = flat[:, :: max(1, flat.shape[1] // _DRAWN)].double().numpy()
+    # Some by chance: at regular distances they would all be of a few channels.
+    chosen = torch.randperm(flat.shape[1], generator=torch.Generator().manual_seed(0))[:_DRAWN]
+    drawn = flat[:, chosen].double().numpy()
     bodies: Any = axis.violinplot(
         [*drawn], range(len(drawn)), widths=0.9, side=side, showextrema=False, showmedians=True
     )

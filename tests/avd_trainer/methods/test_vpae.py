@@ -93,7 +93,7 @@ def equivalents(config: VPAEMethodConfig, max_steps: int = 1) -> float:
 
 
 def test_a_step_of_the_second_phase_costs_twelve_forwards() -> None:
-    """Against the 35.5 of distribution matching in four steps; the contract counts the calls in a trainer."""
+    """Against the 32.5 of distribution matching in four steps; the contract counts the calls in a trainer."""
     config = VPAEMethodConfig(priming_steps=0, guidance_scale=5.0)
     assert equivalents(config) == 12
     assert equivalents(config.model_copy(update={"r1_weight": 0.0})) == 10

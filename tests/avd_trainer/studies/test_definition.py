@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from avd_trainer.config.differences import differences
 from avd_trainer.config.loading import read_values
 from avd_trainer.evaluation.measures import VERSION
 from avd_trainer.methods.distillation import DistillationConfig
@@ -294,6 +295,13 @@ def test_each_method_with_avds_terms_is_compared_with_itself_alone() -> None:
     assert pairs == {name: name.removesuffix("-avd") for name in study.variants if name.endswith("-avd")}
     assert study.compared_with("lcm-avd-seconds", study.order) == "lcm-seconds"
     assert load_study("vpae-i2v").compared_with("avd-half-rate", ()) == "avd-four-steps"
+
+
+@pytest.mark.parametrize("name", ["vpae", "dmd", "csds-0", "csds-1", "head-light", "avd-four-steps"])
+def test_image_to_video_differs_from_text_to_video_in_its_teacher_alone(name: str) -> None:
+    text, image = (load_study(study).values()["variants"][name] for study in ("vpae", "vpae-i2v"))
+    assert text["teacher"] != image["teacher"]
+    assert differences(text, image, ignored=("teacher",)) == []
 
 
 def test_the_control_of_data_forcing_differs_in_that_its_teacher_sees_no_clip() -> None:
