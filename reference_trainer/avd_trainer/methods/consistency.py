@@ -32,6 +32,9 @@ from avd_trainer.models.samplers import (
 )
 from avd_trainer.runtime.draws import Draws
 
+# Of 1000: how far a step may be from a point of the trajectory. Steps may be rounded; DCM's 949 is of 949.5.
+NEAR = 0.51
+
 
 class ConsistencyConfig(WatchedConfig):
     """Options of consistency distillation."""
@@ -82,6 +85,21 @@ class ConsistencyConfig(WatchedConfig):
         first = schedule.num_train_timesteps / self.points
         if not self.lowest < first:
             raise ValueError(f"lowest must be below the first of {self.points} points, {first:g}, got {self.lowest:g}")
+        return self
+
+    def nearest_point(self, timestep: float) -> int:
+        """The point of the trajectory that is nearest to a timestep."""
+        return int((self.trajectory() - timestep).abs().argmin())
+
+    @model_validator(mode="after")
+    def _check_few_steps_are_points(self) -> Self:
+        points = self.trajectory()
+        nearest = [points[self.nearest_point(step)].item() for step in self.few_steps]
+        if any(abs(step - point) > NEAR for step, point in zip(self.few_steps, nearest, strict=True)):
+            raise ValueError(
+                f"few_steps must be points of the trajectory, where the student is trained, got {list(self.few_steps)} "
+                f"for points={self.points} and shift={self.shift:g}. The nearest are {[round(p, 1) for p in nearest]}"
+            )
         return self
 
 

@@ -14,13 +14,11 @@ from pydantic import Field, model_validator
 
 from avd_core.sampling import SamplerKind
 from avd_trainer.methods.consistency import Consistency, ConsistencyConfig
+from avd_trainer.models.samplers import schedule
 
 PAPER = "Wang et al. 2024, arXiv 2405.18407 (PCM)"
 NEEDS = ("teacher", "clips")
 FORWARDS = 6.4
-
-# Of 1000: how far a step may be from the point of the trajectory where its phase begins.
-NEAR = 0.5
 
 
 class PCMMethodConfig(ConsistencyConfig):
@@ -43,21 +41,11 @@ class PCMMethodConfig(ConsistencyConfig):
     @property
     def edges(self) -> tuple[int, ...]:
         """Each phase ends where the next one begins, the last at the trajectory's end."""
-        return (0, *(self._nearest_point(step) for step in reversed(self.few_steps[1:])))
-
-    def _nearest_point(self, timestep: float) -> int:
-        return int((self.trajectory() - timestep).abs().argmin())
+        return (0, *(self.nearest_point(step) for step in reversed(self.few_steps[1:])))
 
     @model_validator(mode="after")
-    def _check_phases(self) -> Self:
-        points = self.trajectory()
-        nearest = [points[self._nearest_point(step)].item() for step in self.few_steps]
-        if any(abs(step - point) > NEAR for step, point in zip(self.few_steps, nearest, strict=True)):
-            raise ValueError(
-                f"few_steps must be points of the trajectory, where phases begin, got {list(self.few_steps)} for "
-                f"points={self.points} and shift={self.shift:g}. The nearest are {[round(p, 1) for p in nearest]}"
-            )
-        if self.few_steps[0] != points[-1]:
+    def _check_first_phase(self) -> Self:
+        if self.few_steps[0] != schedule.num_train_timesteps:
             raise ValueError(f"few_steps must begin at 1000, where the first phase does, got {self.few_steps[0]:g}")
         return self
 

@@ -66,7 +66,7 @@ def pair_of(kind: str, above: int = 0, upto: int | None = None, **options: Any) 
 
 
 def test_points_are_even_before_the_shift() -> None:
-    config = LCMMethodConfig(points=4, shift=3.0, lowest=10.0)
+    config = LCMMethodConfig(points=4, shift=3.0, lowest=10.0, few_steps=(1000,))
     even = torch.tensor([10.0, 250.0, 500.0, 750.0, 1000.0])
     torch.testing.assert_close(config.trajectory(), shift_timesteps(even, 3.0))
 
@@ -121,9 +121,25 @@ def test_on_straight_lines_there_is_nothing_to_learn(kind: str) -> None:
         assert loss.value < most if most else loss.value > 1e-4
 
 
+@pytest.mark.parametrize("kind", ["lcm", "pcm", "dcm"])
+def test_added_terms_are_given_the_clean_clip_and_not_the_end_of_a_phase(kind: str) -> None:
+    """On straight lines to a clip that is the clip itself, from any point."""
+    clip = torch.randn(SHAPE)
+    models = {name: Towards(clip) for name in ("student", "ema", "teacher")}
+    (loss,) = method_of(kind, models).losses(STUDENT, *batch_and_draws())
+    assert loss.samples is not None
+    torch.testing.assert_close(loss.samples, clip.expand(64, *SHAPE), rtol=0, atol=1e-4)
+    assert loss.cut is not None
+    assert torch.autograd.grad(loss.samples.sum(), loss.cut.output)[0].abs().min() > 0
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
+        (
+            lambda: LCMMethodConfig(few_steps=(1000.0, 900.0)),
+            "few_steps must be points.* nearest are .*904.8",
+        ),
         (
             lambda: PCMMethodConfig(few_steps=(1000.0, 898.0, 750.0)),
             "few_steps must be points.* nearest are .*900.0",
