@@ -125,7 +125,8 @@ def test_rates_of_all_methods_are_chosen_in_the_same_way_before_they_are_compare
         assert settings.keys() == {2.5e-5, 5e-5, 1e-4}, kind
         # What is chosen is a value of the study's own run, which differs in nothing else.
         alone = methods.run(kind.replace("_", "-"))
-        tuned = tuning.run(settings[5e-5])
+        assert isinstance(alone.method, DistillationConfig)
+        tuned = tuning.run(settings[alone.method.student.optimizer.lr])
         if kind == "data_forcing":
             tuned = tuned.model_copy(update={"student_weights": alone.student_weights})
         assert tuned == alone
