@@ -86,7 +86,8 @@ def test_the_matching_term_is_that_of_the_plain_algorithm(make_trainer: MakeTrai
         nothing = condition.with_text(torch.zeros_like(condition.text))
         with_text, without = models["teacher"](seen, t, condition), models["teacher"](seen, t, nothing)
         real = seen - s * (without + 5 * (with_text - without))
-        expected = distribution_matching_loss(x, real, x_t - s * models["online"](x_t, t, condition))
+        online = x_t - s * models["online"](x_t, t, condition)
+    expected = distribution_matching_loss(x, real, online)
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-4, atol=1e-7)
     (gradient,), (reference,) = (torch.autograd.grad(each.loss, x) for each in (found, expected))
     assert reference.abs().max() > 0
