@@ -94,7 +94,7 @@ def test_without_an_embedding_the_first_frames_latents_are_what_is_seen_of_the_i
     assert tokens is not None
     assert tokens.shape == (2, 4, 3)
     assert torch.equal(tokens[1, 2], latents[1, :, 0, 1, 0])
-    assert image_token_dim({"in_channels": 19, "out_channels": 16}) == 3
+    assert image_token_dim({"in_channels": 36, "out_channels": 16}) == 20
     assert image_token_dim({"in_channels": 36, "out_channels": 16, "image_dim": 1280}) == 1280
     assert image_token_dim({"in_channels": 16, "out_channels": None}) is None
 

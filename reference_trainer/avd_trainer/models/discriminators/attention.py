@@ -44,7 +44,7 @@ class Attention(nn.Module):
         return looked
 
 
-class Judge(nn.Module):
+class LogitFromBlocks(nn.Module):
     """Queries look into each tapped block, and what they saw becomes a logit.
 
     Args:

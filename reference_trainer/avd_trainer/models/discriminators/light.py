@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from avd_trainer.models.condition import Condition
-from avd_trainer.models.discriminators.attention import Judge
+from avd_trainer.models.discriminators.attention import LogitFromBlocks
 
 
 class LightHead(nn.Module):
@@ -26,7 +26,7 @@ class LightHead(nn.Module):
     def __init__(self, feature_dim: int, blocks: int, *, width: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(blocks, 1, width))
-        self.judge = Judge(feature_dim, blocks, width, queries=1)
+        self.judge = LogitFromBlocks(feature_dim, blocks, width, queries=1)
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
         """``[B, L, D]`` of each tapped block to logits ``[B]``; of ``condition`` nothing is read."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from avd_trainer.models.architecture import image_input
 from avd_trainer.models.condition import Condition
-from avd_trainer.models.discriminators.attention import Attention, Judge
+from avd_trainer.models.discriminators.attention import Attention, LogitFromBlocks
 
 
 class SemanticHead(nn.Module):
@@ -44,7 +45,7 @@ class SemanticHead(nn.Module):
         if image_dim is not None:
             self.see_image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, width))
         self.attend = Attention(width, width)
-        self.judge = Judge(feature_dim, blocks, width, queries)
+        self.judge = LogitFromBlocks(feature_dim, blocks, width, queries)
 
     def forward(self, features: Sequence[Tensor], condition: Condition) -> Tensor:
         """``[B, L, D]`` of each tapped block to logits ``[B]``.
@@ -77,7 +78,5 @@ def image_tokens(condition: Condition) -> Tensor | None:
 
 def image_token_dim(architecture: Mapping[str, Any]) -> int | None:
     """Width of :func:`image_tokens`, from the keyword arguments of a run's transformers; None if they see no image."""
-    if architecture.get("image_dim") is not None:
-        return int(architecture["image_dim"])
-    beside = int(architecture["in_channels"] - (architecture.get("out_channels") or architecture["in_channels"]))
-    return beside or None
+    image = image_input(architecture)
+    return None if image is None else image.embedding_dim or image.channels
