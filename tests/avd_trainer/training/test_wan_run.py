@@ -13,24 +13,33 @@ from typer.testing import CliRunner
 import tiny_pipeline
 from avd_integrations.diffusers import FewStepScheduler
 from avd_trainer.commands.app import app
+from avd_trainer.config.loading import load_config
 from avd_trainer.inference.students import open_student
-from avd_trainer.methods.registry import load_method
+from avd_trainer.methods.distillation import DistillationConfig
+from avd_trainer.methods.registry import list_methods
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout
 from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.metrics_log import read_series
 
-FORWARD = "method.derivative=forward"  # differences are lost in bfloat16
+BLOCKS = "method.head.blocks=null"  # theirs are of 30
 METHODS = {
+    "dmd": ["method.online_updates=1"],
     "regression": ["method.watch_every=1"],
-    "dmd2": ["method.head.width=64", "method.online_updates=1"],
+    "dmd2": ["method.head.width=64", BLOCKS, "method.online_updates=1"],
     "data_forcing": ["method.online_updates=1"],
     "lcm": ["method.watch_every=1"],
-    "dcm": ["method.detail.head.width=64", "method.detail.after=1", "method.coherence_stride=1"],
-    "scm": [FORWARD],
-    "rcm": [FORWARD, "method.tangent_warmup=1", "method.online_updates=1"],
-}
-"""Those that test_pipeline_export.py does not take through; with both phases in two steps, where they have two."""
+    "pcm": ["method.watch_every=1"],
+    "dcm": [
+        "method.detail.head.width=64", "method.detail.head.blocks=null", "method.detail.after=1",
+        "method.coherence_stride=1",
+    ],
+    "scm": [],
+    "rcm": ["method.tangent_warmup=1", "method.online_updates=1"],
+    "vpae": ["method.head.width=64", BLOCKS, "method.priming_steps=1", "method.online_updates=1"],
+}  # fmt: skip
+"""What presets say of larger models and of longer runs. Both phases are in two steps, where there are two."""
 SIZE = ["--frames", "9", "--height", "32", "--width", "48"]
 
 
@@ -56,15 +65,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train(files: Path, output: Path, *changes: str, kind: str = "avd", max_steps: int = 2) -> Path:
+def train(files: Path, output: Path, *changes: str) -> Path:
     settings = [argument for change in changes for argument in ("--set", change)]
     config = output.with_suffix(".yaml")
-    config.write_text(f"method: {{kind: {kind}}}\nteacher: {files / 'pipeline'}\nbatch_size: 2\nprecision: bfloat16\n")
-    # Prompts would go unread by methods that learn from clips alone.
-    prompts = ["--prompts", files / "prompts"] if kind in ("avd", "dmd2") else []
+    config.write_text(f"method: {{kind: avd}}\nteacher: {files / 'pipeline'}\nbatch_size: 2\nprecision: bfloat16\n")
     run(
-        "train", config, "--data", files / "data", *prompts, "--output", output, "--max-steps", max_steps, "--set",
-         "data.workers=1", "--set", "method.student.optimizer.lr=1e-3", *settings,
+        "train", config, "--data", files / "data", "--prompts", files / "prompts", "--output", output, "--max-steps", 2,
+        "--set", "data.workers=1", "--set", "method.student.optimizer.lr=1e-3", *settings,
     )  # fmt: skip
     return output
 
@@ -130,22 +137,34 @@ def test_a_run_goes_on_with_its_shards_elsewhere_but_not_with_other_shards(files
 
 
 @pytest.mark.parametrize("kind", METHODS)
-def test_each_method_goes_from_pipeline_to_pipeline(files: Path, tmp_path: Path, kind: str) -> None:
+def test_each_methods_preset_goes_from_pipeline_to_pipeline(files: Path, tmp_path: Path, kind: str) -> None:
     """In two runs, the second of which goes on where the first has ended; two ranks are for the contract of methods."""
-    changes = [*METHODS[kind], "samples.every=null", "logging.tensorboard=false"]
-    output = train(files, tmp_path / "run", *changes, kind=kind, max_steps=1)
-    once = load_transformer(str(output / "student")).state_dict()
-    train(files, output, *changes, kind=kind, max_steps=2)
+    output = tmp_path / "run"
+    needs = next(method.needs for method in list_methods() if method.kind == kind)
+    prompts = ["--prompts", files / "prompts"] if "prompts" in needs else []
+    changes = [
+        f"teacher={files / 'pipeline'}", "batch_size=2", "data.workers=1", "samples.every=null",
+        "logging.tensorboard=false", "method.student.optimizer.lr=1e-3", *METHODS[kind],
+    ]  # fmt: skip
+    settings = [argument for change in changes for argument in ("--set", change)]
+    for steps in (1, 2):
+        run(
+            "train", "wan2.1-1.3b", "--method", kind, "--data", files / "data", *prompts, "--output", output,
+            "--max-steps", steps, *settings,
+        )  # fmt: skip
     losses = read_series(output / "metrics.jsonl", "loss")
     assert len(losses) == 2
     assert all(isfinite(loss) for loss in losses)
-    student = load_transformer(str(output / "student"))
-    assert any(not torch.equal(value, once[name]) for name, value in student.state_dict().items())
 
     run("export", output, "--output", tmp_path / "out")
     exported = open_student(tmp_path / "out")
-    config = load_method(kind).Config()
-    assert (exported.timesteps, exported.sampler) == (config.few_steps, config.sampled_by)  # type: ignore[attr-defined]
+    data = {"data": {"kind": "shards", "path": "not/there"}}
+    config = load_config(TrainConfig, "wan2.1-1.3b", [], data, method=kind).method
+    assert isinstance(config, DistillationConfig)
+    assert (exported.timesteps, exported.sampler) == (config.few_steps, config.sampled_by)
+    student = load_transformer(str(tmp_path / "out" / "transformer"))
+    teacher = load_transformer(str(files / "pipeline")).state_dict()
+    assert any(not torch.equal(value, teacher[name]) for name, value in student.state_dict().items())
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
     pipeline.scheduler = FewStepScheduler.from_config(pipeline.scheduler.config)
     noise = torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(3))
