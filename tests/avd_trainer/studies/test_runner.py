@@ -104,6 +104,15 @@ def test_of_a_finished_study_nothing_is_done_again(study: Study, finished: Path)
     assert times(finished) == before
 
 
+def test_results_alone_are_enough_to_go_on_elsewhere(study: Study, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "units").mkdir()
+    for file in (finished / "study.json", *(finished / "units").glob("*.json")):
+        shutil.copy(file, tmp_path / file.relative_to(finished))
+    assert run_study(study, tmp_path, SEEDS)
+    assert results(tmp_path) == results(finished)
+    assert write_summary(study, tmp_path, SEEDS) == write_summary(study, finished, SEEDS)
+
+
 def test_how_many_are_sampled_at_once_changes_no_sample(study: Study, finished: Path, tmp_path: Path) -> None:
     one = load_study(write_study(tmp_path / "small"), ["evaluation.batch_size=4"], ["dmd"])
     assert run_study(one, tmp_path / "other", [1])
