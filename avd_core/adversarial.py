@@ -60,7 +60,7 @@ class HingeLoss(nn.Module):
         Returns:
             LossOutput: ``loss`` scalar; metrics, scalars: ``hinge_loss``, the same number (in a total with other terms
             it would not be seen); ``clip_logit`` and ``sample_logit``, the means; ``logit_gap``, their difference;
-            ``logit_rms``, the root mean square of all logits, both sides weighing the same; ``accuracy``, the share of
+            ``logit_square``, the mean square of all logits, both sides weighing the same; ``accuracy``, the share of
             logits whose sign is right, both sides weighing the same and a 0 counting half.
 
         Raises:
@@ -320,7 +320,7 @@ def _telling_apart(clips: Tensor, samples: Tensor) -> dict[str, Tensor]:
         "clip_logit": clips.mean(),
         "sample_logit": samples.mean(),
         "logit_gap": clips.mean() - samples.mean(),
-        "logit_rms": ((clips.square().mean() + samples.square().mean()) / 2).sqrt(),
+        "logit_square": (clips.square().mean() + samples.square().mean()) / 2,
         "accuracy": 0.5 + 0.25 * (clips.sign().mean() - samples.sign().mean()),
     }
 

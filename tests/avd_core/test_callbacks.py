@@ -59,7 +59,7 @@ def metrics_at(step: int) -> dict[str, Tensor]:
 def of_logits(clip_logits: Tensor, sample_logits: Tensor) -> dict[str, Tensor]:
     """What a loop reports of a discriminator's logits."""
     metrics = HingeLoss().eval().discriminator(clip_logits, sample_logits).metrics
-    return {f"discriminator/{name}": metrics[name] for name in ("clip_logit", "sample_logit", "logit_rms")}
+    return {f"discriminator/{name}": metrics[name] for name in ("clip_logit", "sample_logit", "logit_square")}
 
 
 # Given in every test, which is about what a limit does and not about where it is best.
@@ -70,7 +70,7 @@ LIMITS = {
     "max_switched": 0.5,
     "min_weight_spread": 0.02,
     "max_gradient_ratio": 1.0,
-    "min_logit_gap": 0.1,
+    "min_separation": 0.1,
     "min_hinge_loss": 0.05,
     "patience": 4,
 }
@@ -745,7 +745,7 @@ def test_what_lasts_is_said_of_the_discriminator(stream: list[dict[str, Tensor]]
 
 
 def test_the_discriminators_limits_and_the_patience_can_be_set() -> None:
-    assert watch(prompt_monitor(min_logit_gap=0.01), gaps(*[0.05] * 9)) == []
+    assert watch(prompt_monitor(min_separation=0.01), gaps(*[0.05] * 9)) == []
     assert watch(prompt_monitor(min_hinge_loss=0.01), hinge_losses(*[0.04] * 9)) == []
     assert watch(prompt_monitor(patience=0), gaps(0.05)) == ["discriminator_blind"]
     assert watch(prompt_monitor(patience=10), gaps(*[0.05] * 20)) == []
@@ -782,6 +782,26 @@ def test_by_default_a_gap_that_opens_slowly_is_no_finding_in_noise_and_one_that_
 def test_a_discriminators_scale_is_its_own(scale: float) -> None:
     assert watch(prompt_monitor(), gaps(*[0.2] * 9, scale=scale)) == []
     assert watch(prompt_monitor(), gaps(*[0.05] * 9, scale=scale)) == ["discriminator_blind"]
+
+
+def test_micro_batches_are_judged_as_the_batch_they_make() -> None:
+    """Metrics of micro-batches are averaged before a callback sees them."""
+    clip_logits, sample_logits = randn(1, 9, 8) + 3.3, randn(2, 9, 8) + 3.0
+    whole, parts = prompt_monitor(decay=0.5), prompt_monitor(decay=0.5)
+    for step, (clip, sample) in enumerate(zip(clip_logits, sample_logits, strict=True), 1):
+        whole.after_step(step, of_logits(clip, sample))
+        singles = [of_logits(c, s) for c, s in zip(clip.split(1), sample.split(1), strict=True)]
+        parts.after_step(step, {name: torch.stack([one[name] for one in singles]).mean() for name in singles[0]})
+    assert parts.signals()["separation"] == pytest.approx(whole.signals()["separation"], rel=1e-4)
+
+
+def test_a_part_of_a_discriminators_metrics_is_refused() -> None:
+    metrics = of_logits(torch.ones(2), torch.zeros(2))
+    del metrics["discriminator/logit_square"]
+    with pytest.raises(
+        ValueError, match="clip_logit, sample_logit, logit_square together, got clip_logit, sample_logit"
+    ):
+        prompt_monitor().after_step(1, metrics)
 
 
 def test_a_discriminator_that_says_one_number_is_blind_and_one_that_says_two_is_not() -> None:
@@ -879,7 +899,7 @@ def test_the_monitor_lets_every_step_pass() -> None:
         ({"decay": 1.0}, "decay must be a finite number at least 0 and below 1"),
         ({"window": 1}, "window must be at least 2"),
         ({"patience": -1}, "patience must be at least 0"),
-        ({"min_logit_gap": math.nan}, "min_logit_gap must be a finite number"),
+        ({"min_separation": math.nan}, "min_separation must be a finite number"),
         ({"min_hinge_loss": -1.0}, "min_hinge_loss must be a finite number at least 0"),
         ({"variance_range": (2.0, 1.0)}, "variance_range must be"),
         ({"saturation_range": (0.0, 1.0)}, "saturation_range must be"),

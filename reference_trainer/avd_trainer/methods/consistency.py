@@ -32,7 +32,7 @@ from avd_trainer.models.samplers import (
 )
 from avd_trainer.runtime.draws import Draws
 
-# Of 1000: how far a step may be from a point of the trajectory. Steps may be rounded; DCM's 949 is of 949.5.
+# Of 1000: how far a step may be from a point of the trajectory. Steps may be rounded; DCM's 949 is of 948.50.
 NEAR = 0.51
 
 
@@ -88,19 +88,23 @@ class ConsistencyConfig(WatchedConfig):
         return self
 
     def nearest_point(self, timestep: float) -> int:
-        """The point of the trajectory that is nearest to a timestep."""
-        return int((self.trajectory() - timestep).abs().argmin())
+        """The point of the trajectory that is nearest to a timestep, without its end, where nothing is trained."""
+        return 1 + int((self.trajectory()[1:] - timestep).abs().argmin())
 
-    @model_validator(mode="after")
-    def _check_few_steps_are_points(self) -> Self:
+    def steps_off_points(self) -> str:
+        """What is wrong with few steps that are no points of the trajectory; nothing if all of them are."""
         points = self.trajectory()
         nearest = [points[self.nearest_point(step)].item() for step in self.few_steps]
-        if any(abs(step - point) > NEAR for step, point in zip(self.few_steps, nearest, strict=True)):
-            raise ValueError(
-                f"few_steps must be points of the trajectory, where the student is trained, got {list(self.few_steps)} "
-                f"for points={self.points} and shift={self.shift:g}. The nearest are {[round(p, 1) for p in nearest]}"
-            )
-        return self
+        if all(abs(step - point) <= NEAR for step, point in zip(self.few_steps, nearest, strict=True)):
+            return ""
+        return (
+            f"few_steps must be points of the trajectory, where the student is trained, got {list(self.few_steps)} for "
+            f"points={self.points} and shift={self.shift:g}. The nearest are {[round(point, 2) for point in nearest]}"
+        )
+
+    def warnings(self, student_weights: str | None) -> Sequence[str]:
+        off = self.steps_off_points()
+        return (*super().warnings(student_weights), *([f"{off}."] if off else []))
 
 
 class Pair(NamedTuple):

@@ -44,7 +44,9 @@ class PCMMethodConfig(ConsistencyConfig):
         return (0, *(self.nearest_point(step) for step in reversed(self.few_steps[1:])))
 
     @model_validator(mode="after")
-    def _check_first_phase(self) -> Self:
+    def _check_phases(self) -> Self:
+        if off := self.steps_off_points():
+            raise ValueError(off)
         if self.few_steps[0] != schedule.num_train_timesteps:
             raise ValueError(f"few_steps must begin at 1000, where the first phase does, got {self.few_steps[0]:g}")
         return self

@@ -40,8 +40,7 @@ def directional_derivative(
     """
     # Dual tensors and not torch.func.jvp, in which FSDP2 of older PyTorch cannot gather parameters. Compiled blocks
     # would let go of the derivative without a word.
-    eager = torch.compiler.set_stance("force_eager")
-    with torch.no_grad(), forward_ad.dual_level(), eager, _AttentionByParts():
+    with torch.compiler.set_stance("force_eager"), torch.no_grad(), forward_ad.dual_level(), _AttentionByParts():
         duals = map(forward_ad.make_dual, inputs, directions)
         value = function(*duals)
         derivative: Tensor | None = forward_ad.unpack_dual(value).tangent  # type: ignore[no-untyped-call]

@@ -57,7 +57,7 @@ def checkpoint_blocks(model: WanTransformer3DModel) -> None:
 
 
 def compile_blocks(model: WanTransformer3DModel) -> None:
-    """``torch.compile`` of each block, to be called before it is sharded."""
+    """``torch.compile`` of each block, to be called before it is sharded. Sets an option of the whole process."""
     # A loss may be differentiated at a sample, to measure its share, before the backward pass that trains. PyTorch's
     # default would let the first of the two passes overwrite what the second one needs, and refuses both.
     torch._functorch.config.donated_buffer = False

@@ -145,7 +145,7 @@ def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:
 
 
 def _judged_like(other: TrainConfig, run: TrainConfig) -> TrainConfig:
-    """A run whose monitors judge when those of another one do, if that leaves a quarter of it."""
+    """A run whose monitors judge when those of another one do, if samples are then judged for a quarter of it."""
     like_other = {"monitor_grace": other.grace, "monitor_patience": other.patience}
     return run.model_copy(update=like_other) if 4 * other.grace <= 3 * run.max_steps else run
 

@@ -42,6 +42,7 @@ from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment
+from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
@@ -211,7 +212,7 @@ class Workplace:
     def _take_over(self, unit: Unit) -> None:
         """Let a run that has not begun go on where the run that is its beginning has ended, which gives up its state.
 
-        Where that one was copied from another study, there is no state, and the run begins itself.
+        Where that one was done elsewhere, there is no state here, and the run begins itself.
 
         Raises:
             NonFiniteError: If that one has diverged.
@@ -224,7 +225,7 @@ class Workplace:
             return
         earlier = Unit(beginning, unit.seed)
         there, here = self.run_folder(earlier), self.run_folder(unit)
-        if not self._is_trained(earlier):  # and done all the same
+        if self._has_diverged(earlier):
             raise NonFiniteError(f"{earlier} has diverged, and its steps are the first ones of this run.")
         if (there / CHECKPOINTS).exists():
             steps = self.study.run(beginning).max_steps
@@ -312,8 +313,18 @@ class Workplace:
         """The folder of what a unit has trained."""
         product = self.run_folder(unit) / self.study.run(unit.variant).method.main_role
         if not product.exists():  # the unit is done all the same
-            raise NonFiniteError(f"There is nothing to sample with: {unit} has diverged.")
+            if self._has_diverged(unit):
+                raise NonFiniteError(f"There is nothing to sample with: {unit} has diverged.")
+            raise UserError(
+                f"{unit} is done, but {product}, which other units start from, is not there. Copy it from where it was "
+                f"trained, or delete {self.folder / str(unit)}.json to have it trained again."
+            )
         return product
+
+    def _has_diverged(self, unit: Unit) -> bool:
+        """Whether a unit that is done has failed."""
+        results = self.folder / f"{unit}.json"
+        return results.exists() and "failed" in read_json(results)
 
     def _measure(self, clips: Encoded, images: Tensor) -> dict[str, float]:
         """The measures of clips; for image to video also those against the images that they were to begin with."""

@@ -129,7 +129,7 @@ def is_beginning(shorter: TrainConfig, longer: TrainConfig) -> bool:
         shorter.max_steps <= longer.max_steps
         and _has_free_length(longer)
         and shorter.grace == longer.grace
-        and shorter.patience == longer.patience
+        and (shorter.patience == longer.patience or "discriminator" not in longer.method.roles())
         and rest(shorter) == rest(longer)
     )
 

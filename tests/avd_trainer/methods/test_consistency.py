@@ -133,13 +133,19 @@ def test_added_terms_are_given_the_clean_clip_and_not_the_end_of_a_phase(kind: s
     assert torch.autograd.grad(loss.samples.sum(), loss.cut.output)[0].abs().min() > 0
 
 
+def test_who_is_sampled_where_nothing_is_trained_is_warned() -> None:
+    """And not refused: there are students of such steps."""
+    (warning,) = LCMMethodConfig(few_steps=(1000.0, 900.0)).warnings(None)
+    assert "few_steps must be points of the trajectory" in warning
+    assert "[1000.0, 904.76]" in warning
+    assert DCMMethodConfig(few_steps=(1000.0, 16.7)).warnings(None)  # where the trajectory ends
+    for config in (LCMMethodConfig(), PCMMethodConfig(), DCMMethodConfig()):
+        assert not config.warnings(None)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (
-            lambda: LCMMethodConfig(few_steps=(1000.0, 900.0)),
-            "few_steps must be points.* nearest are .*904.8",
-        ),
         (
             lambda: PCMMethodConfig(few_steps=(1000.0, 898.0, 750.0)),
             "few_steps must be points.* nearest are .*900.0",

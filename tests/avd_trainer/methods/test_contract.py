@@ -264,7 +264,7 @@ def assert_follows(seen: list[dict[str, Any]], curve: list[dict[str, Any]]) -> N
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch.compile's own
-@pytest.mark.parametrize("kind", ["avd", "vpae", "scm by forward differentiation"])  # compiling takes long
+@pytest.mark.parametrize("kind", ["avd", "vpae", "dmd2", "scm by forward differentiation"])  # compiling takes long
 def test_compiled_blocks_follow_the_same_curve(
     kind: str,
     configure: Callable[..., TrainConfig],
@@ -274,6 +274,9 @@ def test_compiled_blocks_follow_the_same_curve(
 ) -> None:
     """Also where gradients are measured by passes of their own, and with a derivative that compiled blocks have not."""
     compiled = Trainer(configure(kind, "parallel.compile=true"), data, ranks)
+    student = compiled.models["student"]
+    assert isinstance(student, VelocityModel)
+    assert student.module.blocks[0]._compiled_call_impl is not None
     assert_follows(logged(compiled), finish(kind).curve)
 
 

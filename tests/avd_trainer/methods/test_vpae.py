@@ -313,7 +313,7 @@ def test_in_bfloat16_a_larger_step_or_float32_measures_str1s_spatial_term() -> N
 
     exact = spatial(torch.float32, None)
     assert spatial(torch.float32, 0.1) == pytest.approx(exact, rel=0.2)
-    assert spatial(torch.bfloat16, None) > 1.4 * exact  # 6 times, where the head was trained for 60 steps
+    assert spatial(torch.bfloat16, None) > 1.25 * exact  # 6 times, where the head was trained for 60 steps
     assert spatial(torch.bfloat16, 0.1) == pytest.approx(exact, rel=0.25)
     # The bundled weights are those of bfloat16, so that what is left is what lies between the layers.
     assert spatial(torch.bfloat16, None, torch.float32) == pytest.approx(exact, rel=0.01)
@@ -418,12 +418,12 @@ def test_the_monitor_sees_the_discriminators_gap(make_trainer: MakeTrainer) -> N
     assert isinstance(trainer.monitor, CollapseMonitor)
     run = trainer.run()
     next(run)
-    assert "logit_gap" not in trainer.monitor.signals()
+    assert "separation" not in trainer.monitor.signals()
     metrics = next(run)
-    names = ("clip_logit", "sample_logit", "logit_rms")
-    clip, sample, rms = (float(metrics[f"discriminator/{name}"]) for name in names)
-    spread = (rms**2 - (clip**2 + sample**2) / 2) ** 0.5
-    assert trainer.monitor.signals()["logit_gap"] == pytest.approx((clip - sample) / spread, rel=1e-3)
+    names = ("clip_logit", "sample_logit", "logit_square")
+    clip, sample, square = (float(metrics[f"discriminator/{name}"]) for name in names)
+    spread = (square - (clip**2 + sample**2) / 2) ** 0.5
+    assert trainer.monitor.signals()["separation"] == pytest.approx((clip - sample) / spread, rel=1e-3)
 
 
 def test_the_discriminator_learns_to_tell_clips_from_samples(make_trainer: MakeTrainer) -> None:

@@ -14,7 +14,7 @@ from avd_trainer.config.loading import load_config
 from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Turn, forward_equivalents
 from avd_trainer.runtime.errors import UserError
-from avd_trainer.runtime.files import read_json
+from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies import budget, units
 from avd_trainer.studies.budget import _judged_like, _lasting, share_budget, time_step
@@ -404,7 +404,7 @@ def test_what_two_runs_have_in_common_is_trained_once(place: Workplace, tmp_path
     assert place.study.needs(LATER) == [EARLIER]
     assert states(place) == {"avd-1": [2, 3]}
     alone = Workplace(place.study, Path(shutil.copytree(place.folder, tmp_path / "alone")), ranks)
-    shutil.rmtree(alone.run_folder(EARLIER) / "checkpoints")  # as where it was copied from another study
+    shutil.rmtree(alone.run_folder(EARLIER))  # as where results alone were copied
     rest, whole = place.do(LATER), alone.do(LATER)
     assert outcome(place.run_folder(LATER)) == outcome(alone.run_folder(LATER))
     assert rest.pop("beginning") == {"unit": "avd-1", "steps": 3}
@@ -487,7 +487,7 @@ def test_a_run_has_no_beginning_that_nobody_asked_for(place: Workplace) -> None:
 
 
 def test_where_the_beginning_has_diverged_so_has_the_rest(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.rmtree(place.run_folder(EARLIER) / "student")  # which a run that diverged does not leave
+    write_json(place.folder / f"{EARLIER}.json", {"failed": "NaN"})
     monkeypatch.setattr(units, "train", None)
     assert place.do(LATER)["failed"] == "avd-1 has diverged, and its steps are the first ones of this run."
 

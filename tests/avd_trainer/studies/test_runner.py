@@ -111,6 +111,10 @@ def test_results_alone_are_enough_to_go_on_elsewhere(study: Study, finished: Pat
     assert run_study(study, tmp_path, SEEDS)
     assert results(tmp_path) == results(finished)
     assert write_summary(study, tmp_path, SEEDS) == write_summary(study, finished, SEEDS)
+    (tmp_path / "units" / "half-rate-1.json").unlink()
+    with pytest.raises(FailedUnitsError, match=r"half-rate-1: UserError: interpolator-0 is done, but .*, which other"):
+        run_study(study, tmp_path, SEEDS)
+    assert not (tmp_path / "units" / "half-rate-1.json").exists()
 
 
 def test_how_many_are_sampled_at_once_changes_no_sample(study: Study, finished: Path, tmp_path: Path) -> None:

@@ -59,17 +59,19 @@ def test_a_schedule_that_depends_on_the_length_of_a_run_fixes_it(
 @pytest.mark.parametrize(
     ("kind", "of_shorter", "of_longer", "expected"),
     [
-        ("dmd", {"max_steps": 800}, {"max_steps": 900}, True),
+        ("dmd", {"max_steps": 200}, {"max_steps": 300}, True),
         ("dmd", {"max_steps": 300}, {"max_steps": 300}, True),
-        ("dmd", {"max_steps": 900}, {"max_steps": 800}, False),
+        ("dmd", {"max_steps": 300}, {"max_steps": 200}, False),
+        ("vpae", {"max_steps": 800}, {"max_steps": 900}, True),
+        ("vpae", {"max_steps": 200}, {"max_steps": 300}, False),  # a discriminator has 25 steps to learn, and 37
+        ("vpae", {"max_steps": 200}, {"max_steps": 300, "monitor_patience": 25}, True),
         ("dmd", {"max_steps": 10}, {"max_steps": 20}, False),  # the monitors judge from step 5 on, and from 10 on
-        ("dmd", {"max_steps": 10}, {"max_steps": 20, "monitor_grace": 5}, False),  # a discriminator has 1 step, and 2
-        ("dmd", {"max_steps": 10}, {"max_steps": 20, "monitor_grace": 5, "monitor_patience": 1}, True),
-        ("dmd", {"max_steps": 800}, {"max_steps": 900, "seed": 1}, False),
+        ("dmd", {"max_steps": 10}, {"max_steps": 20, "monitor_grace": 5}, True),
+        ("dmd", {"max_steps": 200}, {"max_steps": 300, "seed": 1}, False),
         (
             "frame_interpolation",
-            {"max_steps": 800, "method": {"optimizer": {"schedule": "cosine"}}},
-            {"max_steps": 900, "method": {"optimizer": {"schedule": "cosine"}}},
+            {"max_steps": 200, "method": {"optimizer": {"schedule": "cosine"}}},
+            {"max_steps": 300, "method": {"optimizer": {"schedule": "cosine"}}},
             False,
         ),
     ],
