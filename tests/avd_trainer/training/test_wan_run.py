@@ -39,7 +39,7 @@ METHODS = {
     "rcm": ["method.tangent_warmup=1", "method.online_updates=1"],
     "vpae": ["method.head.width=64", BLOCKS, "method.priming_steps=1", "method.online_updates=1"],
 }  # fmt: skip
-"""What presets say of larger models and of longer runs. Both phases are in two steps, where there are two."""
+"""What a tiny pipeline and a run of two steps need in place of a preset's values, with both phases."""
 SIZE = ["--frames", "9", "--height", "32", "--width", "48"]
 
 
