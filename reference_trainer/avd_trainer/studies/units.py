@@ -225,7 +225,7 @@ class Workplace:
             return
         earlier = Unit(beginning, unit.seed)
         there, here = self.run_folder(earlier), self.run_folder(unit)
-        if self._has_diverged(earlier):
+        if self._has_diverged(earlier) and not self._is_trained(earlier):  # while it trained, and not when sampled
             raise NonFiniteError(f"{earlier} has diverged, and its steps are the first ones of this run.")
         if (there / CHECKPOINTS).exists():
             steps = self.study.run(beginning).max_steps

@@ -487,6 +487,7 @@ def test_a_run_has_no_beginning_that_nobody_asked_for(place: Workplace) -> None:
 
 
 def test_where_the_beginning_has_diverged_so_has_the_rest(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(place.run_folder(EARLIER) / "student")  # which a run that diverged does not leave
     write_json(place.folder / f"{EARLIER}.json", {"failed": "NaN"})
     monkeypatch.setattr(units, "train", None)
     assert place.do(LATER)["failed"] == "avd-1 has diverged, and its steps are the first ones of this run."
