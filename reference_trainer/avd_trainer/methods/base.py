@@ -159,6 +159,10 @@ class MethodConfig(Section):
         """The same method for a run of ``by`` times as many steps: its phases keep their shares of the run."""
         return self
 
+    def unwatched(self) -> Self:
+        """The same method without samples that are made for the monitors alone."""
+        return self
+
     @property
     def main_role(self) -> str:
         """The role whose model is the result of the run: it is averaged, sampled and exported."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from pydantic import Field
@@ -16,12 +17,16 @@ from avd_trainer.runtime.draws import Draws
 class WatchedConfig(DistillationConfig):
     """Options of a method that is watched."""
 
-    watch_every: int = Field(default=10, ge=1)
-    """Steps between two at which the student is sampled for the monitors. Training itself makes no samples."""
+    watch_every: int = Field(default=10, ge=0)
+    """Steps between two at which the student is sampled for the monitors; 0 for never. Training itself makes no
+    samples."""
+
+    def unwatched(self) -> Self:
+        return self.model_copy(update={"watch_every": 0})
 
     def watching_calls(self, max_steps: int) -> Sequence[Call]:
         """What that costs."""
-        watched = (max_steps // self.watch_every) / max_steps
+        watched = (max_steps // self.watch_every) / max_steps if self.watch_every else 0.0
         return [Call("student", watched * len(self.few_steps))] if watched else []
 
 
@@ -29,7 +34,8 @@ class Watched(Distillation):
     """A method that learns from clips, and is sampled for the monitors."""
 
     def own_turns(self, step: int) -> Sequence[Turn]:
-        return [Turn("student", ("clips",), watched=step % self.config.watch_every == 0)]
+        every = self.config.watch_every
+        return [Turn("student", ("clips",), watched=every > 0 and step % every == 0)]
 
     def watch(self, turn: Turn, batch: Batches, draws: Draws) -> dict[str, Tensor]:
         """In a watched turn samples of the clips' captions, as a metric for the monitors."""

@@ -4,7 +4,8 @@ A study whose ``budget_of`` names a variant gives all students what that one's o
 then trained twice: for as many steps as come to the same number of forward equivalents, under its own name, and for as
 many as take the same time, as ``NAME-seconds``. Seconds are measured once, where the study begins, and kept in
 ``study.json`` with the steps that follow from them. What goes on from another student comes on top of what that one
-did: it keeps its own steps, and only says what they cost.
+did: it keeps its own steps, and only says what they cost. What is sampled for the monitors alone, of methods whose
+training makes no samples, costs nothing here: it is no part of the method.
 
 A run of another length has phases of another length: each keeps the share of the run that it has of its file's own
 ``max_steps``. So the mean cost of a step hardly depends on their number. Where a method has no phases, the two runs of
@@ -31,7 +32,7 @@ from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 
 MB = 2**20
-LOOKS = 6
+LOOKS = 20
 """Steps that are timed of each kind that a run has, spread evenly over those of that kind."""
 
 
@@ -84,8 +85,7 @@ def time_step(
     """Seconds of a step, the mean over the run.
 
     Steps of each kind, that is with the same turns, are timed by themselves and count as often as the run has them: a
-    phase, or a step in which the student is sampled for the monitors, may cost several times another. The first step
-    of a kind, which is slower, is left out.
+    phase may cost several times another. The first step of a kind, which is slower, is left out.
 
     On the CPU seconds are those of the processor, which other processes do not lengthen. A GPU has no such clock: there
     a kind's seconds are the median of its steps, for what else the machine does lengthens single ones.
@@ -96,7 +96,8 @@ def time_step(
         ranks: The one process that computes.
         on_look: Called before each step that is timed.
     """
-    trainer = Trainer(config.model_copy(update={"student_weights": None}), data, ranks)
+    own = {"student_weights": None, "method": config.method.unwatched()}
+    trainer = Trainer(config.model_copy(update=own), data, ranks)
     kinds: dict[tuple[Turn, ...], list[int]] = {}
     for step in range(1, config.max_steps + 1):
         kinds.setdefault(tuple(trainer.method.turns(step)), []).append(step)
@@ -135,7 +136,7 @@ def _cost(run: TrainConfig) -> Cost:
 
 def _forwards(run: TrainConfig, steps: int) -> float:
     """Forward equivalents of a run, if it had so many steps."""
-    return steps * run.batch_size * forward_equivalents(_lasting(run, steps).method.calls(steps))
+    return steps * run.batch_size * forward_equivalents(_lasting(run, steps).method.unwatched().calls(steps))
 
 
 def _for_forwards(run: TrainConfig, budget: float) -> TrainConfig:

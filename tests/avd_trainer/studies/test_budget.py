@@ -282,7 +282,7 @@ def test_steps_of_each_kind_count_as_often_as_the_run_has_them(
     run = make_config("dmd", max_steps=100, student_weights="variant:another")
     seconds = time_step(run, data, ranks, lambda: looks.append(None))
     assert seconds == pytest.approx((72 * 1 + 18 * 3 + 10 * 5) / 100)
-    assert len(looks) == 3 * 7
+    assert len(looks) == 3 * (budget.LOOKS + 1)
 
 
 def test_on_a_gpu_steps_are_timed_by_the_clock_when_they_are_done(
@@ -298,8 +298,35 @@ def test_on_a_gpu_steps_are_timed_by_the_clock_when_they_are_done(
     gpu = replace(ranks, device=torch.device("cuda"))
     seconds = time_step(make_config("dmd", max_steps=100), data, gpu)
     assert seconds == pytest.approx((72 * 1 + 18 * 3 + 10 * 5) / 100)
-    assert len(waits) == 2 * 3 * 7
+    assert len(waits) == 2 * 3 * (budget.LOOKS + 1)
     assert waits[1] - waits[0] == 1 + 50  # before a step and after it
+
+
+def test_what_is_sampled_for_the_monitors_alone_is_not_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: TrainingData, make_config: MakeConfig, ranks: Ranks
+) -> None:
+    regression = """
+        # Sampled for the monitors in every step.
+        extends: tiny/regression
+        data: {clips: 8}
+        batch_size: 2
+        method: {watch_every: 1}"""
+    study = BUDGET.replace("[teacher, dmd, avd, half-rate, interpolator]", "[dmd, regression]")
+    files = {"study": study, "regression": regression, **dict.fromkeys(("teacher", "avd", "half-rate", "interpolator"))}
+    shared = share_budget(load_study(write_study(tmp_path / "watched", **files), ["max_steps=20"]), {})
+    assert shared.run("regression").max_steps == 20 * FORWARDS["dmd"] // 3  # a forward and a backward pass
+    assert shared.run("regression").method.watch_every == 1  # it is watched all the same
+
+    timed: list[TrainConfig] = []
+
+    class SeenTrainer(FakeTrainer):
+        def __init__(self, config: TrainConfig, *rest: object) -> None:
+            timed.append(config)
+            super().__init__(config, *rest)
+
+    monkeypatch.setattr(budget, "Trainer", SeenTrainer)
+    time_step(make_config("regression", max_steps=9), data, ranks)
+    assert [config.method.watch_every for config in timed] == [0]
 
 
 def test_the_data_of_a_run_is_open_before_its_first_step(
