@@ -280,13 +280,17 @@ def curve(config: TrainConfig, data: TrainingData) -> list[float]:
         return [float(metrics["loss"]) for metrics in Trainer(config, data, ranks).run()]
 
 
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_two_ranks_train_what_one_does(lora: dict[str, Any] | None, wan: Path, videos: Path, tmp_path: Path) -> None:
-    """With the image embedder and the attention to it, sharded."""
+@pytest.mark.parametrize(("kind", "lora"), [("avd", None), ("avd", LORA), ("vpae", None), ("vpae", LORA)])
+def test_two_ranks_train_what_one_does(
+    kind: str, lora: dict[str, Any] | None, wan: Path, videos: Path, tmp_path: Path
+) -> None:
+    """With the image embedder and the attention to it sharded; of V-PAE also the head that sees the image."""
     section = ShardsData(path=(encode(videos, tmp_path / "data", wan, "--image-condition"),), workers=0)
     data = load_data(section, None, teacher=str(wan), architecture=architecture_of(wan))
-    method = {role: {"optimizer": {"lr": 1e-3}, "lora": lora} for role in ("student", "online")}
-    config = tiny_config(wan, "avd", method, max_steps=2, data=section.model_dump())
+    method: dict[str, Any] = {role: {"optimizer": {"lr": 1e-3}, "lora": lora} for role in ("student", "online")}
+    if kind == "vpae":
+        method |= {"priming_steps": 1, "head": {"optimizer": {"lr": 1e-3}}}
+    config = tiny_config(wan, kind, method, max_steps=3, data=section.model_dump())
     alone = curve(config, data)
     for found in on_ranks(2, curve, config, data):
         assert found == pytest.approx(alone, rel=2e-3)
