@@ -60,8 +60,10 @@ class HingeLoss(nn.Module):
         Returns:
             LossOutput: ``loss`` scalar; metrics, scalars: ``hinge_loss``, the same number (in a total with other terms
             it would not be seen); ``clip_logit`` and ``sample_logit``, the means; ``logit_gap``, their difference;
-            ``logit_square``, the mean square of all logits, both sides weighing the same; ``accuracy``, the share of
-            logits whose sign is right, both sides weighing the same and a 0 counting half.
+            ``ranked``, the share of pairs in which the clip's logit lies above the sample's, a tie counting half: of
+            equally many clips and samples the pairs at the same place, which best have one caption and timestep, and
+            else all pairs; ``accuracy``, the share of logits whose sign is right, both sides weighing the same and a 0
+            counting half. ``ranked`` is 0.5 where nothing is told apart, whatever the logits' offset and scale.
 
         Raises:
             TypeError: For tensors that are not floating.
@@ -316,11 +318,12 @@ def _check_sides(clip_logits: Tensor, sample_logits: Tensor, training: bool) -> 
 @torch.no_grad()
 def _telling_apart(clips: Tensor, samples: Tensor) -> dict[str, Tensor]:
     """How well logits tell clips from samples."""
+    pairs = clips - samples if len(clips) == len(samples) else clips.unsqueeze(1) - samples
     return {
         "clip_logit": clips.mean(),
         "sample_logit": samples.mean(),
         "logit_gap": clips.mean() - samples.mean(),
-        "logit_square": (clips.square().mean() + samples.square().mean()) / 2,
+        "ranked": 0.5 + 0.5 * pairs.sign().mean(),
         "accuracy": 0.5 + 0.25 * (clips.sign().mean() - samples.sign().mean()),
     }
 

@@ -49,9 +49,8 @@ class LatentStatistics:
         return cls(float(variance), tuple(_channel_std(x_0, frame_dim).tolist()))
 
 
-_LOGITS = ("clip_logit", "sample_logit", "logit_square")
-_SMOOTHED = ("variance", "saturation", "gradient_ratio", "hinge_loss", *_LOGITS)
-_OF_DISCRIMINATOR = ("separation", "hinge_loss")
+_OF_DISCRIMINATOR = ("ranked", "hinge_loss")
+_SMOOTHED = ("variance", "saturation", "gradient_ratio", *_OF_DISCRIMINATOR)
 _SHARPNESS = (
     f'set deviation="standardized" with a sharpness of 3, or the sharpness to 3 * {PAPER_SPREAD} / the spread of the '
     "losses around their means"
@@ -77,9 +76,8 @@ class CollapseMonitor(Callback):
     ..                            ``weight_spread``   standard deviation / their maximum       ``weights_constant``
     ``balance/gradient_ratio``    ``gradient_ratio``  the ratio of :class:`GradientBalance`,   ``regression_dominates``
     ``balance/scale``                                 as it is after scaling
-    ``discriminator/clip_logit``  ``separation``      mean logit of clips - that of samples,   ``discriminator_blind``
-    ``..sample_logit``,                               in units of the logits' spread
-    ``..logit_square``
+    ``discriminator/ranked``      ``ranked``          share of pairs in which the clip's       ``discriminator_blind``
+                                                      logit lies above the sample's
     ``discriminator/hinge_loss``  ``hinge_loss``      of :class:`HingeLoss`                    ``discriminator_won``
     ============================  ==================  =======================================  ========================
 
@@ -93,13 +91,13 @@ class CollapseMonitor(Callback):
     are judged together. A step whose weights are silent counts neither as a switch nor as a constant, and a constant
     not as a switch.
 
-    A discriminator is judged by what has lasted for ``patience`` steps: its gap is noisy where batches are small, and
-    opens slowly. The gap is divided by the standard deviation of either side's logits around their mean, over batches
-    and steps, since a head's scale is its own: of normal logits 0.1 is a clip above a sample in 53 of 100 pairs. A gap
-    that stays near zero, or comes back to it, means that clips and samples are not told apart: because the samples are
-    as good as clips, or because the equilibrium has collapsed. A hinge loss near zero means
-    that the discriminator has won: nearly all logits lie beyond their margins, so the gap is about 2 or more, and it
-    learns nothing more. (Both limits are ours; the second belongs to the hinge loss, whose margins are 1 and -1.)
+    A discriminator is judged by what has lasted for ``patience`` steps: of few pairs the share is noisy, and it rises
+    slowly. Neither the logits' gap nor their signs are asked: all logits may wander together, by more than what
+    sets clips and samples apart, and by more from timestep to timestep; so pairs should be of one caption and timestep.
+    A share that stays near one half, or comes back to it, means that clips and samples are not told apart: because the
+    samples are as good as clips, or because the equilibrium has collapsed. A hinge loss near zero means that the
+    discriminator has won: nearly all logits lie beyond their margins, so the gap is about 2 or more, and it learns
+    nothing more. (Both limits are ours; the second belongs to the hinge loss, whose margins are 1 and -1.)
 
     Costs two reductions of ``x_0`` per step, and waits for the device once every ``every`` steps.
 
@@ -126,7 +124,7 @@ class CollapseMonitor(Callback):
             judge it. It proves nothing. In an earlier, smaller toy one student with 1.3 to 1.6 froze, while others with
             1.0 to 1.4 and a heavier motion term kept moving. In today's none freezes up to 1.4; above 1 clips begin to
             blur (study ``balance`` in ``docs/studies.md``).
-        min_separation: Smallest allowed gap of the discriminator's mean logits, in units of the logits' spread.
+        min_ranked: Smallest allowed share of pairs that the discriminator ranks rightly, in [0, 1); one half is chance.
         min_hinge_loss: Smallest allowed hinge loss of the discriminator.
         patience: Steps that a discriminator, which starts out blind, is not judged from its first one on; and for which
             its limits must then have been crossed, at every look, before it is said.
@@ -148,7 +146,7 @@ class CollapseMonitor(Callback):
         max_switched: float = MAX_SWITCHED,
         min_weight_spread: float = MIN_WEIGHT_SPREAD,
         max_gradient_ratio: float | None = None,
-        min_separation: float = 0.1,
+        min_ranked: float = 0.55,
         min_hinge_loss: float = 0.05,
         patience: int = 100,
     ) -> None:
@@ -159,7 +157,7 @@ class CollapseMonitor(Callback):
         if patience < 0:
             raise ValueError(f"patience must be at least 0, got {patience}.")
         check_number("decay", decay, at_least=0, below=1)
-        check_number("min_separation", min_separation)
+        check_number("min_ranked", min_ranked, at_least=0, below=1)
         check_number("min_hinge_loss", min_hinge_loss, at_least=0)
         if window < 2:
             raise ValueError(f"window must be at least 2, got {window}: weights are compared with each other.")
@@ -189,7 +187,7 @@ class CollapseMonitor(Callback):
                 max_switched,
                 min_weight_spread,
                 max_gradient_ratio,
-                min_separation,
+                min_ranked,
                 min_hinge_loss,
                 patience,
             )
@@ -224,9 +222,8 @@ class CollapseMonitor(Callback):
             self._judge.look(step, signals, counted=self._steps)
 
     def _has_just_begun(self, signal: str) -> bool:
-        shown = "clip_logit" if signal == "separation" else signal
         grace = self.patience if signal in _OF_DISCRIMINATOR else self.grace
-        return shown in self._before and self._steps - self._before[shown] <= grace
+        return signal in self._before and self._steps - self._before[signal] <= grace
 
     @property
     def samples_judged(self) -> bool:
@@ -241,10 +238,7 @@ class CollapseMonitor(Callback):
 
     def signals(self) -> dict[str, float]:
         """The signals that there are so far, by the names of the table above. Waits for the device."""
-        smoothed = self._smoothed_values()
-        logits = [smoothed.pop(name) for name in _LOGITS if name in smoothed]
-        gap = {"separation": _separation(*logits)} if logits else {}
-        return {**smoothed, **gap, **self._weight_signals()}
+        return {**self._smoothed_values(), **self._weight_signals()}
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -308,15 +302,7 @@ class CollapseMonitor(Callback):
             signals["saturation"] = (std * self._channel_factors).sum()
         if (ratio := metrics.get("balance/gradient_ratio")) is not None:
             signals["gradient_ratio"] = ratio * metrics.get("balance/scale", 1.0)
-        if (loss := metrics.get("discriminator/hinge_loss")) is not None:
-            signals["hinge_loss"] = loss
-        logits = {name: metrics[key] for name in _LOGITS if (key := f"discriminator/{name}") in metrics}
-        if logits and len(logits) < len(_LOGITS):
-            raise ValueError(
-                f"the discriminator's metrics must be {', '.join(_LOGITS)} together, got {', '.join(logits)}. Pass all "
-                "metrics of HingeLoss as discriminator/NAME."
-            )
-        signals |= logits
+        signals |= {name: metrics[key] for name in _OF_DISCRIMINATOR if (key := f"discriminator/{name}") in metrics}
         return {name: value.float() for name, value in signals.items()}
 
 
@@ -327,7 +313,7 @@ def _rules(
     max_switched: float,
     min_weight_spread: float,
     max_ratio: float | None,
-    min_separation: float,
+    min_ranked: float,
     min_hinge_loss: float,
     patience: int,
 ) -> tuple[Rule, ...]:
@@ -374,11 +360,11 @@ def _rules(
             "weight, or hold the ratio with GradientBalance(target=...)",
         ),
         Rule(
-            "discriminator_blind", "separation", min_separation, False,
-            "the discriminator does not tell clips from samples: its logits are hardly separated. Look at the samples: "
-            "unless they are as good as clips, the equilibrium has collapsed. The student may move faster than the "
-            "discriminator learns: lower its learning rate, or raise the discriminator's; or noise hides what could "
-            "be told apart: judge at lower timesteps",
+            "discriminator_blind", "ranked", min_ranked, False,
+            "the discriminator does not tell clips from samples: of a clip and a sample it ranks hardly more than half "
+            "rightly. Look at the samples: unless they are as good as clips, the equilibrium has collapsed. The "
+            "student may move faster than the discriminator learns: lower its learning rate, or raise the "
+            "discriminator's; or noise hides what could be told apart: judge at lower timesteps",
             patience,
         ),
         Rule(
@@ -389,12 +375,6 @@ def _rules(
             patience,
         ),
     )  # fmt: skip
-
-
-def _separation(clip: float, sample: float, square: float) -> float:
-    """The gap of two sides' mean logits over the standard deviation around them; 0 where all logits are one number."""
-    spread = math.sqrt(max(square - (clip**2 + sample**2) / 2, 0.0))
-    return (clip - sample) / max(spread, 1e-6 * math.sqrt(square), 1e-30)
 
 
 def _by_step(weights: Tensor, timesteps: Tensor) -> list[Tensor]:
