@@ -114,12 +114,13 @@ class StudyConfig(Section):
 
 
 class TeacherVariant(Section):
-    """Samples of the teacher of a variant, with the guidance that its students learn from."""
+    """Samples of the teacher of a variant, with the guidance that its students learn from, or as they are sampled."""
 
     teacher_of: str
-    """The variant; its method has a guidance scale."""
-    steps: int = Field(default=25, ge=1)
-    """Euler steps."""
+    """The variant; its method has a guidance scale, if there are ``steps``."""
+    steps: int | None = Field(default=25, ge=1)
+    """Euler steps. None: the few steps of its students, by their sampler and without guidance. That is a student before
+    its first update, and what a method has to be better than."""
 
 
 class HalfRateVariant(Section):
@@ -458,7 +459,7 @@ def _check(study: Study, folder: Path) -> None:
         if not isinstance(source, TrainConfig) or not isinstance(source.method, DistillationConfig):
             raise ConfigError(f"{file}: a variant that trains a student is expected to sample from.")
         if isinstance(variant, TeacherVariant):
-            if not isinstance(source.method, DMDMethodConfig):
+            if variant.steps is not None and not isinstance(source.method, DMDMethodConfig):
                 raise ConfigError(f"{file}: teacher_of needs a method with a guidance scale, such as dmd.")
             continue
         try:

@@ -271,10 +271,13 @@ class Workplace:
 
     def _teacher(self, variant: TeacherVariant) -> Sample:
         config = self.study.run(variant.teacher_of)
-        method = config.method
+        method, steps = config.method, variant.steps
         assert config.teacher is not None
-        assert isinstance(method, DMDMethodConfig)
         model = VelocityModel(load_transformer(config.teacher, self.ranks.device))
+        if steps is None:
+            assert isinstance(method, DistillationConfig)
+            return few_step_sample(model, method.few_steps, kind=method.sampled_by)
+        assert isinstance(method, DMDMethodConfig)
 
         def sample(noise: Tensor, streams: Sequence[torch.Generator], condition: Condition) -> Tensor:
             return sample_teacher(
@@ -283,7 +286,7 @@ class Workplace:
                 torch.zeros_like(condition.text[0]),
                 noise.shape[1:],
                 lambda shape: noise,
-                steps=variant.steps,
+                steps=steps,
                 guidance_scale=method.guidance_scale,
                 shift=method.sampling_shift,
             )

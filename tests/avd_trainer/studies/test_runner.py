@@ -189,6 +189,21 @@ def test_a_changed_file_wants_another_folder(finished: Path, tmp_path: Path) -> 
         run_study(load_study(name), finished, SEEDS)
 
 
+@pytest.mark.parametrize("method", ["dmd", "pcm"])
+def test_a_teacher_without_steps_is_a_student_before_its_first_update(method: str, tmp_path: Path) -> None:
+    still = f"""
+        # A student whose weights stay.
+        extends: tiny/{method}
+        data: {{clips: 8}}
+        max_steps: 1
+        batch_size: 2
+        method: {{student: {{optimizer: {{lr: 1.0e-30}}}}}}"""
+    study = load_study(write_study(tmp_path / "small", dmd=still, teacher="# Untrained.\nteacher_of: dmd\nsteps: null"))
+    assert run_study(study, tmp_path / "out", [1])
+    untrained, student = (read_json(tmp_path / "out" / "units" / f"{name}-1.json") for name in ("teacher", "dmd"))
+    assert untrained["noises"] == [pytest.approx(each, rel=1e-4) for each in student["noises"]]
+
+
 def test_a_folder_of_something_else_is_left_alone(study: Study, tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     with pytest.raises(UserError, match="holds something that is no study"):
