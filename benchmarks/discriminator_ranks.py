@@ -48,12 +48,12 @@ def main(
     with join_ranks() as ranks:
         for variant in variants.split(","):
             students = [student(study, variant, seed, ranks) for seed in parse_seeds(seeds)]
+            columns = {name: [each[name] for each in students] for name in students[0]}
             found[variant] = {
-                name: {"seeds": (each := [one[name] for one in students]), **estimate(each)._asdict()}
-                for name in students[0]
+                name: {"values": values, **estimate(values)._asdict()} for name, values in columns.items()
             }
-            for name, row in found[variant].items():
-                print(variant, name, " ".join(f"{value:.3f}" for value in row["seeds"]), f"mean {row['mean']:.3f}")
+            for name, values in columns.items():
+                print(variant, name, *(f"{value:.3f}" for value in values), f"mean {fmean(values):.3f}")
     command = f"python benchmarks/discriminator_ranks.py --variants {variants} --seeds {seeds}"
     report = {"command": command, **environment(), "share_of_pairs": found}
     results.write_text(json.dumps(report, indent=2) + "\n")
