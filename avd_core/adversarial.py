@@ -33,7 +33,7 @@ class HingeLoss(nn.Module):
 
     A logit is high for what the discriminator takes for a real clip. Beyond 1 for clips and below -1 for samples the
     discriminator has nothing to gain. Since :math:`\mathcal{L}_D \ge 2 - \mathrm{gap}`, with the gap of the mean
-    logits, a loss of 2 or more means that the two are not told apart, and a loss near 0 that they always are.
+    logits, a loss near 0 means that the two are always told apart. A loss near 2 says little: ``ranked`` does.
 
     V-PAE (arXiv 2508.21019, phase II) names the loss and prints no formula: this is the usual one. Noise clips and
     samples to the same timestep before asking for their logits; the timestep's distribution is yours.
@@ -43,8 +43,8 @@ class HingeLoss(nn.Module):
         >>> clip_logits = torch.tensor([1.5, 0.0], requires_grad=True)
         >>> sample_logits = torch.tensor([-1.0, 0.5], requires_grad=True)
         >>> loss, metrics = hinge.discriminator(clip_logits, sample_logits)
-        >>> loss.item(), metrics["logit_gap"].item(), metrics["accuracy"].item()
-        (1.25, 1.0, 0.625)
+        >>> loss.item(), metrics["ranked"].item(), metrics["accuracy"].item()
+        (1.25, 0.5, 0.625)
         >>> hinge.generator(sample_logits).loss.item()
         0.25
     """
