@@ -21,6 +21,10 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+ShapeCaptions = Literal["full", "subjects"]
+"""How much captions of moving shapes say."""
+
+
 class ShapesData(Section):
     """Generated clips of two moving shapes; needs no files."""
 
@@ -34,6 +38,9 @@ class ShapesData(Section):
     seeds, so that runs can differ in one alone."""
     saturation: float = Field(default=1.0, gt=0, le=MOST_SATURATION)
     """Of their colours, relative to the clips that the bundled teacher was trained on: another style."""
+    captions: ShapeCaptions = "full"
+    """How much of a clip they say: ``full`` says everything; ``subjects`` names the two shapes, colour and kind, and
+    leaves layout, background, directions and speeds open."""
     wrong_captions: float | None = Field(default=None, gt=0, le=1)
     """Share of the clips to train on that have one another's captions, as a captioner that errs would have it; None:
     each has its own. Held-out clips always have theirs."""

@@ -3,8 +3,11 @@
 Every clip depends on ``(seed, index)`` only. So a data set needs no files, a test can ask for the same clip twice, and
 kind, colour and position of each shape in each frame are known.
 
-A caption says nearly everything about its clip: what is left open is half a pixel here and a tenth of the speed there.
-So clips of one caption are a narrow reference for what a model makes of it, and a small model can learn to draw them.
+A full caption says nearly everything about its clip: what is left open is half a pixel here and a tenth of the speed
+there. So clips of one caption are a narrow reference for what a model makes of it, and a small model can learn to draw
+them. But one step of such a model is nearly right then, trained or not. A caption that names the two subjects alone
+leaves layout, background, directions and speeds open, as captions of real clips do: their mean is a gray blur, and a
+sampler has to decide.
 """
 
 from __future__ import annotations
@@ -12,12 +15,12 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from avd_trainer.config.sections import MOST_SATURATION
+from avd_trainer.config.sections import MOST_SATURATION, ShapeCaptions
 
 # Muted on purpose: a student that oversaturates needs room above the data to do it in.
 SHAPE_COLORS: dict[str, tuple[float, float, float]] = {
@@ -54,12 +57,14 @@ HELD_OUT_SHARE = 8
 _SUBJECT = (
     rf"an? ({'|'.join(SHAPE_COLORS)}) ({'|'.join(SHAPE_KINDS)}) moving ({'|'.join(SPEEDS)}) ({'|'.join(DIRECTIONS)})"
 )
-_CAPTION = re.compile(rf"{_SUBJECT} ({'|'.join(LAYOUTS)}) {_SUBJECT} on an? ({'|'.join(BACKGROUND_COLORS)}) background")
+_FULL = re.compile(rf"{_SUBJECT} ({'|'.join(LAYOUTS)}) {_SUBJECT} on an? ({'|'.join(BACKGROUND_COLORS)}) background")
+_NAMED = rf"an? ({'|'.join(SHAPE_COLORS)}) ({'|'.join(SHAPE_KINDS)})"
+_SUBJECTS = re.compile(rf"{_NAMED} and {_NAMED}")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a caption says of one shape: keys of ``SHAPE_COLORS``, ``SPEEDS`` and ``DIRECTIONS``, one of
+    """What a full caption says of one shape: keys of ``SHAPE_COLORS``, ``SPEEDS`` and ``DIRECTIONS``, one of
     ``SHAPE_KINDS``."""
 
     color: str
@@ -68,12 +73,17 @@ class Shape:
     direction: str
 
     def __str__(self) -> str:
-        return f"{_article(self.color)} {self.color} {self.kind} moving {self.speed} {self.direction}"
+        return f"{self.subject} moving {self.speed} {self.direction}"
+
+    @property
+    def subject(self) -> str:
+        """``"a red circle"``."""
+        return f"{_article(self.color)} {self.color} {self.kind}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says: two shapes of different colours, a key of ``LAYOUTS`` and one of ``BACKGROUND_COLORS``."""
+    """What a full caption says: two shapes of different colours, a key of ``LAYOUTS``, one of ``BACKGROUND_COLORS``."""
 
     shapes: tuple[Shape, Shape]
     layout: str
@@ -85,23 +95,55 @@ class Scene:
         first, second = self.shapes
         return f"{first} {self.layout} {second} on {_article(self.background)} {self.background} background"
 
+    @property
+    def subjects(self) -> str:
+        """The caption that names the two shapes alone, in their order: ``"a red circle and a blue square"``."""
+        first, second = self.shapes
+        return f"{first.subject} and {second.subject}"
+
+    def said(self, captions: ShapeCaptions) -> str:
+        """The caption of one of the two sorts."""
+        return self.caption if captions == "full" else self.subjects
+
+    def showing(self, other: Scene) -> Scene:
+        """This scene with the two subjects of another one: their colours and kinds."""
+        first, second = (
+            replace(own, color=theirs.color, kind=theirs.kind)
+            for own, theirs in zip(self.shapes, other.shapes, strict=True)
+        )
+        return replace(self, shapes=(first, second))
+
     @classmethod
     def from_caption(cls, caption: str) -> Scene:
-        """Read a caption.
+        """Read a full caption.
 
         Raises:
             ValueError: If it is none of these clips'.
         """
-        found = _CAPTION.fullmatch(caption)
+        found = _FULL.fullmatch(caption)
         if found is None:
             raise ValueError(f"a caption of MovingShapes is expected, as {_EXAMPLE.caption!r}, got {caption!r}.")
         words = found.groups()
         return cls((Shape(*words[:4]), Shape(*words[5:9])), words[4], words[9])
 
-    @property
-    def held_out(self) -> bool:
-        """Whether the caption is one of those that are never trained on; a property of its words alone."""
-        return hashlib.blake2b(self.caption.encode()).digest()[0] % HELD_OUT_SHARE == 0
+    @classmethod
+    def from_subjects(cls, caption: str) -> Scene | None:
+        """Read a caption that names the two shapes alone; None where it is another one.
+
+        Returns:
+            A scene with the two. All else of it stands for nothing.
+        """
+        found = _SUBJECTS.fullmatch(caption)
+        if found is None:
+            return None
+        words = found.groups()
+        first, second = (Shape(color, kind, "slowly", "right") for color, kind in (words[:2], words[2:]))
+        return cls((first, second), "above", "sand")
+
+
+def is_held_out(caption: str) -> bool:
+    """Whether a caption is one of those that are never trained on; a property of its words alone."""
+    return hashlib.blake2b(caption.encode()).digest()[0] % HELD_OUT_SHARE == 0
 
 
 _EXAMPLE = Scene(
@@ -130,20 +172,22 @@ class ShapeClip:
 
     Attributes:
         video: ``[3, F, H, W]`` float32 in [0, 1], RGB.
-        scene: What its caption says.
+        scene: What it shows.
         tracks: Where its shapes are, in the order of the scene.
         saturation: Of its colours, relative to the palette's.
+        captions: How much of the scene its caption says.
     """
 
     video: Tensor
     scene: Scene
     tracks: tuple[Track, Track]
     saturation: float = 1.0
+    captions: ShapeCaptions = "full"
 
     @property
     def caption(self) -> str:
-        """The scene in words."""
-        return self.scene.caption
+        """What is said of the scene."""
+        return self.scene.said(self.captions)
 
     def alone(self, place: int) -> Tensor:
         """The video with one of its two shapes only."""
@@ -161,6 +205,9 @@ class MovingShapes:
         frames: Frames per clip.
         size: Height and width in pixels.
         saturation: How far colours are from the gray of their brightness, relative to the palette; another style.
+        captions: ``"full"`` says all of a scene; ``"subjects"`` names its two shapes, and leaves layout, background,
+            directions and speeds open. Held-out clips then have captions in pairs: clips ``2 i`` and ``2 i + 1`` the
+            same.
     """
 
     def __init__(
@@ -172,6 +219,7 @@ class MovingShapes:
         frames: int = 17,
         size: int = 32,
         saturation: float = 1.0,
+        captions: ShapeCaptions = "full",
     ) -> None:
         if length < 1 or frames < 1 or size < 16 or not 0 < saturation <= MOST_SATURATION:
             raise ValueError(
@@ -179,7 +227,7 @@ class MovingShapes:
                 f"got {length}, {frames}, {size} and {saturation}."
             )
         self.length, self.seed, self.held_out, self.frames, self.size = length, seed, held_out, frames, size
-        self.saturation = saturation
+        self.saturation, self.captions = saturation, captions
 
     def __len__(self) -> int:
         return self.length
@@ -196,11 +244,21 @@ class MovingShapes:
         """
         if not 0 <= index < self.length:
             raise IndexError(f"clip {index} of a data set of {self.length} clips")
-        scene = _draw_scene(_generator(self.seed, index, 0), self.held_out)
+        # Two clips of a caption at least, so that even a few say whether what it leaves open varies.
+        place = index // 2 if self.held_out and self.captions == "subjects" else index
+        scene = self._scene(_generator(self.seed, place, 0))
         generator = _generator(self.seed, index, 1 + rendering)
+        if self.captions == "subjects":
+            scene = _draw_scene(generator).showing(scene)
         tracks = [_draw_track(generator, scene, place, self.frames, self.size) for place in range(2)]
         video = draw(scene.background, tracks, self.size, self.saturation)
-        return ShapeClip(video, scene, (tracks[0], tracks[1]), self.saturation)
+        return ShapeClip(video, scene, (tracks[0], tracks[1]), self.saturation, self.captions)
+
+    def _scene(self, generator: torch.Generator) -> Scene:
+        while True:
+            scene = _draw_scene(generator)
+            if is_held_out(scene.said(self.captions)) == self.held_out:
+                return scene
 
 
 def draw(background: str, tracks: list[Track], size: int, saturation: float = 1.0) -> Tensor:
@@ -241,24 +299,21 @@ def coverage(kind: str, radius: float | Tensor, positions: Tensor, size: int) ->
     return (inside + 0.5).clamp(0.0, 1.0)
 
 
-def _draw_scene(generator: torch.Generator, held_out: bool) -> Scene:
-    while True:
-        layout = _choose(tuple(LAYOUTS), generator)
-        background = _choose(tuple(BACKGROUND_COLORS), generator)
-        # Two shapes of one colour could not be told apart in a clip.
-        colors = [tuple(SHAPE_COLORS)[i] for i in torch.randperm(len(SHAPE_COLORS), generator=generator)[:2].tolist()]
-        first, second = (
-            Shape(
-                color,
-                _choose(SHAPE_KINDS, generator),
-                _choose(tuple(SPEEDS), generator),
-                _choose(LAYOUTS[layout], generator),
-            )
-            for color in colors
+def _draw_scene(generator: torch.Generator) -> Scene:
+    layout = _choose(tuple(LAYOUTS), generator)
+    background = _choose(tuple(BACKGROUND_COLORS), generator)
+    # Two shapes of one colour could not be told apart in a clip.
+    colors = [tuple(SHAPE_COLORS)[i] for i in torch.randperm(len(SHAPE_COLORS), generator=generator)[:2].tolist()]
+    first, second = (
+        Shape(
+            color,
+            _choose(SHAPE_KINDS, generator),
+            _choose(tuple(SPEEDS), generator),
+            _choose(LAYOUTS[layout], generator),
         )
-        scene = Scene((first, second), layout, background)
-        if scene.held_out == held_out:
-            return scene
+        for color in colors
+    )
+    return Scene((first, second), layout, background)
 
 
 def _draw_track(generator: torch.Generator, scene: Scene, place: int, frames: int, size: int) -> Track:

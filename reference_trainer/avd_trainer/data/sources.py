@@ -162,7 +162,7 @@ def load_clips(config: ShapesData | VideosData, codec: BlockDCTCodec, *, held_ou
         UserError: If there is no readable video.
     """
     if isinstance(config, ShapesData):
-        parts = [MovingShapes(config.clips, config.seed, saturation=config.saturation)]
+        parts = [MovingShapes(config.clips, config.seed, saturation=config.saturation, captions=config.captions)]
         if held_out:
             parts.append(held_out_shapes(config, config.held_out))
         with ProgressBar("clips", sum(map(len, parts))) as bar:
@@ -182,7 +182,7 @@ def held_out_shapes(config: ShapesData, count: int, caption_seed: int = 0) -> Mo
         caption_seed: Which of the held-out captions. Sets of two seeds are drawn one without regard to the other.
     """
     seed = HELD_OUT * (1 + caption_seed) + config.seed
-    return MovingShapes(count, seed, held_out=True, saturation=config.saturation)
+    return MovingShapes(count, seed, held_out=True, saturation=config.saturation, captions=config.captions)
 
 
 def _open_shards(

@@ -34,15 +34,24 @@ class RealClips(NamedTuple):
     Attributes:
         video: ``[N, 3, F', H, W]`` in [0, 1].
         without: The same clips without one of their objects; None where nobody can take it out.
+        first_alike: ``[N]`` int64: by clip the place of the first one of the same caption; None where captions leave
+            nothing open, or there are none.
     """
 
     video: Tensor
     without: Tensor | None = None
+    first_alike: Tensor | None = None
 
     @classmethod
     def of_shapes(cls, clips: Sequence[ShapeClip]) -> RealClips:
         """Clips of moving shapes; without the second of the two."""
-        return cls(torch.stack([clip.video for clip in clips]), torch.stack([clip.alone(0) for clip in clips]))
+        captions = [clip.caption for clip in clips]
+        is_open = all(clip.captions == "subjects" for clip in clips)
+        return cls(
+            torch.stack([clip.video for clip in clips]),
+            torch.stack([clip.alone(0) for clip in clips]),
+            torch.tensor([captions.index(caption) for caption in captions]) if is_open else None,
+        )
 
 
 class Encoded(NamedTuple):
@@ -86,11 +95,13 @@ def controls_of_shapes(shapes: MovingShapes, codec: Codec) -> dict[str, Encoded]
 
 
 def make_controls(clips: RealClips, codec: Codec) -> dict[str, Encoded]:
-    """All controls at their usual strength, by name; ``erased`` only where ``clips.without`` is there."""
+    """All controls at their usual strength, by name; ``erased`` only where ``clips.without`` is there, and ``repeated``
+    where ``clips.first_alike`` is."""
+    absent = {ERASED: clips.without is None, REPEATED: clips.first_alike is None}
     return {
         name: control.spoil(clips, control.strength, codec)
         for name, control in CONTROLS.items()
-        if name != ERASED or clips.without is not None
+        if not absent.get(name, False)
     }
 
 
@@ -134,6 +145,14 @@ def _erase(clips: RealClips, share: float, codec: Codec) -> Encoded:
     return _encode(torch.cat([clips.without[:count], clips.video[count:]]), codec)
 
 
+def _repeat(clips: RealClips, share: float, codec: Codec) -> Encoded:
+    """In a share of the clips, each is the first one of its caption."""
+    if clips.first_alike is None:
+        raise ValueError("clips whose captions leave something open are expected, got others. Use captions='subjects'.")
+    count = round(share * len(clips.video))
+    return _encode(torch.cat([clips.video[clips.first_alike[:count]], clips.video[count:]]), codec)
+
+
 def _blur(clips: RealClips, sigma: float, codec: Codec) -> Encoded:
     """Frames are smoothed by a Gaussian of that many pixels; 0.8 is about a box of 3 x 3 pixels."""
     if sigma == 0:
@@ -152,13 +171,16 @@ def _encode(video: Tensor, codec: Codec) -> Encoded:
     return Encoded(latents, codec.decode(latents))
 
 
-ERASED = "erased"
+ERASED, REPEATED = "erased", "repeated"
+OF_SHAPES = (ERASED, REPEATED)
+"""Those that only clips of moving shapes have."""
 CONTROLS: Mapping[str, Control] = {
     "noise": Control("white noise", "share of noise in the variance", 1.0, 0.0, _add_noise),
     "frozen": Control("a frozen real frame", "share of frames", 1.0, 0.0, _freeze),
     "shuffled": Control("real frames shuffled", "share of frames", 1.0, 0.0, _shuffle),
     "saturated": Control("real clips, saturation x 1.3", "factor", 1.3, 1.0, _saturate),
     ERASED: Control("real clips, one object erased", "share of clips", 1.0, 0.0, _erase),
+    REPEATED: Control("one real clip for each caption", "share of clips", 1.0, 0.0, _repeat),
     "blurred": Control("real clips, blurred", "standard deviation, pixels", 0.8, 0.0, _blur),
 }
 """Every control by its name."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from avd_trainer.evaluation.clip_measures import clip_measures
 from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.image_measures import image_measures
-from avd_trainer.evaluation.shape_measures import shape_measures, speed_distance
+from avd_trainer.evaluation.shape_measures import shape_measures, speed_distance, variety
 from avd_trainer.evaluation.shape_tracking import track_shapes
 
 VERSION = 3
@@ -94,7 +94,15 @@ IMAGE_MEASURES: dict[str, Measure] = {
 }
 """Further ones, of clips of moving shapes that were to begin with an image."""
 
-ALL_MEASURES = MEASURES | IMAGE_MEASURES
+OPEN_MEASURES: dict[str, Measure] = {
+    each.name: each
+    for each in (
+        Measure("variety", "clips of one caption that differ in what it leaves open, share of pairs", "higher"),
+    )
+}
+"""Further ones, of clips of moving shapes whose captions name the two shapes alone."""
+
+ALL_MEASURES = MEASURES | IMAGE_MEASURES | OPEN_MEASURES
 """Every one."""
 
 
@@ -112,23 +120,28 @@ def measure(
         captions: Of the N clips, which are then :class:`~avd_trainer.data.moving_shapes.MovingShapes`; None for any
             other clips, which get the measures without ``needs_captions``.
         real: Real clips that are not among ``latents``: with captions as many, of the same captions in their order;
-            without, of any number, drawn independently.
+            without, of any number, drawn independently. Where captions name the subjects alone, clip and real clip of a
+            caption may show different scenes, so the two sets are compared as wholes.
         images: ``[N, 3, H, W]`` what each clip was to begin with, in pixels, where they are captioned clips of image to
             video; None for text to video.
 
     Returns:
-        A finite number for each of ``MEASURES``, by name and in its order; with images also of ``IMAGE_MEASURES``.
+        A finite number for each of ``MEASURES``, by name and in its order; with images also of ``IMAGE_MEASURES``, and
+        with captions of the subjects alone of ``OPEN_MEASURES``.
 
     Raises:
         ValueError: If shapes do not fit each other, values are not finite, or a caption is of other clips.
     """
     _check(latents, video, captions, real, images)
     latents, video, real_latents, real_video = (x.detach().float().cpu() for x in (latents, video, *real))
-    values = clip_measures(latents, video, real_latents, real_video, paired=captions is not None)
-    if captions is not None:
-        tracks = track_shapes(video, captions)
+    tracks = None if captions is None else track_shapes(video, captions)
+    paired = tracks is not None and not tracks.open
+    values = clip_measures(latents, video, real_latents, real_video, paired=paired)
+    if captions is not None and tracks is not None:
         values |= {name: float(each.mean()) for name, each in shape_measures(tracks).items()}
         values["speed_distance"] = speed_distance(tracks, track_shapes(real_video, captions))
+        if tracks.open:
+            values["variety"] = variety(tracks, captions)
         if images is not None:
             values |= image_measures(video, captions, images.detach().float().cpu())
     return {name: values[name] for name in ALL_MEASURES if name in values}

@@ -1,4 +1,7 @@
-"""How well clips of moving shapes show what their captions say.
+"""How well clips of moving shapes show what their captions say, and whether they vary in what these leave open.
+
+Where a caption leaves it open, "captioned" is what the clip itself shows most nearly: a shape is to move as any real
+one does, and not as a certain one.
 
 Each measure has a value for every shape, also for one that cannot be found: the worst. So no clip scores better by
 hiding what it draws badly.
@@ -8,12 +11,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, DIRECTIONS, SHAPE_COLORS, SHAPE_KINDS, SPEEDS, Scene
-from avd_trainer.evaluation.shape_tracking import ShapeTracks
+from avd_trainer.data.moving_shapes import (
+    BACKGROUND_COLORS,
+    DIRECTIONS,
+    LAYOUTS,
+    SHAPE_COLORS,
+    SHAPE_KINDS,
+    SPEEDS,
+    Scene,
+)
+from avd_trainer.evaluation.shape_tracking import ShapeTracks, displacement
 
 # A shape has moved where it got at least this share of the captioned way.
 MOVED_SHARE = 0.5
@@ -105,16 +118,22 @@ def speed_distance(tracks: ShapeTracks, real: ShapeTracks) -> float:
 
     The Wasserstein distance between two sets of speeds, each shape's along its captioned direction and in units of the
     captioned one: what is too slow or too quick, but also what has one speed where captions leave several open. Quick
-    and slow shapes are compared apart, then averaged over all shapes.
+    and slow shapes are compared apart, then averaged over all shapes. Where captions say no speed, all are compared at
+    once, in units of the mean of the two, so that what is always slow is far off.
 
     Args:
         tracks: What was found in clips. A shape that less than half of the frames show counts as a still; speeds count
-            from 0 to 1.5.
-        real: What was found in real clips of the same captions, in the same order.
+            from 0 to 1.5 times the captioned one, or the quicker one.
+        real: What was found in as many real clips; of the same captions, in the same order, where these are full.
 
     Returns:
-        A distance from 0 to 1.5; of stills about 1.
+        A distance of at least 0; of stills about 1.
     """
+    if tracks.open:
+        mean = fmean(SPEEDS.values())
+        most = MOST_SPEED * max(SPEEDS.values()) / mean
+        own, wanted = ((_way(each)[1] / (each.size * mean)).clamp(0, most) for each in (tracks, real))
+        return float((own.flatten().sort().values - wanted.flatten().sort().values).abs().mean())
     captioned = _captioned_speeds(tracks.scenes)
     own, wanted = ((_way(each)[1] / (each.size * captioned)).clamp(0, MOST_SPEED) for each in (tracks, real))
     # Of sets of one size, the Wasserstein distance is the mean distance of those of one rank.
@@ -123,6 +142,37 @@ def speed_distance(tracks: ShapeTracks, real: ShapeTracks) -> float:
         for speed in SPEEDS.values()
     ]
     return float(torch.cat(distances).mean())
+
+
+def variety(tracks: ShapeTracks, captions: Sequence[str]) -> float:
+    """How often two clips of one caption differ in what it leaves open: what a sampler of one clip per caption lacks.
+
+    Background, layout, and for each shape the way it goes along and its speed: the share of pairs of clips of one
+    caption that differ in it, in the mean over these six. Estimated from pairs of different clips, so without bias.
+
+    Args:
+        tracks: What was found in the clips; what cannot be found has one value.
+        captions: Of the clips, of the subjects alone. Those that only one clip has do not count.
+
+    Returns:
+        From 0 to about 0.54, that of real clips, which have all values alike often.
+
+    Raises:
+        ValueError: If no two clips have one caption.
+    """
+    groups: dict[str, list[Scene]] = {}
+    for caption, scene in zip(captions, tracks.scenes, strict=True):
+        groups.setdefault(caption, []).append(scene)
+    pairs = [pair for group in groups.values() for pair in combinations(map(_left_open, group), 2)]
+    if not pairs:
+        raise ValueError(f"clips of which some share a caption are expected, got {len(captions)} of as many captions.")
+    return fmean(fmean(own != other for own, other in zip(*pair, strict=True)) for pair in pairs)
+
+
+def _left_open(scene: Scene) -> tuple[str | bool, ...]:
+    """What a caption of the subjects does not say; of directions which of the two that the layout has."""
+    own = [(shape.speed, shape.direction == LAYOUTS[scene.layout][0]) for shape in scene.shapes]
+    return scene.background, scene.layout, *own[0], *own[1]
 
 
 def _captioned_speeds(scenes: Sequence[Scene]) -> Tensor:
@@ -134,18 +184,7 @@ def _way(tracks: ShapeTracks) -> tuple[Tensor, Tensor, Tensor]:
     """``[N, 2, 2]`` how far a shape gets in the clip, in pixels, and ``[N, 2]`` of that along its captioned direction
     and across it; 0 where it is visible in too few frames."""
     known = (tracks.visible.float().mean(-1) >= KNOWN_SHARE).unsqueeze(-1)
-    way = torch.where(known, _displacement(tracks.centers), 0.0)
+    way = torch.where(known, displacement(tracks.centers), 0.0)
     captioned = torch.tensor([[DIRECTIONS[shape.direction] for shape in scene.shapes] for scene in tracks.scenes])
     along = (way * captioned).sum(-1)
     return way, along, (way - along.unsqueeze(-1) * captioned).norm(dim=-1)
-
-
-def _displacement(centers: Tensor) -> Tensor:
-    """``[N, 2, 2]``: from the first to the last frame, by a straight line through the frames that show the shape."""
-    frames = centers.shape[2]
-    known = (~centers[..., 0].isnan()).float()
-    time = torch.arange(frames, dtype=torch.float32)
-    mean_time = (known * time).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
-    deviation = known * (time - mean_time)
-    slope = (deviation.unsqueeze(-1) * centers.nan_to_num(0.0)).sum(2)
-    return slope / deviation.square().sum(-1, keepdim=True).clamp_min(1e-6) * (frames - 1)

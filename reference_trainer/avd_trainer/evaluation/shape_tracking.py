@@ -1,10 +1,13 @@
-"""Finds the captioned shapes in decoded clips: where they are, how large, of which colour and kind."""
+"""Finds the captioned shapes in decoded clips: where they are, how large, of which colour and kind.
+
+What a caption leaves open is read off the clip: of all scenes that it allows, the one that the clip shows most nearly.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +15,18 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import BACKGROUND_COLORS, RADIUS, SHAPE_COLORS, SHAPE_KINDS, Scene, coverage
+from avd_trainer.data.moving_shapes import (
+    BACKGROUND_COLORS,
+    DIRECTIONS,
+    LAYOUTS,
+    RADIUS,
+    SHAPE_COLORS,
+    SHAPE_KINDS,
+    SPEEDS,
+    Scene,
+    Shape,
+    coverage,
+)
 
 # A shape counts as visible where one piece has between this share of its area and that: a frame that is painted in its
 # colour from edge to edge shows no shape.
@@ -30,7 +44,7 @@ class ShapeTracks:
     """What was found of two captioned shapes in each of N clips; values of frames without the shape are NaN.
 
     Attributes:
-        scenes: What the captions say.
+        scenes: What the captions say; where they leave it open, what the clips show most nearly.
         visible: ``[N, 2, F]`` bool: the captioned colour is there in one piece of half to twice the shape's area.
         centers: ``[N, 2, F, 2]`` centroid ``(x, y)`` in pixels, to fractions of a pixel.
         areas: ``[N, 2, F]`` in pixels.
@@ -38,6 +52,7 @@ class ShapeTracks:
         misfits: ``[N, 2, F, 3]`` squared difference to the best template of each of ``SHAPE_KINDS``, relative to the
             template's own square.
         size: Height and width of the frames, in pixels.
+        open: Whether the captions name the two shapes alone.
     """
 
     scenes: Sequence[Scene]
@@ -47,6 +62,7 @@ class ShapeTracks:
     colors: Tensor
     misfits: Tensor
     size: int
+    open: bool = False
 
 
 def track_shapes(video: Tensor, captions: Sequence[str]) -> ShapeTracks:
@@ -58,7 +74,7 @@ def track_shapes(video: Tensor, captions: Sequence[str]) -> ShapeTracks:
 
     Args:
         video: ``[N, 3, F, S, S]`` in [0, 1], RGB; what lies outside is clamped, as a screen does.
-        captions: Of the N clips.
+        captions: Of the N clips, all full or all of the subjects alone.
 
     Raises:
         ValueError: If the video has another shape, there are not as many captions, or one is not of
@@ -68,17 +84,71 @@ def track_shapes(video: Tensor, captions: Sequence[str]) -> ShapeTracks:
         raise ValueError(f"video of square frames is expected, [N, 3, F, S, S], got {list(video.shape)}.")
     if len(video) != len(captions):
         raise ValueError(f"one caption per clip is expected, got {len(captions)} for {len(video)} clips.")
-    scenes = [Scene.from_caption(caption) for caption in captions]
-    parts = [
-        _track(video[i : i + _CHUNK].clamp(0, 1).float(), scenes[i : i + _CHUNK]) for i in range(0, len(video), _CHUNK)
-    ]
+    video = video.clamp(0, 1).float()
+    scenes, is_open = _read(captions)
+    if is_open:
+        scenes = [replace(scene, background=_background(clip)) for scene, clip in zip(scenes, video, strict=True)]
+    parts = [_track(video[i : i + _CHUNK], scenes[i : i + _CHUNK]) for i in range(0, len(video), _CHUNK)]
     visible, centers, areas, colors, misfits = (torch.cat(own) for own in zip(*parts, strict=True))
-    return ShapeTracks(scenes, visible, centers, areas, colors, misfits, size=video.shape[-1])
+    size = video.shape[-1]
+    if is_open:
+        scenes = [_settled(scene, own, size) for scene, own in zip(scenes, centers, strict=True)]
+    return ShapeTracks(scenes, visible, centers, areas, colors, misfits, size, is_open)
 
 
 def captioned_area(kind: str, size: int) -> float:
     """The area of a shape of one of ``SHAPE_KINDS``, in pixels, in frames of that many pixels a side."""
     return _AREA[kind] * (RADIUS * size) ** 2
+
+
+def displacement(centers: Tensor) -> Tensor:
+    """``[..., 2]``: from the first to the last frame, by a straight line through the frames that show the shape; 0
+    where fewer than two do.
+
+    Args:
+        centers: ``[..., F, 2]``, NaN where a frame does not show it.
+    """
+    frames = centers.shape[-2]
+    known = (~centers[..., 0].isnan()).float()
+    time = torch.arange(frames, dtype=torch.float32)
+    mean_time = (known * time).sum(-1, keepdim=True) / known.sum(-1, keepdim=True).clamp_min(1)
+    deviation = known * (time - mean_time)
+    slope = (deviation.unsqueeze(-1) * centers.nan_to_num(0.0)).sum(-2)
+    return slope / deviation.square().sum(-1, keepdim=True).clamp_min(1e-6) * (frames - 1)
+
+
+def _read(captions: Sequence[str]) -> tuple[list[Scene], bool]:
+    """What captions say, and whether they name the two shapes alone."""
+    subjects = [Scene.from_subjects(caption) for caption in captions]
+    named = [scene for scene in subjects if scene is not None]
+    if len(named) == len(captions):
+        return named, True
+    return [Scene.from_caption(caption) for caption in captions], False
+
+
+def _background(clip: Tensor) -> str:
+    """The background of a clip ``[3, F, S, S]``: the one nearest to its median, since shapes cover a quarter of it."""
+    median = clip.flatten(1).median(-1).values
+    return min(BACKGROUND_COLORS, key=lambda name: float((torch.tensor(BACKGROUND_COLORS[name]) - median).norm()))
+
+
+def _settled(scene: Scene, centers: Tensor, size: int) -> Scene:
+    """A scene with the layout, directions and speeds that fit what two shapes do best; ``centers`` is ``[2, F, 2]``.
+
+    A shape that no frame shows has the first of all. So clips do not vary in what they do not show.
+    """
+    way = displacement(centers) / size
+    apart = (centers[1] - centers[0]).nanmean(0).nan_to_num(0.0)
+    # Each on a half of its own: the two lie half a frame apart across the way that they go.
+    layout = "above" if apart[1].abs() >= apart[0].abs() else "beside"
+    shapes = []
+    for shape, own in zip(scene.shapes, way, strict=True):
+        direction, speed = min(
+            ((direction, speed) for direction in LAYOUTS[layout] for speed in SPEEDS),
+            key=lambda one: float((own - SPEEDS[one[1]] * torch.tensor(DIRECTIONS[one[0]])).norm()),
+        )
+        shapes.append(Shape(shape.color, shape.kind, speed, direction))
+    return Scene((shapes[0], shapes[1]), layout, scene.background)
 
 
 def _track(video: Tensor, scenes: Sequence[Scene]) -> tuple[Tensor, ...]:

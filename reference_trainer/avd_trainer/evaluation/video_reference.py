@@ -10,7 +10,7 @@ import torch
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
-from avd_trainer.evaluation.controls import CONTROLS, ERASED, RealClips
+from avd_trainer.evaluation.controls import CONTROLS, OF_SHAPES, RealClips
 from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Spread, spread_of
 from avd_trainer.evaluation.video_measures import VIDEO_MEASURES
 
@@ -21,7 +21,7 @@ DRAWS = 100
 """How often clips are drawn from two sets that are compared."""
 LEAST_CLIPS = 8
 """Of a reference: from fewer nobody can tell how real clips vary."""
-VIDEO_CONTROLS = tuple(name for name in CONTROLS if name != ERASED)
+VIDEO_CONTROLS = tuple(name for name in CONTROLS if name not in OF_SHAPES)
 """Nobody can take an object out of a video."""
 
 

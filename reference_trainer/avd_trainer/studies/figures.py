@@ -20,7 +20,7 @@ from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from avd_trainer.evaluation.controls import CONTROLS
-from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.evaluation.measures import ALL_MEASURES
 from avd_trainer.evaluation.reference import is_worse
 from avd_trainer.studies.curves import draw_curves, plain
 from avd_trainer.studies.findings import TITLES, Findings
@@ -112,8 +112,8 @@ def _draw_dots(figure: SubFigure, findings: Findings, panels: int) -> None:
         axis.set_yticks(list(places), [TITLES[name] for name in names] if number % PANELS_PER_ROW == 0 else [])
         axis.set_ylim(0.5, len(names) + 0.8)
         axis.margins(x=0.15)
-        title = textwrap.fill(f"{plain_name(measure)}: {MEASURES[measure].title}", 38)
-        axis.set_title(f"{title}\n({GOALS[MEASURES[measure].better]})", fontsize=9)
+        title = textwrap.fill(f"{plain_name(measure)}: {ALL_MEASURES[measure].title}", 38)
+        axis.set_title(f"{title}\n({GOALS[ALL_MEASURES[measure].better]})", fontsize=9)
         plain(axis)
     figure.suptitle("Grey: sets of real clips, their mean with two standard deviations", fontsize=11)
 

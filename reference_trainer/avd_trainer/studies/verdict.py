@@ -10,7 +10,7 @@ from typing import Literal
 
 from scipy import stats
 
-from avd_trainer.evaluation.measures import MEASURES, Measure
+from avd_trainer.evaluation.measures import ALL_MEASURES, Measure
 from avd_trainer.evaluation.reference import LIMIT_SHARE, LIMIT_STDS, Spread
 from avd_trainer.studies.findings import TITLES, Findings
 
@@ -104,7 +104,7 @@ def render_verdict(findings: Findings) -> str:
 
 
 def _compare(name: str, findings: Findings) -> Comparison:
-    measure, real = MEASURES[name], findings.reference.spreads[name]
+    measure, real = ALL_MEASURES[name], findings.reference.spreads[name]
 
     def gain(avd: Mapping[str, float], dmd: Mapping[str, float]) -> float:
         return measure.distance(dmd[name], real.mean) - measure.distance(avd[name], real.mean)

@@ -6,6 +6,7 @@ from itertools import permutations, product
 import pytest
 import torch
 
+from avd_trainer.config.sections import ShapeCaptions
 from avd_trainer.data.moving_shapes import (
     BACKGROUND_COLORS,
     DIRECTIONS,
@@ -18,6 +19,7 @@ from avd_trainer.data.moving_shapes import (
     Scene,
     Shape,
     coverage,
+    is_held_out,
 )
 
 CAPTION = "a red circle moving quickly left above a blue square moving slowly right on a sand background"
@@ -85,7 +87,7 @@ def test_held_out_captions_are_a_fair_share() -> None:
     """Of every word in every place: a word that is never held out, or hardly trained on, would not be measured."""
     held_out, found = Counter[tuple[int, str]](), Counter[tuple[int, str]]()
     for scene in every_scene():
-        (first, second), held = scene.shapes, scene.held_out
+        (first, second), held = scene.shapes, is_held_out(scene.caption)
         words = (*vars(first).values(), *vars(second).values(), scene.layout, scene.background)
         for place in enumerate(words):
             found[place] += 1
@@ -94,14 +96,47 @@ def test_held_out_captions_are_a_fair_share() -> None:
         assert 0.85 < HELD_OUT_SHARE * held_out[place] / count < 1.15, place
 
 
-def test_no_seed_trains_on_a_caption_that_is_held_out() -> None:
+@pytest.mark.parametrize(("sort", "fewest"), [("full", 200), ("subjects", 25)])
+def test_no_seed_trains_on_a_caption_that_is_held_out(sort: ShapeCaptions, fewest: int) -> None:
     captions = {
-        held_out: {MovingShapes(60, seed, held_out=held_out)[index].caption for seed in range(4) for index in range(60)}
+        held_out: {
+            MovingShapes(60, seed, held_out=held_out, captions=sort)[index].caption
+            for seed in range(4)
+            for index in range(60)
+        }
         for held_out in (False, True)
     }
     assert not captions[False] & captions[True]
-    assert all(Scene.from_caption(caption).held_out for caption in captions[True])
-    assert min(map(len, captions.values())) > 200  # they are many
+    assert all(map(is_held_out, captions[True]))
+    assert min(map(len, captions.values())) > fewest  # they are many
+
+
+def test_a_caption_of_the_subjects_names_the_two_shapes_alone() -> None:
+    scene = Scene.from_caption(CAPTION)
+    assert scene.subjects == scene.said("subjects") == "a red circle and a blue square"
+    assert scene.said("full") == CAPTION
+    for each in every_scene():
+        read = Scene.from_subjects(each.subjects)
+        assert read is not None
+        assert [(shape.color, shape.kind) for shape in read.shapes] == [(own.color, own.kind) for own in each.shapes]
+
+
+@pytest.mark.parametrize("caption", ["", CAPTION, "a red circle", "a red circle and a pink square"])
+def test_other_captions_are_none_of_the_subjects_alone(caption: str) -> None:
+    assert Scene.from_subjects(caption) is None
+
+
+def test_captions_of_the_subjects_are_held_out_with_every_word_in_every_place() -> None:
+    """A colour or kind that is never held out, or always, would not be measured, or never learnt."""
+    captions = {scene.subjects for scene in every_scene()}
+    held_out = [caption for caption in captions if is_held_out(caption)]
+    assert len(captions) == 270
+    for part in (held_out, captions - set(held_out)):
+        scenes = [Scene.from_subjects(caption) for caption in part]
+        for place in range(2):
+            shapes = [scene.shapes[place] for scene in scenes if scene is not None]
+            assert {shape.color for shape in shapes} == set(SHAPE_COLORS)
+            assert {shape.kind for shape in shapes} == set(SHAPE_KINDS)
 
 
 def test_the_two_shapes_never_share_a_colour() -> None:
@@ -215,6 +250,26 @@ def test_colours_leave_room_above_them() -> None:
     saturated = gray + 1.5 * (colors - gray)
     assert saturated.min() > 0
     assert saturated.max() < 1
+
+
+def test_renderings_of_a_caption_of_the_subjects_show_other_scenes() -> None:
+    shapes = MovingShapes(2, seed=5, captions="subjects")
+    scenes = [shapes.render(0, rendering).scene for rendering in range(60)]
+    assert shapes[0].scene == scenes[0]
+    assert {scene.subjects for scene in scenes} == {shapes[0].caption}
+    assert {scene.background for scene in scenes} == set(BACKGROUND_COLORS)
+    assert {scene.layout for scene in scenes} == set(LAYOUTS)
+    for place in range(2):
+        assert {scene.shapes[place].direction for scene in scenes} == set(DIRECTIONS)
+        assert {scene.shapes[place].speed for scene in scenes} == set(SPEEDS)
+
+
+def test_held_out_captions_of_the_subjects_come_in_pairs() -> None:
+    shapes = MovingShapes(40, seed=5, held_out=True, captions="subjects")
+    pairs = [(shapes[index], shapes[index + 1]) for index in range(0, 40, 2)]
+    assert all(first.caption == second.caption for first, second in pairs)
+    assert len({first.caption for first, _ in pairs}) > 8
+    assert sum(first.scene == second.scene for first, second in pairs) <= 2  # one in 128 by chance
 
 
 # --- The form

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from avd_trainer.config.sections import DataSection, ShapesData, ShardsData
+from avd_trainer.data.moving_shapes import Scene, is_held_out
 from avd_trainer.data.schema import Encoding
 from avd_trainer.data.shard_writing import ShardWriter
-from avd_trainer.data.sources import TrainingData, assumed_encoding, held_out_shapes, load_data
+from avd_trainer.data.sources import TrainingData, assumed_encoding, held_out_shapes, load_clips, load_data
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.codecs.latent_space import latent_space_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
@@ -125,8 +127,14 @@ def test_data_that_does_not_say_it_is_taken_for_the_teachers(wan: str) -> None:
 def test_another_caption_seed_has_other_held_out_captions() -> None:
     config = ShapesData(seed=4)
     one, other = (held_out_shapes(config, 64, seed) for seed in (0, 1))
-    assert all(each.render(0, 0).scene.held_out for each in (one, other))
+    assert all(is_held_out(each[0].caption) for each in (one, other))
     captions = [{shapes[index].caption for index in range(64)} for shapes in (one, other)]
     assert len(captions[0] & captions[1]) < 8
     # Nor are they those of another data seed.
     assert other.seed != held_out_shapes(ShapesData(seed=5), 64).seed
+
+
+def test_captions_of_the_subjects_alone_are_those_of_both_sides() -> None:
+    config = ShapesData(clips=4, held_out=4, captions="subjects")
+    for part in load_clips(config, BlockDCTCodec()):
+        assert all(Scene.from_subjects(caption) is not None for caption in part.captions)

@@ -28,7 +28,16 @@ def codec() -> BlockDCTCodec:
 
 @pytest.fixture(scope="session")
 def measured(codec: BlockDCTCodec) -> Measured:
-    shapes = MovingShapes(24, 1_000_007, held_out=True)
+    return make_measured(MovingShapes(24, 1_000_007, held_out=True), codec)
+
+
+@pytest.fixture(scope="session")
+def measured_open(codec: BlockDCTCodec) -> Measured:
+    """Of captions that name the subjects alone; more of them, since sets of open ones differ more."""
+    return make_measured(MovingShapes(96, 1_000_007, held_out=True, captions="subjects"), codec)
+
+
+def make_measured(shapes: MovingShapes, codec: BlockDCTCodec) -> Measured:
     # Renderings that are not in the reference.
     clips = [shapes.render(index, 100) for index in range(len(shapes))]
     return Measured(clips, [clip.caption for clip in clips], reference_of_shapes(shapes, codec, sets=8))

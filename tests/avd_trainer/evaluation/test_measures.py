@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from statistics import fmean
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from avd_trainer.data.moving_shapes import DIRECTIONS, SHAPE_KINDS, SPEEDS, MovingShapes, ShapeClip, Track, draw
 from avd_trainer.evaluation.controls import CONTROLS, Encoded, RealClips
 from avd_trainer.evaluation.image_measures import image_measures
-from avd_trainer.evaluation.measures import IMAGE_MEASURES, MEASURES, headlines, measure
+from avd_trainer.evaluation.measures import IMAGE_MEASURES, MEASURES, OPEN_MEASURES, headlines, measure
 from avd_trainer.evaluation.reference import caught
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 
@@ -252,6 +253,48 @@ def test_clips_without_captions_get_what_needs_none(measured: Measured, codec: B
     # Without captions nobody knows which clips belong together.
     unpaired = {"motion_distance"}
     assert {name for name in values if values[name] != everything[name]} == unpaired
+
+
+# --- Captions that leave something open
+
+
+def test_clips_of_open_captions_have_one_measure_more(measured_open: Measured) -> None:
+    assert list(measured_open.reference.spreads) == [*MEASURES, *OPEN_MEASURES]
+
+
+def test_variety_falls_with_the_share_of_repeated_clips(measured_open: Measured, codec: BlockDCTCodec) -> None:
+    values = [measured_open(control("repeated")(measured_open.clips, s, codec))["variety"] for s in (0, 0.25, 0.5, 1)]
+    assert all(after < before for before, after in pairwise(values))
+    assert values[-1] == 0
+    assert values[0] == pytest.approx((3 / 4 + 5 / 2) / 6, abs=0.05)  # 4 backgrounds, and five times one of two
+
+
+def test_one_choice_for_all_captions_is_seen_by_its_variety(measured_open: Measured, codec: BlockDCTCodec) -> None:
+    """Each background the same: of the six things left open, one does not vary."""
+    videos = [draw("sand", list(clip.tracks), 32) for clip in measured_open.clips]
+    values = measured_open(encode(videos, codec))
+    own = measured_open(encode([clip.video for clip in measured_open.clips], codec))
+    assert values["variety"] == pytest.approx(own["variety"] - 3 / 4 / 6, abs=0.03)
+    assert "variety" in caught(values, measured_open.reference)
+
+
+@pytest.mark.parametrize("speed", [*SPEEDS.values(), fmean(SPEEDS.values())])
+def test_one_speed_for_all_is_far_from_real_ones(speed: float, measured_open: Measured, codec: BlockDCTCodec) -> None:
+    """Be it one of the two or their mean, of which either half is off by (0.5 - 0.2) / 2 of a mean of 0.35."""
+
+    def at_it(track: Track) -> Track:
+        return at_a_speed(track, speed * 32 / float((track.positions[-1] - track.positions[0]).norm()))
+
+    values = measured_open(encode([redraw(clip, at_it) for clip in measured_open.clips], codec))
+    assert values["speed_distance"] == pytest.approx(0.15 / 0.35, abs=0.1)
+    assert "speed_distance" in caught(values, measured_open.reference)
+
+
+def test_variety_needs_two_clips_of_a_caption(codec: BlockDCTCodec) -> None:
+    clips = [MovingShapes(2, seed=3, captions="subjects")[index] for index in range(2)]
+    real = encode([clip.video for clip in clips], codec)
+    with pytest.raises(ValueError, match="of which some share a caption are expected, got 2 of as many captions"):
+        measure(*real, [clip.caption for clip in clips], real)
 
 
 # --- Clips that were to begin with an image

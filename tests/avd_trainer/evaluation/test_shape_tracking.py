@@ -13,6 +13,7 @@ from avd_trainer.data.moving_shapes import (
     RADIUS,
     SHAPE_COLORS,
     SHAPE_KINDS,
+    MovingShapes,
     Scene,
     Shape,
     ShapeClip,
@@ -128,6 +129,51 @@ def test_chunks_leave_no_mark(clips: list[ShapeClip]) -> None:
     whole, last = track_shapes(video, captions), track_shapes(video[-3:], captions[-3:])
     assert torch.equal(whole.centers[-3:], last.centers)
     assert math.isfinite(float(whole.centers.sum()))
+
+
+# --- What captions of the subjects leave open
+
+
+def test_what_a_caption_leaves_open_is_read_off_the_clip() -> None:
+    """Of all 96 clips through the codec, everything."""
+    codec, shapes = BlockDCTCodec(), MovingShapes(96, seed=3, captions="subjects")
+    clips = [shapes[index] for index in range(len(shapes))]
+    video = codec.decode(codec.encode(torch.stack([clip.video for clip in clips])))
+    tracks = track_shapes(video, [clip.caption for clip in clips])
+    assert tracks.open
+    assert tracks.scenes == [clip.scene for clip in clips]
+    # Tracks are those that the full captions lead to.
+    full = track_shapes(video, [clip.scene.caption for clip in clips])
+    assert not full.open
+    assert torch.equal(tracks.centers, full.centers)
+    assert torch.equal(tracks.misfits, full.misfits)
+
+
+def test_a_shape_that_is_not_there_does_not_vary() -> None:
+    """Neither in its way nor in the layout, whatever the other one does."""
+    shapes = MovingShapes(12, seed=3, captions="subjects")
+    clips = [shapes[index] for index in range(len(shapes))]
+    tracks = track_shapes(torch.stack([clip.alone(0) for clip in clips]), [clip.caption for clip in clips])
+    found = {(scene.layout, scene.shapes[1].direction, scene.shapes[1].speed) for scene in tracks.scenes}
+    assert found == {("above", "right", "slowly")}
+
+
+@pytest.mark.parametrize(("share", "speed"), [(0.15, "slowly"), (0.3, "slowly"), (0.4, "quickly"), (0.7, "quickly")])
+def test_the_speed_is_the_nearest_one(share: float, speed: str) -> None:
+    scene = make_clip("circle", "red", "sand").scene
+    tracks = []
+    for place, shape in enumerate(scene.shapes):
+        way = torch.linspace(-0.5, 0.5, FRAMES).unsqueeze(1) * share * SIZE * torch.tensor(DIRECTIONS[shape.direction])
+        tracks.append(Track(shape, RADIUS * SIZE, torch.tensor([16.0, 8.0 + 16 * place]) + way))
+    found = track_shapes(draw("sand", tracks, SIZE).unsqueeze(0), [scene.subjects]).scenes[0]
+    assert [shape.speed for shape in found.shapes] == [speed] * 2
+    assert [shape.direction for shape in found.shapes] == [shape.direction for shape in scene.shapes]
+
+
+def test_captions_of_two_sorts_are_refused() -> None:
+    clip = make_clip("circle", "red", "sand")
+    with pytest.raises(ValueError, match="a caption of MovingShapes is expected, as 'a red circle moving"):
+        track_shapes(clip.video.expand(2, -1, -1, -1, -1), [clip.caption, clip.scene.subjects])
 
 
 def test_wrong_input_is_refused() -> None:
