@@ -1,0 +1,103 @@
+"""What are few steps worth without any training? Both tiny teachers, sampled in one step, in four, and in 25.
+
+    .venv/bin/python benchmarks/untrained_steps.py
+
+Where a student before its first update makes real clips, a comparison of methods says little of their use. Writes to
+benchmarks/results/untrained-steps.json every measure of 256 held-out captions, for captions that say all of a clip and
+for those that name its two shapes alone, beside real clips and the teacher with the guidance that students learn from.
+Takes ten minutes of a core.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from avd_trainer.config.loading import load_config
+from avd_trainer.config.sections import ShapesData
+from avd_trainer.data.in_memory import InMemoryData, encode_shapes
+from avd_trainer.data.sources import held_out_shapes
+from avd_trainer.evaluation.controls import Encoded
+from avd_trainer.evaluation.measure_table import Row, markdown_table
+from avd_trainer.evaluation.reference import reference_of_shapes, score
+from avd_trainer.methods.dmd import DMDMethodConfig
+from avd_trainer.models.codecs.block_dct import BlockDCTCodec
+from avd_trainer.models.samplers import sample_teacher
+from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
+from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.runtime.environment import environment
+from avd_trainer.studies.units import Sample, batches_of, few_step_sample, sample_captions
+from avd_trainer.training.config import TrainConfig
+
+PRESETS = ("tiny", "tiny-open")
+SHOWN = ("visible", "preserved", "color_error", "saturation", "spatial_frequency", "motion_distance", "variety")
+SEEDS = (100, 0)
+RESULTS = Path(__file__).parent / "results" / "untrained-steps.json"
+
+
+def main(
+    captions: Annotated[int, typer.Option(help="Held-out clips.")] = 256,
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
+) -> None:
+    """Sample and measure."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {name: measure_preset(name, captions) for name in PRESETS}
+    command = f"python benchmarks/untrained_steps.py --captions {captions}"
+    output.write_text(json.dumps({"command": command, **environment(), **found}, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_preset(name: str, captions: int) -> dict[str, Any]:
+    """All measures of each way to sample the preset's teacher."""
+    config, codec = load_config(TrainConfig, name, method="dmd"), BlockDCTCodec()
+    method = config.method
+    assert isinstance(method, DMDMethodConfig)
+    assert isinstance(config.data, ShapesData)
+    assert config.teacher is not None
+    shapes = held_out_shapes(config.data, captions)
+    clips, reference = encode_shapes(shapes, codec), reference_of_shapes(shapes, codec)
+    device = torch.device("cpu")
+    model = VelocityModel(load_transformer(config.teacher, device))
+    asked = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, method.transformer_config(config.teacher)["text_dim"]))
+    scores = {}
+    for title, sample in ways(model, method).items():
+        latents = sample_captions(sample, asked, batches_of(captions, 64), SEEDS, device, lambda: None)
+        scores[title] = score(Encoded(latents, codec.decode(latents)), clips.captions, reference)
+    names = [measure for measure in SHOWN if measure in reference.spreads]
+    print(markdown_table([Row(title, values) for title, values in scores.items()], reference, names=names))
+    return {
+        "sets": reference.sets,
+        "clips": reference.clips,
+        "real": {measure: asdict(spread) for measure, spread in reference.spreads.items()},
+        "samples": scores,
+    }
+
+
+def ways(model: VelocityModel, method: DMDMethodConfig) -> Mapping[str, Sample]:
+    """By title, ways to sample; the steps are those of the preset's students."""
+    first, _, third, _ = method.few_steps
+
+    def teacher(guidance: float) -> Sample:
+        def sample(noise: Tensor, streams: Any, condition: Any) -> Tensor:
+            nothing = torch.zeros_like(condition.text[0])
+            options = {"steps": 25, "guidance_scale": guidance, "shift": method.sampling_shift}
+            return sample_teacher(model, condition, nothing, noise.shape[1:], lambda shape: noise, **options)
+
+        return sample
+
+    return {
+        "one step": few_step_sample(model, (first,)),
+        "two steps": few_step_sample(model, (first, third)),
+        "four steps": few_step_sample(model, method.few_steps),
+        "four steps of Euler": few_step_sample(model, method.few_steps, kind="ode"),
+        "teacher, 25 steps, no guidance": teacher(1.0),
+        f"teacher, 25 steps, guidance {method.guidance_scale:g}": teacher(method.guidance_scale),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
