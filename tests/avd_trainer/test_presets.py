@@ -25,10 +25,19 @@ def test_every_method_has_values_for_the_tiny_models() -> None:
     assert presets()["tiny"] == tuple(method.kind for method in list_methods())
 
 
-def test_every_method_that_distils_has_values_for_both_wans() -> None:
+def test_every_method_that_distils_has_values_for_both_wans_and_for_open_captions() -> None:
     known = presets()
     distil = tuple(kind for kind in known["tiny"] if kind not in ("flow_matching", "frame_interpolation"))
+    assert set(known["tiny-open"]) == {*distil, "flow_matching"}
     assert known["wan2.1-1.3b"] == known["wan2.1-14b"] == distil
+
+
+@pytest.mark.parametrize("kind", [kind for kind in presets()["tiny-open"] if kind != "flow_matching"])
+def test_open_captions_change_nothing_else_of_the_tiny_preset(kind: str) -> None:
+    tiny, own = (load_config(TrainConfig, name, method=kind).model_dump() for name in ("tiny", "tiny-open"))
+    assert (own["teacher"], own["data"]["captions"]) == ("bundled:tiny-open", "subjects")
+    own["teacher"], own["data"]["captions"] = tiny["teacher"], tiny["data"]["captions"]
+    assert own == tiny
 
 
 @pytest.mark.parametrize("kind", ["dmd2", "dcm", "vpae", "lcm", "pcm", "regression", "data_forcing"])
@@ -108,8 +117,9 @@ def test_avd_and_dmd_differ_in_the_two_terms_alone(name: str) -> None:
     assert avd == dmd
 
 
-def test_the_teachers_preset_does_not_train_on_what_the_demo_holds_out() -> None:
-    teacher, student = (load_config(TrainConfig, "tiny", method=kind).data for kind in ("flow_matching", "avd"))
+@pytest.mark.parametrize("name", ["tiny", "tiny-open"])
+def test_the_teachers_preset_does_not_train_on_what_the_demo_holds_out(name: str) -> None:
+    teacher, student = (load_config(TrainConfig, name, method=kind).data for kind in ("flow_matching", "avd"))
     assert isinstance(teacher, ShapesData)
     assert isinstance(student, ShapesData)
     assert teacher.seed != student.seed

@@ -37,6 +37,7 @@ from avd_trainer.runtime.terminal import readable_errors, say
 if TYPE_CHECKING:
     import torch
 
+    from avd_trainer.config.sections import ShapeCaptions
     from avd_trainer.data.video_sets import VideoFile
     from avd_trainer.inference.students import Shape, Student
 
@@ -65,6 +66,12 @@ def evaluate(
             min=2, help=f"Without prompts and videos: of moving shapes, how many ({CAPTIONS} without this option)."
         ),
     ] = None,
+    open_captions: Annotated[
+        bool,
+        typer.Option(
+            "--open-captions", help="Captions of moving shapes name the two shapes alone: for students of tiny-open."
+        ),
+    ] = False,
     noises: Annotated[
         int | None, typer.Option(min=1, help=f"Clips of each caption or prompt ({NOISES} without this option).")
     ] = None,
@@ -99,10 +106,12 @@ def evaluate(
                     "--dtype, --image and --size are for clips of prompts: pass --prompt, or leave them out."
                 )
             _expect_pictures(fps, [])
-            _evaluate_captions(named, output, captions or CAPTIONS, noises or NOISES, seed, pipeline, device)
+            sort: ShapeCaptions = "subjects" if open_captions else "full"
+            _evaluate_captions(named, output, sort, captions or CAPTIONS, noises or NOISES, seed, pipeline, device)
             return
-        if captions is not None:
-            raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
+        if captions is not None or open_captions:
+            name = "--captions" if captions is not None else "--open-captions"
+            raise UserError(f"{name} are of moving shapes: leave it out, or leave out prompts and videos.")
         if asked and len(videos) == len(named):
             raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
         if len(videos) == len(named):
@@ -152,6 +161,7 @@ def evaluate(
 def _evaluate_captions(
     named: Mapping[str, Path],
     output: Path,
+    sort: ShapeCaptions,
     captions: int,
     noises: int,
     seed: int,
@@ -166,13 +176,14 @@ def _evaluate_captions(
     from avd_trainer.studies.students import evaluate_students, save_evaluation
 
     folders = list(named.values())
-    request = {"sets": _seen_from(output, folders), "captions": captions, "noises": noises, "seed": seed}
+    counts = {"captions": captions, "noises": noises, "seed": seed}
+    request = {"sets": _seen_from(output, folders), "caption_sort": sort, **counts}
     _expect_same(output, request)
     opened = dict(zip(named, open_students(folders, pipeline), strict=True))
     where = choose_device(device)
     claim_folder(output)
     options = StudyEvaluationConfig(captions=captions, noises=noises)
-    evaluated = evaluate_students(opened, options, seed=seed, device=where)
+    evaluated = evaluate_students(opened, options, captions=sort, seed=seed, device=where)
     save_evaluation(evaluated, request, output)
     Console().print(rich_table(evaluated.rows, evaluated.reference))
     say(f"Table, figure and values are in {output}.")

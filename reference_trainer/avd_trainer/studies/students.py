@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from avd_trainer.config.loading import load_config
-from avd_trainer.config.sections import ShapesData
+from avd_trainer.config.sections import ShapeCaptions, ShapesData
 from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.sources import held_out_shapes
 from avd_trainer.evaluation.controls import CONTROLS, controls_of_shapes
@@ -56,13 +56,19 @@ class Evaluated(NamedTuple):
 
 
 def evaluate_students(
-    students: Mapping[str, Student], options: StudyEvaluationConfig, *, seed: int, device: torch.device
+    students: Mapping[str, Student],
+    options: StudyEvaluationConfig,
+    *,
+    captions: ShapeCaptions = "full",
+    seed: int,
+    device: torch.device,
 ) -> Evaluated:
     """Sample held-out captions of moving shapes with each student, from the same noise, and measure the clips.
 
     Args:
         students: By title.
         options: How many captions and noises, as in a study.
+        captions: How much they say.
         seed: Of the noises; a study has that of the run.
         device: Where to sample.
 
@@ -78,7 +84,7 @@ def evaluate_students(
     codec = BlockDCTCodec()
     data = load_config(TrainConfig, "tiny").data  # which the studies have, too
     assert isinstance(data, ShapesData)
-    shapes = held_out_shapes(data, options.captions, options.caption_seed)
+    shapes = held_out_shapes(data.model_copy(update={"captions": captions}), options.captions, options.caption_seed)
     with ProgressBar("real clips", options.renderings) as bar:
         reference = reference_of_shapes(shapes, codec, sets=options.renderings, on_set=bar.advance)
     clips = encode_shapes(shapes, codec)

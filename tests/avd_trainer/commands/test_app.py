@@ -88,7 +88,7 @@ def test_train_never_overwrites(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "huge"], "'huge' is neither a preset (tiny, tiny-i2v, wan2.1, wan2.1-1.3b, wan2.1-14b, "),
+        (["train", "huge"], "'huge' is neither a preset (tiny, tiny-i2v, tiny-open, wan2.1, wan2.1-1.3b, "),
         (["train", "tiny", "--set", "batch_size=0"], "batch_size: Input should be greater than or equal to 1, got 0"),
         (["train", "tiny", "--set", "teacher=/nowhere"], "/nowhere: there is no such file or folder. Pass"),
         (["train", "tiny", "--max-steps", "0"], "max_steps: Input should be greater than or equal to 1, got 0"),

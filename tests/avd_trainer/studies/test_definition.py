@@ -122,7 +122,7 @@ def test_rates_of_all_methods_are_chosen_in_the_same_way_before_they_are_compare
         rates.setdefault(method.kind, {})[method.student.optimizer.lr] = name
     assert rates.keys() == {methods.run(name).method.kind for name in methods.variants} - {"avd"}
     for kind, settings in rates.items():
-        assert settings.keys() >= {2.5e-5, 5e-5, 1e-4}, kind
+        assert settings.keys() >= {5e-5, 1e-4, 2e-4}, kind
         # What is chosen is a value of the study's own run, which differs in nothing else.
         alone = methods.run(kind.replace("_", "-"))
         assert isinstance(alone.method, DistillationConfig)

@@ -14,8 +14,8 @@ from torch import Tensor
 import tiny_pipeline
 from avd_trainer.commands.compare import _common_shape, titles_of
 from avd_trainer.config.loading import load_config, save_config
-from avd_trainer.evaluation.controls import CONTROLS
-from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.evaluation.controls import CONTROLS, REPEATED
+from avd_trainer.evaluation.measures import MEASURES, OPEN_MEASURES
 from avd_trainer.inference.generation import load_student
 from avd_trainer.inference.students import open_student_or_run
 from avd_trainer.models.adapters import ADAPTERS, Adapters, merge_adapters, program_tensors
@@ -118,7 +118,7 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
     assert run["measures"] == average["measures"]
     assert run["measures"] != last["measures"]
     assert run["measures"].keys() == found["reference"]["spreads"].keys() == MEASURES.keys()
-    assert found["controls"]["controls"].keys() == CONTROLS.keys()
+    assert found["controls"]["controls"].keys() == CONTROLS.keys() - {REPEATED}
     one, other = (run["seeds"][noise]["values"] for noise in ("0", "1"))
     assert one != other
     assert run["measures"]["kind"]["mean"] == pytest.approx((one["kind"] + other["kind"]) / 2)
@@ -132,10 +132,23 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
     for arguments, differs in (
         ([folders / "run", "--captions", 3, "--seed", 1], ", not ../../{run}; captions 2, not 3; seed 0, not 1."),
         ([folders / name for name in ("run", "average", "last")], "settings: captions 2, not 64."),
+        ([folders / "run", "--captions", 2, "--open-captions"], "caption_sort full, not subjects"),
     ):
         status, printed = command("evaluate", *arguments, "--noises", 2, "--output", tmp_path / "out")
         relative = folders.relative_to(tmp_path.parent) / "run"
         assert (status, differs.replace("{run}", str(relative)) in printed) == (2, True), printed
+
+
+def test_captions_that_leave_the_scene_open_have_a_measure_and_a_control_more(folders: Path, tmp_path: Path) -> None:
+    arguments = ("--open-captions", "--captions", 4, "--noises", 1, "--output", tmp_path / "out")
+    status, printed = command("evaluate", folders / "run", *arguments)
+    assert status == 0, printed
+    found = read_json(tmp_path / "out" / "measures.json")
+    assert found["variants"]["run"]["measures"].keys() == MEASURES.keys() | OPEN_MEASURES.keys()
+    assert found["controls"]["controls"].keys() == CONTROLS.keys()
+    assert found["controls"]["controls"][REPEATED]["variety"] == 0
+    status, printed = command("evaluate", folders / "run", "--prompt", "a", *arguments[:1], *arguments[-2:])
+    assert (status, "--open-captions are of moving shapes" in printed) == (2, True)
 
 
 def test_measures_of_the_same_student_twice_or_in_a_students_folder_are_refused(folders: Path, tmp_path: Path) -> None:
