@@ -6,7 +6,7 @@ Lu and Song 2024, arXiv 2410.11081, as the authors of rCM (arXiv 2510.08431) hav
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
@@ -95,15 +95,13 @@ class ContinuousConsistency:
             scale, unconditional = self.config.guidance_scale, self.setting.unconditional
             guided = guided_velocity(self.teacher, x_sigma, timesteps_B, condition, unconditional, scale)
             F_teacher = trigflow.trig_velocity(guided, x_t, t_B)
-            probe = self._probe(x_t, t_B, F_teacher, condition)
+            derivative = self._derivative(x_t, t_B, F_teacher, condition)
         rollout = predict(self.student, x_sigma, timesteps_B, condition, finished=False)
         cut = Cut(rollout.velocity)
         F = trigflow.trig_velocity(cut.output, x_t, t_B)
-        if self.config.derivative == "differences":
-            probe = cos * sin * trigflow.difference(F.detach(), probe, self.config.derivative_step)
         steps = self.config.tangent_warmup
         warmup = (self.steps / steps).clamp_max(1) if steps else 1.0
-        tangent = trigflow.consistency_tangent(F, F_teacher, probe, x_t, t_B, warmup)
+        tangent = trigflow.consistency_tangent(F, F_teacher, derivative(F.detach()), x_t, t_B, warmup)
         loss = self.config.consistency_weight * trigflow.consistency_loss(F, tangent)
         norms_B = tangent.flatten(1).norm(dim=1)
         metrics = {"consistency/loss": loss.detach(), "consistency/tangent_norm": norms_B.mean()}
@@ -117,11 +115,16 @@ class ContinuousConsistency:
         if turn.role == "student":
             self.steps += 1
 
-    def _probe(self, x_t: Tensor, t_B: Tensor, F_teacher: Tensor, condition: Condition) -> Tensor:
-        """The student's F a little before on the teacher's path; or ``cos sin dF/dt`` along it."""
+    def _derivative(
+        self, x_t: Tensor, t_B: Tensor, F_teacher: Tensor, condition: Condition
+    ) -> Callable[[Tensor], Tensor]:
+        """From the student's F to ``cos sin dF/dt`` along the teacher's path; the student is asked here."""
+        cos, sin = trigflow.cos_sin(t_B, x_t)
         if self.config.derivative == "differences":
             step = self.config.derivative_step
-            return trigflow.ask(self.student, trigflow.step_back(x_t, F_teacher, step), t_B - step, condition)
+            before = trigflow.ask(self.student, trigflow.step_back(x_t, F_teacher, step), t_B - step, condition)
+            return lambda F: cos * sin * trigflow.difference(F, before, step)
         # Scaled before and not behind, Sec. 5.1 of Lu and Song: a derivative can be large where the product is not.
-        along = ((t_B.cos() * t_B.sin()).view(-1, 1, 1, 1, 1) * F_teacher, t_B.cos() * t_B.sin())
-        return directional_derivative(lambda x, t: trigflow.ask(self.student, x, t, condition), (x_t, t_B), along)
+        along = (cos * sin * F_teacher, t_B.cos() * t_B.sin())
+        found = directional_derivative(lambda x, t: trigflow.ask(self.student, x, t, condition), (x_t, t_B), along)
+        return lambda F: found
