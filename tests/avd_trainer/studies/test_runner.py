@@ -15,7 +15,7 @@ from torch import Tensor
 
 from avd_core import NonFiniteError
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.evaluation.controls import CONTROLS
+from avd_trainer.evaluation.controls import CONTROLS, REPEATED
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.models.condition import Condition
 from avd_trainer.runtime import processes
@@ -82,7 +82,7 @@ def test_clips_are_measured_for_each_noise(finished: Path) -> None:
         assert one.keys() == other.keys() == MEASURES.keys()
         assert one != other
     assert found["reference-4"]["spreads"].keys() == MEASURES.keys()
-    assert found["controls-4"]["controls"].keys() == CONTROLS.keys()
+    assert found["controls-4"]["controls"].keys() == CONTROLS.keys() - {REPEATED}
     assert "noises" not in found["interpolator-0"]
 
 
