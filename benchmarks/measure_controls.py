@@ -20,7 +20,7 @@ from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.sources import HELD_OUT
 from avd_trainer.evaluation.controls import CONTROLS, Encoded, controls_of_shapes
 from avd_trainer.evaluation.measure_table import Row, markdown_table
-from avd_trainer.evaluation.measures import MEASURES
+from avd_trainer.evaluation.measures import ALL_MEASURES
 from avd_trainer.evaluation.reference import Reference, Spread, caught, reference_of_shapes, score
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.runtime.environment import environment
@@ -64,7 +64,7 @@ def tables(report: dict[str, Any]) -> list[str]:
     spreads = {name: Spread(**spread) for name, spread in report["real"].items()}
     reference = Reference(spreads, report["sets"], report["clips"], Encoded(torch.empty(0), torch.empty(0)))
     rows = [Row(CONTROLS[name].title, values) for name, values in report["controls"].items()]
-    others = [name for name, each in MEASURES.items() if not each.headline]
+    others = [name for name in spreads if not ALL_MEASURES[name].headline]
     return [markdown_table([], reference, rows), markdown_table([], reference, rows, names=others)]
 
 

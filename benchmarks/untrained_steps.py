@@ -1,4 +1,4 @@
-"""What are few steps worth without any training? Both tiny teachers, sampled in one step, in four, and in 25.
+"""What are few steps worth without any training? Both tiny teachers of text to video, in one step, in four and in 25.
 
     .venv/bin/python benchmarks/untrained_steps.py
 
@@ -35,7 +35,16 @@ from avd_trainer.studies.units import Sample, batches_of, few_step_sample, sampl
 from avd_trainer.training.config import TrainConfig
 
 PRESETS = ("tiny", "tiny-open")
-SHOWN = ("visible", "preserved", "color_error", "saturation", "spatial_frequency", "motion_distance", "variety")
+SHOWN = (
+    "visible",
+    "preserved",
+    "color_error",
+    "saturation",
+    "spatial_frequency",
+    "motion_distance",
+    "variety",
+    "repetition",
+)
 SEEDS = (100, 0)
 RESULTS = Path(__file__).parent / "results" / "untrained-steps.json"
 

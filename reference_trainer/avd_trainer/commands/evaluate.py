@@ -37,7 +37,6 @@ from avd_trainer.runtime.terminal import readable_errors, say
 if TYPE_CHECKING:
     import torch
 
-    from avd_trainer.config.sections import ShapeCaptions
     from avd_trainer.data.video_sets import VideoFile
     from avd_trainer.inference.students import Shape, Student
 
@@ -106,8 +105,9 @@ def evaluate(
                     "--dtype, --image and --size are for clips of prompts: pass --prompt, or leave them out."
                 )
             _expect_pictures(fps, [])
-            sort: ShapeCaptions = "subjects" if open_captions else "full"
-            _evaluate_captions(named, output, sort, captions or CAPTIONS, noises or NOISES, seed, pipeline, device)
+            _evaluate_captions(
+                named, output, open_captions, captions or CAPTIONS, noises or NOISES, seed, pipeline, device
+            )
             return
         if captions is not None or open_captions:
             name = "--captions" if captions is not None else "--open-captions"
@@ -161,7 +161,7 @@ def evaluate(
 def _evaluate_captions(
     named: Mapping[str, Path],
     output: Path,
-    sort: ShapeCaptions,
+    open_captions: bool,
     captions: int,
     noises: int,
     seed: int,
@@ -177,13 +177,15 @@ def _evaluate_captions(
 
     folders = list(named.values())
     counts = {"captions": captions, "noises": noises, "seed": seed}
-    request = {"sets": _seen_from(output, folders), "caption_sort": sort, **counts}
+    request = {"sets": _seen_from(output, folders), "open_captions": open_captions, **counts}
     _expect_same(output, request)
     opened = dict(zip(named, open_students(folders, pipeline), strict=True))
     where = choose_device(device)
     claim_folder(output)
     options = StudyEvaluationConfig(captions=captions, noises=noises)
-    evaluated = evaluate_students(opened, options, captions=sort, seed=seed, device=where)
+    evaluated = evaluate_students(
+        opened, options, captions="subjects" if open_captions else "full", seed=seed, device=where
+    )
     save_evaluation(evaluated, request, output)
     Console().print(rich_table(evaluated.rows, evaluated.reference))
     say(f"Table, figure and values are in {output}.")

@@ -16,6 +16,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -226,6 +227,8 @@ class MovingShapes:
                 f"MovingShapes needs length >= 1, frames >= 1, size >= 16 and a saturation in (0, {MOST_SATURATION}], "
                 f"got {length}, {frames}, {size} and {saturation}."
             )
+        if captions not in get_args(ShapeCaptions):
+            raise ValueError(f"captions must be one of {', '.join(get_args(ShapeCaptions))}, got {captions!r}.")
         self.length, self.seed, self.held_out, self.frames, self.size = length, seed, held_out, frames, size
         self.saturation, self.captions = saturation, captions
 

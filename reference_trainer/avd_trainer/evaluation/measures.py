@@ -11,7 +11,7 @@ from torch import Tensor
 from avd_trainer.evaluation.clip_measures import clip_measures
 from avd_trainer.evaluation.controls import Encoded
 from avd_trainer.evaluation.image_measures import image_measures
-from avd_trainer.evaluation.shape_measures import shape_measures, speed_distance, variety
+from avd_trainer.evaluation.shape_measures import open_measures, shape_measures, speed_distance
 from avd_trainer.evaluation.shape_tracking import track_shapes
 
 VERSION = 3
@@ -98,6 +98,9 @@ OPEN_MEASURES: dict[str, Measure] = {
     each.name: each
     for each in (
         Measure("variety", "clips of one caption that differ in what it leaves open, share of pairs", "higher"),
+        Measure("repetition", "clips of one caption that show one scene, share of pairs", "lower"),
+        Measure("background_error", "background against the nearest real one, RGB distance", "lower"),
+        Measure("saturation_shift", "HSV saturation above that of the scene shown", "as real", headline=False),
     )
 }
 """Further ones, of clips of moving shapes whose captions name the two shapes alone."""
@@ -141,7 +144,7 @@ def measure(
         values |= {name: float(each.mean()) for name, each in shape_measures(tracks).items()}
         values["speed_distance"] = speed_distance(tracks, track_shapes(real_video, captions))
         if tracks.open:
-            values["variety"] = variety(tracks, captions)
+            values |= open_measures(video.clamp(0, 1), tracks, captions)
         if images is not None:
             values |= image_measures(video, captions, images.detach().float().cpu())
     return {name: values[name] for name in ALL_MEASURES if name in values}

@@ -21,25 +21,29 @@ from avd_trainer.data.moving_shapes import (
     BACKGROUND_COLORS,
     DIRECTIONS,
     LAYOUTS,
+    RADIUS,
     SHAPE_COLORS,
     SHAPE_KINDS,
     SPEEDS,
     Scene,
+    Track,
+    draw,
 )
-from avd_trainer.evaluation.shape_tracking import ShapeTracks, displacement
+from avd_trainer.evaluation.clip_measures import hsv_saturation
+from avd_trainer.evaluation.shape_tracking import KNOWN_SHARE, MOVED_SHARE, ShapeTracks, displacement
 
-# A shape has moved where it got at least this share of the captioned way.
-MOVED_SHARE = 0.5
 # No shape moves farther than this share of the frame from one frame to the next; what does is another one.
 LARGEST_JUMP = 0.08
 # Frames in which a shape must look of the same kind as in the clip as a whole. Real shapes do in 0.7 to 1 of them: what
 # moves quickly is blurred by the codec.
 STEADY_SHARE = 2 / 3
-# Frames that have to show a shape for its way to be known.
-KNOWN_SHARE = 0.5
 # The largest speed that is told apart, as a share of the captioned one. Captions allow 0.9 to 1.1, so a still is always
 # farther off than what is too fast.
 MOST_SPEED = 1.5
+# The same where captions say no speed, in units of the mean one.
+MOST_MEAN_SPEED = 2.0
+# Pixels so many radii from the centre of a visible shape are background.
+SURROUNDINGS = 1.5
 # The largest third difference that is told apart, as a share of the frame; that of a shape that cannot be followed.
 # Above what real shapes have, and not far above: a few shapes that vanish must not hide how all others move.
 MOST_JERK = 0.125
@@ -123,7 +127,7 @@ def speed_distance(tracks: ShapeTracks, real: ShapeTracks) -> float:
 
     Args:
         tracks: What was found in clips. A shape that less than half of the frames show counts as a still; speeds count
-            from 0 to 1.5 times the captioned one, or the quicker one.
+            from 0 to 1.5, or to 2 where captions say none.
         real: What was found in as many real clips; of the same captions, in the same order, where these are full.
 
     Returns:
@@ -131,8 +135,7 @@ def speed_distance(tracks: ShapeTracks, real: ShapeTracks) -> float:
     """
     if tracks.open:
         mean = fmean(SPEEDS.values())
-        most = MOST_SPEED * max(SPEEDS.values()) / mean
-        own, wanted = ((_way(each)[1] / (each.size * mean)).clamp(0, most) for each in (tracks, real))
+        own, wanted = ((_way(each)[1] / (each.size * mean)).clamp(0, MOST_MEAN_SPEED) for each in (tracks, real))
         return float((own.flatten().sort().values - wanted.flatten().sort().values).abs().mean())
     captioned = _captioned_speeds(tracks.scenes)
     own, wanted = ((_way(each)[1] / (each.size * captioned)).clamp(0, MOST_SPEED) for each in (tracks, real))
@@ -144,18 +147,26 @@ def speed_distance(tracks: ShapeTracks, real: ShapeTracks) -> float:
     return float(torch.cat(distances).mean())
 
 
-def variety(tracks: ShapeTracks, captions: Sequence[str]) -> float:
-    """How often two clips of one caption differ in what it leaves open: what a sampler of one clip per caption lacks.
-
-    Background, layout, and for each shape the way it goes along and its speed: the share of pairs of clips of one
-    caption that differ in it, in the mean over these six. Estimated from pairs of different clips, so without bias.
+def open_measures(video: Tensor, tracks: ShapeTracks, captions: Sequence[str]) -> dict[str, float]:
+    """Measure what captions of the subjects leave open: whether it varies, and whether it is drawn as any real clip's.
 
     Args:
-        tracks: What was found in the clips; what cannot be found has one value.
-        captions: Of the clips, of the subjects alone. Those that only one clip has do not count.
+        video: ``[N, 3, F, S, S]`` in [0, 1], RGB.
+        tracks: What was found in it; what cannot be found has one value.
+        captions: Of the clips. Those that only one clip has say nothing of variety.
 
     Returns:
-        From 0 to about 0.54, that of real clips, which have all values alike often.
+        One number each, for the set:
+
+        - ``variety``: share of pairs of clips of one caption that differ, in the mean over six things:
+          background, layout, and for each shape the way along it and its speed. Estimated from pairs of different
+          clips, so without bias. Real clips, whose values are equally likely, have about 0.54.
+        - ``repetition``: share of these pairs that differ in none of the six. Real clips have 1 / 128.
+        - ``background_error``: mean over clips of the distance of what is background to the colour of the
+          nearest background, in RGB of [0, 1]. Pixels within 1.5 radii of a visible shape do not count.
+        - ``saturation_error``: mean over clips of the distance of the clip's HSV saturation to that of the scene
+          that it shows. In place of the one against real clips, which show other scenes, of other backgrounds.
+        - ``saturation_shift``: the same with its sign: above 0 is oversaturated.
 
     Raises:
         ValueError: If no two clips have one caption.
@@ -166,7 +177,37 @@ def variety(tracks: ShapeTracks, captions: Sequence[str]) -> float:
     pairs = [pair for group in groups.values() for pair in combinations(map(_left_open, group), 2)]
     if not pairs:
         raise ValueError(f"clips of which some share a caption are expected, got {len(captions)} of as many captions.")
-    return fmean(fmean(own != other for own, other in zip(*pair, strict=True)) for pair in pairs)
+    shift = hsv_saturation(video).flatten(1).mean(1) - _scene_saturations(tracks.scenes, tracks.size)
+    return {
+        "variety": fmean(fmean(own != other for own, other in zip(*pair, strict=True)) for pair in pairs),
+        "repetition": fmean(own == other for own, other in pairs),
+        "background_error": float(_background_errors(video, tracks).mean()),
+        "saturation_error": float(shift.abs().mean()),
+        "saturation_shift": float(shift.mean()),
+    }
+
+
+def _scene_saturations(scenes: Sequence[Scene], size: int) -> Tensor:
+    """``[N]``: the mean HSV saturation of scenes as they are drawn."""
+    found = []
+    for scene in scenes:
+        places = [torch.full((1, 2), size * (0.25 + 0.5 * place)) for place in range(2)]
+        tracks = [Track(shape, RADIUS * size, place) for shape, place in zip(scene.shapes, places, strict=True)]
+        found.append(hsv_saturation(draw(scene.background, tracks, size).unsqueeze(0)).mean())
+    return torch.stack(found)
+
+
+def _background_errors(video: Tensor, tracks: ShapeTracks) -> Tensor:
+    """``[N]``: mean distance of what is no shape to the background of the scene."""
+    grounds = torch.tensor([BACKGROUND_COLORS[scene.background] for scene in tracks.scenes])
+    distances = (video - grounds.view(-1, 3, 1, 1, 1)).norm(dim=1)
+    grid = torch.arange(tracks.size) + 0.5
+    x, y = (tracks.centers[..., axis, None, None] for axis in range(2))
+    # Where a frame does not show it, the comparison with NaN is false: all of the frame is background then.
+    near = torch.hypot(grid.view(1, -1) - x, grid.view(-1, 1) - y) < SURROUNDINGS * RADIUS * tracks.size
+    outside = (~near.any(dim=1)).float()
+    errors: Tensor = (distances * outside).sum((1, 2, 3)) / outside.sum((1, 2, 3)).clamp_min(1)
+    return errors
 
 
 def _left_open(scene: Scene) -> tuple[str | bool, ...]:

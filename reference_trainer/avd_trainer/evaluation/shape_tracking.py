@@ -36,6 +36,10 @@ _CENTROID = {"circle": 0.0, "square": 0.0, "triangle": 0.2}
 _AREA = {"circle": math.pi, "square": (2 * 0.88) ** 2, "triangle": 1.8 * 1.8 / 2}
 # Neighbours of a pixel in a stack of frames: those that share an edge, in the same frame.
 _WITHIN_A_FRAME = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))])
+# Frames that have to show a shape for its way to be known, as a share.
+KNOWN_SHARE = 0.5
+# A shape has moved where it got at least this share of the captioned way.
+MOVED_SHARE = 0.5
 _CHUNK = 32
 
 
@@ -123,6 +127,11 @@ def _read(captions: Sequence[str]) -> tuple[list[Scene], bool]:
     named = [scene for scene in subjects if scene is not None]
     if len(named) == len(captions):
         return named, True
+    if named:
+        raise ValueError(
+            f"captions of one sort are expected, got {len(named)} of {len(captions)} that name the two shapes alone. "
+            "Measure the others apart."
+        )
     return [Scene.from_caption(caption) for caption in captions], False
 
 
@@ -135,10 +144,13 @@ def _background(clip: Tensor) -> str:
 def _settled(scene: Scene, centers: Tensor, size: int) -> Scene:
     """A scene with the layout, directions and speeds that fit what two shapes do best; ``centers`` is ``[2, F, 2]``.
 
-    A shape that no frame shows has the first of all. So clips do not vary in what they do not show.
+    A shape that less than half of the frames show, or that does not get half the way of a slow one, moves in the first
+    direction of all. So clips do not vary in what they do not show.
     """
-    way = displacement(centers) / size
-    apart = (centers[1] - centers[0]).nanmean(0).nan_to_num(0.0)
+    known = (~centers[..., 0].isnan()).float().mean(-1, keepdim=True) >= KNOWN_SHARE
+    way = torch.where(known, displacement(centers) / size, 0.0)
+    way = torch.where(way.norm(dim=-1, keepdim=True) >= MOVED_SHARE * min(SPEEDS.values()), way, 0.0)
+    apart = torch.where(known.all(), (centers[1] - centers[0]).nanmean(0).nan_to_num(0.0), 0.0)
     # Each on a half of its own: the two lie half a frame apart across the way that they go.
     layout = "above" if apart[1].abs() >= apart[0].abs() else "beside"
     shapes = []

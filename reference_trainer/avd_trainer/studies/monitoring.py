@@ -54,7 +54,9 @@ def true_kinds(values: Mapping[str, float], real: Mapping[str, float], controls:
         controls: Those of spoiled real clips, by control.
     """
     found = []
-    for kind, (measure, control, share) in SIGNS.items():
+    for kind, (shown, control, share) in SIGNS.items():
+        # Where clips choose their backgrounds, the plain mean would be of their choice too.
+        measure = "saturation_shift" if shown == "saturation" and "saturation_shift" in values else shown
         way = (values[measure] - real[measure]) / (controls[control][measure] - real[measure])
         if way > share if share > 0 else way < share:
             found.append(kind)

@@ -16,7 +16,7 @@ from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.sources import held_out_shapes
 from avd_trainer.evaluation.controls import CONTROLS, controls_of_shapes
 from avd_trainer.evaluation.measure_table import Row, markdown_table
-from avd_trainer.evaluation.measures import MEASURES, measure
+from avd_trainer.evaluation.measures import ALL_MEASURES, measure
 from avd_trainer.evaluation.reference import Reference, reference_of_shapes
 from avd_trainer.inference.generation import load_student
 from avd_trainer.inference.students import Student
@@ -120,7 +120,7 @@ def evaluate_students(
 def save_evaluation(evaluated: Evaluated, request: Mapping[str, Any], output: Path) -> None:
     """Write table, figure and values into a folder, with what was asked for."""
     headline = markdown_table(evaluated.rows, evaluated.reference, evaluated.controls)
-    others = [name for name, each in MEASURES.items() if not each.headline]
+    others = [name for name in evaluated.reference.spreads if not ALL_MEASURES[name].headline]
     more = markdown_table(evaluated.rows, evaluated.reference, evaluated.controls, names=others)
     write_text(output / TABLE, f"# {evaluated.results['title']}\n\n{headline}\n{more}")
     write_json(output / RESULTS, {**evaluated.results, REQUEST: request})

@@ -289,6 +289,8 @@ def test_video_has_the_documented_form() -> None:
 def test_wrong_sizes_and_indices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"size >= 16 and a saturation in .*, got 1, 17, 8 and"):
         MovingShapes(1, seed=0, size=8)
+    with pytest.raises(ValueError, match="captions must be one of full, subjects, got 'none'"):
+        MovingShapes(1, seed=0, captions="none")  # type: ignore[arg-type]
     for index in (2, -1):
         with pytest.raises(IndexError, match=f"clip {index} of a data set of 2"):
             MovingShapes(2, seed=0)[index]

@@ -12,7 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from avd_trainer.data.moving_shapes import DIRECTIONS, SHAPE_KINDS, SPEEDS, MovingShapes, ShapeClip, Track, draw
+from avd_trainer.data.moving_shapes import (
+    BACKGROUND_COLORS,
+    DIRECTIONS,
+    LAYOUTS,
+    RADIUS,
+    SHAPE_KINDS,
+    SPEEDS,
+    MovingShapes,
+    Scene,
+    ShapeClip,
+    Track,
+    draw,
+)
 from avd_trainer.evaluation.controls import CONTROLS, Encoded, RealClips
 from avd_trainer.evaluation.image_measures import image_measures
 from avd_trainer.evaluation.measures import IMAGE_MEASURES, MEASURES, OPEN_MEASURES, headlines, measure
@@ -276,6 +288,83 @@ def test_one_choice_for_all_captions_is_seen_by_its_variety(measured_open: Measu
     own = measured_open(encode([clip.video for clip in measured_open.clips], codec))
     assert values["variety"] == pytest.approx(own["variety"] - 3 / 4 / 6, abs=0.03)
     assert "variety" in caught(values, measured_open.reference)
+
+
+def test_four_scenes_for_all_captions_vary_and_repeat(measured_open: Measured, codec: BlockDCTCodec) -> None:
+    """Each of six things is of all kinds often enough, and all six at once are of four kinds."""
+    backgrounds, layouts = list(BACKGROUND_COLORS), list(LAYOUTS)
+    videos = []
+    for place, clip in enumerate(measured_open.clips):
+        # Held-out captions are in pairs; a stride of three brings all four to each caption.
+        kind = 3 * (place // 2) + place
+        layout = layouts[kind % 2]
+        shapes = [
+            replace(shape, direction=LAYOUTS[layout][(kind // 2) % 2], speed=list(SPEEDS)[(kind // 2 + own) % 2])
+            for own, shape in enumerate(clip.scene.shapes)
+        ]
+        scene = replace(clip.scene, shapes=tuple(shapes), layout=layout, background=backgrounds[kind % 4])
+        videos.append(draw(scene.background, [drawn_track(scene, own) for own in range(2)], 32))
+    values = measured_open(encode(videos, codec))
+    spreads = measured_open.reference.spreads
+    assert values["variety"] > spreads["variety"].mean
+    assert values["repetition"] > 0.15
+    assert spreads["repetition"].mean == pytest.approx(1 / 128, abs=0.01)
+    assert "repetition" in caught(values, measured_open.reference)
+
+
+def drawn_track(scene: Scene, place: int) -> Track:
+    shape = scene.shapes[place]
+    across = 8.0 + 16 * place
+    middle = torch.tensor([16.0, across] if scene.layout == "above" else [across, 16.0])
+    way = (
+        torch.linspace(-0.5, 0.5, 17).unsqueeze(1)
+        * SPEEDS[shape.speed]
+        * 32
+        * torch.tensor(DIRECTIONS[shape.direction])
+    )
+    return Track(shape, RADIUS * 32, middle + way)
+
+
+def test_a_background_that_none_has_is_an_error_of_the_background(
+    measured_open: Measured, codec: BlockDCTCodec
+) -> None:
+    """Half of the way to the mean of all four, as of a model that cannot choose; everything else stays."""
+    mean = torch.tensor(list(BACKGROUND_COLORS.values())).mean(0).view(3, 1, 1, 1)
+    values = []
+    for share in (0.0, 0.25, 0.5):
+        videos = []
+        for clip in measured_open.clips:
+            own = torch.tensor(BACKGROUND_COLORS[clip.scene.background]).view(3, 1, 1, 1)
+            is_ground = ((clip.video - own).abs().amax(0) < 1e-4).float()
+            videos.append(clip.video + share * is_ground * (mean - own))
+        values.append(measured_open(encode(videos, codec)))
+    errors = [each["background_error"] for each in values]
+    assert errors[0] < errors[1] < errors[2]
+    distance = float((torch.tensor(list(BACKGROUND_COLORS.values())) - mean.flatten()).norm(dim=1).mean())
+    assert errors[2] == pytest.approx(0.5 * distance, rel=0.2)
+    assert caught(values[0], measured_open.reference) == []
+    assert "background_error" in caught(values[2], measured_open.reference)
+
+
+def test_which_background_is_chosen_is_no_matter_of_saturation(measured_open: Measured, codec: BlockDCTCodec) -> None:
+    """Clips differ in saturation by 0.06 by their background alone; the codec leaves a fifteenth of that."""
+    found, spreads = [], measured_open.reference.spreads
+    for name in BACKGROUND_COLORS:
+        values = measured_open(encode([draw(name, list(clip.tracks), 32) for clip in measured_open.clips], codec))
+        found.append(values["saturation"])
+        assert "background_error" not in caught(values, measured_open.reference)
+        for key in ("saturation_error", "saturation_shift"):
+            assert values[key] == pytest.approx(spreads[key].mean, abs=0.004), (name, key)
+    assert max(found) - min(found) > 0.05
+
+
+@pytest.mark.parametrize(("factor", "sign"), [(1.3, 1), (0.7, -1)])
+def test_the_shift_of_saturation_has_a_sign(
+    factor: float, sign: int, measured_open: Measured, codec: BlockDCTCodec
+) -> None:
+    values = measured_open(control("saturated")(measured_open.clips, factor, codec))
+    assert sign * values["saturation_shift"] > 0.04
+    assert values["saturation_error"] > 0.04
 
 
 @pytest.mark.parametrize("speed", [*SPEEDS.values(), fmean(SPEEDS.values())])

@@ -158,6 +158,15 @@ def test_a_shape_that_is_not_there_does_not_vary() -> None:
     assert found == {("above", "right", "slowly")}
 
 
+def test_a_still_does_not_vary_by_its_rounding() -> None:
+    shapes, codec = MovingShapes(24, seed=3, captions="subjects"), BlockDCTCodec()
+    clips = [shapes[index] for index in range(len(shapes))]
+    stills = torch.stack([clip.video[:, :1].expand(-1, 17, -1, -1) for clip in clips])
+    found = track_shapes(codec.decode(codec.encode(stills)), [clip.caption for clip in clips]).scenes
+    ways = {(scene.layout, shape.direction, shape.speed) for scene in found for shape in scene.shapes}
+    assert ways == {("above", "right", "slowly"), ("beside", "down", "slowly")}
+
+
 @pytest.mark.parametrize(("share", "speed"), [(0.15, "slowly"), (0.3, "slowly"), (0.4, "quickly"), (0.7, "quickly")])
 def test_the_speed_is_the_nearest_one(share: float, speed: str) -> None:
     scene = make_clip("circle", "red", "sand").scene
@@ -172,7 +181,9 @@ def test_the_speed_is_the_nearest_one(share: float, speed: str) -> None:
 
 def test_captions_of_two_sorts_are_refused() -> None:
     clip = make_clip("circle", "red", "sand")
-    with pytest.raises(ValueError, match="a caption of MovingShapes is expected, as 'a red circle moving"):
+    with pytest.raises(
+        ValueError, match="captions of one sort are expected, got 1 of 2 that name the two shapes alone"
+    ):
         track_shapes(clip.video.expand(2, -1, -1, -1, -1), [clip.caption, clip.scene.subjects])
 
 
