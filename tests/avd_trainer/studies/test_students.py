@@ -132,7 +132,7 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
     for arguments, differs in (
         ([folders / "run", "--captions", 3, "--seed", 1], ", not ../../{run}; captions 2, not 3; seed 0, not 1."),
         ([folders / name for name in ("run", "average", "last")], "settings: captions 2, not 64."),
-        ([folders / "run", "--captions", 2, "--open-captions"], "settings: open_captions False, not True"),
+        ([folders / "run", "--captions", 2, "--open-captions"], "open_captions False, not True."),
     ):
         status, printed = command("evaluate", *arguments, "--noises", 2, "--output", tmp_path / "out")
         relative = folders.relative_to(tmp_path.parent) / "run"
