@@ -16,7 +16,10 @@ from avd_trainer.training.config import TrainConfig
         ("lr=1", "lr: there is no such field: did you mean method.student.optimizer.lr or method.online.optimizer.lr?"),
         ("checkpoint.zzz=1", "checkpoint.zzz: there is no such field. There are: every, keep_every, keep_latest"),
         # Of videos, not of these shapes.
-        ("data.path=x", "data.path: there is no such field. There are: captions, clips, held_out, kind, saturation, seed"),
+        (
+            "data.path=x",
+            "data.path: there is no such field. There are: captions, clips, held_out, kind, saturation, seed",
+        ),
         ("data.kind=films", "data.kind: expected one of shapes, videos, shards, got 'films'"),
         ("seed", "--set seed: expected KEY=VALUE, such as --set max_steps=100."),
         ("=3", "--set =3: expected KEY=VALUE"),
