@@ -16,7 +16,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ShapesData
@@ -27,11 +26,10 @@ from avd_trainer.evaluation.measure_table import Row, markdown_table
 from avd_trainer.evaluation.reference import reference_of_shapes, score
 from avd_trainer.methods.dmd import DMDMethodConfig
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
-from avd_trainer.models.samplers import sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.environment import environment
-from avd_trainer.studies.units import Sample, batches_of, few_step_sample, sample_captions
+from avd_trainer.studies.units import Sample, batches_of, few_step_sample, sample_captions, teacher_sample
 from avd_trainer.training.config import TrainConfig
 
 PRESETS = ("tiny", "tiny-open")
@@ -89,22 +87,15 @@ def measure_preset(name: str, captions: int) -> dict[str, Any]:
 def ways(model: VelocityModel, method: DMDMethodConfig) -> Mapping[str, Sample]:
     """By title, ways to sample; the steps are those of the preset's students."""
     first, _, third, _ = method.few_steps
-
-    def teacher(guidance: float) -> Sample:
-        def sample(noise: Tensor, streams: Any, condition: Any) -> Tensor:
-            nothing = torch.zeros_like(condition.text[0])
-            options = {"steps": 25, "guidance_scale": guidance, "shift": method.sampling_shift}
-            return sample_teacher(model, condition, nothing, noise.shape[1:], lambda shape: noise, **options)
-
-        return sample
-
     return {
         "one step": few_step_sample(model, (first,)),
         "two steps": few_step_sample(model, (first, third)),
         "four steps": few_step_sample(model, method.few_steps),
         "four steps of Euler": few_step_sample(model, method.few_steps, kind="ode"),
-        "teacher, 25 steps, no guidance": teacher(1.0),
-        f"teacher, 25 steps, guidance {method.guidance_scale:g}": teacher(method.guidance_scale),
+        "teacher, 25 steps, no guidance": teacher_sample(model, 25, 1.0, method.sampling_shift),
+        f"teacher, 25 steps, guidance {method.guidance_scale:g}": teacher_sample(
+            model, 25, method.guidance_scale, method.sampling_shift
+        ),
     }
 
 

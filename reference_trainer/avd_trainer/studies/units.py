@@ -278,20 +278,7 @@ class Workplace:
             assert isinstance(method, DistillationConfig)
             return few_step_sample(model, method.few_steps, kind=method.sampled_by)
         assert isinstance(method, DMDMethodConfig)
-
-        def sample(noise: Tensor, streams: Sequence[torch.Generator], condition: Condition) -> Tensor:
-            return sample_teacher(
-                model,
-                condition,
-                torch.zeros_like(condition.text[0]),
-                noise.shape[1:],
-                lambda shape: noise,
-                steps=steps,
-                guidance_scale=method.guidance_scale,
-                shift=method.sampling_shift,
-            )
-
-        return sample
+        return teacher_sample(model, steps, method.guidance_scale, method.sampling_shift)
 
     def _student(self, unit: Unit) -> Sample:
         variant, method = self.study.variants[unit.variant], self.study.run(unit.variant).method
@@ -391,6 +378,24 @@ def few_step_sample(
     denoiser = clean_predictor(model)
     sampler = HalfRateInterpolationSampler(denoiser, interpolator, timesteps, half_rate_steps, sampler=kind)
     return lambda noise, streams, condition: sampler(noise, streams, condition=condition)
+
+
+def teacher_sample(model: VelocityModel, steps: int, guidance_scale: float, shift: float) -> Sample:
+    """How a teacher is sampled: by Euler's method, with guidance."""
+
+    def sample(noise: Tensor, streams: Sequence[torch.Generator], condition: Condition) -> Tensor:
+        return sample_teacher(
+            model,
+            condition,
+            torch.zeros_like(condition.text[0]),
+            noise.shape[1:],
+            lambda shape: noise,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            shift=shift,
+        )
+
+    return sample
 
 
 @torch.no_grad()
