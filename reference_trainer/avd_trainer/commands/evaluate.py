@@ -65,12 +65,6 @@ def evaluate(
             min=2, help=f"Without prompts and videos: of moving shapes, how many ({CAPTIONS} without this option)."
         ),
     ] = None,
-    open_captions: Annotated[
-        bool,
-        typer.Option(
-            "--open-captions", help="Captions of moving shapes name the two shapes alone: for students of tiny-open."
-        ),
-    ] = False,
     noises: Annotated[
         int | None, typer.Option(min=1, help=f"Clips of each caption or prompt ({NOISES} without this option).")
     ] = None,
@@ -105,13 +99,10 @@ def evaluate(
                     "--dtype, --image and --size are for clips of prompts: pass --prompt, or leave them out."
                 )
             _expect_pictures(fps, [])
-            _evaluate_captions(
-                named, output, open_captions, captions or CAPTIONS, noises or NOISES, seed, pipeline, device
-            )
+            _evaluate_captions(named, output, captions or CAPTIONS, noises or NOISES, seed, pipeline, device)
             return
-        if captions is not None or open_captions:
-            name = "--captions" if captions is not None else "--open-captions"
-            raise UserError(f"{name} are of moving shapes: leave it out, or leave out prompts and videos.")
+        if captions is not None:
+            raise UserError("--captions are of moving shapes: leave it out, or leave out prompts and videos.")
         if asked and len(videos) == len(named):
             raise UserError("Prompts are for students, and there are only videos here: leave the prompts out.")
         if len(videos) == len(named):
@@ -161,7 +152,6 @@ def evaluate(
 def _evaluate_captions(
     named: Mapping[str, Path],
     output: Path,
-    open_captions: bool,
     captions: int,
     noises: int,
     seed: int,
@@ -173,19 +163,17 @@ def _evaluate_captions(
     from avd_trainer.inference.students import open_students
     from avd_trainer.runtime.files import claim_folder
     from avd_trainer.studies.definition import StudyEvaluationConfig
-    from avd_trainer.studies.students import evaluate_students, save_evaluation
+    from avd_trainer.studies.students import captions_of, evaluate_students, save_evaluation
 
     folders = list(named.values())
     counts = {"captions": captions, "noises": noises, "seed": seed}
-    request = {"sets": _seen_from(output, folders), "open_captions": open_captions, **counts}
+    request = {"sets": _seen_from(output, folders), **counts}
     _expect_same(output, request)
     opened = dict(zip(named, open_students(folders, pipeline), strict=True))
-    where = choose_device(device)
+    said, where = captions_of(opened), choose_device(device)
     claim_folder(output)
     options = StudyEvaluationConfig(captions=captions, noises=noises)
-    evaluated = evaluate_students(
-        opened, options, captions="subjects" if open_captions else "full", seed=seed, device=where
-    )
+    evaluated = evaluate_students(opened, options, captions=said, seed=seed, device=where)
     save_evaluation(evaluated, request, output)
     Console().print(rich_table(evaluated.rows, evaluated.reference))
     say(f"Table, figure and values are in {output}.")

@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from avd_core.sampling import SamplerKind
-from avd_trainer.config.sections import ArchitectureConfig
-from avd_trainer.inference.students import FewSteps, read_few_steps
+from avd_trainer.config.sections import ArchitectureConfig, ShapeCaptions
+from avd_trainer.inference.students import FewSteps, read_about, read_few_steps
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import few_step_rollout, sample_teacher
@@ -167,6 +167,12 @@ def guess_latent_space(source: str, architecture: Mapping[str, Any]) -> LatentSp
     """Where no export says it: a model that reads the bundled teacher's text embedding makes its latents."""
     tiny = architecture["text_dim"] == ArchitectureConfig().text_dim
     return "block-dct-4" if tiny and not (Path(source) / "text_encoder").exists() else "wan"
+
+
+def shape_captions(source: str) -> ShapeCaptions:
+    """How much the captions of moving shapes say that a model of the tiny preset's latents was trained on."""
+    open_teacher = source == "bundled:tiny-open"
+    return read_about(Path(source)).captions or ("subjects" if open_teacher else "full")
 
 
 def _find_few_steps(source: str) -> FewSteps:

@@ -12,7 +12,7 @@ from avd_trainer.data.examples import condition_of
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.sampling import Sampling, guess_latent_space, sample_predictions
+from avd_trainer.evaluation.sampling import Sampling, guess_latent_space, sample_predictions, shape_captions
 from avd_trainer.evaluation.similarity import CRITERION, SimilarityReport, measure
 from avd_trainer.evaluation.similarity_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
@@ -147,5 +147,5 @@ def _find_prompts(source: str, latent_space: LatentSpace, file: Path | None, cou
         return [prompt for _, prompt in read_prompts(file)][:count], negative
     if not tiny:
         raise UserError(f"{source} needs prompts. Pass --prompts-file, a prompt a line, or --data, a data set.")
-    shapes = MovingShapes(count, HELD_OUT, held_out=True)
+    shapes = MovingShapes(count, HELD_OUT, held_out=True, captions=shape_captions(source))
     return [shapes[index].caption for index in range(count)], negative

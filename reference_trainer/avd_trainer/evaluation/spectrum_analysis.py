@@ -16,7 +16,14 @@ from avd_trainer.data.in_memory import InMemoryData, encode_shapes
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_reading import ShardDataset
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.sampling import Sampling, batches_of, find_sampling, guess_latent_space, sample_predictions
+from avd_trainer.evaluation.sampling import (
+    Sampling,
+    batches_of,
+    find_sampling,
+    guess_latent_space,
+    sample_predictions,
+    shape_captions,
+)
 from avd_trainer.evaluation.spectrum import CRITERION, LEVELS, ClipPair, SpectrumReport, measure
 from avd_trainer.evaluation.spectrum_report import save_violins
 from avd_trainer.inference.choices import choose_device, choose_dtype
@@ -126,7 +133,8 @@ def analyze_spectrum(
     if data is not None:
         real = _read(data, count, architecture, sampling)
     elif latent_space == "block-dct-4":
-        clips = encode_shapes(MovingShapes(count, HELD_OUT, held_out=True), BlockDCTCodec())
+        shapes = MovingShapes(count, HELD_OUT, held_out=True, captions=shape_captions(source))
+        clips = encode_shapes(shapes, BlockDCTCodec())
         embed = HashTextEmbedding(TEXT_LENGTH, architecture["text_dim"])
         real = _RealClips.of(InMemoryData(clips, embed, image=image_input(architecture) is not None), count)
     else:

@@ -18,6 +18,7 @@ from avd_core import (
 )
 from avd_core.sampling import SamplerKind
 from avd_trainer.config.loading import load_config
+from avd_trainer.config.sections import ShapeCaptions
 from avd_trainer.data.encode import WAN_FORMAT
 from avd_trainer.models.adapters import ADAPTERS, holds_adapters
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
@@ -50,6 +51,7 @@ class Student(NamedTuple):
         latent_space: Whose latents it makes.
         clip: ``(C, F, H, W)`` of the latents that it was trained on, where that is known.
         fps: Frames per second of its clips.
+        captions: How much the captions of moving shapes say that it was trained on; None for other clips.
         architecture: Keyword arguments of its ``WanTransformer3DModel``.
         interpolator: For steps at half rate, where there is one.
     """
@@ -63,6 +65,7 @@ class Student(NamedTuple):
     latent_space: LatentSpace
     clip: Shape | None
     fps: float
+    captions: ShapeCaptions | None
     architecture: dict[str, Any]
     interpolator: LatentFrameInterpolator | None
 
@@ -79,11 +82,13 @@ class About(NamedTuple):
         latent_space: Whose latents they were, where that is said.
         clip: ``(C, F, H, W)`` of one's latents, where that is said.
         fps: Their frames per second; Wan2.1's where that is not said.
+        captions: How much they say of moving shapes, where it was those and that is said.
     """
 
     latent_space: LatentSpace | None = None
     clip: Shape | None = None
     fps: float = WAN_FORMAT.fps
+    captions: ShapeCaptions | None = None
 
 
 def open_student(folder: Path, pipeline: str | None = None) -> Student:
@@ -132,6 +137,7 @@ def open_student(folder: Path, pipeline: str | None = None) -> Student:
         latent_space=latent_space,
         clip=about.clip,
         fps=about.fps,
+        captions=about.captions,
         architecture=architecture,
         interpolator=interpolator,
     )
@@ -282,6 +288,7 @@ def _open_weights(
         latent_space=clips.latent_space,
         clip=clips.clip,
         fps=clips.fps,
+        captions=clips.captions,
         architecture=architecture,
         interpolator=None,
     )
@@ -298,14 +305,16 @@ def read_about(folder: Path) -> About:
         return About()
     content = _read_json(path)
     latent_space, clip, fps = content.get("latent_space"), content.get("clip"), content.get("fps", WAN_FORMAT.fps)
+    captions = content.get("captions")
     for name, value, fits, expected in (
         ("latent_space", latent_space, latent_space in (None, *get_args(LatentSpace)), "one of wan and block-dct-4"),
         ("clip", clip, clip is None or _is_shape(clip), "four positive integers, [C, F, H, W]"),
         ("fps", fps, type(fps) in (int, float) and 0 < fps < math.inf, "a positive number"),
+        ("captions", captions, captions in (None, *get_args(ShapeCaptions)), "one of full and subjects, or null"),
     ):
         if not fits:
             raise UserError(f"{path}: {name} must be {expected}, got {value!r}. Export the run again.")
-    return About(latent_space, None if clip is None else (clip[0], clip[1], clip[2], clip[3]), float(fps))
+    return About(latent_space, None if clip is None else (clip[0], clip[1], clip[2], clip[3]), float(fps), captions)
 
 
 class FewSteps(NamedTuple):

@@ -59,7 +59,7 @@ def evaluate_students(
     students: Mapping[str, Student],
     options: StudyEvaluationConfig,
     *,
-    captions: ShapeCaptions = "full",
+    captions: ShapeCaptions,
     seed: int,
     device: torch.device,
 ) -> Evaluated:
@@ -68,19 +68,13 @@ def evaluate_students(
     Args:
         students: By title.
         options: How many captions and noises, as in a study.
-        captions: How much they say.
+        captions: How much they say, as :func:`captions_of` the students.
         seed: Of the noises; a study has that of the run.
         device: Where to sample.
 
     Raises:
-        UserError: If a student makes other latents than the tiny preset's, or a clip is not finite.
+        UserError: If a clip is not finite.
     """
-    for student in students.values():
-        if student.latent_space != "block-dct-4":
-            raise UserError(
-                f"{student.folder} makes latents of {LATENT_SPACES[student.latent_space]}, of which there are no "
-                "captioned clips whose every shape is known. Only students of the tiny preset can be measured on them."
-            )
     codec = BlockDCTCodec()
     data = load_config(TrainConfig, "tiny").data  # which the studies have, too
     assert isinstance(data, ShapesData)
@@ -113,8 +107,30 @@ def evaluate_students(
         rows,
         [Row(CONTROLS[name].title, own) for name, own in spoiled.items()],
         reference,
-        _plain(rows, values, spoiled, reference, options, seed),
+        _plain(rows, values, spoiled, reference, options, captions, seed),
     )
+
+
+def captions_of(students: Mapping[str, Student]) -> ShapeCaptions:
+    """How much the captions of moving shapes say that all of them were trained on; as full ones where that is not said.
+
+    Raises:
+        UserError: If a student makes other latents than the tiny preset's, or captions of one say more than another's.
+    """
+    for student in students.values():
+        if student.latent_space != "block-dct-4":
+            raise UserError(
+                f"{student.folder} makes latents of {LATENT_SPACES[student.latent_space]}, of which there are no "
+                "captioned clips whose every shape is known. Only students of the tiny preset can be measured on them."
+            )
+    said = {title: student.captions or "full" for title, student in students.items()}
+    if len(set(said.values())) > 1:
+        raise UserError(
+            "Students of captions that leave the scene open are measured on such captions, and others on full ones: "
+            f"data.captions was {', '.join(f'{captions} of {title}' for title, captions in said.items())}. Evaluate "
+            "them by one command each."
+        )
+    return next(iter(said.values()))
 
 
 def save_evaluation(evaluated: Evaluated, request: Mapping[str, Any], output: Path) -> None:
@@ -133,11 +149,13 @@ def _plain(
     spoiled: Mapping[str, dict[str, float]],
     reference: Reference,
     options: StudyEvaluationConfig,
+    captions: ShapeCaptions,
     seed: int,
 ) -> dict[str, Any]:
     return {
         "title": f"{' and '.join(values)} on {options.captions} held-out captions",
         "evaluation": options.model_dump(),
+        "captions": captions,
         "seed": seed,
         "reference": {
             "sets": reference.sets,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from avd_trainer.config.loading import validate
-from avd_trainer.config.sections import LoRAConfig
+from avd_trainer.config.sections import LoRAConfig, ShapesData
 from avd_trainer.data.schema import Encoding
 from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.registry import load_method
@@ -167,13 +167,15 @@ class SavedRun(NamedTuple):
         return {"run": str(run), "step": self.state["step"], "weights": weights, "version": self.state["version"]}
 
     def about_clips(self) -> dict[str, Any]:
-        """What the student makes: what sampling has to know."""
+        """What the student makes: what sampling and measuring have to know."""
+        data = self.config.data
         return {
             "latent_space": self.encoding.latent_space,
             "clip": self.state["latent_shape"],
             "fps": frames_per_second(self.config.samples, self.encoding),
             "timesteps": self.timesteps,
             "sampler": self.config.sampled_by,
+            "captions": data.captions if isinstance(data, ShapesData) else None,
         }
 
 

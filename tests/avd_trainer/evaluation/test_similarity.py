@@ -20,7 +20,7 @@ from avd_trainer.data.encode import WAN_NEGATIVE_PROMPT, HashTextEncoder
 from avd_trainer.data.moving_shapes import MovingShapes
 from avd_trainer.data.shard_writing import ShardWriter
 from avd_trainer.data.sources import HELD_OUT
-from avd_trainer.evaluation.sampling import Prediction, Sampling, find_sampling
+from avd_trainer.evaluation.sampling import Prediction, Sampling, find_sampling, shape_captions
 from avd_trainer.evaluation.similarity import adjacent_similarity, measure, reinsert_linearly
 from avd_trainer.evaluation.similarity_analysis import analyze_similarity
 from avd_trainer.evaluation.similarity_report import save_violins
@@ -31,6 +31,7 @@ from avd_trainer.models.text_encoders.umt5 import WanTextEncoder
 from avd_trainer.models.transformer import VelocityModel, build_transformer, load_transformer
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.runtime.errors import UserError
+from avd_trainer.runtime.files import read_json, write_json
 from figures import assert_labels_are_inside
 
 GRID = (1000.0, 900.0, 757.0, 522.0)
@@ -256,6 +257,23 @@ def test_the_bundled_model_is_measured_and_the_numbers_can_be_recomputed(tmp_pat
 
 def captions(count: int) -> list[str]:
     return [MovingShapes(count, HELD_OUT, held_out=True)[index].caption for index in range(count)]
+
+
+def test_captions_say_as_much_as_those_that_the_model_knows(tmp_path: Path) -> None:
+    shapes = MovingShapes(2, HELD_OUT, held_out=True, captions="subjects")
+    (tmp_path / "open.txt").write_text("\n".join(shapes[index].caption for index in range(2)))
+    options = ("--count", 2, "--size", "32x32x9", "--timesteps", "1000,500")
+    for name, more in (("own", ()), ("told", ("--prompts-file", tmp_path / "open.txt"))):
+        status, said = run("bundled:tiny-open", "-o", tmp_path / name, *options, *more)
+        assert status == 0, said
+    assert read_json(tmp_path / "own" / "similarity.json") == read_json(tmp_path / "told" / "similarity.json")
+    # What was trained says so itself.
+    assert shape_captions(str(tmp_path)) == "full"
+    write_json(tmp_path / "export.json", {"captions": "subjects"})
+    assert shape_captions(str(tmp_path)) == "subjects"
+    write_json(tmp_path / "export.json", {"captions": "some"})
+    with pytest.raises(UserError, match="captions must be one of full and subjects, or null, got 'some'"):
+        shape_captions(str(tmp_path))
 
 
 def test_clips_do_not_depend_on_how_many_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

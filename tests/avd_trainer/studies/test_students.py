@@ -24,8 +24,8 @@ from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.ranks import join_ranks
-from avd_trainer.studies.definition import StudyEvaluationConfig, Unit, load_study
-from avd_trainer.studies.students import evaluate_students
+from avd_trainer.studies.definition import Unit, load_study
+from avd_trainer.studies.students import captions_of, evaluate_students
 from avd_trainer.studies.units import Workplace, few_step_sample
 from avd_trainer.training.config import TrainConfig
 from command_line import run_command as command
@@ -132,7 +132,6 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
     for arguments, differs in (
         ([folders / "run", "--captions", 3, "--seed", 1], ", not ../../{run}; captions 2, not 3; seed 0, not 1."),
         ([folders / name for name in ("run", "average", "last")], "settings: captions 2, not 64."),
-        ([folders / "run", "--captions", 2, "--open-captions"], "open_captions False, not True."),
     ):
         status, printed = command("evaluate", *arguments, "--noises", 2, "--output", tmp_path / "out")
         relative = folders.relative_to(tmp_path.parent) / "run"
@@ -140,15 +139,22 @@ def test_students_real_clips_and_controls_in_one_table_and_picture(folders: Path
 
 
 def test_captions_that_leave_the_scene_open_have_a_measure_and_a_control_more(folders: Path, tmp_path: Path) -> None:
-    arguments = ("--open-captions", "--captions", 4, "--noises", 1, "--output", tmp_path / "out")
-    status, printed = command("evaluate", folders / "run", *arguments)
+    trained = ("--max-steps", 1, "--set", "batch_size=2", "--set", "data.clips=4", "--set", "samples.every=null")
+    status, printed = command("train", "tiny-open", "--method", "regression", "--output", tmp_path / "open", *trained)
+    assert status == 0, printed
+    arguments = ("--captions", 4, "--noises", 1, "--output", tmp_path / "out")
+    status, printed = command("evaluate", tmp_path / "open", *arguments)
     assert status == 0, printed
     found = read_json(tmp_path / "out" / "measures.json")
-    assert found["variants"]["run"]["measures"].keys() == MEASURES.keys() | OPEN_MEASURES.keys()
+    assert found["captions"] == "subjects"
+    assert found["variants"]["open"]["measures"].keys() == MEASURES.keys() | OPEN_MEASURES.keys()
     assert found["controls"]["controls"].keys() == CONTROLS.keys()
     assert found["controls"]["controls"][REPEATED]["variety"] == 0
-    status, printed = command("evaluate", folders / "run", "--prompt", "a", *arguments[:1], *arguments[-2:])
-    assert (status, "--open-captions are of moving shapes" in printed) == (2, True)
+    # Beside a student of full captions neither's would be fair.
+    both = (tmp_path / "open", folders / "average", "--captions", 4, "--output", tmp_path / "both")
+    status, printed = command("evaluate", *both)
+    assert (status, "data.captions was subjects of open, full of average. Evaluate" in printed) == (2, True), printed
+    assert not (tmp_path / "both").exists()
 
 
 def test_measures_of_the_same_student_twice_or_in_a_students_folder_are_refused(folders: Path, tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_a_student_has_the_values_that_its_study_gives_it(tmp_path: Path) -> Non
         place = Workplace(study, tmp_path / "work", ranks)
         expected = place.do(unit)["noises"]
         student = open_student_or_run(place.run_folder(unit))  # its checkpoints are gone
-        evaluated = evaluate_students({"dmd": student}, study.config.evaluation, seed=1, device=CPU)
+        evaluated = evaluate_students({"dmd": student}, study.config.evaluation, captions="full", seed=1, device=CPU)
     found = evaluated.results["variants"]["dmd"]["seeds"]
     for noise, values in enumerate(expected):
         assert found[str(noise)]["values"] == pytest.approx(values, rel=1e-4, abs=1e-5)
@@ -260,4 +266,4 @@ def test_a_kept_student_of_wan_needs_its_vae(tmp_path: Path) -> None:
 def test_students_of_wan_have_no_ground_truth(folders: Path) -> None:
     student = open_student_or_run(folders / "average")._replace(latent_space="wan")
     with pytest.raises(UserError, match=r"Wan's VAE, of which there are no captioned clips whose every shape is known"):
-        evaluate_students({"wan": student}, StudyEvaluationConfig(), seed=0, device=CPU)
+        captions_of({"wan": student})

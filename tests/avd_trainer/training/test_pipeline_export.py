@@ -167,7 +167,7 @@ def test_the_files_of_a_pipeline(wan_run: WanRun, wan: Path, tmp_path: Path) -> 
     assert about == {
         "run": str(run), "step": 2, "weights": "ema", "version": about["version"], "latent_space": "wan",
         "clip": [16, 3, 4, 4], "fps": 8.0, "timesteps": [1000.0, 900.0, 757.0, 522.0],
-        "sampler": "re-noise",
+        "sampler": "re-noise", "captions": None,
     }  # fmt: skip
     with safe_open(tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors", framework="pt") as file:
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
