@@ -5,7 +5,7 @@
 Where a student before its first update makes real clips, a comparison of methods says little of their use. Writes to
 benchmarks/results/untrained-steps.json every measure of 256 held-out captions, for captions that say all of a clip and
 for those that name its two shapes alone, beside real clips and the teacher with the guidance that students learn from.
-Takes ten minutes of a core.
+Takes ten minutes of a core. With --picture also an animation of the first clips of the latter captions.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ShapesData
@@ -29,6 +30,7 @@ from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
 from avd_trainer.runtime.environment import environment
+from avd_trainer.studies.pictures import save_animation
 from avd_trainer.studies.units import Sample, batches_of, few_step_sample, sample_captions, teacher_sample
 from avd_trainer.training.config import TrainConfig
 
@@ -43,6 +45,8 @@ SHOWN = (
     "variety",
     "repetition",
 )
+PICTURED = 4
+"""Clips of each row of the animation."""
 SEEDS = (100, 0)
 RESULTS = Path(__file__).parent / "results" / "untrained-steps.json"
 
@@ -50,16 +54,21 @@ RESULTS = Path(__file__).parent / "results" / "untrained-steps.json"
 def main(
     captions: Annotated[int, typer.Option(help="Held-out clips.")] = 256,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = RESULTS,
+    picture: Annotated[Path | None, typer.Option(help="Animation to write, such as open-captions.gif.")] = None,
 ) -> None:
     """Sample and measure."""
     torch.set_num_threads(1)
-    found: dict[str, Any] = {name: measure_preset(name, captions) for name in PRESETS}
+    found: dict[str, Any] = {}
+    for name in PRESETS:
+        shown, videos, found[name] = measure_preset(name, captions)
+    if picture is not None:
+        save_animation(videos, shown, picture)
     command = f"python benchmarks/untrained_steps.py --captions {captions}"
     output.write_text(json.dumps({"command": command, **environment(), **found}, indent=1) + "\n", encoding="utf-8")
 
 
-def measure_preset(name: str, captions: int) -> dict[str, Any]:
-    """All measures of each way to sample the preset's teacher."""
+def measure_preset(name: str, captions: int) -> tuple[list[str], dict[str, Tensor], dict[str, Any]]:
+    """The first captions with clips of each way to sample the preset's teacher, and all measures."""
     config, codec = load_config(TrainConfig, name, method="dmd"), BlockDCTCodec()
     method = config.method
     assert isinstance(method, DMDMethodConfig)
@@ -70,18 +79,23 @@ def measure_preset(name: str, captions: int) -> dict[str, Any]:
     device = torch.device("cpu")
     model = VelocityModel(load_transformer(config.teacher, device))
     asked = InMemoryData(clips, HashTextEmbedding(TEXT_LENGTH, method.transformer_config(config.teacher)["text_dim"]))
-    scores = {}
+    videos, scores = {"real": codec.decode(clips.latents[:PICTURED])}, {}
     for title, sample in ways(model, method).items():
         latents = sample_captions(sample, asked, batches_of(captions, 64), SEEDS, device, lambda: None)
-        scores[title] = score(Encoded(latents, codec.decode(latents)), clips.captions, reference)
+        video = codec.decode(latents)
+        videos[title], scores[title] = video[:PICTURED], score(Encoded(latents, video), clips.captions, reference)
     names = [measure for measure in SHOWN if measure in reference.spreads]
     print(markdown_table([Row(title, values) for title, values in scores.items()], reference, names=names))
-    return {
-        "sets": reference.sets,
-        "clips": reference.clips,
-        "real": {measure: asdict(spread) for measure, spread in reference.spreads.items()},
-        "samples": scores,
-    }
+    return (
+        clips.captions[:PICTURED],
+        videos,
+        {
+            "sets": reference.sets,
+            "clips": reference.clips,
+            "real": {measure: asdict(spread) for measure, spread in reference.spreads.items()},
+            "samples": scores,
+        },
+    )
 
 
 def ways(model: VelocityModel, method: DMDMethodConfig) -> Mapping[str, Sample]:

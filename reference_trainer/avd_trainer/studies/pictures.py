@@ -23,11 +23,11 @@ GAP = 8
 BORDER = "#555555"
 TEXT = "#222222"
 NAMES_WIDTH = 96
-FONT_SIZE = 12
+FONT_SIZE, NAME_SIZE = 12, 15
 
 
 def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: Path) -> None:
-    """Write a GIF that loops: a row for each of ``videos`` with its name at the left, a column for each caption.
+    """Write a GIF that loops: a row for each of ``videos`` with its name at the left, whole, a column for each caption.
 
     Args:
         videos: By name, ``[N, 3, F, H, W]`` RGB in [0, 1]; clip ``n`` of each belongs to caption ``n``.
@@ -50,7 +50,8 @@ def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: 
         pen.multiline_text((left, GAP // 2), text, fill=TEXT, font=load_font(FONT_SIZE), spacing=2)
     for y, name in zip(tops, videos, strict=True):
         place = (NAMES_WIDTH - GAP, y + height // 2)
-        pen.text(place, name, fill=TEXT, font=load_font(FONT_SIZE + 3), anchor="rm")
+        text = wrap(name, NAMES_WIDTH - GAP, NAME_SIZE)
+        pen.multiline_text(place, text, fill=TEXT, font=load_font(NAME_SIZE), anchor="rm", align="right")
         for left in lefts:
             pen.rectangle((left - 1, y - 1, left + width, y + height), outline=BORDER)
     still = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255

@@ -43,6 +43,12 @@ def test_captions_are_shown_whole(tmp_path: Path) -> None:
     assert heights[1] - heights[0] == 16 * (wrap(long, CELL).count("\n"))
 
 
+def test_names_of_several_words_are_shown_whole(tmp_path: Path) -> None:
+    save_animation({"teacher, 25 steps, no guidance": clip(0.1).unsqueeze(0)}, ["a cat"], tmp_path / "a.gif")
+    with Image.open(tmp_path / "a.gif") as animation:
+        assert np.asarray(animation.convert("L"))[:, :2].min() > 250
+
+
 def test_a_strip_has_first_and_last_frame_with_a_border_around_each() -> None:
     strip = draw_strip(clip(0.2, frames=7), 3)
     assert strip.size == (3 * (CELL + 2) + 2 * GAP, CELL + 2)
