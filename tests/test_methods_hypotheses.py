@@ -1,0 +1,122 @@
+"""Whether the hypotheses of the study `methods` are read off its results as they are stated."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from avd_trainer.evaluation.measures import MEASURES, OPEN_MEASURES
+from avd_trainer.studies.definition import SECONDS, load_study
+from avd_trainer.studies.statistics import Estimate
+from methods_hypotheses import Claim, Results, alarms, claims, main, outcome
+
+MADE = dict.fromkeys((*MEASURES, *OPEN_MEASURES), 0.5)
+SEEDS = range(1, 7)
+ONCE = ("teacher", "untrained", "dmd-seconds", "data-forcing")
+"""How names begin that have one budget."""
+
+
+def made_results(**changed: dict[str, float]) -> dict[str, Any]:
+    """All students alike, but for values of those that are named (with _ for -), with a little of every seed."""
+    spread = {"mean": 0.5, "std": 0.01}
+    seeds = {
+        name: {
+            str(seed): {
+                "values": {key: value + seed / 1e5 for key, value in {**MADE, **changed.get(_key(name), {})}.items()},
+                "monitor": {"of_samples": []},
+            }
+            for seed in SEEDS
+        }
+        for name in load_study("methods").order
+        if not (name.endswith(SECONDS) and name.startswith(ONCE))
+    }
+    controls = {control: dict.fromkeys(MADE, 1.0) for control in ("frozen", "shuffled", "saturated")}
+    return {
+        "variants": {name: {"seeds": units, "values": {"max_steps": 200}} for name, units in seeds.items()},
+        "reference": {"spreads": dict.fromkeys(MADE, spread)},
+        "controls": {"controls": controls},
+    }
+
+
+def _key(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def found(content: dict[str, Any], number: int, text: str) -> Claim:
+    (claim,) = (claim for claim in claims(Results(content)) if (claim.number, claim.text) == (number, text))
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [(-2, -1, "holds"), (-1, 0, "holds"), (-1, 1, "open"), (0, 1, "refuted"), (1, 2, "refuted"), (0, 0, "open")],
+)
+def test_an_interval_holds_or_refutes_what_it_excludes(low: float, high: float, expected: str) -> None:
+    assert outcome(Estimate(0, 1, low, high, 6), 0, below=True) == expected
+    assert outcome(Estimate(0, 1, -high, -low, 6), 0, below=False) == expected
+    assert outcome(Estimate(0, 1, None, None, 5), 0, below=True) == outcome(None, 0, below=True) == "open"
+
+
+def test_both_budgets_have_to_say_it() -> None:
+    text, worse = "lcm nearer than untrained: visible", {"visible": 0.3}
+    assert found(made_results(untrained=worse), 1, text).outcome == "holds"
+    one = found(made_results(untrained=worse, lcm={"visible": 0.1}), 1, text)
+    assert (one.outcomes, one.outcome) == (["refuted", "holds"], "open")
+    assert found(made_results(lcm=worse, lcm_seconds=worse), 1, text).outcome == "refuted"
+
+
+def test_without_a_seed_nothing_is_said() -> None:
+    content = made_results(untrained={"visible": 0.3})
+    content["variants"]["lcm"]["seeds"]["3"] = {"failed": "diverged"}
+    claim = found(content, 1, "lcm nearer than untrained: visible")
+    assert (claim.figures[0], claim.outcome) == (None, "open")
+
+
+def test_each_method_is_set_against_its_own_untrained_student() -> None:
+    texts = {claim.text for claim in claims(Results(made_results())) if claim.number == 1}
+    assert {f"{name} nearer than untrained-{own}: preserved" for name, own in (("pcm", "ode"), ("rcm", "scm"))} < texts
+
+
+@pytest.mark.parametrize(("reached", "expected"), [(0.32, "holds"), (0.35, "refuted")])
+def test_regression_may_come_a_tenth_nearer(reached: float, expected: str) -> None:
+    """The untrained student is 0.2 away."""
+    near = {"visible": reached - 0.001}
+    content = made_results(untrained={"visible": 0.299}, regression=near, regression_seconds=near)
+    assert found(content, 2, "regression no tenth nearer than untrained: visible").outcome == expected
+
+
+def test_saturation_is_judged_by_its_side_and_margin() -> None:
+    """Real clips are at 0.5 with a margin of four times 0.01."""
+    content = made_results(lcm={"saturation_shift": 0.53}, lcm_seconds={"saturation_shift": 0.55}, dmd={})
+    claim = found(content, 3, "lcm: saturation_shift below real clips' margin (+0.5400)")
+    assert claim.outcomes == ["holds", "refuted"]
+    content = made_results(dmd={"saturation_shift": 0.53})
+    assert found(content, 4, "dmd: saturation_shift above real clips' mean (+0.5000)").outcome == "holds"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(0.4985, "refuted"), (0.4995, "holds")])
+def test_harm_is_a_hundredth_of_what_dmd_is_away(visible: float, expected: str) -> None:
+    """That is 0.1, so 0.001."""
+    harmed = {"visible": visible - 0.0001}
+    content = made_results(dmd={"visible": 0.4}, pcm_avd=harmed, pcm_avd_seconds=harmed, pcm={"visible": 0.4999})
+    content["variants"]["pcm-seconds"] = content["variants"]["pcm"]
+    assert found(content, 5, "pcm-avd not farther than pcm: visible").outcome == expected
+
+
+def test_what_the_monitor_says_is_counted_where_it_is_right_and_where_it_is_not() -> None:
+    content = made_results(dmd={"saturation_shift": 0.9})
+    for name, seed, said in (("dmd", "1", "oversaturated"), ("dmd", "2", "oversaturated"), ("lcm", "4", "frozen")):
+        content["variants"][name]["seeds"][seed]["monitor"]["of_samples"] = [said]
+    content["variants"]["dmd"]["seeds"]["2"]["values"]["saturation_shift"] = 0.5
+    *_, line = alarms(Results(content))
+    assert line == "of_samples: oversaturated said of 2 of 6 students of dmd, rightly of 1; false: lcm frozen 1"
+
+
+def test_all_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(made_results()))
+    main(file)
+    printed = capsys.readouterr().out
+    assert [f"**{number}**" in printed for number in range(1, 9)] == [True] * 8
+    assert "claims of 1 to 5 whose sign the budget changes: none" in printed
