@@ -35,6 +35,10 @@ def study(
         list[Path] | None,
         typer.Option(help="Folder of another study: students of the same values are copied, and measures. Repeatable."),
     ] = None,
+    clips: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also draw so many clips of each variant, of the first seed, into clips.png."),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Train the variants of a study with several seeds, measure their students, and compare them.
@@ -50,6 +54,7 @@ def study(
         from avd_trainer.studies.reuse import measures_as
         from avd_trainer.studies.reuse import reuse as reuse_study
         from avd_trainer.studies.runner import SAVED, FailedUnitsError, run_study
+        from avd_trainer.studies.sheet import CLIPS, check_count, save_clips
         from avd_trainer.studies.summary import FIGURE, RESULTS, TABLE, write_summary
         from avd_trainer.studies.units import StoppedError
 
@@ -57,6 +62,8 @@ def study(
         chosen = parse_seeds(found.config.seeds if seeds is None else seeds)
         if jobs == 0 and not (output / SAVED).exists():
             raise UserError(f"{output} holds no study whose tables could be made again. Leave --jobs 0 out.")
+        if clips is not None:
+            check_count(found, clips)
         try:
             for other in reuse or []:
                 copied = reuse_study(found, output, other, chosen)
@@ -70,6 +77,9 @@ def study(
             write_summary(found, output, chosen)
             raise
         write_summary(found, output, chosen)
+        shown = clips is not None and not stopped and save_clips(found, output, chosen, clips)
         if stopped:
             say(f"Stopped on request, saved in {output}. Run the same command again to go on.")
         say(f"Table: {output / TABLE}. Figure: {output / FIGURE}. Numbers: {output / RESULTS}.")
+        if shown:
+            say(f"Clips: {output / CLIPS}.")

@@ -1,9 +1,10 @@
-"""Clips as pictures that a person can compare: strips of frames, and one animation of rows and columns."""
+"""Clips as pictures that a person can compare: strips of frames, sheets of them, and animations."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from avd_trainer.data.video_files import enlarge, load_font, save_gif
+from avd_trainer.runtime.files import write_bytes
 
 CELL = 128
 """Pixels: smaller clips are enlarged to this width, so that shapes are seen and not counted in pixels."""
@@ -49,9 +51,7 @@ def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: 
     for left, text in zip(lefts, heads, strict=True):
         pen.multiline_text((left, GAP // 2), text, fill=TEXT, font=load_font(FONT_SIZE), spacing=2)
     for y, name in zip(tops, videos, strict=True):
-        place = (NAMES_WIDTH - GAP, y + height // 2)
-        text = wrap(name, NAMES_WIDTH - GAP, NAME_SIZE)
-        pen.multiline_text(place, text, fill=TEXT, font=load_font(NAME_SIZE), anchor="rm", align="right")
+        _write_name(pen, name, y + height // 2)
         for left in lefts:
             pen.rectangle((left - 1, y - 1, left + width, y + height), outline=BORDER)
     still = torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
@@ -60,6 +60,45 @@ def save_animation(videos: Mapping[str, Tensor], captions: Sequence[str], path: 
         for left, clip in zip(lefts, row, strict=True):
             movie[:, :, y : y + height, left : left + width] = clip
     save_gif(hold_last(movie), path, FPS)
+
+
+def save_sheet(videos: Mapping[str, Tensor], captions: Sequence[str], title: str, path: Path, frames: int) -> None:
+    """Write a picture: a row for each of ``videos`` with its name at the left, a strip of frames for each caption.
+
+    Args:
+        videos: By name, ``[N, 3, F, H, W]`` RGB in [0, 1]; clip ``n`` of each belongs to caption ``n``.
+        captions: N of them, shown above their columns, whole.
+        title: Above all, whole.
+        path: File to write, a PNG. One that is there is replaced at once.
+        frames: Of each clip, evenly spaced.
+    """
+    strips = [[draw_strip(clip, frames) for clip in video] for video in videos.values()]
+    width, height = strips[0][0].size
+    lefts = [NAMES_WIDTH + column * (width + 3 * GAP) for column in range(len(captions))]
+    right = lefts[-1] + width + GAP
+    title = wrap(title, right - 2 * GAP, NAME_SIZE)
+    heads = [wrap(caption, width) for caption in captions]
+    below_title = GAP + (NAME_SIZE + 4) * (title.count("\n") + 1)
+    top = below_title + GAP + (FONT_SIZE + 4) * max(text.count("\n") + 1 for text in heads)
+    sheet = Image.new("RGB", (right, top + len(strips) * (height + GAP)), "white")
+    pen = ImageDraw.Draw(sheet)
+    pen.multiline_text((GAP, GAP // 2), title, fill=TEXT, font=load_font(NAME_SIZE))
+    for left, text in zip(lefts, heads, strict=True):
+        pen.multiline_text((left, below_title), text, fill=TEXT, font=load_font(FONT_SIZE), spacing=2)
+    for number, (name, row) in enumerate(zip(videos, strips, strict=True)):
+        y = top + number * (height + GAP)
+        _write_name(pen, name, y + height // 2)
+        for left, strip in zip(lefts, row, strict=True):
+            sheet.paste(strip, (left, y))
+    content = BytesIO()
+    sheet.save(content, "PNG", optimize=True)
+    write_bytes(path, content.getvalue())
+
+
+def _write_name(pen: ImageDraw.ImageDraw, name: str, middle: int) -> None:
+    """A row's name, whole, left of the row whose middle is there."""
+    text, place = wrap(name, NAMES_WIDTH - GAP, NAME_SIZE), (NAMES_WIDTH - GAP, middle)
+    pen.multiline_text(place, text, fill=TEXT, font=load_font(NAME_SIZE), anchor="rm", align="right")
 
 
 def hold_last(video: Tensor) -> Tensor:

@@ -163,8 +163,9 @@ class Workplace:
         if not self.study.is_measured(unit.variant):
             return {}
         noises = range(self.study.config.evaluation.noises)
-        with _timed(times, "sample"), ProgressBar(f"{unit} samples", len(noises) * len(self._batches)) as bar:
-            samples = [self._sample(unit, noise, bar) for noise in noises]
+        batches = batches_of(len(self._shapes), self.study.config.evaluation.batch_size)
+        with _timed(times, "sample"), ProgressBar(f"{unit} samples", len(noises) * len(batches)) as bar:
+            samples = [self._sample(unit, noise, batches, bar.advance) for noise in noises]
         if broken := sum(int((~each.isfinite()).flatten(1).any(1).sum()) for each in samples):
             raise NonFiniteError(f"{broken} of {sum(map(len, samples))} samples hold NaN or infinity.")
         with _timed(times, "measure"):
@@ -179,6 +180,23 @@ class Workplace:
             "monitor": found,
             "deviations": read_deviations(self.run_folder(unit) / METRICS_FILE) if trained else None,
         }
+
+    def show(self, unit: Unit, count: int) -> Tensor:
+        """What a unit's variant makes of the first held-out captions, from the first noise that it is measured with.
+
+        Returns:
+            ``[count, 3, F, H, W]`` RGB in [0, 1].
+
+        Raises:
+            StoppedError: If somebody asked to stop.
+            UserError: If what the unit has trained is not there.
+        """
+        batches = batches_of(count, self.study.config.evaluation.batch_size)
+        return self._codec.decode(self._sample(unit, 0, batches, lambda: None))
+
+    def show_real(self, count: int) -> tuple[Tensor, Sequence[str]]:
+        """The first held-out clips ``[count, 3, F, H, W]`` through the codec, RGB in [0, 1], and their captions."""
+        return self._codec.decode(self._held_out.latents[:count]), self._held_out.captions[:count]
 
     def time_step(self, run: TrainConfig) -> float:
         """Seconds that a step of a run takes here.
@@ -256,18 +274,17 @@ class Workplace:
     def _beginning_file(self, unit: Unit) -> Path:
         return self.folder / str(unit) / f"{BEGINNING}.json"
 
-    def _sample(self, unit: Unit, noise: int, bar: ProgressBar) -> Tensor:
-        """``[N, C, F, h, w]``: a clip for each held-out caption."""
+    def _sample(self, unit: Unit, noise: int, batches: Sequence[range], on_batch: Callable[[], None]) -> Tensor:
+        """``[N, C, F, h, w]``: a clip for each of some held-out captions."""
         variant = self.study.variants[unit.variant]
         sample = self._teacher(variant) if isinstance(variant, TeacherVariant) else self._student(unit)
 
         def advance() -> None:
-            bar.advance()
+            on_batch()
             self.check_stop()
 
         self.check_stop()
-        seeds = (unit.seed, noise)
-        return sample_captions(sample, self._asked, self._batches, seeds, self.ranks.device, advance)
+        return sample_captions(sample, self._asked, batches, (unit.seed, noise), self.ranks.device, advance)
 
     def _teacher(self, variant: TeacherVariant) -> Sample:
         config = self.study.run(variant.teacher_of)
@@ -361,10 +378,6 @@ class Workplace:
         with open_weights(self.study.teacher) as weights:
             embed = HashTextEmbedding(TEXT_LENGTH, weights.config["text_dim"])
             return InMemoryData(clips, embed, image=image_input(weights.config) is not None)
-
-    @property
-    def _batches(self) -> list[range]:
-        return batches_of(len(self._shapes), self.study.config.evaluation.batch_size)
 
 
 def few_step_sample(

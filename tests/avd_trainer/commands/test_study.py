@@ -40,3 +40,16 @@ def test_who_stops_it_while_steps_are_timed_for_reuse_is_told(tmp_path: Path, mo
     status, told = run_command("study", name, "--output", folder, "--reuse", tmp_path)
     assert (status, "Stopped on request" in told) == (0, True)
     assert (folder / "table.md").exists()
+
+
+def test_clips_are_drawn_where_asked_for(tmp_path: Path) -> None:
+    name, folder = write_study(tmp_path / "small"), tmp_path / "out"
+    status, told = run_command("study", name, "--output", folder, "--clips", 5)
+    assert (status, "--clips 5 is more than the 4 that are held out" in told) == (2, True)
+    assert not folder.exists()  # nothing was trained for nothing
+    asked = "study", name, "--output", folder, "--seeds", 3, "--variants", "teacher", "--clips", 1
+    status, told = run_command(*asked)
+    assert (status, f"Clips: {folder}" in told) == (0, True)
+    (folder / "clips.png").unlink()
+    assert run_command(*asked, "--jobs", 0)[0] == 0
+    assert (folder / "clips.png").exists()

@@ -5,7 +5,17 @@ import pytest
 import torch
 from PIL import Image
 
-from avd_trainer.studies.pictures import CELL, GAP, HOLD, draw_strip, magnify, save_animation, wrap
+from avd_trainer.studies.pictures import (
+    CELL,
+    GAP,
+    HOLD,
+    NAMES_WIDTH,
+    draw_strip,
+    magnify,
+    save_animation,
+    save_sheet,
+    wrap,
+)
 
 
 def clip(level: float, frames: int = 4, size: int = 32) -> torch.Tensor:
@@ -47,6 +57,21 @@ def test_names_of_several_words_are_shown_whole(tmp_path: Path) -> None:
     save_animation({"teacher, 25 steps, no guidance": clip(0.1).unsqueeze(0)}, ["a cat"], tmp_path / "a.gif")
     with Image.open(tmp_path / "a.gif") as animation:
         assert np.asarray(animation.convert("L"))[:, :2].min() > 250
+
+
+def test_a_sheet_has_a_row_of_strips_for_each_name(tmp_path: Path) -> None:
+    rows = {"one": torch.stack([clip(0.1), clip(0.3)]), "two": torch.stack([clip(0.5), clip(0.6)])}
+    save_sheet(rows, ["first", "second"], "Two rows.", tmp_path / "a.png", 2)
+    with Image.open(tmp_path / "a.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    frame = CELL + 2 + GAP
+    ys = [pixels.shape[0] - GAP - CELL // 2 - up * frame for up in (1, 0)]
+    xs = [NAMES_WIDTH + CELL // 2 + x for x in (0, frame, 2 * frame + 2 * GAP, 3 * frame + 2 * GAP)]
+    levels = np.array([[0.1, 0.4, 0.3, 0.6], [0.5, 0.8, 0.6, 0.9]])
+    assert pixels[np.ix_(ys, xs)] / 255 == pytest.approx(levels, abs=0.01)
+    names = pixels[:, : NAMES_WIDTH - 2]
+    assert (names.min(1) < 100).any()
+    assert pixels[:, :2].min() > 250
 
 
 def test_a_strip_has_first_and_last_frame_with_a_border_around_each() -> None:

@@ -4,29 +4,31 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from avd_core import NonFiniteError
 from avd_trainer.data.sources import TrainingData
-from avd_trainer.evaluation.controls import CONTROLS, REPEATED
+from avd_trainer.evaluation.controls import CONTROLS, REPEATED, Encoded
 from avd_trainer.evaluation.measures import MEASURES
 from avd_trainer.models.condition import Condition
 from avd_trainer.runtime import processes
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.processes import FailedProcessError
-from avd_trainer.runtime.progress import ProgressBar
 from avd_trainer.runtime.ranks import Ranks
-from avd_trainer.studies import runner, units
+from avd_trainer.studies import runner, sheet, units
 from avd_trainer.studies.definition import REFERENCE, Study, Unit, load_study
+from avd_trainer.studies.pictures import CELL, GAP
 from avd_trainer.studies.runner import FailedUnitsError, run_study
+from avd_trainer.studies.sheet import save_clips
 from avd_trainer.studies.summary import write_summary
 from avd_trainer.training.checkpoint import list_checkpoints
 from avd_trainer.training.config import TrainConfig
@@ -345,10 +347,10 @@ def test_a_unit_that_fails_holds_up_no_other(
         tried.append(description)
         raise RuntimeError("no memory")
 
-    def broken(place: units.Workplace, unit: Unit, noise: int, bar: ProgressBar) -> Tensor:
+    def broken(place: units.Workplace, unit: Unit, *rest: Any) -> Tensor:
         if unit.variant == "dmd":
             raise KeyError("lost")
-        return sample(place, unit, noise, bar)
+        return sample(place, unit, *rest)
 
     monkeypatch.setattr(units, "train", fail)
     monkeypatch.setattr(units.Workplace, "_sample", broken)
@@ -451,8 +453,7 @@ def test_in_a_seed_all_variants_have_the_same_noises(
 
     def noises(variant: str, seed: int, noise: int) -> Tensor:
         seen.clear()
-        with ProgressBar("samples", 2, quiet=True) as bar:
-            place._sample(Unit(variant, seed), noise, bar)
+        place._sample(Unit(variant, seed), noise, [range(3), range(3, 4)], lambda: None)
         return torch.cat(seen, dim=1)
 
     first = noises("dmd", 1, 0)
@@ -460,6 +461,45 @@ def test_in_a_seed_all_variants_have_the_same_noises(
         assert torch.equal(noises(variant, 1, 0), first)
     clips = torch.cat([first, noises("dmd", 1, 1), noises("dmd", 2, 0)], dim=1).flatten(0, 1).flatten(1)
     assert len(clips.unique(dim=0)) == len(clips)  # none twice: of captions, of noises, of seeds, of what follows
+
+
+def test_the_sheet_shows_what_was_measured(
+    study: Study, copy: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: dict[str, Tensor] = {}
+
+    def look(videos: Mapping[str, Tensor], captions: Sequence[str], *_: object) -> None:
+        shown.update(videos)
+        assert len(captions) == 2
+
+    monkeypatch.setattr(sheet, "save_sheet", look)
+    assert save_clips(study, copy, SEEDS, 2)
+    assert list(shown) == ["real clips", "teacher", "dmd", "avd", "half-rate"]  # as in the tables
+    place = units.Workplace(study, copy / "units", ranks)
+    assert torch.equal(shown.pop("real clips"), place._real.video[:2])
+    for name, clips in shown.items():
+        samples = place._sample(Unit(name, SEEDS[0]), 0, [range(4)], lambda: None)
+        assert place._codec.decode(samples)[:2] == pytest.approx(clips, abs=1e-5)
+        own = place._measure(Encoded(samples, place._codec.decode(samples)), place._real.video[:, :, 0])
+        assert own == pytest.approx(results(copy)[f"{name}-1"]["noises"][0], rel=1e-4)
+
+
+def test_the_sheet_leaves_out_what_has_no_clips(study: Study, copy: Path) -> None:
+    for name in ("avd-1", "half-rate-1"):
+        (copy / "units" / f"{name}.json").unlink()
+    failed = copy / "units" / "dmd-1.json"
+    write_json(failed, {"variant": "dmd", "seed": 1, "failed": "NaN"})
+    assert save_clips(study, copy, SEEDS, 1)
+    with Image.open(copy / "clips.png") as picture:
+        small = picture.height
+    failed.unlink()
+    (copy / "units" / "teacher-1.json").unlink()
+    (copy / "clips.png").unlink()
+    assert not save_clips(study, copy, SEEDS, 1)
+    assert not (copy / "clips.png").exists()
+    assert save_clips(study, copy, [2], 1)
+    with Image.open(copy / "clips.png") as picture:
+        assert picture.height == small + 3 * (CELL + 2 + GAP)  # dmd, avd and half-rate
 
 
 def test_the_summary_is_made_again_from_the_units(study: Study, copy: Path) -> None:
