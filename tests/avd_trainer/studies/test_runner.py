@@ -23,7 +23,7 @@ from avd_trainer.runtime import processes
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.processes import FailedProcessError
-from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.runtime.ranks import Ranks, join_ranks
 from avd_trainer.studies import runner, sheet, units
 from avd_trainer.studies.definition import REFERENCE, Study, Unit, load_study
 from avd_trainer.studies.pictures import CELL, GAP
@@ -463,9 +463,7 @@ def test_in_a_seed_all_variants_have_the_same_noises(
     assert len(clips.unique(dim=0)) == len(clips)  # none twice: of captions, of noises, of seeds, of what follows
 
 
-def test_the_sheet_shows_what_was_measured(
-    study: Study, copy: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_sheet_shows_what_was_measured(study: Study, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: dict[str, Tensor] = {}
 
     def look(videos: Mapping[str, Tensor], captions: Sequence[str], *_: object) -> None:
@@ -475,13 +473,14 @@ def test_the_sheet_shows_what_was_measured(
     monkeypatch.setattr(sheet, "save_sheet", look)
     assert save_clips(study, copy, SEEDS, 2)
     assert list(shown) == ["real clips", "teacher", "dmd", "avd", "half-rate"]  # as in the tables
-    place = units.Workplace(study, copy / "units", ranks)
-    assert torch.equal(shown.pop("real clips"), place._real.video[:2])
-    for name, clips in shown.items():
-        samples = place._sample(Unit(name, SEEDS[0]), 0, [range(4)], lambda: None)
-        assert place._codec.decode(samples)[:2] == pytest.approx(clips, abs=1e-5)
-        own = place._measure(Encoded(samples, place._codec.decode(samples)), place._real.video[:, :, 0])
-        assert own == pytest.approx(results(copy)[f"{name}-1"]["noises"][0], rel=1e-4)
+    with join_ranks() as ranks:
+        place = units.Workplace(study, copy / "units", ranks)
+        assert torch.equal(shown.pop("real clips"), place._real.video[:2])
+        for name, clips in shown.items():
+            samples = place._sample(Unit(name, SEEDS[0]), 0, [range(4)], lambda: None)
+            assert place._codec.decode(samples)[:2] == pytest.approx(clips, abs=1e-5)
+            own = place._measure(Encoded(samples, place._codec.decode(samples)), place._real.video[:, :, 0])
+            assert own == pytest.approx(results(copy)[f"{name}-1"]["noises"][0], rel=1e-4)
 
 
 def test_the_sheet_leaves_out_what_has_no_clips(study: Study, copy: Path) -> None:
