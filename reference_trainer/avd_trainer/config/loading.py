@@ -284,8 +284,9 @@ def _paths(schema: type[BaseModel], values: Any, prefix: str = "") -> Iterator[s
     for name, field in schema.model_fields.items():
         yield prefix + name
         chosen = values.get(name) if isinstance(values, Mapping) else None
-        for section in _sections(field.annotation):
-            kind = section.model_fields.get("kind")
+        sections = list(_sections(field.annotation))
+        for section in sections:
+            kind = section.model_fields.get("kind") if len(sections) > 1 else None
             if kind is None or not isinstance(chosen, Mapping) or kind.default == chosen.get("kind"):
                 yield from _paths(section, chosen, f"{prefix}{name}.")
 

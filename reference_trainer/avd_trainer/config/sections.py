@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,9 +17,38 @@ def _as_sequence(value: object) -> object:
 
 
 class Section(BaseModel):
-    """Frozen, keyword only; refuses keys that it does not know."""
+    """Frozen, keyword only; refuses keys that it does not know.
+
+    A section inside another one that is given in part has the outer one's defaults for the rest, not its own class's.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: object) -> object:
+        if not isinstance(values, Mapping):
+            return values
+        fields = cls.model_fields
+        return {
+            name: complete(fields[name].default, value)
+            if name in fields and _is_plain(fields[name].annotation)
+            else value
+            for name, value in values.items()
+        }
+
+
+def complete(default: object, given: object) -> object:
+    """A section's values that are given in part, with a default's for the rest; anything else as it is given."""
+    if not isinstance(default, Section) or not isinstance(given, Mapping):
+        return given
+    own = {name: getattr(default, name) for name in type(default).model_fields}
+    return own | {name: complete(own.get(name), value) for name, value in given.items()}
+
+
+def _is_plain(annotation: object) -> bool:
+    """Whether a field is a section of one kind, or None; of several kinds the default may be another than was given."""
+    return len([part for part in (get_args(annotation) or (annotation,)) if part is not type(None)]) == 1
 
 
 ShapeCaptions = Literal["full", "subjects"]

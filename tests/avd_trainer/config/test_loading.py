@@ -1,8 +1,14 @@
 from pathlib import Path
+from typing import Annotated, Literal
 
 import pytest
+from pydantic import Field
 
 from avd_trainer.config.loading import ConfigError, load_config, presets, save_config
+from avd_trainer.config.sections import Section
+from avd_trainer.methods.dmd2 import DMD2MethodConfig
+from avd_trainer.methods.scm import SCMMethodConfig
+from avd_trainer.models.discriminators.discriminator import HeadConfig
 from avd_trainer.training.config import TrainConfig
 
 
@@ -18,6 +24,36 @@ def test_overrides_reach_nested_fields() -> None:
     assert method["regression"]["weight"] == 0.25
     assert method["motion"] is None
     assert method["student"]["optimizer"]["lr"] == 3e-5
+
+
+def test_what_a_part_of_a_section_leaves_out_has_the_default_of_where_it_stands() -> None:
+    """DMD2's head is light and learns at 2e-6; HeadConfig alone is semantic, 4e-6, with other betas."""
+    whole = DMD2MethodConfig(few_steps=(1000.0,)).head
+    assert (whole.kind, whole.optimizer.lr) == ("light", 2e-6)
+    assert HeadConfig().kind == "semantic"
+    some = DMD2MethodConfig.model_validate({"few_steps": [1000], "head": {"width": 64, "optimizer": {"lr": 1e-3}}}).head
+    assert some == whole.model_copy(update={"width": 64, "optimizer": whole.optimizer.model_copy(update={"lr": 1e-3})})
+    assert some.optimizer.betas != HeadConfig().optimizer.betas
+    scm = SCMMethodConfig.model_validate({"few_steps": [1000], "student": {"optimizer": {"lr": 1e-3}}})
+    assert scm.student.optimizer.weight_decay == SCMMethodConfig(few_steps=(1000.0,)).student.optimizer.weight_decay > 0
+
+
+def test_of_sections_of_several_kinds_a_default_of_another_kind_is_no_default() -> None:
+    class Round(Section):
+        kind: Literal["round"] = "round"
+        radius: float = 1.0
+
+    class Square(Section):
+        kind: Literal["square"] = "square"
+        side: float = 1.0
+
+    class Picture(Section):
+        shape: Annotated[Round | Square, Field(discriminator="kind")] = Round(radius=3.0)
+        frame: Square | None = Square(side=2.0)
+
+    found = Picture.model_validate({"shape": {"kind": "square"}, "frame": {}})
+    assert (found.shape, found.frame) == (Square(), Square(side=2.0))
+    assert Picture.model_validate({"frame": None}).frame is None
 
 
 def test_values_are_replaced_and_taken_where_there_are_none() -> None:

@@ -31,3 +31,9 @@ def test_a_mistake_is_answered_with_a_suggestion(override: str, message: str) ->
     with pytest.raises(ConfigError) as raised:
         load_config(TrainConfig, "tiny", [override])
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["light", "semantic"])
+def test_a_section_whose_kind_is_no_choice_of_sections_is_searched_whatever_it_is(kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"head\.widht: there is no such field: did you mean method\.head\.width\?"):
+        load_config(TrainConfig, "tiny", [f"method.head.kind={kind}", "method.head.widht=64"], method="dmd2")
