@@ -136,7 +136,7 @@ def step_gradients(trainer: Trainer, metrics: dict[str, Tensor] | None = None) -
         (group,) = optimizer.param_groups
         seen.append(torch.cat([p.grad.full_tensor().flatten() for p in group["params"]]))
 
-    trainer.optimizers[trainer.main_role].register_step_pre_hook(look)
+    trainer.optimizers[trainer.main_role, ""].register_step_pre_hook(look)
     (metrics if metrics is not None else {}).update(first_step(trainer))
     return seen[0]
 

@@ -9,6 +9,7 @@ semantic turns go on where the details are trained. docs/methods/dcm.md says wha
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from avd_core.sampling import SamplerKind
 from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, prefixed, weighted_sum
 from avd_trainer.methods.consistency import Consistency, ConsistencyConfig, Pair
 from avd_trainer.methods.detail_expert import DetailConfig, DetailExpert
-from avd_trainer.models.roles import Model, Roles
+from avd_trainer.models.roles import Model, Roles, Trained
 from avd_trainer.runtime.draws import Draws
 
 PAPER = "Lv et al. 2025, arXiv 2506.03123 (DCM)"
@@ -57,8 +58,14 @@ class DCMMethodConfig(ConsistencyConfig):
         return (0, self.boundary)
 
     def roles(self, student_weights: str | None = None) -> Roles:
-        judging = {} if self.detail is None else {"discriminator": self.detail.discriminator}
-        return {**super().roles(student_weights), **judging}
+        roles = super().roles(student_weights)
+        if self.detail is None:
+            return roles
+        student = roles["student"]
+        assert isinstance(student, Trained)
+        # The details' gradients are some hundred times the layout's.
+        student = replace(student, own_moments=("detail",))
+        return {**roles, "student": student, "discriminator": self.detail.discriminator}
 
     def scaled(self, by: float) -> Self:
         if self.detail is None:

@@ -32,11 +32,20 @@ class Trained:
         optimizer: Options of its optimizer.
         lora: Train adapters on a base that all such roles share with the frozen one; None trains all weights.
         weights: What to start from in place of the teacher, if all weights are trained.
+        own_moments: Parts of the method's turns whose optimizer has moments of its own. Adam divides a step by the size
+            of the gradients it has seen, so where losses whose gradients differ in size take turns, with shared
+            moments the smaller one hardly moves anything.
     """
 
     optimizer: OptimizerConfig
     lora: LoRAConfig | None = None
     weights: str | None = None
+    own_moments: tuple[str, ...] = ()
+
+
+def own_moments(role: Role) -> tuple[str, ...]:
+    """The parts of a trained role's turns that have an optimizer of their own."""
+    return role.own_moments if isinstance(role, Trained) else ()
 
 
 class Reads(NamedTuple):

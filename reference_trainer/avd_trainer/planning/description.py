@@ -71,6 +71,7 @@ class Role(NamedTuple):
         followed_by: The role of a model that has the averaged weights; None where none is asked.
         built: Shapes of its parameters where it is a module of the method's own; None for a transformer.
         reads: The features that such a module is trained on.
+        optimizers: How many of them step on it, each with moments of its own.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Role(NamedTuple):
     followed_by: str | None = None
     built: tuple[tuple[int, ...], ...] | None = None
     reads: Reads | None = None
+    optimizers: int = 1
 
     @property
     def owns_weights(self) -> bool:
@@ -311,7 +313,8 @@ def _roles(config: TrainConfig, architecture: Mapping[str, Any], latent_shape: S
             own = role.weights is None and name in type(config.method).model_fields
             setting = f"method.{name}.lora" if own else None
             title = _TITLES.get(name, name)
-            yield Role(name, title, True, role.lora, name in averaged, setting, asked.get(name))
+            count = 1 + len(role.own_moments)
+            yield Role(name, title, True, role.lora, name in averaged, setting, asked.get(name), optimizers=count)
 
 
 def _can_accumulate(method: MethodConfig) -> bool:

@@ -71,8 +71,9 @@ def plan_disk(run: Run, clips: int) -> DiskPlan:
     trained = trained_shapes(run)
     numbers = {name: sum(math.prod(shape.shape) for shape in shapes) for name, shapes in trained.items()}
     averaged = sum(numbers[role.name] for role in run.trained if role.averaged)
-    # Weights and two moments each, a number of steps for each parameter, and the averages; all in float32.
-    checkpoint = 4 * (3 * sum(numbers.values()) + sum(map(len, trained.values())) + averaged)
+    # Two moments and a number of steps for each parameter.
+    moments = sum(role.optimizers * (2 * numbers[role.name] + len(trained[role.name])) for role in run.trained)
+    checkpoint = 4 * (sum(numbers.values()) + moments + averaged)  # all in float32
     encodes = bool(run.clip_folders) and not there and run.text_dim == UMT5_DIM
     return DiskPlan(
         clips=0 if not run.clip_folders else clips,

@@ -174,7 +174,7 @@ def _phase(run: Run, name: str, *, activations: int, buffers: int, gradients: in
         trained_weights=sum(weights.values()),
         gradients=gradients,
         # Two moments, and a number of steps for each parameter.
-        optimizer=2 * sum(weights.values()) + 4 * sum(map(len, trained.values())),
+        optimizer=sum(role.optimizers * (2 * weights[role.name] + 4 * len(trained[role.name])) for role in run.trained),
         ema=copies * sum(weights[role.name] for role in run.trained if role.averaged),
         activations=activations,
         buffers=buffers + _step_data(run) + sum(map(tables, models)),

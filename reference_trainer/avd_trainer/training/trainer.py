@@ -28,7 +28,15 @@ from avd_trainer.data.sources import TrainingData
 from avd_trainer.methods.base import Setting, Turn
 from avd_trainer.methods.registry import load_method
 from avd_trainer.models.condition import Condition
-from avd_trainer.models.roles import Average, Built, Trained, averaged_weights, load_models, trained_parameters
+from avd_trainer.models.roles import (
+    Average,
+    Built,
+    Trained,
+    averaged_weights,
+    load_models,
+    own_moments,
+    trained_parameters,
+)
 from avd_trainer.runtime.draws import Draws, seed_of
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.ranks import Ranks
@@ -67,7 +75,7 @@ class Trainer:
         step: Steps done.
         method: What is run.
         models: By role, sharded over ``ranks``.
-        optimizers: By trained role.
+        optimizers: By trained role and part; ``""`` is that of all parts which have none of their own.
         averages: By name, for example ``averages["ema"].average_parameters()`` gives a student's averaged weights.
         guards: By trained role and part, of turns that are not finite.
         callbacks: By trained role, all that have a state to save.
@@ -99,7 +107,11 @@ class Trainer:
         )
         self._rules = {name: role.optimizer for name, role in roles.items() if isinstance(role, Trained | Built)}
         self._parameters = {name: trained_parameters(self.models[name]) for name in self._rules}
-        self.optimizers = {name: adamw(self._parameters[name], rules) for name, rules in self._rules.items()}
+        self.optimizers = {
+            (name, part): adamw(self._parameters[name], rules)
+            for name, rules in self._rules.items()
+            for part in ("", *own_moments(roles[name]))
+        }
         self.averages = {
             name: EMACallback(
                 list(self._parameters[role.of].values()),
@@ -166,8 +178,9 @@ class Trainer:
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """All tensors of the run by owner and name. They are no copies: save them, or fill them in place."""
         tensors = {name: detached(parameters) for name, parameters in self._parameters.items()}
-        for name, optimizer in self.optimizers.items():
-            tensors[f"{name}_optimizer"] = optimizer_tensors(self._parameters[name], optimizer)
+        for (name, part), optimizer in self.optimizers.items():
+            owner = f"{name}_{part}_optimizer" if part else f"{name}_optimizer"
+            tensors[owner] = optimizer_tensors(self._parameters[name], optimizer)
         for name, role in self.config.method.roles().items():
             if isinstance(role, Average):
                 shadows = self.averages[name].state_dict()["shadow_params"]
@@ -222,7 +235,7 @@ class Trainer:
         metrics["gradient_norm"] = self._clip_gradients(stepping)
         accepted = self.guards[turn.role, turn.part].before_step(self.step, metrics)
         for role in stepping:
-            optimizer = self.optimizers[role]
+            optimizer = self.optimizers.get((role, turn.part), self.optimizers[role, ""])
             if accepted:
                 set_rates(optimizer, self._rules[role], self.step, self.config.max_steps, turn.rate)
                 optimizer.step()

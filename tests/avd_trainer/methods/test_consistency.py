@@ -17,7 +17,7 @@ from avd_trainer.methods.lcm import LCMMethodConfig
 from avd_trainer.methods.pcm import PCMMethodConfig
 from avd_trainer.methods.registry import load_method
 from avd_trainer.models.condition import Condition
-from avd_trainer.models.roles import Average
+from avd_trainer.models.roles import Average, trained_parameters
 from avd_trainer.models.samplers import FewStepSampler
 from avd_trainer.runtime.draws import Draws
 from avd_trainer.training.trainer import Trainer
@@ -229,6 +229,35 @@ def test_details_are_trained_after_the_semantic_part_which_goes_on(make_trainer:
     semantic = (float(metrics[1][f"{name}/loss"]) for name in ("consistency", "coherence"))
     assert float(metrics[1]["loss"]) == pytest.approx(sum(semantic))
     assert 0 < metrics[1]["discriminator/loss"] < 4
+
+
+def semantic_moves(trainer: Trainer, details_by: float) -> list[float]:
+    """How far the semantic turn of each step moves the student, where the details' loss is multiplied."""
+    losses, moves, seen = trainer.method.losses, [], []
+
+    def multiplied(turn: Turn, batch: Any, draws: Draws) -> Any:
+        for loss in losses(turn, batch, draws):
+            yield loss._replace(value=details_by * loss.value) if turn.part == "detail" else loss
+
+    def weights(*_: Any) -> Tensor:
+        return torch.cat(
+            [p.detach().full_tensor().flatten() for p in trained_parameters(trainer.models["student"]).values()]
+        )
+
+    trainer.method.losses = multiplied  # type: ignore[method-assign]
+    optimizer = trainer.optimizers["student", ""]
+    optimizer.register_step_pre_hook(lambda *_: seen.append(weights()))
+    optimizer.register_step_post_hook(lambda *_: moves.append(float((weights() - seen.pop()).norm())))
+    list(trainer.run())
+    return moves
+
+
+def test_layout_is_learned_as_fast_beside_details_whose_gradients_are_large(make_trainer: MakeTrainer) -> None:
+    options = {"max_steps": 8, "max_gradient_norm": None, "method": {"detail": {"after": 4}}}
+    small, large = (semantic_moves(make_trainer("dcm", **options), by) for by in (1.0, 1e4))
+    assert len(small) == len(large) == 8
+    assert large == pytest.approx(small, rel=0.05)
+    assert min(large[4:]) > 0.3 * max(large[1:4])
 
 
 def with_bad_turns(trainer: Trainer, part: str) -> Trainer:

@@ -124,7 +124,7 @@ def test_the_student_is_primed_at_its_share_of_the_learning_rate(make_trainer: M
     trainer = make_trainer("vpae", max_steps=4, method={"priming_steps": 2, "priming_rate": 0.25})
     rates = []
     for _ in trainer.run():
-        rates.append(trainer.optimizers["student"].param_groups[0]["lr"])
+        rates.append(trainer.optimizers["student", ""].param_groups[0]["lr"])
     assert rates == [0.25e-3, 0.25e-3, 1e-3, 1e-3]
 
 
@@ -184,7 +184,8 @@ def test_an_online_model_takes_part_only_where_distributions_are_matched(
     """It is neither built, nor stepped on, nor saved, nor planned."""
     trainer = make_trainer("vpae", method=method)
     plan = make_plan(make_config("vpae", method=method))
-    for names in (trainer.models, trainer.optimizers, trainer.state_tensors(), {role.name for role in plan.run.roles}):
+    stepped_on = {role for role, _ in trainer.optimizers}
+    for names in (trainer.models, stepped_on, trainer.state_tensors(), {role.name for role in plan.run.roles}):
         assert ("online" in names) == asked
 
 

@@ -12,8 +12,10 @@ from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.models.transformer import VelocityModel, build_transformer
 from avd_trainer.planning.activations import training_activations
 from avd_trainer.planning.description import describe, find_architecture
+from avd_trainer.planning.disk import plan_disk
 from avd_trainer.planning.memory import plan_memory, worst
 from avd_trainer.planning.meta_models import meta_models
+from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.ranks import Ranks
 from avd_trainer.training.trainer import Trainer
 from planned_runs import (
@@ -30,6 +32,7 @@ from planned_runs import (
     peak,
     trainer_of,
 )
+from runs import MakeConfig, MakeTrainer
 
 
 def frozen_weights(trainer: Trainer) -> list[Tensor]:
@@ -64,6 +67,17 @@ def test_what_stays_is_what_a_trainer_holds_to_the_byte(
     assert planned.trained_weights == state["student"] + state["online"]
     assert planned.optimizer == state["student_optimizer"] + state["online_optimizer"]
     assert planned.ema == state["ema"]
+
+
+def test_moments_of_a_part_are_counted_in_memory_and_on_disk(
+    make_trainer: MakeTrainer, make_config: MakeConfig
+) -> None:
+    trainer, run = make_trainer("dcm"), make_plan(make_config("dcm")).run
+    state = {owner: nbytes(tensors.values()) for owner, tensors in trainer.state_tensors().items()}
+    owners = ("student_optimizer", "student_detail_optimizer", "discriminator_optimizer")
+    assert worst(plan_memory(run)).optimizer == sum(state[owner] for owner in owners)
+    assert state["student_optimizer"] == state["student_detail_optimizer"] > state["student"]
+    assert plan_disk(run, 1).checkpoint == sum(state.values())
 
 
 def test_gradients_are_of_the_model_in_work() -> None:
