@@ -58,6 +58,8 @@ class Call(NamedTuple):
         backward: Whether a backward pass follows each forward.
         guidance_scale: Of classifier-free guidance, which needs two forwards; 1 needs one.
         beside: The role whose graph is kept in memory meanwhile; None for none.
+        differentiated: Whether the forward also gives its derivative along a direction
+            (:func:`.forward_derivative.directional_derivative`), which counts as one more.
     """
 
     role: str
@@ -65,11 +67,12 @@ class Call(NamedTuple):
     backward: bool = False
     guidance_scale: float = 1.0
     beside: str | None = None
+    differentiated: bool = False
 
     @property
     def forwards(self) -> float:
-        """Forwards of one example, guidance counted."""
-        return self.times * (1 if self.guidance_scale == 1 else 2)
+        """Forwards of one example, guidance and derivative counted."""
+        return self.times * (1 if self.guidance_scale == 1 else 2) * (2 if self.differentiated else 1)
 
 
 def forward_equivalents(calls: Sequence[Call]) -> float:

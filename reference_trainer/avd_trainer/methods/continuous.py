@@ -69,7 +69,7 @@ class ContinuousConfig(DistillationConfig):
         """What the loss costs."""
         return (
             Call("teacher", 1, guidance_scale=self.guidance_scale),
-            Call("student", 1),  # elsewhere on the path, or with its derivative
+            Call("student", 1, differentiated=self.derivative == "forward"),  # or else elsewhere on the path
             Call("student", 1, backward=True),
         )
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from avd_trainer.models.forward_derivative import directional_derivative
 from avd_trainer.models.samplers import guided_velocity
 from avd_trainer.planning.description import LatentShape
 from avd_trainer.planning.meta_models import MetaModel, empty_inputs, over_layers
@@ -54,6 +55,12 @@ def inference_activations(
     """
     arguments = (role, guidance_scale, batch, latent_shape, text_length)
     return over_layers(lambda short: _run_inference(short, *arguments), model.when_asked(role))[0]
+
+
+def derivative_activations(model: MetaModel, role: str, batch: int, latent_shape: LatentShape, text_length: int) -> int:
+    """Bytes that a forward with its forward derivative takes at most; arguments as for :func:`training_activations`."""
+    arguments = (role, batch, latent_shape, text_length)
+    return over_layers(lambda short: _run_derivative(short, *arguments), model.when_asked(role))[0]
 
 
 class LiveTensors(TorchDispatchMode):
@@ -131,6 +138,18 @@ def _run_inference(
     known = [*module.parameters(), *module.buffers(), x_t, timesteps, *condition.tensors]
     with LiveTensors(known) as live, torch.no_grad():
         guided_velocity(velocity_model, x_t, timesteps, condition, condition.text[0], guidance_scale)
+    return (live.peak,)
+
+
+@cache
+def _run_derivative(model: MetaModel, role: str, batch: int, latent_shape: LatentShape, text_length: int) -> tuple[int]:
+    velocity_model = model.build_gathered(role)
+    module = velocity_model.module
+    x_t, timesteps, condition = empty_inputs(model, batch, latent_shape, text_length)
+    directions = (torch.empty_like(x_t), torch.empty_like(timesteps))
+    known = [*module.parameters(), *module.buffers(), x_t, timesteps, *directions, *condition.tensors]
+    with LiveTensors(known) as live:
+        directional_derivative(lambda x, t: velocity_model(x, t, condition), (x_t, timesteps), directions)
     return (live.peak,)
 
 

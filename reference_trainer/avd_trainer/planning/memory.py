@@ -16,7 +16,7 @@ from avd_trainer.methods.base import Call
 from avd_trainer.models.image_encoder import IMAGE_TOKENS
 from avd_trainer.models.roles import Reads
 from avd_trainer.models.transformer import DTYPES
-from avd_trainer.planning.activations import inference_activations, training_activations
+from avd_trainer.planning.activations import derivative_activations, inference_activations, training_activations
 from avd_trainer.planning.description import Role, Run
 from avd_trainer.planning.meta_models import MetaModel, meta_models, parameter_shapes, tables, trained_shapes
 
@@ -91,6 +91,15 @@ def _phases(run: Run) -> Iterator[Phase]:
     weights = {
         role: sum(4 * shape.sharded(run.shards) for shape in shapes) for role, shapes in trained_shapes(run).items()
     }
+    for call in run.calls:
+        if call.differentiated:
+            yield _phase(
+                run,
+                f"{call.role} derivative",
+                gradients=weights[call.role] if run.batches.share > micro else 0,
+                activations=derivative_activations(models[call.role], call.role, micro, *size),
+                buffers=_gathered(models[call.role], run.shards),
+            )
     answers = tuple(_answer(run, call, weights) for call in run.calls if call.beside)
     if answers:
         yield worst(answers)

@@ -10,6 +10,7 @@ from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
@@ -220,19 +221,25 @@ class _GPUKernels(TorchFunctionMode):
     """Stands in for what PyTorch computes by one kernel on a GPU.
 
     On the meta device it would take them apart: attention into a matrix of all tokens by all tokens, and a norm into
-    copies of its input in float32.
+    copies of its input in float32. A forward derivative has them taken apart anywhere.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func not in (F.scaled_dot_product_attention, F.rms_norm) or _have_direction(*args, *kwargs.values()):
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             query, key, value = [*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :])][:3]
             return _FLASH(query, key, value)[0]
-        if func is F.rms_norm:
-            return _RMSNorm.apply(args[0], kwargs["weight"])  # type: ignore[no-untyped-call]
-        return func(*args, **kwargs)
+        return _RMSNorm.apply(args[0], kwargs["weight"])  # type: ignore[no-untyped-call]
+
+
+def _have_direction(*inputs: Any) -> bool:
+    """Whether a forward derivative is taken, which these kernels have none of."""
+    tensors = (value for value in inputs if isinstance(value, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]
 
 
 class _RMSNorm(torch.autograd.Function):

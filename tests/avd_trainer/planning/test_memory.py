@@ -1,25 +1,33 @@
 """Memory by phase: against what a trainer holds, and against what a step takes."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from avd_trainer.config.sections import ArchitectureConfig
+from avd_trainer.methods.base import forward_equivalents
+from avd_trainer.models.condition import Condition
+from avd_trainer.models.forward_derivative import directional_derivative
 from avd_trainer.models.transformer import VelocityModel, build_transformer
-from avd_trainer.planning.activations import training_activations
-from avd_trainer.planning.description import describe, find_architecture
+from avd_trainer.planning.activations import derivative_activations, training_activations
+from avd_trainer.planning.description import Run, describe, find_architecture
 from avd_trainer.planning.disk import plan_disk
 from avd_trainer.planning.memory import plan_memory, worst
 from avd_trainer.planning.meta_models import meta_models
+from avd_trainer.planning.operations import forward_operations, update_operations
 from avd_trainer.planning.plan import make_plan
 from avd_trainer.runtime.ranks import Ranks
+from avd_trainer.training.config import TrainConfig
 from avd_trainer.training.trainer import Trainer
 from planned_runs import (
     ADAPTERS,
+    ARCHITECTURE,
     NOT_CHECKPOINTED,
     ONLINE_ADAPTER,
     SHAPE,
@@ -157,20 +165,58 @@ def test_a_step_on_the_cpu_takes_what_is_planned(
     next(steps)  # allocates what stays
     frozen = frozen_weights(trainer)
     held = nbytes(frozen) + sum(nbytes(tensors.values()) for tensors in trainer.state_tensors().values())
+    taken = taken_by(lambda: next(steps))
+    monkeypatch.undo()
+    run = describe(own, find_architecture(own.teacher), SMALL_SHAPE, gpus=1, text_length=SMALL_TEXT[0])
+    assert worst(plan_memory(run)).allocated == pytest.approx(held + taken, rel=0.15)
+
+
+def taken_by(call: Callable[[], object]) -> int:
+    """Bytes that a call takes at most on the CPU, by the profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        next(steps)
+        call()
     changes_in_time = sorted(
         (event.start_ns(), event.nbytes())
         for event in recorded.profiler.kineto_results.events()
         if event.name() == "[memory]"
     )
-    now = peak = 0
+    now = most = 0
     for _, size in changes_in_time:
         now += size
-        peak = max(peak, now)
-    monkeypatch.undo()
-    run = describe(own, find_architecture(own.teacher), SMALL_SHAPE, gpus=1, text_length=SMALL_TEXT[0])
-    assert worst(plan_memory(run)).allocated == pytest.approx(held + peak, rel=0.15)
+        most = max(most, now)
+    return most
+
+
+def test_a_forward_derivative_takes_what_is_planned() -> None:
+    """More tokens than attention is taken apart into at once, so that its weights weigh."""
+    shape, tokens = (16, 5, 32, 32), 16
+    student = meta_models(scm("forward"))["student"]
+    planned = derivative_activations(student, "student", 1, shape, tokens)
+    module = WanTransformer3DModel.from_config(ARCHITECTURE)
+    model = VelocityModel(module.requires_grad_(False), None, torch.float32)
+    inputs, condition = (torch.randn(1, *shape), torch.tensor([500.0])), Condition(torch.randn(1, tokens, 4096))
+
+    def differentiate() -> Tensor:
+        return directional_derivative(lambda x, t: model(x, t, condition), inputs, inputs)
+
+    assert planned == pytest.approx(taken_by(differentiate), rel=0.1)
+    assert planned > 3 * 12 * 1024 * (5 * 16 * 16) * 4  # weights of attention, softmax and derivative, of 12 heads
+
+
+def scm(derivative: str) -> Run:
+    method = {"kind": "scm", "derivative": derivative}
+    own = {"teacher": "none", "data": {"kind": "shapes"}, "max_steps": 3, "batch_size": 8, "method": method}
+    return describe(TrainConfig.model_validate(own), ARCHITECTURE, SHAPE, gpus=1, text_length=512)
+
+
+def test_what_a_forward_derivative_takes_is_planned_and_counted() -> None:
+    exact, near = scm("forward"), scm("differences")
+    assert "student derivative" in {phase.name for phase in plan_memory(exact)}
+    assert "student derivative" not in {phase.name for phase in plan_memory(near)}
+    assert forward_equivalents(exact.calls) == forward_equivalents(near.calls) + 1
+    more = update_operations(exact).forward - update_operations(near).forward
+    once = forward_operations(meta_models(near)["student"], "student", SHAPE, 512)
+    assert more == pytest.approx(once, rel=0.05)
 
 
 @pytest.mark.gpu
