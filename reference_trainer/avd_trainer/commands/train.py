@@ -64,7 +64,7 @@ def train(
         if dry_run:
             _show(config, folder)
             return
-        for warning in config.method.warnings(config.student_weights):
+        for warning in config.method.warnings(config.max_steps, config.student_weights):
             say(f"warning: {warning}")
         from avd_trainer.runtime.ranks import join_ranks
         from avd_trainer.training.folder import EVALUATION
@@ -113,6 +113,8 @@ def _source_and_folder(
 
 def _show(config: TrainConfig, folder: Path) -> None:
     from avd_trainer.config.loading import to_yaml
+    from avd_trainer.models.roles import check_roles
+    from avd_trainer.planning.description import architecture_of
     from avd_trainer.planning.plan import make_plan
     from avd_trainer.planning.render import render
     from avd_trainer.training.folder import check_run
@@ -122,6 +124,7 @@ def _show(config: TrainConfig, folder: Path) -> None:
     if config.teacher is None and config.method.transformer_config(None) is None:
         say(f"avd plan is of transformers, so what {config.method.kind} needs is not known.")
     else:
+        check_roles(config.method.roles(config.student_weights), architecture_of(config))
         made = make_plan(config, gpus=int(os.environ.get("WORLD_SIZE", "1")))
         Console().print(render(made), highlight=False)
     if step is None:

@@ -20,10 +20,11 @@ from avd_core.sampling import SamplerKind
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ShapeCaptions
 from avd_trainer.data.encode import WAN_FORMAT
-from avd_trainer.models.adapters import ADAPTERS, holds_adapters
+from avd_trainer.models.adapters import holds_adapters
 from avd_trainer.models.architecture import ImageInput, image_input, latent_channels
 from avd_trainer.models.codecs.latent_space import LatentSpace
 from avd_trainer.models.schedulers import few_steps, sampler_kind
+from avd_trainer.models.weight_files import ADAPTERS
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.training.checkpoint import list_checkpoints

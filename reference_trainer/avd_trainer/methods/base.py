@@ -183,9 +183,18 @@ class MethodConfig(Section):
         with open_weights(teacher) as weights:
             return weights.config
 
-    def warnings(self, student_weights: str | None) -> Sequence[str]:
-        """What a person should know before a run that starts its student so; sentences."""
-        return ()
+    def begins_later(self) -> Mapping[str, tuple[int, str]]:
+        """What begins behind the first steps of a run: by option the number of these steps, and what it is."""
+        return {}
+
+    def warnings(self, max_steps: int, student_weights: str | None) -> Sequence[str]:
+        """What a person should know before a run of so many steps that starts its student so; sentences."""
+        return [
+            f"method.{option} is {steps}, and the run has max_steps {max_steps}: {what} never comes. Choose fewer, or "
+            "more max_steps."
+            for option, (steps, what) in self.begins_later().items()
+            if steps >= max_steps
+        ]
 
     def check_student_weights(self) -> None:
         """Raise ValueError where the student cannot start from weights of its own."""

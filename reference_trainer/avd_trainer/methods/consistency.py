@@ -102,9 +102,9 @@ class ConsistencyConfig(WatchedConfig):
             f"points={self.points} and shift={self.shift:g}. The nearest are {[round(point, 2) for point in nearest]}"
         )
 
-    def warnings(self, student_weights: str | None) -> Sequence[str]:
+    def warnings(self, max_steps: int, student_weights: str | None) -> Sequence[str]:
         off = self.steps_off_points()
-        return (*super().warnings(student_weights), *([f"{off}."] if off else []))
+        return [*super().warnings(max_steps, student_weights), *([f"{off}."] if off else [])]
 
 
 class Pair(NamedTuple):

@@ -6,7 +6,7 @@ Lu and Song 2024, arXiv 2410.11081, as the authors of rCM (arXiv 2510.08431) hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -61,6 +61,11 @@ class ContinuousConfig(DistillationConfig):
                 "precision=bfloat16 and method.derivative=differences exclude each other: the difference of two "
                 f"predictions {self.derivative_step:g} radians apart is lost in rounding. Set method.derivative=forward"
             )
+
+    def begins_later(self) -> Mapping[str, tuple[int, str]]:
+        if not self.tangent_warmup:
+            return {}
+        return {"tangent_warmup": (self.tangent_warmup, "what is behind the warm-up")}
 
     def scaled(self, by: float) -> Self:
         return self.model_copy(update={"tangent_warmup": round(by * self.tangent_warmup)})

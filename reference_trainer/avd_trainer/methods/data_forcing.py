@@ -34,13 +34,15 @@ class DataForcingMethodConfig(DMDMethodConfig):
     forcing_noise: Literal["shared", "own"] = "shared"
     """Noise of that clip: the sample's, or drawn for it. Both are noised to the same time. Ours: shared."""
 
-    def warnings(self, student_weights: str | None) -> Sequence[str]:
+    def warnings(self, max_steps: int, student_weights: str | None) -> Sequence[str]:
+        told = super().warnings(max_steps, student_weights)
         if student_weights is not None:
-            return ()
-        return (
+            return told
+        return [
+            *told,
             "data_forcing starts from the teacher itself, from where it is reported to diverge. Set student_weights to "
             "a student that dmd2 has distilled.",
-        )
+        ]
 
 
 class DataForcing(DMD):

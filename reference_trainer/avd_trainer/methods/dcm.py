@@ -67,6 +67,9 @@ class DCMMethodConfig(ConsistencyConfig):
         student = replace(student, own_moments=("detail",))
         return {**roles, "student": student, "discriminator": self.detail.discriminator}
 
+    def begins_later(self) -> Mapping[str, tuple[int, str]]:
+        return {} if self.detail is None else {"detail.after": (self.detail.after, "the training of details")}
+
     def scaled(self, by: float) -> Self:
         if self.detail is None:
             return self

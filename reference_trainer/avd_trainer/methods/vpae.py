@@ -56,6 +56,9 @@ class VPAEMethodConfig(EquilibriumConfig, DMDMethodConfig):
             del roles["online"]  # nothing is matched
         return roles
 
+    def begins_later(self) -> Mapping[str, tuple[int, str]]:
+        return {"priming_steps": (self.priming_steps, "phase II, the adversarial one,")}
+
     def scaled(self, by: float) -> Self:
         return self.model_copy(update={"priming_steps": round(by * self.priming_steps)})
 

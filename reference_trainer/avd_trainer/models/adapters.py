@@ -16,9 +16,6 @@ from avd_trainer.models.weight_files import open_safetensors
 from avd_trainer.models.weight_names import diffusers_names, original_names, some_of
 from avd_trainer.runtime.errors import UserError
 
-ADAPTERS = "pytorch_lora_weights.safetensors"
-"""diffusers' name of a file of adapters, which a run with LoRA leaves."""
-
 _PREFIX = "diffusion_model."
 _DIFFUSERS_PREFIX = "transformer."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.transformer import VelocityModel, transformer_inputs
+from avd_trainer.runtime.errors import UserError
 
 
 def block_outputs(
@@ -88,9 +89,9 @@ def _ask(
 
 
 def check_blocks(blocks: Sequence[int], available: int) -> None:
-    """Raise ValueError unless ``blocks`` rise and are among the ``available`` ones."""
+    """Raise UserError unless ``blocks`` rise and are among the ``available`` ones."""
     if not blocks or list(blocks) != sorted({*blocks}) or blocks[0] < 0 or blocks[-1] >= available:
-        raise ValueError(
+        raise UserError(
             f"blocks must rise within 0 to {available - 1}, the blocks of this transformer, got {list(blocks)}. Choose "
             "among them, each once."
         )

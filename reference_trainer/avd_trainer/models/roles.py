@@ -15,7 +15,8 @@ from avd_trainer.config.sections import LoRAConfig, OptimizerConfig, ParallelCon
 from avd_trainer.models.lora import start_adapter
 from avd_trainer.models.sharding import checkpoint_blocks, compile_blocks, materialise, shard
 from avd_trainer.models.transformer import DTYPES, VelocityModel, prepare, without_memory
-from avd_trainer.models.weights import TransformerWeights, load_into, open_weights
+from avd_trainer.models.weight_files import is_on_hub
+from avd_trainer.models.weights import TransformerWeights, check_fit, load_into, open_weights
 from avd_trainer.runtime.ranks import Ranks
 
 
@@ -112,6 +113,26 @@ class Model(Protocol):
 def trained_parameters(model: Model) -> dict[str, nn.Parameter]:
     """The parameters of a role that are trained, by name; empty for a frozen one."""
     return {name: parameter for name, parameter in dict(model.named_parameters()).items() if parameter.requires_grad}
+
+
+def check_roles(roles: Roles, architecture: Mapping[str, Any]) -> None:
+    """Refuse what can be refused before weights and data are read: weights that do not fit, blocks that are not there.
+
+    Weights on the hub are not looked at; nothing is downloaded.
+
+    Args:
+        roles: The models that take part.
+        architecture: Keyword arguments of their transformers.
+
+    Raises:
+        UserError: If weights are missing, damaged or of another architecture, or a module reads blocks beyond the last.
+    """
+    for role in roles.values():
+        if isinstance(role, Built) and role.reads is not None:
+            role.reads.blocks(architecture["num_layers"])
+        if isinstance(role, Trained) and role.weights is not None and not is_on_hub(role.weights):
+            with open_weights(role.weights, config=architecture) as own:
+                check_fit(without_memory(dict(architecture)), own)
 
 
 def load_models(

@@ -18,6 +18,8 @@ from avd_trainer.models.weight_names import UNDERSTOOD, StoredTensor, some_of
 from avd_trainer.runtime.errors import UserError
 
 BUNDLED = "bundled:"
+ADAPTERS = "pytorch_lora_weights.safetensors"
+"""diffusers' name of a file of adapters, which a run with LoRA leaves."""
 _CONFIG = "config.json"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -90,6 +92,11 @@ def find_transformer(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The folder with the transformer's config.json, and its content."""
     if not (folder / _CONFIG).is_file() and (folder / "transformer" / _CONFIG).is_file():
         folder = folder / "transformer"
+    if not (folder / _CONFIG).is_file() and (folder / ADAPTERS).is_file():
+        raise UserError(
+            f"{folder} holds adapters alone ({ADAPTERS}), expected a whole model. Of a run, avd export RUN --output "
+            "STUDENT puts them into their base: pass STUDENT."
+        )
     if not (folder / _CONFIG).is_file():
         raise UserError(f"{folder} holds neither {_CONFIG} nor transformer/{_CONFIG}. {UNDERSTOOD}")
     config = _read_json(folder / _CONFIG)

@@ -133,12 +133,7 @@ def load_into(model: nn.Module, weights: TransformerWeights) -> None:
         UserError: If a parameter has no tensor of its shape, or a tensor no parameter.
         ValueError: If a parameter is on the meta device.
     """
-    parameters = {
-        _bare(name).replace(".base_layer.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name
-    }
-    _check_fit(parameters, weights)
+    parameters = check_fit(model, weights)
     if any(parameter.is_meta for parameter in parameters.values()):
         raise ValueError("load_into needs parameters with memory; call model.to_empty(device=...) first.")
     for name, parameter in parameters.items():
@@ -165,7 +160,13 @@ def _config(
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def _check_fit(parameters: Mapping[str, Tensor], weights: TransformerWeights) -> None:
+def check_fit(model: nn.Module, weights: TransformerWeights) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that weights have; arguments and errors as for :func:`load_into`."""
+    parameters = {
+        _bare(name).replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name
+    }
     names = set(weights.names())
     absent = [f"{name} is not in it" for name in parameters if name not in names]
     unknown = [f"{name} is not in the model" for name in sorted(names - parameters.keys())]
@@ -175,7 +176,7 @@ def _check_fit(parameters: Mapping[str, Tensor], weights: TransformerWeights) ->
         if name in names and weights.shape(name) != tuple(parameter.shape)
     ]
     if not (absent or unknown or reshaped):
-        return
+        return parameters
     # One model's layers are a beginning of the other's, or the same layers are wider: both are a matter of size.
     size = all(re.search(r"^blocks\.\d+\.", line) for line in absent + unknown)
     raise UserError(

@@ -95,7 +95,7 @@ def make_plan(
     memory = plan_memory(run)
     fits = worst(memory).needed <= gpu_memory * GB
     speed = assumed_speed(run.precision, peak_tflops=peak_tflops, utilisation=utilisation)
-    notes = [f"warning: {warning}" for warning in config.method.warnings(config.student_weights)]
+    notes = [f"warning: {warning}" for warning in config.method.warnings(config.max_steps, config.student_weights)]
     if measure and torch.cuda.is_available():
         speed = measure_speed(run, torch.device("cuda"))
     elif measure:

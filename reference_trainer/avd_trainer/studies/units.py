@@ -32,13 +32,13 @@ from avd_trainer.evaluation.reference import encode_rendering, reference_of_shap
 from avd_trainer.inference.generation import load_merged
 from avd_trainer.methods.distillation import DistillationConfig
 from avd_trainer.methods.dmd import DMDMethodConfig
-from avd_trainer.models.adapters import ADAPTERS
 from avd_trainer.models.architecture import image_input
 from avd_trainer.models.codecs.block_dct import BlockDCTCodec
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.samplers import clean_predictor, sample_teacher
 from avd_trainer.models.text_encoders.hashed import TEXT_LENGTH, HashTextEmbedding
 from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.models.weight_files import ADAPTERS
 from avd_trainer.models.weights import open_weights
 from avd_trainer.runtime.draws import seed_of
 from avd_trainer.runtime.environment import environment

@@ -14,6 +14,7 @@ from avd_core import __version__
 from avd_trainer.config.loading import save_config
 from avd_trainer.data.examples import condition_of
 from avd_trainer.data.sources import TrainingData, assumed_encoding, load_data
+from avd_trainer.models.roles import check_roles
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import write_json
 from avd_trainer.runtime.progress import ProgressBar
@@ -81,6 +82,7 @@ class _Run:
         self.config, self.folder, self.ranks = config, folder, ranks
         method = config.method
         self.architecture = method.transformer_config(config.teacher)
+        check_roles(method.roles(config.student_weights), self.architecture or {})
         data = data or load_data(
             config.data,
             config.prompts,

@@ -4,7 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from avd_trainer.models.weight_files import ADAPTERS
 from command_line import run_command as run
 
 SMALL = [
@@ -83,6 +86,56 @@ def test_a_dry_run_says_that_a_run_would_go_on(finished: tuple[Path, str]) -> No
     assert status == 2
     assert "max_steps is 1, and the run in" in printed
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("dmd2", "method.head.blocks=[9]", "blocks must rise within 0 to 5, the blocks of this transformer, got [9]"),
+        ("data_forcing", "student_weights=no/such/student", "no/such/student"),
+        ("data_forcing", "student_weights=ADAPTERS", "avd export RUN --output STUDENT"),
+    ],
+)
+@pytest.mark.parametrize("trying", [["--dry-run"], []])
+def test_models_that_cannot_be_are_refused_before_data_is_read(
+    method: str,
+    override: str,
+    message: str,
+    trying: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("avd_trainer.training.run.load_data", read)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    save_file({"a": torch.zeros(1)}, tmp_path / ADAPTERS)
+    own = ["--set", override.replace("ADAPTERS", str(tmp_path))]
+    status, printed = run("train", "tiny", "--method", method, "--output", tmp_path / "run", *own, *trying)
+    assert status == 2, printed
+    assert message in printed
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "what"),
+    [
+        ("dcm", "method.detail.after=5", "the training of details"),
+        ("vpae", "method.priming_steps=5", "phase II, the adversarial one,"),
+        ("rcm", "method.tangent_warmup=5", "what is behind the warm-up"),
+        ("scm", "method.tangent_warmup=5", "what is behind the warm-up"),
+    ],
+)
+def test_a_phase_that_never_comes_is_warned_of(
+    method: str, override: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("avd_trainer.training.run.train", lambda *_: False)
+    name = override.partition("=")[0]
+    for steps in (5, 6):
+        start = ("train", "tiny", "--method", method, "--set", override, "--max-steps", steps, "--output", "unused")
+        _, printed = run(*start)
+        warned = f"warning: {name} is 5, and the run has max_steps 5: {what} never comes." in printed
+        assert warned == (steps == 5), printed
 
 
 @pytest.mark.parametrize(("weights", "warned"), [("null", True), ("runs/dmd2/student", False)])

@@ -31,7 +31,7 @@ from avd_trainer.evaluation.vbench.generating import Sampling, describe
 from avd_trainer.evaluation.vbench.suites import VBENCH, VBENCH_2, read_augmented, read_suite
 from avd_trainer.inference.generation import decode_clips, sample_clips
 from avd_trainer.inference.students import open_student
-from avd_trainer.models.adapters import ADAPTERS
+from avd_trainer.models.weight_files import ADAPTERS
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import write_json
 from avd_trainer.training.config import TrainConfig

@@ -135,12 +135,12 @@ def test_added_terms_are_given_the_clean_clip_and_not_the_end_of_a_phase(kind: s
 
 def test_who_is_sampled_where_nothing_is_trained_is_warned() -> None:
     """And not refused: there are students of such steps."""
-    (warning,) = LCMMethodConfig(few_steps=(1000.0, 900.0)).warnings(None)
+    (warning,) = LCMMethodConfig(few_steps=(1000.0, 900.0)).warnings(1, None)
     assert "few_steps must be points of the trajectory" in warning
     assert "[1000.0, 904.76]" in warning
-    assert DCMMethodConfig(few_steps=(1000.0, 16.7)).warnings(None)  # where the trajectory ends
+    assert DCMMethodConfig(few_steps=(1000.0, 16.7)).warnings(1001, None)  # where the trajectory ends
     for config in (LCMMethodConfig(), PCMMethodConfig(), DCMMethodConfig()):
-        assert not config.warnings(None)
+        assert not config.warnings(1001, None)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from avd_trainer.evaluation.controls import CONTROLS, REPEATED
 from avd_trainer.evaluation.measures import MEASURES, OPEN_MEASURES
 from avd_trainer.inference.generation import load_student
 from avd_trainer.inference.students import open_student_or_run
-from avd_trainer.models.adapters import ADAPTERS, Adapters, merge_adapters, program_tensors
+from avd_trainer.models.adapters import Adapters, merge_adapters, program_tensors
 from avd_trainer.models.condition import Condition
 from avd_trainer.models.transformer import VelocityModel, load_transformer
+from avd_trainer.models.weight_files import ADAPTERS
 from avd_trainer.runtime.errors import UserError
 from avd_trainer.runtime.files import read_json, write_json
 from avd_trainer.runtime.ranks import join_ranks

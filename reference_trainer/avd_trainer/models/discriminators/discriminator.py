@@ -38,7 +38,7 @@ class HeadConfig(Section):
         """The blocks that it sees of a transformer with so many.
 
         Raises:
-            ValueError: If there are none such.
+            UserError: If there are none such.
         """
         if self.blocks is None:
             return tapped_by_default(layers)
