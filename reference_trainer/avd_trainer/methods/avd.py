@@ -14,7 +14,8 @@ from avd_trainer.methods.terms import TermsConfig
 
 PAPER = "You et al., CVPR 2026"
 NEEDS = ("teacher", "clips", "prompts")
-FORWARDS = 35.5
+FORWARDS = (35.5,)
+SAMPLED = "4 steps, re-noise"
 
 
 class AVDMethodConfig(TermsConfig, DMDMethodConfig):

@@ -1,4 +1,4 @@
-"""Data-forcing: distribution matching whose teacher sees, half of the time, a real clip in place of the sample.
+"""Data-forcing of a dmd2 student: the teacher sees, half of the time, a real clip in place of the sample.
 
 Data-Forcing Distillation, arXiv 2606.18478: a few hundred updates of a student that DMD2 has distilled
 (``student_weights``), without its GAN. Where the paper is silent, a reading of ours is an option; see
@@ -21,7 +21,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Chen et al. 2026, arXiv 2606.18478 (Data-Forcing Distillation)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 32.5
+FORWARDS = (32.5,)
+SAMPLED = "4 steps, re-noise"
 
 
 class DataForcingMethodConfig(DMDMethodConfig):

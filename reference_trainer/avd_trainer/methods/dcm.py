@@ -26,7 +26,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Lv et al. 2025, arXiv 2506.03123 (DCM)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 10.6
+FORWARDS = (6.6, 18.6)
+SAMPLED = "6 steps, ode"
 
 
 class DCMMethodConfig(ConsistencyConfig):

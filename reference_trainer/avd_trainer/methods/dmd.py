@@ -24,7 +24,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Yin et al. 2024, arXiv 2405.14867 (DMD2)"
 NEEDS = ("teacher", "prompts")
-FORWARDS = 32.5
+FORWARDS = (32.5,)
+SAMPLED = "4 steps, re-noise"
 
 
 class DMDMethodConfig(DistillationConfig):

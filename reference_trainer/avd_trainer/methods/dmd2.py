@@ -22,7 +22,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Yin et al. 2024, arXiv 2405.14867 (DMD2), Sec. 4.3"
 NEEDS = ("teacher", "clips", "prompts")
-FORWARDS = 65.5
+FORWARDS = (65.5,)
+SAMPLED = "4 steps, re-noise"
 
 
 class DMD2MethodConfig(DMDMethodConfig):

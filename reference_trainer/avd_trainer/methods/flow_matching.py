@@ -20,7 +20,7 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Lipman et al. 2023, arXiv 2210.02747; Liu et al. 2023, arXiv 2209.03003"
 NEEDS = ("clips",)
-FORWARDS = 3.0
+FORWARDS = (3.0,)
 
 
 class FlowMatchingMethodConfig(MethodConfig):

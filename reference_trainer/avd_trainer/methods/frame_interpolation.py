@@ -23,7 +23,7 @@ from avd_trainer.runtime.errors import UserError
 
 PAPER = "You et al., CVPR 2026, Sec. 8"
 NEEDS = ("clips",)
-FORWARDS = 0.0
+FORWARDS = ()
 
 # Held-out clips that are measured at once.
 EVALUATION_BATCH = 8

@@ -24,7 +24,8 @@ from avd_trainer.methods.consistency import Consistency, ConsistencyConfig
 
 PAPER = "Luo et al. 2023, arXiv 2310.04378 (LCM)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 6.4
+FORWARDS = (6.4,)
+SAMPLED = "4 steps, re-noise"
 
 
 class LCMMethodConfig(ConsistencyConfig):

@@ -18,7 +18,8 @@ from avd_trainer.models.samplers import schedule
 
 PAPER = "Wang et al. 2024, arXiv 2405.18407 (PCM)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 6.4
+FORWARDS = (6.4,)
+SAMPLED = "4 steps, ode"
 
 
 class PCMMethodConfig(ConsistencyConfig):

@@ -26,7 +26,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Zheng et al. 2025, arXiv 2510.08431 (rCM)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 33.0
+FORWARDS = (33.0,)
+SAMPLED = "4 steps, re-noise"
 
 
 class RCMMethodConfig(ContinuousConfig, DMDMethodConfig):

@@ -1,4 +1,5 @@
-"""Which methods there are: every file of this folder that names its PAPER, what it NEEDS, and its FORWARDS.
+"""Which methods there are: every file of this folder that names its PAPER, what it NEEDS, its FORWARDS, and how its
+students are SAMPLED.
 
 Listing them reads the files and imports none, so that the command line can say them at once. The contract tests hold
 what a file says of itself against its configuration.
@@ -24,15 +25,18 @@ class ListedMethod(NamedTuple):
         summary: What it does, in one line.
         paper: Where it is from.
         needs: What a run has to bring: ``teacher``, ``clips``, ``prompts``.
-        forwards: Of transformers, for each example of an update, a backward pass counted as two; at the method's
-            defaults, and the mean over a run of 1500 steps, where steps differ.
+        forwards: Of transformers, for each example of an update, a backward pass counted as two, at the method's
+            defaults; of each of its phases, and in each the mean over steps.
+        sampled: In how many steps a student is sampled at the method's defaults, and how it goes from one to the next;
+            "" where none is trained.
     """
 
     kind: str
     summary: str
     paper: str
     needs: tuple[str, ...]
-    forwards: float
+    forwards: tuple[float, ...]
+    sampled: str
 
 
 @cache
@@ -60,5 +64,6 @@ def _read(path: Path) -> ListedMethod | None:
     if "PAPER" not in said:
         return None
     paper, needs, forwards = (ast.literal_eval(said[name]) for name in ("PAPER", "NEEDS", "FORWARDS"))
+    sampled = ast.literal_eval(said["SAMPLED"]) if "SAMPLED" in said else ""
     summary = (ast.get_docstring(tree) or "").partition("\n")[0]
-    return ListedMethod(path.stem, summary, str(paper), tuple(needs), float(forwards))
+    return ListedMethod(path.stem, summary, str(paper), tuple(needs), tuple(forwards), str(sampled))

@@ -21,7 +21,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "You et al., CVPR 2026 (the regression of Table 2, alone)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 3.4
+FORWARDS = (3.4,)
+SAMPLED = "4 steps, re-noise"
 
 
 class RegressionMethodConfig(WatchedConfig):

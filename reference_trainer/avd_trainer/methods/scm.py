@@ -17,7 +17,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "Lu and Song 2024, arXiv 2410.11081 (sCM)"
 NEEDS = ("teacher", "clips")
-FORWARDS = 6.4
+FORWARDS = (6.4,)
+SAMPLED = "4 steps, re-noise"
 
 
 class SCMMethodConfig(ContinuousConfig, WatchedConfig):

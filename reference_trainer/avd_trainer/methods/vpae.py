@@ -23,7 +23,8 @@ from avd_trainer.runtime.draws import Draws
 
 PAPER = "AAAI 2026, arXiv 2508.21019 (V-PAE)"
 NEEDS = ("teacher", "clips", "prompts")
-FORWARDS = 16.3
+FORWARDS = (25.0, 12.0)
+SAMPLED = "1 step, re-noise"
 
 # Of trajectories that consistency priming distils: 50 steps from noise to clip.
 STRIDE = 20.0

@@ -74,7 +74,9 @@ def test_methods_are_listed_with_what_they_do_need_and_cost_and_their_papers() -
         assert method.kind in printed
         words = {*method.summary.split(), *method.paper.split(), *", ".join(method.needs[:-1]).split()}
         assert words <= set(printed.replace("│", " ").split())
-    assert "teacher, clips, prompts; 35.5 forwards" in printed
+    spoken = " ".join(printed.replace("│", " ").split())
+    assert "needs teacher, clips, prompts; 35.5 forwards; 4 steps, re-noise" in spoken
+    assert "needs teacher, clips; 6.6, then 18.6 forwards; 6 steps, ode" in spoken
 
 
 def test_train_never_overwrites(tmp_path: Path) -> None:
