@@ -1,35 +1,26 @@
-"""What LCM, PCM and DCM have in common: two points of a teacher's trajectory are to lead to the same place.
+"""What LCM, PCM and DCM have in common: clips noised to points of a teacher's trajectory, each with its phase's end.
 
-A clip is noised to a point of the trajectory. The teacher takes an Euler step to the point below. From the upper point
-the student goes straight to the end of the phase, from the lower one its target does, and the two are to agree. Models
-predict velocities of rectified flow, in which the end is ``x_t + (sigma_end - sigma_t) v``: an ``x_0`` where the phase
-ends at 0.
+The loss is of a pair of neighbouring points (:mod:`avd_trainer.methods.consistency_pair`). The discrete form is
+Algorithm 1 and Eq. 12-14 of Luo et al. 2023 (arXiv 2310.04378); PCM (arXiv 2405.18407) and DCM (arXiv 2506.03123) move
+its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from avd_core import LossOutput, shift_timesteps
-from avd_trainer.methods.base import Batches, Call, Cut, Loss, Setting, Turn, prefixed
+from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, prefixed
+from avd_trainer.methods.consistency_pair import Pair, consistency_pair, mean_distance
 from avd_trainer.methods.distillation import describe_samples
 from avd_trainer.methods.watching import Watched, WatchedConfig
-from avd_trainer.models.condition import Condition
 from avd_trainer.models.roles import Average, Model, Roles
-from avd_trainer.models.samplers import (
-    FewStepSampler,
-    Rollout,
-    VelocityPredictor,
-    guided,
-    predict,
-    schedule,
-)
+from avd_trainer.models.samplers import FewStepSampler, guided, schedule
 from avd_trainer.runtime.draws import Draws
 
 # Of 1000: how far a step may be from a point of the trajectory. Steps may be rounded; DCM's 949 is of 948.50.
@@ -107,50 +98,6 @@ class ConsistencyConfig(WatchedConfig):
         return [*super().warnings(max_steps, student_weights), *([f"{off}."] if off else [])]
 
 
-class Pair(NamedTuple):
-    """Where two neighbouring points of a trajectory lead.
-
-    Attributes:
-        rollout: The student's answer at the upper point.
-        cut: Of the velocity in it.
-        prediction: ``[B, C, F, H, W]`` the end of the phase, from the upper point; with gradient at ``cut``.
-        target: ``[B, C, F, H, W]`` the same end from the lower point, without gradient.
-    """
-
-    rollout: Rollout
-    cut: Cut
-    prediction: Tensor
-    target: Tensor
-
-    @property
-    def x_0(self) -> Tensor:
-        """``[B, C, F, H, W]`` the student's clean prediction, with gradient at ``cut``; whatever the phase's end."""
-        return self.rollout._replace(velocity=self.cut.output).x_0
-
-
-def consistency_pair(
-    student: VelocityPredictor,
-    target: VelocityPredictor,
-    teacher: VelocityPredictor,
-    x_t: Tensor,
-    condition: Condition,
-    *,
-    upper: Tensor,
-    lower: Tensor,
-    end: Tensor,
-) -> Pair:
-    """Take ``x_t`` ``[B, C, F, H, W]`` at ``upper``, and where the teacher leads from it at ``lower``, to ``end``.
-
-    The three are timesteps ``[B]``.
-    """
-    with torch.no_grad():
-        x_lower = schedule.euler_step(x_t, teacher(x_t, upper, condition), upper, lower)
-        target_BCFHW = predict(target, x_lower, lower, condition, finished=False).at(end)
-    rollout = predict(student, x_t, upper, condition, finished=False)
-    cut = Cut(rollout.velocity)
-    return Pair(rollout, cut, rollout._replace(velocity=cut.output).at(end), target_BCFHW)
-
-
 class Consistency(Watched):
     """Consistency distillation; see :class:`ConsistencyConfig`."""
 
@@ -193,10 +140,3 @@ class Consistency(Watched):
     def describe(self, pair: Pair, turn: Turn, batch: Batches, draws: Draws) -> dict[str, Tensor]:
         """Metrics of the clean predictions, and in a watched turn samples of the clips' captions for the monitors."""
         return describe_samples(pair.x_0.detach(), pair.rollout) | self.watch(turn, batch, draws)
-
-
-def mean_distance(prediction: Tensor, target: Tensor, *, huber: float | None = None) -> Tensor:
-    """Mean pseudo-Huber distance ``sqrt(d^2 + c^2) - c`` with ``c = huber``, or mean squared distance without it."""
-    if huber is None:
-        return F.mse_loss(prediction, target)
-    return ((prediction - target).square() + huber**2).sqrt().sub(huber).mean()

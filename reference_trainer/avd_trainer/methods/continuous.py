@@ -1,7 +1,7 @@
 """What sCM and rCM have in common: consistency by the derivative of the prediction along the teacher's path.
 
-Lu and Song 2024, arXiv 2410.11081, as the authors of rCM (arXiv 2510.08431) have it for video. Its maths is in
-:mod:`avd_trainer.methods.trigflow`; docs/methods/scm.md says what differs from their code.
+Algorithm 1 of Lu and Song 2024, arXiv 2410.11081, as the authors of rCM (arXiv 2510.08431) have it for video. Its maths
+is in :mod:`avd_trainer.methods.trigflow`; docs/methods/scm.md says what differs from their code.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Dual-expert consistency: layout and motion are learned at high noise, and details below it by a discriminator.
 
-Lv et al. 2025. The trajectory has two phases, each with an expert. Above ``boundary`` the semantic one is a consistency
-model whose predictions also have to move as their targets do. Below it, the detail expert (:mod:`.detail_expert`) is
-judged beside its targets. The authors' second expert is an adapter on the first. Here one student is both, so the
-semantic turns go on where the details are trained. docs/methods/dcm.md says what else differs.
+Lv et al. 2025, after their ``distill_dcm_wan_semantic_expert.py`` and ``distill_dcm_wan_detail_expert.py``, in whose
+terms the losses are said. The trajectory has two phases, each with an expert. Above ``boundary`` the semantic one is a
+consistency model whose predictions also have to move as their targets do. Below it, the detail expert
+(:mod:`.detail_expert`) is judged beside its targets. The authors' second expert is an adapter on the first. Here one
+student is both, so the semantic turns go on where the details are trained. docs/methods/dcm.md says what else differs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from torch import Tensor
 from avd_core import LossOutput
 from avd_core.sampling import SamplerKind
 from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, prefixed, weighted_sum
-from avd_trainer.methods.consistency import Consistency, ConsistencyConfig, Pair
+from avd_trainer.methods.consistency import Consistency, ConsistencyConfig
+from avd_trainer.methods.consistency_pair import Pair
 from avd_trainer.methods.detail_expert import DetailConfig, DetailExpert
 from avd_trainer.models.roles import Model, Roles, Trained
 from avd_trainer.runtime.draws import Draws

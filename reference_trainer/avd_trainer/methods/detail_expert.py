@@ -1,8 +1,8 @@
 """The detail expert of DCM: at low noise, what the student predicts is to pass for what its target does.
 
-Lv et al. 2025. Prediction and target are noised alike, and the frozen teacher's blocks see both: a head is trained to
-tell them apart, and the student to be taken for the target and to give the same features. Used by
-:mod:`avd_trainer.methods.dcm`.
+Lv et al. 2025, after ``distill_dcm_wan_detail_expert.py`` of their code. Prediction and target are noised alike, and
+the frozen teacher's blocks see both: a head is trained to tell them apart, and the student to be taken for the target
+and to give the same features. Used by :mod:`avd_trainer.methods.dcm`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Phased consistency: a trajectory in as many phases as the student has steps, each with a jump to its end.
 
-Wang et al. 2024, in its form for flow models. What the equations compute is in :mod:`avd_trainer.methods.consistency`:
-a solver's step under guidance, the jump ``x_t + (sigma_end - sigma_t) v`` to the end of the phase, and the pseudo-Huber
-distance to the jump of the student itself from the point below. At the lowest point of a phase that point is its end,
-and the target what the teacher says. A sample takes one jump after the other and draws no noise in between.
+Wang et al. 2024, in its form for flow models: ``train_pcm_lora_sd3.py`` of their code. What the equations compute is in
+:mod:`avd_trainer.methods.consistency`: a solver's step under guidance, the jump ``x_t + (sigma_end - sigma_t) v`` to
+the end of the phase, and the pseudo-Huber distance to the jump of the student itself from the point below. At the
+lowest point of a phase that point is its end, and the target what the teacher says. A sample takes one jump after the
+other and draws no noise in between.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Score-regularised consistency: sCM on real clips, and distribution matching on the student's own samples.
 
-rCM, Zheng et al. 2025. Both losses step together; docs/methods/rcm.md says what differs from the authors' code.
+rCM, Zheng et al. 2025, after ``rcm/models/t2v_model_distill_rcm.py`` of their code. Both losses step together;
+docs/methods/rcm.md says what differs from the authors' code.
 """
 
 from __future__ import annotations

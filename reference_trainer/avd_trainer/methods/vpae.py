@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from avd_trainer.config.sections import LoRAConfig, ScoreTimestepsConfig
 from avd_trainer.methods.base import Batches, Call, Loss, Setting, Turn, draw_noised
-from avd_trainer.methods.consistency import consistency_pair, mean_distance
+from avd_trainer.methods.consistency_pair import consistency_pair, mean_distance
 from avd_trainer.methods.distillation import StudentRoleConfig, describe_samples
 from avd_trainer.methods.dmd import DMD, DMDMethodConfig
 from avd_trainer.methods.equilibrium import Equilibrium, EquilibriumConfig

@@ -11,7 +11,8 @@ from torch import Tensor
 from avd_core import NonFiniteError, shift_timesteps
 from avd_trainer.data.batches import Batch
 from avd_trainer.methods.base import Setting, Turn
-from avd_trainer.methods.consistency import Consistency, Pair, mean_distance
+from avd_trainer.methods.consistency import Consistency
+from avd_trainer.methods.consistency_pair import Pair, mean_distance
 from avd_trainer.methods.dcm import DCMMethodConfig
 from avd_trainer.methods.lcm import LCMMethodConfig
 from avd_trainer.methods.pcm import PCMMethodConfig

@@ -21,6 +21,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+import avd_trainer.methods
 from avd_trainer.config.loading import load_config
 from avd_trainer.config.sections import ArchitectureConfig
 from avd_trainer.data.examples import condition_of
@@ -190,10 +191,14 @@ def test_what_it_needs_and_costs_is_as_it_says(
     assert method.sampled == (f"{steps} step{'s' if steps > 1 else ''}, {defaults.sampled_by}" if steps else "")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_its_file_reads_like_an_algorithm_box(kind: str) -> None:
-    source = Path(load_method(kind).__module__.replace(".", "/"))
-    text = (Path(__file__).parents[3] / "reference_trainer" / source.with_suffix(".py")).read_text()
+METHODS = Path(avd_trainer.methods.__file__).parent
+SEAM = {"base", "distillation", "terms"}  # between engine and methods
+LONG = {"equilibrium"}  # phase II of vpae: the judge, its two sides and their options
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in METHODS.glob("*.py")} - SEAM - LONG))
+def test_its_file_reads_like_an_algorithm_box(name: str) -> None:
+    text = (METHODS / f"{name}.py").read_text()
     assert len(text.splitlines()) <= 150
     for engines in (".backward(", "torch.optim", ".step(", "zero_grad", "logging", "all_reduce"):
         assert engines not in text, f"{engines} is the engine's"

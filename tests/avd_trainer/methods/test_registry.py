@@ -1,3 +1,5 @@
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -5,12 +7,13 @@ from pathlib import Path
 import pytest
 
 import avd_trainer.methods
+from avd_trainer.config.loading import presets
 from avd_trainer.methods.base import Method, MethodConfig
-from avd_trainer.methods.registry import list_methods, load_method
+from avd_trainer.methods.registry import ListedMethod, list_methods, load_method
 
 NO_METHODS = {
     *("__init__", "base", "distillation", "terms", "registry"),
-    *("equilibrium", "trigflow", "continuous", "consistency", "detail_expert", "watching"),
+    *("equilibrium", "trigflow", "continuous", "consistency", "consistency_pair", "detail_expert", "watching"),
 }
 KINDS = [method.kind for method in list_methods()]
 
@@ -46,3 +49,33 @@ print([name for name in sys.modules if name == "torch" or name.startswith("avd_t
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "['avd_trainer.methods.registry']"
+
+
+PAGES = Path(__file__).parents[3] / "docs" / "methods"
+
+
+def cells(page: Path, first: str) -> list[str]:
+    """Of the row that begins with a cell."""
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("method", [m for m in list_methods() if m.sampled], ids=lambda method: method.kind)
+def test_pages_say_what_the_files_do(method: ListedMethod) -> None:
+    facts = [", ".join(method.needs), ", then ".join(f"{each:g}" for each in method.forwards), method.sampled]
+    kind = method.kind
+    link = f"[{kind}]({'../method.md' if kind in ('dmd', 'avd') else f'{kind}.md'})"
+    assert cells(PAGES / "index.md", link)[2:] == facts
+    if (PAGES / f"{kind}.md").exists():
+        *told, named, loss = cells(PAGES / f"{kind}.md", facts[0])
+        assert told == facts
+        assert set(re.findall(r"`([\w.-]+)`", named)) == {name for name, kinds in presets().items() if kind in kinds}
+        assert loss
+
+
+def test_the_page_of_the_terms_says_what_was_measured() -> None:
+    measured = json.loads((PAGES.parents[1] / "benchmarks" / "results" / "motion-gradients.json").read_text())
+    over = measured["motion_over_own"]
+    text = " ".join((PAGES / "terms.md").read_text().split())
+    assert f"is {over['dmd']:.2g} times that of `dmd`'s own loss" in text
+    assert f"{over['pcm']:.2g} times `pcm`'s and {over['dcm, semantic turn']:.2g} times that of `dcm`'s" in text
