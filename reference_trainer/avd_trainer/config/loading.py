@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from itertools import takewhile
@@ -177,6 +177,7 @@ def _read(source: str, method: str | None) -> DictConfig:
     if not path.is_file():
         raise ConfigError(
             f"{source!r} is neither a preset ({', '.join(known)}) nor a YAML file. Check the name or the path."
+            + nearest(source, known)
         )
     config = _read_file(path, ())
     own = OmegaConf.select(config, "method.kind")
@@ -188,9 +189,18 @@ def _read(source: str, method: str | None) -> DictConfig:
 def _choose(preset: str, methods: tuple[str, ...], method: str | None) -> str:
     if method is None:
         return default_method(methods)
-    if method not in methods:
-        raise ConfigError(f"Preset {preset} has no values for method {method!r}. It has {', '.join(methods)}.")
-    return method
+    name = method.replace("-", "_")
+    if name not in methods:
+        raise ConfigError(
+            f"Preset {preset} has no values for method {method!r}. It has {', '.join(methods)}.{nearest(name, methods)}"
+        )
+    return name
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """A question that says which of some names was meant, to end a message with; nothing where none is near."""
+    close = get_close_matches(name, list(names), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def _read_preset(preset: str, method: str) -> DictConfig:

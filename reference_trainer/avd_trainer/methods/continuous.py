@@ -50,10 +50,11 @@ class ContinuousConfig(DistillationConfig):
     """How the student is differentiated along the teacher's path: by finite ``differences``, or exactly, by ``forward``
     differentiation (JVP), which has twice the operations, and takes attention apart. Differences need float32. Theirs:
     forward, by a kernel of their own."""
-    derivative_step: float = Field(default=1e-4, gt=0)
+    derivative_step: float = Field(default=1e-4, gt=0, le=0.1)
     """Angle of the finite difference, in radians. Theirs: 1e-4."""
     tangent_warmup: int = Field(default=0, ge=0)
-    """Steps over which the tangent's less stable part comes in. Theirs: 1000, for 14B none."""
+    """Steps over which the tangent's less stable part comes in; ours is 0 where no preset says otherwise. Theirs: 1000,
+    for 14B none."""
 
     def check_precision(self, precision: str) -> None:
         if precision == "bfloat16" and self.derivative == "differences":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from avd_trainer.config.loading import first_sentence
+from avd_trainer.config.loading import first_sentence, nearest
 from avd_trainer.runtime.errors import UserError
 
 STUDY = "study.yaml"
@@ -27,6 +27,7 @@ def find_study(name: str) -> Path:
     if not (folder / STUDY).is_file():
         raise UserError(
             f"{name!r} is neither a study ({', '.join(known)}) nor a folder with a {STUDY}. Check the name or the path."
+            + nearest(name, known)
         )
     return folder
 

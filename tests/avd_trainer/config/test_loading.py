@@ -56,6 +56,25 @@ def test_of_sections_of_several_kinds_a_default_of_another_kind_is_no_default() 
     assert Picture.model_validate({"frame": None}).frame is None
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [("data-forcing", None), ("dmd3", "Did you mean dmd"), ("data_forcin", "Did you mean data_forcing?"), ("xyz", "")],
+)
+def test_a_method_may_be_spelled_with_a_dash_and_a_misspelled_one_is_answered(method: str, told: str | None) -> None:
+    if told is None:
+        assert load_config(TrainConfig, "tiny", [], method=method).method.kind == "data_forcing"
+        return
+    with pytest.raises(ConfigError) as raised:
+        load_config(TrainConfig, "tiny", [], method=method)
+    assert told in str(raised.value)
+    assert ("Did you mean" in str(raised.value)) == bool(told)
+
+
+def test_a_misspelled_preset_is_answered() -> None:
+    with pytest.raises(ConfigError, match=r"nor a YAML file.*Did you mean tiny-open\?"):
+        load_config(TrainConfig, "tiny_open")
+
+
 def test_values_are_replaced_and_taken_where_there_are_none() -> None:
     data = {"data": {"kind": "shards", "path": "here"}}
     replaced = load_config(TrainConfig, "tiny", replace=data, missing={"seed": 3, "max_steps": 1})
