@@ -14,6 +14,7 @@ PAGE_TESTS := tests/test_pages.py tests/test_page_blocks.py tests/test_site.py t
 	tests/avd_integrations/test_diffusers.py::test_the_page_runs_as_it_stands \
 	tests/avd_trainer/commands/test_data.py::test_another_style_as_the_page_on_data_has_it \
 	tests/avd_trainer/evaluation/test_measures_page.py \
+	tests/avd_trainer/methods/test_registry.py \
 	tests/avd_trainer/evaluation/test_vbench.py::test_vbench_2_is_run_as_the_page_has_it \
 	tests/avd_trainer/planning/test_plan.py::test_the_page_says_what_methods_need_for_14b \
 	tests/avd_trainer/studies/test_definition.py

@@ -42,7 +42,7 @@ _DISTILLATION = {role: {"optimizer": {"lr": 1e-3}} for role in ("student", "onli
 _METHODS: dict[str, dict[str, Any]] = {
     "avd": _DISTILLATION,
     "dmd": _DISTILLATION,
-    "vpae": {**_DISTILLATION, "head": _HEAD},
+    "vpae": {**_DISTILLATION, "head": _HEAD, "online": {**_DISTILLATION["online"], "lora": None}},
     "dmd2": {**_DISTILLATION, "head": _HEAD},
     "rcm": _DISTILLATION,
     "scm": {"student": _DISTILLATION["student"]},
