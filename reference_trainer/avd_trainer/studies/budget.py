@@ -3,9 +3,11 @@
 A study whose ``budget_of`` names a variant gives all students what that one's own ``max_steps`` cost. Each variant is
 then trained twice: for as many steps as come to the same number of forward equivalents, under its own name, and for as
 many as take the same time, as ``NAME-seconds``. Seconds are measured once, where the study begins, and kept in
-``study.json`` with the steps that follow from them. What goes on from another student comes on top of what that one
-did: it keeps its own steps, and only says what they cost. What is sampled for the monitors alone, of methods whose
-training makes no samples, costs nothing here: it is no part of the method.
+``study.json`` with the steps that follow from them. Each student's step is timed between two measurements of the step
+that the budget is of, and only their ratio counts: on a machine that others use, too, seconds drift by a quarter. What
+goes on from another student comes on top of what that one did: it keeps its own steps, and only says what they cost.
+What is sampled for the monitors alone, of methods whose training makes no samples, costs nothing here: it is no part of
+the method.
 
 A run of another length has phases of another length: each keeps the share of the run that it has of its file's own
 ``max_steps``. So the mean cost of a step hardly depends on their number. Where a method has no phases, the two runs of
@@ -74,9 +76,10 @@ def students(study: Study) -> dict[str, TrainConfig]:
 
 
 def untimed(study: Study) -> list[str]:
-    """The students of which it is not known how long a step takes, where a budget is in seconds."""
+    """The students of which it is not known how long a step takes, where a budget is in seconds; its own one first."""
     timed = "seconds" in study.config.budgets
-    return [name for name, cost in study.costs.items() if timed and cost.seconds is None]
+    names = [name for name, cost in study.costs.items() if timed and cost.seconds is None]
+    return sorted(names, key=lambda name: name != study.config.budget_of)
 
 
 def time_step(
@@ -87,8 +90,9 @@ def time_step(
     Steps of each kind, that is with the same turns, are timed by themselves and count as often as the run has them: a
     phase may cost several times another. The first step of a kind, which is slower, is left out.
 
-    On the CPU seconds are those of the processor, which other processes do not lengthen. A GPU has no such clock: there
-    a kind's seconds are the median of its steps, for what else the machine does lengthens single ones.
+    On the CPU seconds are those of the processor, which other processes lengthen only where they share its caches. A
+    GPU has no such clock: there a kind's seconds are the median of its steps, for what else the machine does lengthens
+    single ones.
 
     Args:
         config: The run; any ``student_weights`` cost the same, so it starts from the teacher.

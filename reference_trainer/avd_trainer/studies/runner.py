@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from avd_trainer.config.differences import differences
@@ -129,6 +130,8 @@ def _save(study: Study, folder: Path) -> None:
 def _time_steps(study: Study, claimed: Study, folder: Path) -> Study:
     """Measure how long a step of each student takes of which that is not known, and save each at once.
 
+    The step that the budget is of is timed once more before and after each, and its first seconds are the scale of all.
+
     Args:
         study: As it was loaded.
         claimed: The same with what is known.
@@ -144,9 +147,20 @@ def _time_steps(study: Study, claimed: Study, folder: Path) -> Study:
         ProgressBar("measuring what a step costs", len(names)) as bar,
     ):
         place = Workplace(claimed, folder / UNITS, ranks, lambda: signals.received is not None)
+        of = study.config.budget_of
+        assert of is not None, "without a budget nothing is timed"
+        before = place.time_step(claimed.run(of))
         for name in names:
-            seconds = round(place.time_step(claimed.run(name)), 4)
-            claimed = share_budget(study, {**claimed.costs, name: claimed.costs[name]._replace(seconds=seconds)})
+            if name == of:
+                seconds = before
+            else:
+                scale = claimed.costs[of].seconds
+                assert scale is not None, "the budget's own is the first"
+                seconds = place.time_step(claimed.run(name))
+                after = place.time_step(claimed.run(of))
+                seconds, before = seconds * scale / fmean((before, after)), after
+            cost = claimed.costs[name]._replace(seconds=round(seconds, 4))
+            claimed = share_budget(study, {**claimed.costs, name: cost})
             _save(claimed, folder)
             bar.advance()
             place.check_stop()

@@ -158,15 +158,15 @@ def test_what_was_measured_once_stays(name: str, tmp_path: Path, timed: list[str
     first = claim_study(load_study(name, ["max_steps=20"], ["dmd"]), folder)
     assert (timed, list(first.variants)) == (["dmd"], ["dmd"])
     both = claim_study(load_study(name, ["max_steps=20"], ["avd"]), folder)
-    assert timed == ["dmd", "avd"]
+    assert timed == ["dmd", "dmd", "avd", "dmd"]
     saved = read_json(folder / "study.json")
     assert saved["costs"].keys() == {"dmd", "avd"}
     assert saved["costs"]["dmd"]["seconds"] == 3.0
-    assert saved["variants"]["avd-seconds"]["max_steps"] == both.run("avd-seconds").max_steps == 12
+    assert saved["variants"]["avd-seconds"]["max_steps"] == both.run("avd-seconds").max_steps == 17
     again = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
     assert again.variants == both.variants
     assert read_json(folder / "study.json") == saved
-    assert timed == ["dmd", "avd"]
+    assert timed == ["dmd", "dmd", "avd", "dmd"]
     assert [unit.variant for unit in both.units([1])][2:] == ["avd", "avd-seconds"]  # dmd only says what it costs
 
 
@@ -176,13 +176,34 @@ def test_a_study_begun_by_forwards_goes_on_by_seconds_too(name: str, tmp_path: P
     only = write_study(tmp_path / "forwards" / "small", study=BUDGET + "\n    budgets: [forwards]")
     first = claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder)
     both = claim_study(load_study(name, ["max_steps=20"], ["dmd", "avd"]), folder)
-    assert timed == ["dmd", "avd"]
+    assert timed == ["dmd", "avd", "dmd"]
     assert {each: run for each, run in both.variants.items() if each != "avd-seconds"} == first.variants
     saved = read_json(folder / "study.json")["costs"]
-    assert (saved["dmd"]["seconds"], saved["avd"]["seconds"]) == (3.0, 5.0)
-    assert both.run("avd-seconds").max_steps == 12
+    assert (saved["dmd"]["seconds"], saved["avd"]["seconds"]) == (3.0, 5.0 * 3 / 4)
+    assert both.run("avd-seconds").max_steps == 16
     assert claim_study(load_study(only, ["max_steps=20"], ["dmd", "avd"]), folder).variants == first.variants
-    assert timed == ["dmd", "avd"]
+    assert timed == ["dmd", "avd", "dmd"]
+
+
+def test_a_machine_that_becomes_slower_changes_no_budget(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slower = iter((1.0, 1.25, 1.5, 3.0, 2.0, 1.0))
+
+    def look(_: object, run: TrainConfig) -> float:
+        return SECONDS[run.method.kind] * next(slower)
+
+    monkeypatch.setattr(units.Workplace, "time_step", look)
+    folder = tmp_path / "out"
+    first = claim_study(load_study(name, ["max_steps=20"], ["avd"]), folder)
+    assert {each: cost.seconds for each, cost in first.costs.items()} == {"dmd": 2.0, "avd": 3.0}
+    variants = tmp_path / "small" / "vpae.yaml"
+    variants.write_text((tmp_path / "small" / "avd.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    study = (tmp_path / "small" / "study.yaml").read_text(encoding="utf-8").replace("avd,", "avd, vpae,")
+    (tmp_path / "small" / "study.yaml").write_text(study, encoding="utf-8")
+    later = claim_study(load_study(name, ["max_steps=20"], ["avd", "vpae"]), folder)
+    assert later.costs["vpae"].seconds == 3.0
+    assert next(slower, None) is None
 
 
 def test_a_signal_ends_the_measuring_and_what_was_measured_stays(
@@ -208,9 +229,9 @@ def test_a_signal_ends_the_measuring_and_what_was_measured_stays(
     with pytest.raises(UserError, match=r"max_steps: .* there"):  # what was measured is of these values
         claim_study(load_study(name, ["max_steps=30"], ["dmd", "avd"]), folder)
     whole = claim_study(study, folder)
-    assert asked == ["dmd", "avd", "avd"]
-    assert whole.run("avd-seconds").max_steps == round(20 * 2 / 6)
-    assert read_json(folder / "study.json")["costs"]["avd"]["seconds"] == 6.0
+    assert asked == ["dmd", "avd", "dmd", "avd", "dmd"]
+    assert whole.run("avd-seconds").max_steps == round(20 * 2 / 2)
+    assert read_json(folder / "study.json")["costs"]["avd"]["seconds"] == 8.0 * 2 / ((6 + 10) / 2)
 
 
 def test_a_signal_at_the_last_one_ends_the_study_too(
