@@ -6,41 +6,9 @@ from typing import Any
 
 import pytest
 
-from avd_trainer.evaluation.measures import MEASURES, OPEN_MEASURES
-from avd_trainer.studies.definition import SECONDS, load_study
 from avd_trainer.studies.statistics import Estimate
 from methods_hypotheses import Claim, Results, alarms, claims, main, outcome
-
-MADE = dict.fromkeys((*MEASURES, *OPEN_MEASURES), 0.5)
-SEEDS = range(1, 7)
-ONCE = ("teacher", "untrained", "dmd-seconds", "data-forcing")
-"""How names begin that have one budget."""
-
-
-def made_results(**changed: dict[str, float]) -> dict[str, Any]:
-    """All students alike, but for values of those that are named (with _ for -), with a little of every seed."""
-    spread = {"mean": 0.5, "std": 0.01}
-    seeds = {
-        name: {
-            str(seed): {
-                "values": {key: value + seed / 1e5 for key, value in {**MADE, **changed.get(_key(name), {})}.items()},
-                "monitor": {"of_samples": []},
-            }
-            for seed in SEEDS
-        }
-        for name in load_study("methods").order
-        if not (name.endswith(SECONDS) and name.startswith(ONCE))
-    }
-    controls = {control: dict.fromkeys(MADE, 1.0) for control in ("frozen", "shuffled", "saturated")}
-    return {
-        "variants": {name: {"seeds": units, "values": {"max_steps": 200}} for name, units in seeds.items()},
-        "reference": {"spreads": dict.fromkeys(MADE, spread)},
-        "controls": {"controls": controls},
-    }
-
-
-def _key(name: str) -> str:
-    return name.replace("-", "_")
+from methods_results import made_results
 
 
 def found(content: dict[str, Any], number: int, text: str) -> Claim:
