@@ -20,7 +20,15 @@ from methods_hypotheses import Results
 METHODS = ("dmd", "regression", "dmd2", "data-forcing", "lcm", "pcm", "dcm", "scm", "rcm", "vpae")
 TERMS = "-avd"
 BESIDE = ("teacher", "untrained", "untrained-ode", "untrained-scm", "untrained-dcm", "untrained-vpae")
-CONTROLS = {"noise": "white noise", "frozen": "a frozen real frame", "shuffled": "real frames, shuffled"}
+UNTRAINED = {"pcm": "untrained-ode", "dcm": "untrained-dcm", "scm": "untrained-scm", "rcm": "untrained-scm"}
+"""Whose untrained student is not ``untrained``: by sampler. That of ``vpae`` is, as it is to be better in one step."""
+CONTROLS = {
+    "noise": "white noise",
+    "frozen": "a frozen real frame",
+    "shuffled": "real frames, shuffled",
+    "saturated": "real clips, saturation times 1.3",
+    "repeated": "one real clip for each caption",
+}
 SHOWN = {
     "visible": "visible",
     "preserved": "preserved",
@@ -42,37 +50,39 @@ COMPARED = {
     "variety": "variety",
 }
 """The columns of the differences: measures with a distance to real clips."""
+EXACT = 0.001
+"""Measures of which sets of real clips scatter less than this have four decimals."""
 
 
 def means(found: Results, *, seconds: bool) -> Iterator[str]:
     """A row for each student of a budget; at equal forwards also what stands beside them."""
     yield from _head(("", *SHOWN.values()))
     if not seconds:
-        real = [f"{found.real[key]['mean']:.3f} ± {found.real[key]['std']:.3f}" for key in SHOWN]
-        yield _row(("real clips, ± their standard deviation", *real))
+        real = [f"{_show(found, key, found.real[key]['mean'])} ± {found.real[key]['std']:.4f}" for key in SHOWN]
+        yield _row(("real clips ± the standard deviation of their sets", *real))
         for name in BESIDE:
-            yield _row((f"`{name}`", *(_mean(found.mean(name, key)) for key in SHOWN)))
+            yield _row((f"`{name}`", *(_mean(found, name, key) for key in SHOWN)))
         for name, title in CONTROLS.items():
-            yield _row((f"*{title}*", *(f"{found.controls[name][key]:.3f}" for key in SHOWN)))
+            yield _row((f"*{title}*", *(_show(found, key, found.controls[name][key]) for key in SHOWN)))
     for name in _students(found):
         shown = name + SECONDS if seconds else name
         if shown in found.variants and (not seconds or name != "dmd"):
-            yield _row((f"`{name}`", *(_mean(found.mean(shown, key)) for key in SHOWN)))
+            yield _row((f"`{name}`", *(_mean(found, shown, key) for key in SHOWN)))
 
 
-def differences(found: Results) -> Iterator[str]:
-    """Of each method and budget, how much farther from real clips it is with AVD's terms than alone."""
-    yield from _head(("", "for the same", *COMPARED.values()))
-    for method in METHODS:
-        columns = [found.differences(method + TERMS, method, key, farther=True) for key in COMPARED]
-        for place, budget in enumerate(found.budgets(method + TERMS)):
-            cells = [_difference(estimates, place) for estimates in columns]
-            yield _row((f"`{method}`", "seconds" if budget.endswith(SECONDS) else "forwards", *cells))
+def differences(found: Results, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """How much farther from real clips the first of each pair is than the second, in each budget."""
+    yield from _head(("", "than", "for the same", *COMPARED.values()))
+    for name, other in pairs:
+        columns = {key: found.differences(name, other, key, farther=True) for key in COMPARED}
+        for place, budget in enumerate(found.budgets(name)):
+            cells = [_difference(found, key, estimates, place) for key, estimates in columns.items()]
+            yield _row((f"`{name}`", f"`{other}`", "seconds" if budget.endswith(SECONDS) else "forwards", *cells))
 
 
 def costs(found: Results, measured: dict[str, dict[str, float]]) -> Iterator[str]:
     """What an update costs, and how many each student had."""
-    yield from _head(("", "forwards", "seconds", "memory, MB", "updates", "updates at equal seconds"))
+    yield from _head(("", "forwards", "seconds", "memory of a GPU, MB", "updates", "updates at equal seconds"))
     for name in _students(found):
         cost = measured[name]
         steps = [str(found.variants[each]["values"]["max_steps"]) for each in found.budgets(name)]
@@ -96,7 +106,9 @@ def tables(content: dict[str, object]) -> dict[str, str]:
     made = {
         "forwards": means(found, seconds=False),
         "seconds": means(found, seconds=True),
-        "terms": differences(found),
+        "terms": differences(found, [(method + TERMS, method) for method in METHODS]),
+        "training": differences(found, [(method, UNTRAINED.get(method, "untrained")) for method in METHODS]),
+        "matching": differences(found, [(method, "dmd") for method in METHODS[1:]]),
         "costs": costs(found, content["costs"]),  # type: ignore[arg-type]
         "monitor": monitor(found),
     }
@@ -109,25 +121,35 @@ def _students(found: Results) -> list[str]:
     return [name for name in wanted if name in found.variants]
 
 
-def _mean(value: Estimate | None) -> str:
+def _mean(found: Results, name: str, key: str) -> str:
+    """± the longer side of the 95% interval. Of what has diverged, how often."""
+    seeds = found.variants[name]["seeds"]
+    failed = sum("failed" in unit for unit in seeds.values())
+    value = found.mean(name, key)
     if value is None:
-        return "diverged"
+        return f"{failed} of {len(seeds)} diverged" if failed else "not measured"
+    shown = _show(found, key, value.mean)
     if value.low is None or value.high is None:
-        return f"{value.mean:.3f}"
-    return f"{value.mean:.3f} ± {max(value.mean - value.low, value.high - value.mean):.3f}"
+        return shown
+    return f"{shown} ± {_show(found, key, max(value.mean - value.low, value.high - value.mean))}"
 
 
-def _difference(estimates: Sequence[Estimate | None], place: int) -> str:
+def _difference(found: Results, key: str, estimates: Sequence[Estimate | None], place: int) -> str:
     """In bold where the intervals of all budgets exclude 0 on the same side."""
     value = estimates[place]
     if value is None:
-        return "diverged"
+        return ""
     if value.low is None or value.high is None:
-        return f"{value.mean:+.3f}"
+        return _show(found, key, value.mean, "+")
     ends = [(each.low, each.high) for each in estimates if each and each.low is not None and each.high is not None]
     counts = len(ends) == len(estimates) and (all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends))
-    text = f"{value.mean:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
+    mean, low, high = (_show(found, key, each, "+") for each in (value.mean, value.low, value.high))
+    text = f"{mean} [{low}, {high}]"
     return f"**{text}**" if counts else text
+
+
+def _show(found: Results, key: str, value: float, sign: str = "") -> str:
+    return f"{value:{sign}.{4 if 0 < found.real[key]['std'] < EXACT else 3}f}"
 
 
 def _head(titles: Sequence[str]) -> Iterator[str]:

@@ -25,7 +25,9 @@ def made_results(**changed: dict[str, float]) -> dict[str, Any]:
         for name in load_study("methods").order
         if not (name.endswith(SECONDS) and name.startswith(ONCE))
     }
-    controls = {control: dict.fromkeys(MADE, 1.0) for control in ("noise", "frozen", "shuffled", "saturated")}
+    controls = {
+        control: dict.fromkeys(MADE, 1.0) for control in ("noise", "frozen", "shuffled", "saturated", "repeated")
+    }
     return {
         "variants": {name: {"seeds": units, "values": {"max_steps": 200}} for name, units in seeds.items()},
         "reference": {"spreads": dict.fromkeys(MADE, spread)},

@@ -40,21 +40,24 @@ def test_a_difference_counts_where_both_budgets_say_it(other: float, counts: boo
     """Real clips are at 0.5, and so is `lcm`."""
     content = made_results(lcm_avd={"visible": 0.3}, lcm_avd_seconds={"visible": other})
     table = tables(content)["terms"]
-    assert cells(table, "`lcm`", "forwards")[0].startswith("**+0.200 [" if counts else "+0.200 [")
-    assert cells(table, "`lcm`", "seconds")[0].startswith("**") == counts
+    assert cells(table, "`lcm-avd`", "`lcm`", "forwards")[0].startswith("**+0.200 [" if counts else "+0.200 [")
+    assert cells(table, "`lcm-avd`", "`lcm`", "seconds")[0].startswith("**") == counts
 
 
 def test_where_there_is_one_budget_it_counts() -> None:
     table = tables(made_results(data_forcing_avd={"visible": 0.3}))["terms"]
-    assert cells(table, "`data-forcing`", "forwards")[0].startswith("**+0.200 [")
+    assert cells(table, "`data-forcing-avd`", "`data-forcing`", "forwards")[0].startswith("**+0.200 [")
 
 
-def test_a_student_that_diverged_is_shown_so() -> None:
+def test_what_diverged_and_what_is_not_measured_are_told_apart() -> None:
     content = made_results()
     content["variants"]["lcm"]["seeds"]["3"] = {"failed": "diverged", "values": None}
+    content["variants"]["scm"]["seeds"] = {}
     made = tables(content)
-    assert set(cells(made["forwards"], "`lcm`")) == set(cells(made["terms"], "`lcm`", "forwards")) == {"diverged"}
-    assert "diverged" not in cells(made["terms"], "`lcm`", "seconds")
+    assert set(cells(made["forwards"], "`lcm`")) == {"1 of 6 diverged"}
+    assert set(cells(made["forwards"], "`scm`")) == {"not measured"}
+    assert set(cells(made["terms"], "`lcm-avd`", "`lcm`", "forwards")) == {""}
+    assert "" not in cells(made["terms"], "`lcm-avd`", "`lcm`", "seconds")
 
 
 def test_fewer_seeds_have_no_intervals() -> None:
@@ -63,7 +66,34 @@ def test_fewer_seeds_have_no_intervals() -> None:
         del variant["seeds"]["6"]
     made = tables(content)
     assert cells(made["forwards"], "`lcm-avd`")[0] == "0.300"
-    assert cells(made["terms"], "`lcm`", "forwards")[0] == "+0.200"
+    assert cells(made["terms"], "`lcm-avd`", "`lcm`", "forwards")[0] == "+0.200"
+
+
+def test_every_method_is_set_against_its_own_untrained_student_and_against_dmd() -> None:
+    worse = {"visible": 0.3}
+    made = tables(made_results(untrained_ode=worse, dmd=worse))
+    assert cells(made["training"], "`pcm`", "`untrained-ode`", "forwards")[0].startswith("**-0.200 [")
+    assert cells(made["training"], "`lcm`", "`untrained`", "forwards")[0].startswith("+0.000 [")
+    assert cells(made["matching"], "`lcm`", "`dmd`", "seconds")[0].startswith("**-0.200 [")
+
+
+def test_where_real_clips_scatter_little_a_decimal_more_is_shown() -> None:
+    content = made_results(lcm={"color_error": 0.50042})
+    content["reference"]["spreads"]["color_error"] = {"mean": 0.5, "std": 0.0002}
+    made = tables(content)
+    assert cells(made["forwards"], "`lcm`")[2].startswith("0.5005 ± 0.0000")
+    assert cells(made["forwards"], "real clips ± the standard deviation of their sets")[2] == "0.5000 ± 0.0002"
+
+
+def test_controls_and_costs_are_those_of_their_row() -> None:
+    content = made_results()
+    content["controls"]["controls"]["repeated"]["variety"] = 0.0
+    content["costs"]["pcm"] = {"forwards": 48.0, "seconds": 0.25, "memory": 67.8}
+    made = tables(content)
+    assert cells(made["forwards"], "*one real clip for each caption*")[-1] == "0.000"
+    assert cells(made["forwards"], "*white noise*")[-1] == "1.000"
+    assert cells(made["costs"], "`pcm`") == ["48", "0.25", "68", "200", "200"]
+    assert cells(made["costs"], "`dmd`") == ["260", "1.50", "80", "200", ""]
 
 
 def test_all_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,4 +101,7 @@ def test_all_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     file.write_text(json.dumps(made_results()))
     main(file)
     printed = capsys.readouterr().out
-    assert [f"**{name}**" in printed for name in ("forwards", "seconds", "terms", "costs", "monitor")] == [True] * 5
+    assert [
+        f"**{name}**" in printed
+        for name in ("forwards", "seconds", "terms", "training", "matching", "costs", "monitor")
+    ] == [True] * 7

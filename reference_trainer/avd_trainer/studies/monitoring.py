@@ -76,8 +76,9 @@ def monitor_table(variants: Mapping[str, Any], real: Mapping[str, float], contro
         truth = [true_kinds(unit["values"], real, controls) for unit in judged]
         cells = []
         for key in ("while_training", "of_samples"):
-            said = [unit["monitor"][key] for unit in judged if key in unit["monitor"]]  # else nobody looked
-            right = sum(one == other for one, other in zip(said, truth, strict=False))
+            looked = [place for place, unit in enumerate(judged) if key in unit["monitor"]]
+            said = [judged[place]["monitor"][key] for place in looked]
+            right = sum(one == truth[place] for one, place in zip(said, looked, strict=True))
             cells.append((_count(said), f"{right} of {len(said)}") if said else ("", ""))
         (training, right_training), (samples, right_samples) = cells
         lines.append(f"| {name} | {training} | {samples} | {_count(truth)} | {right_training} | {right_samples} |")

@@ -72,10 +72,17 @@ def test_the_table_counts_what_was_said_and_what_was_right() -> None:
                 "3": {"failed": "diverged"},
             }
         },
+        "avd": {  # of the first nobody looked while it was trained
+            "seeds": {
+                "1": unit(values(), of_samples=[]),
+                "2": unit(values(saturation=0.29), while_training=["oversaturated"], of_samples=[]),
+            }
+        },
         "none": {"seeds": {"1": {"failed": "diverged"}}},
     }
     assert monitor_table(variants, REAL, CONTROLS)[2:] == [
         "| teacher |  | nothing | nothing |  | 1 of 1 |",
         "| dmd | frozen 1, oversaturated 2 | oversaturated 1 | oversaturated 2 | 1 of 2 | 1 of 2 |",
+        "| avd | oversaturated 1 | nothing | oversaturated 1 | 1 of 1 | 1 of 2 |",
     ]
     assert monitor_table({"none": variants["none"]}, REAL, CONTROLS) == []
