@@ -63,6 +63,44 @@ def test_saturation_is_judged_by_its_side_and_margin() -> None:
     assert found(content, 4, "dmd: saturation_shift above real clips' mean (+0.5000)").outcome == "holds"
 
 
+@pytest.mark.parametrize(
+    ("number", "text", "side"),
+    [
+        (3, "pcm below dmd: spatial_frequency", "below"),
+        (4, "dmd2 below teacher: variety", "below"),
+        (4, "lcm above dmd: variety", "above"),
+        (4, "rcm above dmd: variety", "above"),
+        (4, "rcm below dmd: saturation_shift", "below"),
+        (5, "dmd2-avd above dmd2: variety", "above"),
+        (6, "data-forcing above dmd2: variety", "above"),
+        (6, "data-forcing-0 below data-forcing: variety", "below"),
+    ],
+)
+def test_a_student_on_the_claimed_side_holds_and_on_the_other_refutes(number: int, text: str, side: str) -> None:
+    (name, *_), measure = text.split(), text.split(": ")[1]
+    for value, on in ((0.3, "below"), (0.7, "above")):
+        moved = dict.fromkeys((name.replace("-", "_"), f"{name.replace('-', '_')}_seconds"), {measure: value})
+        assert found(made_results(**moved), number, text).outcome == ("holds" if on == side else "refuted")
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (1, "vpae nearer than untrained: preserved"),
+        (5, "rcm-avd nearer than rcm: motion_distance"),
+        (6, "data-forcing nearer than dmd2: saturation_error"),
+        (6, "data-forcing nearer than data-forcing-0: saturation_error"),
+    ],
+)
+def test_nearer_is_to_real_clips(number: int, text: str) -> None:
+    """Which are at 0.5, as all students are that are not moved away, to a side that is no better."""
+    (name, _, _, other), measure = text.split(":")[0].split(), text.split(": ")[1]
+    far = {measure: 0.3 if measure == "preserved" else 0.9}
+    for moved, expected in ((other, "holds"), (name, "refuted")):
+        keys = moved.replace("-", "_"), f"{moved.replace('-', '_')}_seconds"
+        assert found(made_results(**dict.fromkeys(keys, far)), number, text).outcome == expected
+
+
 @pytest.mark.parametrize(("visible", "expected"), [(0.4985, "refuted"), (0.4995, "holds")])
 def test_harm_is_a_hundredth_of_what_dmd_is_away(visible: float, expected: str) -> None:
     """That is 0.1, so 0.001."""
