@@ -4,7 +4,7 @@
 
 Written before any run of the study. Prints a table for each hypothesis: every claim with its figure at equal forwards
 and at equal seconds, and whether it holds (the interval excludes all else), is refuted (it excludes the claim) or is
-open. Of two budgets both have to say so. Where a seed diverged there is no interval, so all is open.
+open. Of two budgets both have to say so. Where a seed diverged there is no figure.
 """
 
 import json
@@ -19,7 +19,7 @@ from avd_trainer.studies.definition import SECONDS
 from avd_trainer.studies.monitoring import SIGNS, true_kinds
 from avd_trainer.studies.statistics import Estimate, estimate
 
-Outcome = Literal["holds", "refuted", "open"]
+Outcome = Literal["holds", "refuted", "open", "no figure"]
 
 UNTRAINED = {"pcm": "untrained-ode", "dcm": "untrained-dcm", "scm": "untrained-scm", "rcm": "untrained-scm"}
 DISTILLED = ("dmd", "dmd2", "lcm", "pcm", "dcm", "scm", "rcm", "vpae")
@@ -34,7 +34,7 @@ class Claim(NamedTuple):
     Attributes:
         number: Of the hypothesis.
         text: What is claimed of the figures.
-        figures: One of each budget; None where there is no interval.
+        figures: One of each budget; None where a seed diverged, or none is measured.
         bound: Claimed to be on one side of it.
         below: Which side.
     """
@@ -58,7 +58,9 @@ class Claim(NamedTuple):
 
 def outcome(figure: Estimate | None, bound: float, *, below: bool) -> Outcome:
     """Whether a figure's interval lies on one side of a bound."""
-    if figure is None or figure.low is None or figure.high is None:
+    if figure is None:
+        return "no figure"
+    if figure.low is None or figure.high is None:
         return "open"
     if figure.low >= bound and figure.high > bound:
         return "refuted" if below else "holds"
@@ -129,7 +131,7 @@ def claims(found: Results) -> Iterator[Claim]:
 
     def shift(number: int, name: str, bound: float, side: str) -> Claim:
         figures = [found.mean(each, "saturation_shift") for each in found.budgets(name)]
-        return Claim(number, f"{name}: saturation_shift {side} ({bound:+.4f})", figures, bound, below=number == 3)
+        return Claim(number, f"{name}: saturation_shift {side}", figures, bound, below=number == 3)
 
     for name in DISTILLED:
         yield from nearer(1, name, UNTRAINED.get(name, "untrained"), "visible", "preserved")
@@ -163,9 +165,12 @@ def claims(found: Results) -> Iterator[Claim]:
 
 def costs(found: Results, made: Sequence[Claim]) -> Iterator[str]:
     """Hypothesis 7."""
-    for name in ("dmd", "lcm", "pcm", "scm", "dcm"):
-        steps = [str(found.variants[each]["values"]["max_steps"]) for each in found.budgets(name)]
-        yield f"{name}: {' steps at equal forwards, '.join(steps)} steps{' at equal seconds' if len(steps) > 1 else ''}"
+    reference = found.variants["dmd"]["values"]["max_steps"]
+    for name in ("lcm", "pcm", "scm", "dcm"):
+        forwards, *seconds = (found.variants[each]["values"]["max_steps"] for each in found.budgets(name))
+        text = f"{name}: {forwards} steps at equal forwards, {forwards / reference:.2f} times those of dmd"
+        fewer = [f"; fewer at equal seconds, {each}: {'holds' if each < forwards else 'refuted'}" for each in seconds]
+        yield text + "".join(fewer)
     turned = [claim.text for claim in made if claim.number < 6 and {"holds", "refuted"} <= {*claim.outcomes}]
     yield f"claims of 1 to 5 whose sign the budget changes: {'; '.join(turned) or 'none'}"
 
@@ -198,7 +203,8 @@ def show(claim: Claim) -> str:
     for figure in claim.figures:
         interval = "" if figure is None or figure.low is None else f" [{figure.low:+.4f}, {figure.high:+.4f}]"
         cells.append("" if figure is None else f"{figure.mean:+.4f}{interval}")
-    return f"| {claim.text} | {' | '.join([*cells, ''][:2])} | {claim.outcome} |"
+    side = f"{'<' if claim.below else '>'} {claim.bound:+.4f}"
+    return f"| {claim.text} | {side} | {' | '.join([*cells, ''][:2])} | {claim.outcome} |"
 
 
 def main(results: Annotated[Path, typer.Argument(help="The study's results.json.")]) -> None:
@@ -206,7 +212,7 @@ def main(results: Annotated[Path, typer.Argument(help="The study's results.json.
     found = Results(json.loads(results.read_text(encoding="utf-8")))
     made = [*claims(found)]
     for number in range(1, 7):
-        print(f"\n**{number}**\n\n| claim | equal forwards | equal seconds | |\n|---|---|---|---|")
+        print(f"\n**{number}**\n\n| claim | claimed | equal forwards | equal seconds | |\n|---|---|---|---|---|")
         print("\n".join(show(claim) for claim in made if claim.number == number))
     for number, lines in ((7, costs(found, made)), (8, alarms(found))):
         print(f"\n**{number}**\n\n" + "\n".join(f"- {line}" for line in lines))

@@ -12,9 +12,10 @@ from typing import Annotated
 
 import typer
 
-from avd_trainer.studies.definition import SECONDS
-from avd_trainer.studies.monitoring import monitor_table
-from avd_trainer.studies.statistics import Estimate
+from avd_trainer.evaluation.reference import Spread
+from avd_trainer.studies.definition import SECONDS, named_start
+from avd_trainer.studies.monitoring import bounds, monitor_table
+from avd_trainer.studies.statistics import LEVEL, Estimate
 from methods_hypotheses import Results
 
 METHODS = ("dmd", "regression", "dmd2", "data-forcing", "lcm", "pcm", "dcm", "scm", "rcm", "vpae")
@@ -50,8 +51,6 @@ COMPARED = {
     "variety": "variety",
 }
 """The columns of the differences: measures with a distance to real clips."""
-EXACT = 0.001
-"""Measures of which sets of real clips scatter less than this have four decimals."""
 
 
 def means(found: Results, *, seconds: bool) -> Iterator[str]:
@@ -71,29 +70,50 @@ def means(found: Results, *, seconds: bool) -> Iterator[str]:
 
 
 def differences(found: Results, pairs: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """How much farther from real clips the first of each pair is than the second, in each budget."""
-    yield from _head(("", "than", "for the same", *COMPARED.values()))
+    """How much farther from real clips the first of each pair is than the second, in each budget.
+
+    The last column counts over all headline measures. Below stands how many intervals would exclude 0 if no student
+    differed from another, since with so many some do.
+    """
+    count = len(found.headlines)
+    yield from _head(("", "than", "for the same", *COMPARED.values(), f"nearer, farther, of {count}"))
+    told, excluding = 0, 0
     for name, other in pairs:
-        columns = {key: found.differences(name, other, key, farther=True) for key in COMPARED}
+        columns = {key: found.differences(name, other, key, farther=True) for key in (*COMPARED, *found.headlines)}
         for place, budget in enumerate(found.budgets(name)):
-            cells = [_difference(found, key, estimates, place) for key, estimates in columns.items()]
-            yield _row((f"`{name}`", f"`{other}`", "seconds" if budget.endswith(SECONDS) else "forwards", *cells))
+            cells = [_difference(found, key, columns[key], place) for key in COMPARED]
+            known = [value for key in found.headlines if (value := columns[key][place]) and value.low is not None]
+            nearer, farther = (sum(_side(value) == side for value in known) for side in (-1, 1))
+            told, excluding = told + len(known), excluding + nearer + farther
+            counted = f"{nearer}, {farther}" if known else ""
+            budget_name = "seconds" if budget.endswith(SECONDS) else "forwards"
+            yield _row((f"`{name}`", f"`{other}`", budget_name, *cells, counted))
+    if told:
+        yield f"\n{excluding} of {told} intervals exclude 0; if nothing differed, {(1 - LEVEL) * told:.0f} would."
 
 
 def costs(found: Results, measured: dict[str, dict[str, float]]) -> Iterator[str]:
-    """What an update costs, and how many each student had."""
-    yield from _head(("", "forwards", "seconds", "memory of a GPU, MB", "updates", "updates at equal seconds"))
+    """What an update costs, how many each student had, and what student it went on from."""
+    titles = "forwards", "seconds", "memory of a GPU, MB", "updates", "updates at equal seconds", "on top of"
+    yield from _head(("", *titles))
     for name in _students(found):
-        cost = measured[name]
+        cost, values = measured[name], found.variants[name]["values"]
         steps = [str(found.variants[each]["values"]["max_steps"]) for each in found.budgets(name)]
         figures = f"{cost['forwards']:.0f}", f"{cost['seconds']:.2f}", f"{cost['memory']:.0f}"
-        yield _row((f"`{name}`", *figures, *[*steps, ""][:2]))
+        first = named_start(values.get("student_weights"))
+        before = f"`{first}`, {found.variants[first]['values']['max_steps']} updates" if first else ""
+        yield _row((f"`{name}`", *figures, *[*steps, ""][:2], before))
 
 
 def monitor(found: Results) -> Iterator[str]:
-    """What `CollapseMonitor` says of each student, and whether it is right."""
+    """What `CollapseMonitor` says of each student, whether it is right, and from where on each kind is so."""
     real = {name: each["mean"] for name, each in found.real.items()}
     yield from monitor_table(found.variants, real, found.controls)
+    so = (
+        f"{kind}: {measure} {'above' if above else 'below'} {_show(found, measure, value)}"
+        for kind, (measure, value, above) in bounds(real, found.controls).items()
+    )
+    yield f"\nIs so at the end: {'; '.join(so)}."
 
 
 def tables(content: dict[str, object]) -> dict[str, str]:
@@ -141,15 +161,22 @@ def _difference(found: Results, key: str, estimates: Sequence[Estimate | None], 
         return ""
     if value.low is None or value.high is None:
         return _show(found, key, value.mean, "+")
-    ends = [(each.low, each.high) for each in estimates if each and each.low is not None and each.high is not None]
-    counts = len(ends) == len(estimates) and (all(low > 0 for low, _ in ends) or all(high < 0 for _, high in ends))
+    sides = {_side(each) for each in estimates}
+    counts = sides in ({-1}, {1})
     mean, low, high = (_show(found, key, each, "+") for each in (value.mean, value.low, value.high))
     text = f"{mean} [{low}, {high}]"
     return f"**{text}**" if counts else text
 
 
+def _side(value: Estimate | None) -> int:
+    """Of 0 that a whole interval is on: -1, 1, or 0 for neither or where there is none."""
+    if value is None or value.low is None or value.high is None:
+        return 0
+    return (value.low > 0) - (value.high < 0)
+
+
 def _show(found: Results, key: str, value: float, sign: str = "") -> str:
-    return f"{value:{sign}.{4 if 0 < found.real[key]['std'] < EXACT else 3}f}"
+    return f"{value:{sign}.{Spread(**found.real[key]).decimals}f}"
 
 
 def _head(titles: Sequence[str]) -> Iterator[str]:

@@ -7,13 +7,18 @@ from typing import Any
 import pytest
 
 from avd_trainer.studies.statistics import Estimate
-from methods_hypotheses import Claim, Results, alarms, claims, main, outcome
+from methods_hypotheses import Claim, Results, alarms, claims, costs, main, outcome, show
 from methods_results import made_results
 
 
 def found(content: dict[str, Any], number: int, text: str) -> Claim:
-    (claim,) = (claim for claim in claims(Results(content)) if (claim.number, claim.text) == (number, text))
-    return claim
+    return next(claim for claim in claims(Results(content)) if (claim.number, claim.text) == (number, text))
+
+
+def in_both_budgets(name: str, values: dict[str, float]) -> dict[str, dict[str, float]]:
+    """What `made_results` takes to give a variant these values."""
+    key = name.replace("-", "_")
+    return {key: values, f"{key}_seconds": values}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +28,8 @@ def found(content: dict[str, Any], number: int, text: str) -> Claim:
 def test_an_interval_holds_or_refutes_what_it_excludes(low: float, high: float, expected: str) -> None:
     assert outcome(Estimate(0, 1, low, high, 6), 0, below=True) == expected
     assert outcome(Estimate(0, 1, -high, -low, 6), 0, below=False) == expected
-    assert outcome(Estimate(0, 1, None, None, 5), 0, below=True) == outcome(None, 0, below=True) == "open"
+    assert outcome(Estimate(0, 1, None, None, 5), 0, below=True) == "open"
+    assert outcome(None, 0, below=True) == "no figure"
 
 
 def test_both_budgets_have_to_say_it() -> None:
@@ -38,7 +44,9 @@ def test_without_a_seed_nothing_is_said() -> None:
     content = made_results(untrained={"visible": 0.3})
     content["variants"]["lcm"]["seeds"]["3"] = {"failed": "diverged"}
     claim = found(content, 1, "lcm nearer than untrained: visible")
-    assert (claim.figures[0], claim.outcome) == (None, "open")
+    assert (claim.figures[0], claim.outcomes, claim.outcome) == (None, ["no figure", "holds"], "open")
+    content["variants"]["lcm-seconds"]["seeds"]["3"] = {"failed": "diverged"}
+    assert found(content, 1, "lcm nearer than untrained: visible").outcome == "no figure"
 
 
 def test_each_method_is_set_against_its_own_untrained_student() -> None:
@@ -57,10 +65,10 @@ def test_regression_may_come_a_tenth_nearer(reached: float, expected: str) -> No
 def test_saturation_is_judged_by_its_side_and_margin() -> None:
     """Real clips are at 0.5 with a margin of four times 0.01."""
     content = made_results(lcm={"saturation_shift": 0.53}, lcm_seconds={"saturation_shift": 0.55}, dmd={})
-    claim = found(content, 3, "lcm: saturation_shift below real clips' margin (+0.5400)")
-    assert claim.outcomes == ["holds", "refuted"]
+    claim = found(content, 3, "lcm: saturation_shift below real clips' margin")
+    assert (claim.bound, claim.outcomes) == (pytest.approx(0.54), ["holds", "refuted"])
     content = made_results(dmd={"saturation_shift": 0.53})
-    assert found(content, 4, "dmd: saturation_shift above real clips' mean (+0.5000)").outcome == "holds"
+    assert found(content, 4, "dmd: saturation_shift above real clips' mean").outcome == "holds"
 
 
 @pytest.mark.parametrize(
@@ -79,8 +87,8 @@ def test_saturation_is_judged_by_its_side_and_margin() -> None:
 def test_a_student_on_the_claimed_side_holds_and_on_the_other_refutes(number: int, text: str, side: str) -> None:
     (name, *_), measure = text.split(), text.split(": ")[1]
     for value, on in ((0.3, "below"), (0.7, "above")):
-        moved = dict.fromkeys((name.replace("-", "_"), f"{name.replace('-', '_')}_seconds"), {measure: value})
-        assert found(made_results(**moved), number, text).outcome == ("holds" if on == side else "refuted")
+        claim = found(made_results(**in_both_budgets(name, {measure: value})), number, text)
+        assert claim.outcome == ("holds" if on == side else "refuted")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +105,7 @@ def test_nearer_is_to_real_clips(number: int, text: str) -> None:
     (name, _, _, other), measure = text.split(":")[0].split(), text.split(": ")[1]
     far = {measure: 0.3 if measure == "preserved" else 0.9}
     for moved, expected in ((other, "holds"), (name, "refuted")):
-        keys = moved.replace("-", "_"), f"{moved.replace('-', '_')}_seconds"
-        assert found(made_results(**dict.fromkeys(keys, far)), number, text).outcome == expected
+        assert found(made_results(**in_both_budgets(moved, far)), number, text).outcome == expected
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(0.4985, "refuted"), (0.4995, "holds")])
@@ -117,6 +124,22 @@ def test_what_the_monitor_says_is_counted_where_it_is_right_and_where_it_is_not(
     content["variants"]["dmd"]["seeds"]["2"]["values"]["saturation_shift"] = 0.5
     *_, line = alarms(Results(content))
     assert line == "of_samples: oversaturated said of 2 of 6 students of dmd, rightly of 1; false: lcm frozen 1"
+
+
+def test_updates_at_equal_seconds_are_set_against_those_at_equal_forwards() -> None:
+    content = made_results()
+    for name, steps in (("lcm", 1083), ("lcm-seconds", 900), ("pcm", 1083), ("pcm-seconds", 1092)):
+        content["variants"][name]["values"]["max_steps"] = steps
+    lines = [*costs(Results(content), [])]
+    assert "lcm: 1083 steps at equal forwards, 5.42 times those of dmd; fewer at equal seconds, 900: holds" in lines
+    assert "pcm: 1083 steps at equal forwards, 5.42 times those of dmd; fewer at equal seconds, 1092: refuted" in lines
+
+
+def test_a_claims_bound_is_shown() -> None:
+    content = made_results(dmd={"visible": 0.4})
+    row = show(found(content, 5, "pcm-avd not farther than pcm: visible"))
+    assert row.startswith("| pcm-avd not farther than pcm: visible | < +0.0010 | +0.0000 [")
+    assert "variety | > +0.0000 |" in show(found(content, 6, "data-forcing above dmd2: variety"))
 
 
 def test_all_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,7 +79,7 @@ def test_every_method_is_set_against_its_own_untrained_student_and_against_dmd()
 
 def test_where_real_clips_scatter_little_a_decimal_more_is_shown() -> None:
     content = made_results(lcm={"color_error": 0.50042})
-    content["reference"]["spreads"]["color_error"] = {"mean": 0.5, "std": 0.0002}
+    content["reference"]["spreads"]["color_error"] = {"mean": 0.5, "std": 0.0002, "low": 0.4996, "high": 0.5004}
     made = tables(content)
     assert cells(made["forwards"], "`lcm`")[2].startswith("0.5005 ± 0.0000")
     assert cells(made["forwards"], "real clips ± the standard deviation of their sets")[2] == "0.5000 ± 0.0002"
@@ -92,8 +92,31 @@ def test_controls_and_costs_are_those_of_their_row() -> None:
     made = tables(content)
     assert cells(made["forwards"], "*one real clip for each caption*")[-1] == "0.000"
     assert cells(made["forwards"], "*white noise*")[-1] == "1.000"
-    assert cells(made["costs"], "`pcm`") == ["48", "0.25", "68", "200", "200"]
-    assert cells(made["costs"], "`dmd`") == ["260", "1.50", "80", "200", ""]
+    assert cells(made["costs"], "`pcm`") == ["48", "0.25", "68", "200", "200", ""]
+    assert cells(made["costs"], "`dmd`") == ["260", "1.50", "80", "200", "", ""]
+
+
+def test_what_goes_on_from_another_student_says_from_which() -> None:
+    content = made_results()
+    content["variants"]["data-forcing"]["values"] = {"max_steps": 100, "student_weights": "variant:dmd2"}
+    assert cells(tables(content)["costs"], "`data-forcing`")[3:] == ["100", "", "`dmd2`, 200 updates"]
+
+
+def test_intervals_that_exclude_0_are_counted_beside_those_of_chance() -> None:
+    """Ten pairs, nine of them in two budgets, and fifteen measures: 285, of which 14 by chance."""
+    moved = {"visible": 0.3, "preserved": 0.3, "variety": 0.3}
+    content = made_results(lcm_avd=moved, lcm=dict.fromkeys(("motion_distance",), 0.9))
+    table = tables(content)["terms"]
+    assert cells(table, "`lcm-avd`", "`lcm`", "forwards")[-1] == "1, 3"
+    assert cells(table, "`lcm-avd`", "`lcm`", "seconds")[-1] == "0, 0"
+    assert table.splitlines()[-1] == "4 of 285 intervals exclude 0; if nothing differed, 14 would."
+
+
+def test_the_monitors_bounds_are_said() -> None:
+    """Half-way from real clips, at 0.5, to controls, at 1, or as far to the other side."""
+    *_, last = tables(made_results())["monitor"].splitlines()
+    assert last.startswith("Is so at the end: frozen: temporal_frequency above 0.750; ")
+    assert last.endswith("oversaturated: saturation_shift above 0.750; washed_out: saturation_shift below 0.250.")
 
 
 def test_all_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

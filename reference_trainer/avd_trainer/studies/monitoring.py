@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -45,6 +45,31 @@ def read_findings(path: Path) -> list[str] | None:
     return _kinds([finding["kind"] for finding in said["findings"]]) if said["samples_judged"] else None
 
 
+class Bound(NamedTuple):
+    """Where a kind begins to be so.
+
+    Attributes:
+        measure: That shows it.
+        value: Of that measure.
+        above: Which side has it.
+    """
+
+    measure: str
+    value: float
+    above: bool
+
+
+def bounds(real: Mapping[str, float], controls: Mapping[str, Any]) -> dict[str, Bound]:
+    """By kind of finding, from measures of real clips and, by control, of spoiled ones."""
+    made = {}
+    for kind, (shown, control, share) in SIGNS.items():
+        # Where clips choose their backgrounds, the plain mean would be of their choice too.
+        measure = "saturation_shift" if shown == "saturation" and "saturation_shift" in real else shown
+        way = share * (controls[control][measure] - real[measure])
+        made[kind] = Bound(measure, real[measure] + way, way > 0)
+    return made
+
+
 def true_kinds(values: Mapping[str, float], real: Mapping[str, float], controls: Mapping[str, Any]) -> list[str]:
     """Which of them a student has.
 
@@ -53,20 +78,17 @@ def true_kinds(values: Mapping[str, float], real: Mapping[str, float], controls:
         real: Those of real clips.
         controls: Those of spoiled real clips, by control.
     """
-    found = []
-    for kind, (shown, control, share) in SIGNS.items():
-        # Where clips choose their backgrounds, the plain mean would be of their choice too.
-        measure = "saturation_shift" if shown == "saturation" and "saturation_shift" in values else shown
-        way = (values[measure] - real[measure]) / (controls[control][measure] - real[measure])
-        if way > share if share > 0 else way < share:
-            found.append(kind)
-    return found
+    return [
+        kind
+        for kind, (measure, bound, above) in bounds(real, controls).items()
+        if (values[measure] > bound if above else values[measure] < bound)
+    ]
 
 
 def monitor_table(variants: Mapping[str, Any], real: Mapping[str, float], controls: Mapping[str, Any]) -> list[str]:
     """Lines of a table in Markdown: what the monitor says of each variant's students, and how often it is right."""
     lines = [
-        "| | while training | of samples | is so | right while training | right of samples |",
+        "| | said at any time while training | said of samples | is so at the end | first is right | second is right |",
         "| --- | --- | --- | --- | --: | --: |",
     ]
     for name, variant in variants.items():

@@ -155,7 +155,7 @@ def render(results: Mapping[str, Any]) -> str:
     for name, each in variants.items():
         found = {key: values.get("against_baseline") for key, values in each["measures"].items()}
         if any(found.values()):
-            differences = " | ".join(_difference(found[key]) for key in names)
+            differences = " | ".join(_difference(found[key], spreads[key]) for key in names)
             lines.append(f"| {name} | {each['against']} | {differences} |")
     means = {name: spread.mean for name, spread in spreads.items()}
     if results["controls"] and (judged := monitor_table(variants, means, _controls(results))):
@@ -163,8 +163,9 @@ def render(results: Mapping[str, Any]) -> str:
             "",
             "## What the monitor says of the students, and whether it is right",
             "",
-            "Of so many seeds. Is so: by pixels, more than half as far from real clips as the control. Right: nothing "
-            "is missed, and nothing else is said.",
+            "Of so many seeds. Is so at the end: by pixels, more than half as far from real clips as the control. "
+            "Right: nothing is missed, and nothing else is said. While training batches are small and weights are not "
+            "averaged, and what was found then may be over by the end.",
             "",
             *judged,
         ]
@@ -271,11 +272,12 @@ def _labelled(name: str, variant: Mapping[str, Any]) -> str:
     return name if len(values) == len(variant["seeds"]) else f"{name} (n = {len(values)})"
 
 
-def _difference(found: Mapping[str, Any] | None) -> str:
+def _difference(found: Mapping[str, Any] | None, real: Spread) -> str:
     if found is None:
         return ""
-    text = f"{found['mean']:+.3f}"
+    places = real.decimals
+    text = f"{found['mean']:+.{places}f}"
     if found["low"] is None:
         return f"{text} (n = {found['seeds']})"
-    text = f"{text} [{found['low']:+.3f}, {found['high']:+.3f}]"
+    text = f"{text} [{found['low']:+.{places}f}, {found['high']:+.{places}f}]"
     return f"**{text}**" if found["low"] > 0 or found["high"] < 0 else text

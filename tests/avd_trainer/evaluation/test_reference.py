@@ -89,6 +89,11 @@ def test_what_never_varies_has_a_margin_of_one_percent() -> None:
     assert is_worse("visible", 0.985, always)
 
 
+@pytest.mark.parametrize(("std", "decimals"), [(0.0, 3), (0.0009, 4), (0.001, 3), (0.1, 3)])
+def test_what_hardly_varies_has_a_decimal_more(std: float, decimals: int) -> None:
+    assert Spread(1.0, std, 1.0, 1.0).decimals == decimals
+
+
 def test_only_headline_measures_catch(measured: Measured) -> None:
     means = {name: spread.mean for name, spread in measured.reference.spreads.items()}
     assert caught(means, measured.reference) == []
