@@ -5,6 +5,7 @@ A server imports the trainer once and forks each process: a start takes millisec
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -192,6 +193,8 @@ def _join_group(function: Callable[..., Any], timeout: float, args: tuple[Any, .
     try:
         return function(rank, *args)
     finally:
+        # A reducer that ends after its process group can wait for ever, for a thread that waits for Python's lock.
+        gc.collect()
         dist.destroy_process_group()
 
 

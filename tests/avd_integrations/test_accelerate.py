@@ -1,8 +1,10 @@
 """The accelerate adapter in accelerate itself, with the lines of docs/hosts/accelerate.md."""
 
+import gc
 import pickletools
 import re
 import sys
+import weakref
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -255,6 +257,12 @@ def run_on_rank(folder: str) -> tuple[list[list[tuple[float, float]]], dict[str,
     for _ in range(STEPS // 2, STEPS):
         run.step()
     weights = [p.tolist() for p in run.raw.parameters()]
+    # The last to hold the process group must not be a reducer: its end waits, with the interpreter's lock, for a thread
+    # of gloo that may be waiting for that lock.
+    student = weakref.ref(run.scope.pop("student"))
+    run.accelerator.free_memory()
+    gc.collect()
+    assert student() is None
     run.accelerator.end_training()
     return losses, state, run.state(), weights
 
